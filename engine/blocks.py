@@ -1,0 +1,156 @@
+"""KV blocks: who holds which, and which hold a prefix that another sequence may read. Ids only, no tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from hashlib import blake2b
+from struct import Struct
+
+DIGEST_BYTES = 32  # 256 bits of a cryptographic hash: equal digests mean equal prefixes, also against an adversary
+
+
+class IntegrityError(RuntimeError):
+    """The books of the pool or the scheduler contradict themselves: a bug in this package, never bad input."""
+
+
+class PrefixChain:
+    """Digests of the full blocks of one token sequence, each over its parent's digest and its own token ids.
+
+    `digests[i]` therefore identifies all tokens up to the end of block i, and the salt.
+    """
+
+    __slots__ = ("_block_size", "_pack", "_root", "digests")
+
+    def __init__(self, block_size: int, salt: str) -> None:
+        self._block_size = block_size
+        self._pack = Struct(f"<{block_size}I").pack
+        self._root = blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
+        self.digests: list[bytes] = []
+
+    def extend(self, tokens: list[int], length: int) -> None:
+        """Hash the full blocks of `tokens[:length]` that are not hashed yet."""
+        size = self._block_size
+        parent = self.digests[-1] if self.digests else self._root
+        for start in range(len(self.digests) * size, length - size + 1, size):
+            parent = blake2b(parent + self._pack(*tokens[start : start + size]), digest_size=DIGEST_BYTES).digest()
+            self.digests.append(parent)
+
+    def copy(self) -> PrefixChain:
+        """An independent chain over the same blocks, for a sequence that goes on differently."""
+        twin = PrefixChain.__new__(PrefixChain)
+        twin._block_size, twin._pack, twin._root = self._block_size, self._pack, self._root
+        twin.digests = list(self.digests)
+        return twin
+
+
+class BlockPool:
+    """Block ids 0 to num_blocks-1 with reference counts, and a prefix cache over them.
+
+    A published block stays readable under its digest after its last holder released it, until it is evicted for an
+    allocation: blocks that cache nothing go first, then the least recently used.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.total = num_blocks
+        self._references = [0] * num_blocks
+        self._digests: list[bytes | None] = [None] * num_blocks
+        self._cached: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing cached; a stack with block 0 on top
+        self._evictable: OrderedDict[int, bytes] = (
+            OrderedDict()
+        )  # free but cached: its digest; least recently used first
+
+    @property
+    def available(self) -> int:
+        """Blocks that nobody holds, cached or not."""
+        return len(self._blank) + len(self._evictable)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks of unspecified content; raises IntegrityError if fewer are available."""
+        if count > self.available:
+            raise IntegrityError(f"{count} blocks asked for, {self.available} of {self.total} available")
+        return [self._take() for _ in range(count)]
+
+    def _take(self) -> int:
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, digest = self._evictable.popitem(last=False)
+            del self._cached[digest]
+            self._digests[block] = None
+        self._references[block] = 1
+        return block
+
+    def match(self, digests: list[bytes], limit: int) -> list[int]:
+        """The cached blocks of the longest known beginning of `digests[:limit]`. Changes nothing; see `acquire`."""
+        blocks = []
+        for digest in digests[:limit]:
+            block = self._cached.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def held(self, blocks: list[int]) -> int:
+        """How many of `blocks` somebody holds, so that acquiring them makes nothing less available."""
+        return sum(self._references[block] > 0 for block in blocks)
+
+    def acquire(self, blocks: list[int]) -> None:
+        """Hold blocks that `match` returned, just now."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._evictable[block]
+            self._references[block] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """Give back one hold on each block of a table. Its tail counts as less recently used: it is evicted first."""
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                digest = self._digests[block]
+                if digest is None:
+                    self._blank.append(block)
+                else:
+                    self._evictable[block] = digest
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Let others match a block whose KV is computed in full. A digest that another block serves stays with it."""
+        if self._digests[block] is None and digest not in self._cached:
+            self._cached[digest] = block
+            self._digests[block] = digest
+
+    def check_integrity(self, tables: Iterable[tuple[str, list[int], PrefixChain | None]]) -> None:
+        """Compare the books with every holder's name, block table and chain.
+
+        Raises IntegrityError if a block is leaked, owned twice, shared without being published, or published for
+        another prefix than its holder's.
+        """
+        owners: list[list[str]] = [[] for _ in range(self.total)]
+        for name, blocks, chain in tables:
+            for index, block in enumerate(blocks):
+                if name in owners[block]:
+                    raise IntegrityError(f"block {block} stands twice in the table of {name}")
+                owners[block].append(name)
+                digest = self._digests[block]
+                if digest is not None and (chain is None or chain.digests[index : index + 1] != [digest]):
+                    raise IntegrityError(f"block {block} is entry {index} of {name} but caches another prefix")
+        self._check_owners(owners)
+        published = {block: digest for block, digest in enumerate(self._digests) if digest is not None}
+        if {block: digest for digest, block in self._cached.items()} != published:
+            raise IntegrityError("the prefix cache and the digests of its blocks disagree")
+
+    def _check_owners(self, owners: list[list[str]]) -> None:
+        blank, evictable = set(self._blank), set(self._evictable)
+        if len(blank) != len(self._blank) or blank & evictable:
+            raise IntegrityError(f"blocks {sorted(blank & evictable) or self._blank} are free twice")
+        for block, names in enumerate(owners):
+            references, digest = self._references[block], self._digests[block]
+            if references != len(names):
+                raise IntegrityError(f"block {block} has {references} references but is held by {names or 'nobody'}")
+            if len(names) > 1 and digest is None:
+                raise IntegrityError(f"block {block} is shared by {names} but was never published")
+            if names and (block in blank or block in evictable):
+                raise IntegrityError(f"block {block} is free but held by {names}")
+            if not names and block not in (blank if digest is None else evictable):
+                raise IntegrityError(f"block {block} is leaked: nobody holds it and it is not free")

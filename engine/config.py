@@ -1,0 +1,132 @@
+"""The engine's configuration: one frozen dataclass, checked where it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+from .params import SamplingParams
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION_BACKENDS = ("auto", "torch")
+QUANTIZATIONS = ("none",)
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+COLLECTIVES = ("auto", "gloo", "nccl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine. Every rank of a group holds the same one."""
+
+    model: str
+    """A local model folder, or a hub name found in the local hub cache."""
+    tokenizer: str | None = None
+    """A tokenizer folder; None uses the model's; "none" does without: requests then carry token ids."""
+    dtype: str = "auto"
+    """Weights and activations: auto (the checkpoint's own), bfloat16, float16 or float32."""
+    ranks: int = 1
+    """Tensor-parallel ranks, 1 to the number of query heads; nothing has to divide."""
+    rank_weights: tuple[float, ...] | None = None
+    """Relative share of each rank, for cards of different size; None deals evenly."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu or cuda."""
+    collectives: str = "auto"
+    """auto (nccl on cuda, gloo on cpu), gloo or nccl."""
+    threads: int = 0
+    """CPU threads of each rank; 0 divides the cores of this host among its ranks."""
+    max_model_len: int | None = None
+    """Prompt and output tokens of one request at most; None takes the model's own limit."""
+    max_num_seqs: int = 64
+    """Sequences computed in one step at most."""
+    max_num_batched_tokens: int = 2048
+    """Tokens computed in one step at most: the step's budget."""
+    max_queue: int = 16384
+    """Requests that may wait; more are refused with CapacityExceeded."""
+    block_size: int | None = None
+    """Tokens of one KV block; None lets the attention backend choose (16 for torch)."""
+    kv_memory: float = 0.9
+    """KV cache of one rank: bytes if above 1, else the fraction of a GPU's memory the engine may use in all.
+    On a CPU a fraction is of the memory free once the weights are loaded, and the cache is never larger
+    than max_num_seqs sequences of max_model_len tokens need."""
+    prefix_cache: bool = True
+    """Reuse the KV blocks of equal prompt beginnings."""
+    attention: str = "auto"
+    """Attention backend: auto or torch."""
+    quantization: str = "none"
+    """Weight format: none (as in the checkpoint)."""
+    load_format: str = "auto"
+    """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
+    seed: int = 0
+    """Seeds the requests that bring none, and dummy weights."""
+    timeout_s: float = 300.0
+    """Seconds a rank waits for another inside one operation before it gives up."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Defaults for requests that leave a field unset."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model={self.model!r} must be a folder or a hub name")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _one_of("collectives", self.collectives, COLLECTIVES)
+        _one_of("attention", self.attention, ATTENTION_BACKENDS)
+        _one_of("quantization", self.quantization, QUANTIZATIONS)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_model_len", "block_size"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("threads", self.threads, 0)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
+                f"each running sequence needs one token of the budget a step; "
+                f"raise max_num_batched_tokens or lower max_num_seqs"
+            )
+        if not self.kv_memory > 0 or math.isinf(self.kv_memory):
+            raise ConfigError(f"kv_memory={self.kv_memory!r} must be bytes (above 1) or a fraction in (0, 1]")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s={self.timeout_s!r} must be above 0 seconds")
+        if self.rank_weights is not None:
+            object.__setattr__(self, "rank_weights", tuple(float(weight) for weight in self.rank_weights))
+            if len(self.rank_weights) != self.ranks or not all(weight > 0 for weight in self.rank_weights):
+                raise ConfigError(
+                    f"rank_weights={list(self.rank_weights)} must be {self.ranks} positive numbers, one for each "
+                    f"of ranks={self.ranks}"
+                )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Build from plain data (`sampling` a dict); an unknown name raises ConfigError with the nearest right one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(unknown_name("configuration key", name, names))
+        values = dict(values)
+        if isinstance(values.get("sampling"), dict):
+            values["sampling"] = SamplingParams.from_dict(values["sampling"])
+        return cls(**values)
+
+
+def unknown_name(kind: str, name: str, allowed: list[str]) -> str:
+    """A message for a name that is not one of `allowed`, with the nearest that is."""
+    import difflib
+
+    nearest = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {kind} {name!r}{hint} The allowed ones are {', '.join(allowed)}"
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not supported; it must be one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")

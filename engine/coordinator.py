@@ -1,0 +1,249 @@
+"""Rank 0's part that the other ranks lack: it alone decides. Requests in, plans out, tokens back, events out.
+
+Three threads: intake (encodes text), the step loop (owns the scheduler), output (owns the text of every answer).
+They share nothing but queues.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from ..parallel.control import ControlChannel
+from .errors import EngineStopped, InvalidRequest, PhalanxError
+from .intake import Intake
+from .messages import Abort, Command, Event, Failed, Shutdown, Status, StatusRequest, Submit
+from .output import OutputProcessor
+from .plan import Idle, StepPlan, StepResult, Stop, encode
+from .request import Request, SequenceUpdate
+from .scheduler import Scheduler
+from .tokenizer import Tokenizer
+from .transport import Transport
+from .worker import Worker
+
+_log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Owns the scheduler and drives worker 0 and, through the control channel, all others."""
+
+    def __init__(
+        self,
+        *,
+        worker: Worker,
+        scheduler: Scheduler,
+        intake: Intake,
+        tokenizer: Tokenizer | None,
+        control: ControlChannel,
+        transport: Transport,
+        ranks: int,
+        report: list[str],
+        heartbeat_s: float,
+    ) -> None:
+        self._worker, self._scheduler, self._intake, self._control = worker, scheduler, intake, control
+        self._transport, self._ranks, self._report, self._heartbeat_s = transport, ranks, report, heartbeat_s
+        self._commands: queue.SimpleQueue[tuple[bytes, Command, float] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._output = OutputProcessor(tokenizer, self._emit, self._stop_found)
+        self._active: set[str] = set()  # ids from acceptance to the last event; intake adds, output removes
+        self._stopping = False
+        self.stopped: Exception | None = None
+        self._threads = [
+            threading.Thread(target=self._take_in, name="phalanx-intake", daemon=True),
+            threading.Thread(target=self._give_out, name="phalanx-output", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begin to take in commands. Steps run in run()."""
+        for thread in self._threads:
+            thread.start()
+        self._transport.start(lambda client, command: self._commands.put((client, command, time.monotonic())))
+
+    def stop(self) -> None:
+        """Make run() return after the step under way; safe from any thread and from a signal handler."""
+        self._inbox.put(self._stop)
+
+    def run(self, payload: Callable[[], bytes] = lambda: b"") -> None:
+        """The step loop: plan, execute, commit, until stop() or a Shutdown command; then the ranks are told to stop.
+
+        What still runs is aborted. An error of a rank ends the loop with that error.
+        """
+        self._stopping = False
+        try:
+            while self._handle_inbox():
+                self._step()
+            self._abort_all()
+            self._control.send(encode(Stop(payload())))
+        except Exception as error:
+            self.stopped = error
+            self._fail_all(error)
+            raise
+
+    def close(self) -> None:
+        """Deliver every event that is due, then end the threads and the transport. After run() has returned."""
+        self._commands.put(None)
+        self._threads[0].join()
+        self._outbox.put(None)
+        self._threads[1].join()
+        self._transport.close()
+
+    # ---- the step loop's thread
+
+    def _step(self) -> None:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return
+        self._control.send(encode(plan))
+        result = self._worker.execute(plan)
+        assert result is not None
+        self._fail_invalid(plan, result)
+        updates = self._scheduler.commit(plan, result)
+        self._outbox.put(lambda: self._deliver(updates))
+
+    def _handle_inbox(self) -> bool:
+        """Run what other threads asked for; wait for it while there is nothing to compute. False: time to stop."""
+        wait = not self._scheduler.has_work
+        if wait:
+            self._scheduler.check_integrity()
+        while not self._stopping:
+            try:
+                action = self._inbox.get(block=wait, timeout=self._heartbeat_s if wait else None)
+            except queue.Empty:
+                if not wait:
+                    return True
+                self._control.send(encode(Idle()))
+                continue
+            action()
+            wait = not self._scheduler.has_work
+        return False
+
+    def _add(self, client: bytes, request: Request, submit: Submit) -> None:
+        try:
+            self._scheduler.add(request)
+        except PhalanxError as error:
+            failure = error
+            self._outbox.put(lambda: self._fail(client, submit.id, request.id, failure))
+            return
+        self._outbox.put(lambda: self._output.start(client, submit, request.id))
+
+    def _abort(self, request_id: str) -> None:
+        updates = self._scheduler.abort(request_id)
+        self._outbox.put(lambda: self._deliver(updates))
+
+    def _abort_all(self) -> None:
+        for request_id in self._scheduler.unfinished():
+            self._abort(request_id)
+
+    def _finish(self, request_id: str, index: int, stop: str) -> None:
+        update = self._scheduler.finish(request_id, index, stop)
+        if update is not None:
+            self._outbox.put(lambda: self._deliver([update]))
+
+    def _fail_invalid(self, plan: StepPlan, result: StepResult) -> None:
+        """A row whose logits were not numbers fails its own request; the others of the step go on."""
+        for row, token in zip(plan.sample_rows, result.token_ids, strict=True):
+            if token < 0:
+                request_id = self._scheduler.request_of_row(row)
+                self._scheduler.abort(request_id)
+                error = InvalidRequest(
+                    "the model's output for this request is not a number; with float16 weights use dtype=bfloat16 or "
+                    "float32"
+                )
+                self._outbox.put(lambda name=request_id, why=error: self._fail_running(name, why))
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _report_status(self, client: bytes) -> None:
+        scheduler, capacity = self._scheduler, self._worker.capacity
+        status = Status(
+            ready=True,
+            ranks=self._ranks,
+            max_model_len=capacity.max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            block_size=capacity.block_size,
+            total_blocks=scheduler.total_blocks,
+            free_blocks=scheduler.free_blocks,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            steps=scheduler.steps,
+            preemptions=scheduler.preemptions,
+            prefix_hits=scheduler.prefix_hits,
+            peak_memory=list(capacity.peak_memory),
+            report=self._report,
+        )
+        self._outbox.put(lambda: self._emit(client, status))
+
+    # ---- the intake's thread
+
+    def _take_in(self) -> None:
+        while (item := self._commands.get()) is not None:
+            self._handle(*item)
+
+    def _handle(self, client: bytes, command: Command, arrived_at: float) -> None:
+        if isinstance(command, Submit):
+            self._submit(client, command, arrived_at)
+        elif isinstance(command, Abort):
+            self._inbox.put(lambda: self._abort(_request_id(client, command.id)))
+        elif isinstance(command, StatusRequest):
+            self._inbox.put(lambda: self._report_status(client))
+        else:
+            assert isinstance(command, Shutdown)
+            self.stop()
+
+    def _submit(self, client: bytes, submit: Submit, arrived_at: float) -> None:
+        request_id = _request_id(client, submit.id)
+        try:
+            if self.stopped is not None:
+                raise EngineStopped(f"the engine has stopped: {self.stopped}")
+            if request_id in self._active:
+                raise InvalidRequest(f"id={submit.id!r} is in use by a request that is not finished; choose another")
+            request = self._intake.accept(submit, request_id, arrived_at)
+        except PhalanxError as error:
+            failed = Failed(submit.id, type(error).__name__, str(error))
+            self._outbox.put(lambda: self._emit(client, failed))
+            return
+        self._active.add(request_id)
+        self._inbox.put(lambda: self._add(client, request, submit))
+
+    # ---- the output's thread
+
+    def _give_out(self) -> None:
+        while (action := self._outbox.get()) is not None:
+            action()
+
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        for update in updates:
+            self._output.update(update)
+            if update.request_finished:
+                self._active.discard(update.request.id)
+
+    def _stop_found(self, request_id: str, index: int, stop: str) -> None:
+        self._inbox.put(lambda: self._finish(request_id, index, stop))
+
+    def _fail(self, client: bytes, client_id: str, request_id: str, error: Exception) -> None:
+        self._active.discard(request_id)
+        self._emit(client, Failed(client_id, type(error).__name__, str(error)))
+
+    def _fail_running(self, request_id: str, error: Exception) -> None:
+        state = self._output.forget(request_id)
+        if state is not None:
+            self._fail(state.client, state.id, request_id, error)
+
+    def _fail_all(self, error: Exception) -> None:
+        def fail_outstanding() -> None:
+            for client, client_id in self._output.outstanding():
+                self._emit(client, Failed(client_id, EngineStopped.__name__, f"the engine has stopped: {error}"))
+
+        self._outbox.put(fail_outstanding)
+
+    def _emit(self, client: bytes, event: Event) -> None:
+        self._transport.send(client, event)
+
+
+def _request_id(client: bytes, client_id: str) -> str:
+    return f"{client.hex()}:{client_id}"

@@ -1,0 +1,71 @@
+"""A step while the scheduler puts it together: who gets how many tokens, and how that becomes a StepPlan."""
+
+from __future__ import annotations
+
+from .plan import SlotStart, StepPlan
+from .request import Sequence
+
+
+class StepDraft:
+    """The rows of one step, what changed for the ranks, and the budget of tokens that is left."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.starts: list[SlotStart] = []
+        self.token_slots: list[int] = []
+        self.token_ids: list[int] = []
+        self.block_slots: list[int] = []
+        self.block_indices: list[int] = []
+        self.block_ids: list[int] = []
+        self.decodes: list[Sequence] = []
+        self.chunks: list[Sequence] = []
+        self.chunk_counts: list[int] = []
+
+    def give_blocks(self, sequence: Sequence, first: int) -> None:
+        """Tell the ranks the entries of a block table from index `first`."""
+        new = sequence.blocks[first:]
+        self.block_slots += [sequence.slot] * len(new)
+        self.block_indices += range(first, first + len(new))
+        self.block_ids += new
+
+    def give_tokens(self, sequence: Sequence) -> None:
+        """All it wants, but at most half of the budget that is left: no short prompt waits for a long one."""
+        wanted = len(sequence.tokens) - sequence.computed
+        count = min(wanted, (self.budget + 1) // 2)
+        if count:
+            self.budget -= count
+            if wanted == 1:
+                self.decodes.append(sequence)
+            else:
+                self.chunks.append(sequence)
+                self.chunk_counts.append(count)
+
+    def give_rest(self) -> None:
+        """What nobody else could use goes to the first chunk that can."""
+        for i, sequence in enumerate(self.chunks):
+            more = min(self.budget, len(sequence.tokens) - sequence.computed - self.chunk_counts[i])
+            self.chunk_counts[i] += more
+            self.budget -= more
+
+    def plan(self, step: int) -> StepPlan:
+        """The finished step: decodes first, then chunks."""
+        rows = self.decodes + self.chunks
+        num_decodes = len(self.decodes)
+        sample_rows = list(range(num_decodes))
+        for row, (sequence, count) in enumerate(zip(self.chunks, self.chunk_counts, strict=True), num_decodes):
+            if sequence.computed + count == len(sequence.tokens):
+                sample_rows.append(row)
+        return StepPlan(
+            step=step,
+            starts=self.starts,
+            token_slots=self.token_slots,
+            token_ids=self.token_ids,
+            block_slots=self.block_slots,
+            block_indices=self.block_indices,
+            block_ids=self.block_ids,
+            slots=[sequence.slot for sequence in rows],
+            positions=[sequence.computed for sequence in rows],
+            counts=[1] * num_decodes + self.chunk_counts,
+            num_decodes=num_decodes,
+            sample_rows=sample_rows,
+        )

@@ -1,0 +1,156 @@
+"""Puts one rank's engine together: the model and its worker everywhere, the coordinator on rank 0."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..parallel.group import Group
+from .config import EngineConfig
+from .coordinator import Coordinator
+from .errors import CheckpointError
+from .hub import resolve_model
+from .intake import Intake
+from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config
+from .scheduler import Scheduler
+from .tokenizer import Tokenizer, read_generation_config
+from .transport import Transport, ZmqTransport
+from .worker import Progress, Worker, follow
+
+
+class Engine:
+    """One rank of an engine. Every rank of the group makes one at the same time; rank 0 gives a transport."""
+
+    def __init__(
+        self, config: EngineConfig, group: Group, transport: Transport | None, on_progress: Progress | None = None
+    ) -> None:
+        self.config, self.group = config, group
+        folder = resolve_model(config.model)
+        spec = spec_from_config(read_config(folder), str(folder))
+        tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
+        self.worker = Worker(config, spec, folder, group, on_progress)
+        self.coordinator: Coordinator | None = None
+        if group.rank == 0:
+            assert transport is not None
+            self.coordinator = self._coordinator(spec, tokenizer, read_generation_config(folder), transport)
+
+    def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
+        """Work until the engine is told to stop; returns the stop's payload. Rank 0's must have been started."""
+        if self.coordinator is None:
+            return follow(self.worker, self.group)
+        self.coordinator.run(payload)
+        return b""
+
+    def _coordinator(
+        self, spec: ModelSpec, tokenizer: Tokenizer | None, generation_config: dict[str, Any], transport: Transport
+    ) -> Coordinator:
+        config, capacity = self.config, self.worker.capacity
+        scheduler = Scheduler(
+            num_blocks=capacity.num_blocks,
+            block_size=capacity.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=capacity.max_model_len,
+            max_queue=config.max_queue,
+            # With dynamic scaling a token's keys depend on its sequence's length: they are nobody else's.
+            prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
+        )
+        intake = Intake(config, spec, tokenizer, generation_config, capacity.max_model_len)
+        return Coordinator(
+            worker=self.worker,
+            scheduler=scheduler,
+            intake=intake,
+            tokenizer=tokenizer,
+            control=self.group.control,
+            transport=transport,
+            ranks=self.group.size,
+            report=[*self._report(), intake.defaults_report],
+            heartbeat_s=config.timeout_s / 4,
+        )
+
+    def _report(self) -> list[str]:
+        group, worker, capacity = self.group, self.worker, self.worker.capacity
+        loaded = worker.load_report
+        return [
+            f"{group.size} rank(s) on {group.device.type}, {torch.get_num_threads()} thread(s) each, {worker.dtype}, "
+            f"attention={worker.backend.name}",
+            f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
+            f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
+            f"max_model_len={capacity.max_model_len}",
+        ]
+
+
+class EngineThread:
+    """Runs rank 0's step loop beside the caller's own code; on_stopped hears of an error."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_stopped: Callable[[Exception], None],
+        payload: Callable[[], bytes] = lambda: b"",
+    ) -> None:
+        self._engine, self._on_stopped, self._payload = engine, on_stopped, payload
+        self._thread = threading.Thread(target=self._run, name="phalanx-steps", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the step under way, and wait for it."""
+        assert self._engine.coordinator is not None
+        self._engine.coordinator.stop()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._engine.run(self._payload)
+        except Exception as error:
+            self._on_stopped(error)
+
+
+def run_rank(
+    config: EngineConfig,
+    group: Group,
+    address: str | None,
+    on_progress: Progress | None = None,
+    on_ready: Callable[[Engine], None] | None = None,
+) -> None:
+    """The whole life of a rank in a process of its own: rank 0 serves clients over ZeroMQ at `address`.
+
+    Blocks until a client or a signal handler (through on_ready's engine) ends the group.
+    """
+    set_threads(config, group.local_size)
+    transport = ZmqTransport(address) if group.rank == 0 and address is not None else None
+    engine = Engine(config, group, transport, on_progress)
+    if engine.coordinator is not None:
+        engine.coordinator.start()
+    if on_ready is not None:
+        on_ready(engine)
+    try:
+        engine.run()
+    finally:
+        if engine.coordinator is not None:
+            engine.coordinator.close()
+
+
+def set_threads(config: EngineConfig, local_size: int) -> None:
+    """Give this process its share of the host's cores, for ranks in processes of their own."""
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer | None:
+    import transformers
+
+    if config.tokenizer == "none":
+        return None
+    check_transformers(spec, transformers.__version__)
+    try:
+        return Tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    except CheckpointError:
+        # Dummy weights are for measuring: token ids are enough, and the folder may hold config.json alone.
+        if config.load_format == "dummy" and config.tokenizer is None:
+            return None
+        raise

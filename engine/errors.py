@@ -1,0 +1,37 @@
+"""The errors a caller may catch. Each message names the value given, what was allowed and the setting to change."""
+
+from __future__ import annotations
+
+
+class PhalanxError(Exception):
+    """Base of every error phalanx raises on purpose."""
+
+
+class InvalidRequest(PhalanxError, ValueError):
+    """One request is not acceptable; no other request is affected."""
+
+
+class ConfigError(PhalanxError, ValueError):
+    """The engine cannot be built from this configuration."""
+
+
+class CheckpointError(PhalanxError):
+    """A model folder or one of its tensors is missing, unexpected, mis-shaped or damaged."""
+
+
+class CapacityExceeded(PhalanxError):
+    """The engine's queue is full; the request was not accepted and may be sent again later."""
+
+
+class EngineStopped(PhalanxError, RuntimeError):
+    """The engine is no longer running: it was closed, or a rank failed (the message says which, and why)."""
+
+
+class Timeout(PhalanxError, TimeoutError):
+    """Something did not happen within the time the caller allowed."""
+
+
+ERRORS_BY_NAME: dict[str, type[PhalanxError]] = {
+    error.__name__: error
+    for error in (InvalidRequest, ConfigError, CheckpointError, CapacityExceeded, EngineStopped, Timeout)
+}

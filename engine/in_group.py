@@ -1,0 +1,83 @@
+"""LLM inside somebody else's torchrun job (training, RL): on the process group they pass, without global state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from ..parallel.group import adopt_group
+from .client import to_error
+from .config import EngineConfig
+from .engine import Engine, EngineThread
+from .errors import EngineStopped, PhalanxError
+from .llm import LLM, Messages, Prompt, RequestOutput, as_prompts
+from .messages import Failed
+from .params import SamplingParams
+from .transport import InProcess
+
+_Outcome = list[RequestOutput] | Failed
+
+
+class GroupLLM:
+    """Every rank of the process group makes one and calls the same methods in the same order; all get the same result.
+
+    Rank 0's arguments count. Between calls the ranks are the caller's: nothing runs, and nothing global was touched
+    (no signal handlers, no global random state, no environment). KV cache and prefix cache live until close().
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, model: str, **config: Any) -> None:
+        """`config` are EngineConfig's fields; ranks is the group's size."""
+        size = dist.get_world_size(process_group)
+        self._config = EngineConfig.from_dict({"model": model, "ranks": size, **config})
+        on_cuda = dist.get_backend(process_group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        self._group = adopt_group(
+            process_group, device=device, local_size=size, timeout_s=self._config.timeout_s
+        )
+        link = InProcess() if self._group.rank == 0 else None
+        self._engine = Engine(self._config, self._group, link.transport if link else None)
+        self._llm = LLM.paused(self._engine, link) if link else None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt, on all ranks together. Raises on every rank what LLM.generate raises."""
+        return self._together(lambda llm: llm.generate(as_prompts(prompts), sampling))
+
+    def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation, on all ranks together."""
+        return self._together(lambda llm: [llm.chat(messages, sampling)])[0]
+
+    def close(self) -> None:
+        """Free the engine, on all ranks together. The caller's process group stays."""
+        if self._llm is not None:
+            self._llm.close()
+        self._group.close()
+
+    def _together(self, call: Callable[[LLM], list[RequestOutput]]) -> list[RequestOutput]:
+        if self._llm is None:
+            return _unwrap(msgspec.msgpack.decode(self._engine.run(), type=_Outcome))
+        outcome: _Outcome = Failed("", EngineStopped.__name__, "the engine stopped before it answered")
+        failures: list[Exception] = []
+        thread = EngineThread(self._engine, failures.append, lambda: msgspec.msgpack.encode(outcome))
+        try:
+            outcome = call(self._llm)
+        except PhalanxError as error:
+            outcome = Failed("", type(error).__name__, str(error))
+        finally:
+            thread.stop()
+        if failures:
+            raise EngineStopped(f"rank 0 failed: {failures[0]}") from failures[0]
+        return _unwrap(outcome)
+
+
+def _unwrap(outcome: _Outcome) -> list[RequestOutput]:
+    if isinstance(outcome, Failed):
+        raise to_error(outcome)
+    return outcome

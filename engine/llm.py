@@ -1,0 +1,332 @@
+"""The Python API: LLM for programs that wait, AsyncLLM for programs that do not."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import torch
+
+from ..parallel.group import local_group
+from .client import Client, OnEvent, RequestHandle, to_error
+from .config import EngineConfig
+from .engine import Engine, EngineThread
+from .errors import EngineStopped, InvalidRequest
+from .messages import Delta, Event, Failed, Finished, Status, Submit, Timings, Usage
+from .params import SamplingParams
+from .plan import TokenLogprobs
+from .transport import InProcess
+from .worker import Progress
+
+Prompt = str | list[int]
+Messages = list[dict[str, Any]]
+STATUS_TIMEOUT_S = 60.0
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One of the n completions of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """A finished request."""
+
+    id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    usage: Usage
+    timings: Timings
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class OutputBuilder:
+    """Puts a request's events together; finished() gives the whole."""
+
+    def __init__(self, n: int) -> None:
+        self._outputs = [CompletionOutput(index=index) for index in range(n)]
+
+    def add(self, event: Event) -> RequestOutput | None:
+        """Take in an event; the output once it is the last one. A Failed is raised as its error."""
+        if isinstance(event, Failed):
+            raise to_error(event)
+        if isinstance(event, Delta):
+            output = self._outputs[event.index]
+            output.text += event.text
+            output.token_ids += event.token_ids
+            if event.logprobs is not None:
+                output.logprobs = (output.logprobs or []) + event.logprobs
+        elif isinstance(event, Finished):
+            for completion in event.completions:
+                self._outputs[completion.index].finish_reason = completion.finish_reason
+                self._outputs[completion.index].stop_reason = completion.stop_reason
+            return RequestOutput(
+                id=event.id,
+                prompt_token_ids=event.prompt_token_ids,
+                outputs=self._outputs,
+                usage=event.usage,
+                timings=event.timings,
+                prompt_logprobs=event.prompt_logprobs,
+            )
+        return None
+
+
+class LLM:
+    """An engine and a client of it. ranks=1 runs inside this process; more start a group of their own.
+
+    Keyword arguments are EngineConfig's fields. Raises ConfigError or CheckpointError if the engine cannot be built.
+    """
+
+    def __init__(
+        self, model: str, *, ranks: int = 1, on_progress: Progress | None = None, **config: Any
+    ) -> None:
+        self._start(EngineConfig.from_dict({"model": model, "ranks": ranks, **config}), on_progress)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, on_progress: Progress | None = None) -> LLM:
+        """The same from a configuration that is already made."""
+        llm = cls.__new__(cls)
+        llm._start(config, on_progress)
+        return llm
+
+    @classmethod
+    def from_engine(cls, engine: Engine, link: InProcess) -> LLM:
+        """A client of rank 0's engine in this process, made with link.transport; closing it stops the group."""
+        llm = cls.__new__(cls)
+        llm._attach(engine, link)
+        return llm
+
+    @classmethod
+    def in_group(cls, process_group: Any, model: str, **config: Any) -> Any:
+        """An engine on the ranks of somebody else's process group; see engine/in_group.py. Called by all its ranks."""
+        from .in_group import GroupLLM
+
+        return GroupLLM(process_group, model, **config)
+
+    @classmethod
+    def paused(cls, engine: Engine, link: InProcess) -> LLM:
+        """A client of an engine whose step loop somebody else runs, call by call."""
+        assert engine.coordinator is not None
+        engine.coordinator.start()
+        llm = cls.__new__(cls)
+        llm._client, llm._close_engine = Client(link.connection), engine.coordinator.close
+        return llm
+
+    def _start(self, config: EngineConfig, on_progress: Progress | None) -> None:
+        if config.ranks > 1:
+            from .group_process import GroupProcess
+
+            process = GroupProcess(config)
+            self._client, self._close_engine = process.client, process.close
+            return
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        link = InProcess()
+        self._attach(Engine(config, local_group(choose_device(config)), link.transport, on_progress), link)
+
+    def _attach(self, engine: Engine, link: InProcess) -> None:
+        coordinator = engine.coordinator
+        assert coordinator is not None
+        coordinator.start()
+        self._client = client = Client(link.connection)
+        thread = EngineThread(
+            engine, lambda error: client.fail_all(EngineStopped(f"rank 0 failed: {type(error).__name__}: {error}"))
+        )
+
+        def close() -> None:
+            thread.stop()
+            coordinator.close()
+            client.close()
+
+        self._close_engine: Callable[[], None] = close
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text or token ids), in one continuous batch; outputs in the order of the prompts.
+
+        If one is refused, the others of this call are aborted and its error is raised.
+        """
+        return self._run([_submit(self._client, prompt=prompt) for prompt in as_prompts(prompts)], sampling)
+
+    def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation, rendered by the model's chat template."""
+        return self._run([_submit(self._client, messages=messages)], sampling)[0]
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Iterator[Event]:
+        """Yield the request's Delta events, then Finished. Closing the iterator early aborts the request."""
+        submit = _submit(self._client, prompt=prompt, messages=messages, sampling=sampling or SamplingParams())
+        return iter(RequestHandle(self._client, submit))
+
+    def submit(self, submit: Submit, on_event: OnEvent | None = None) -> RequestHandle | None:
+        """Send one request of the protocol: to `on_event` (called on another thread), or else as a handle to iterate."""
+        if on_event is None:
+            return RequestHandle(self._client, submit)
+        self._client.submit(submit, on_event)
+        return None
+
+    def abort(self, request_id: str) -> None:
+        """End a request early."""
+        self._client.abort(request_id)
+
+    def status(self, timeout_s: float = STATUS_TIMEOUT_S) -> Status:
+        """The engine's state. Raises Timeout, or EngineStopped."""
+        return self._client.status(timeout_s)
+
+    def close(self) -> None:
+        """Abort what runs and end the engine with all its ranks. Closing twice is harmless."""
+        close, self._close_engine = self._close_engine, lambda: None
+        close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(
+        self, submits: list[Submit], sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        submits = _with_sampling(submits, sampling)
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        builders = {submit.id: OutputBuilder(submit.sampling.n) for submit in submits}
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for submit in submits:
+                self._client.submit(submit, events.put)
+            while len(outputs) < len(submits):
+                event = events.get()
+                assert not isinstance(event, Status)
+                output = builders[event.id].add(event)
+                if output is not None:
+                    outputs[event.id] = output
+        finally:
+            for submit in submits:
+                if submit.id not in outputs:
+                    self._client.abort(submit.id)
+        return [outputs[submit.id] for submit in submits]
+
+
+class AsyncLLM:
+    """The same engine for asyncio: many requests at once on one event loop. Construction blocks until it is ready."""
+
+    def __init__(self, model: str, *, ranks: int = 1, **config: Any) -> None:
+        self._llm = LLM(model, ranks=ranks, **config)
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> AsyncLLM:
+        """An asyncio face on an LLM that is already there; close() closes it."""
+        wrapper = cls.__new__(cls)
+        wrapper._llm = llm
+        return wrapper
+
+    async def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> AsyncIterator[Delta | Finished]:
+        """Yield Delta events, then Finished. Leaving the iteration, or cancelling the task, aborts the request."""
+        client = self._llm._client
+        submit = _submit(client, prompt=prompt, messages=messages, sampling=sampling or SamplingParams())
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        client.submit(submit, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))  # type: ignore[arg-type, return-value]
+        ended = False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = isinstance(event, Finished | Failed)
+                if isinstance(event, Failed):
+                    raise to_error(event)
+                assert isinstance(event, Delta | Finished)
+                yield event
+        finally:
+            if not ended:
+                client.abort(submit.id)
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> RequestOutput:
+        """Complete one prompt or conversation; gather several calls to batch them."""
+        builder = OutputBuilder((sampling or SamplingParams()).n)
+        output = None
+        async for event in self.stream(prompt, messages=messages, sampling=sampling):
+            output = builder.add(event)
+        assert output is not None
+        return output
+
+    async def status(self) -> Status:
+        """The engine's state."""
+        return await asyncio.to_thread(self._llm.status)
+
+    async def close(self) -> None:
+        """End the engine with all its ranks."""
+        await asyncio.to_thread(self._llm.close)
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The device of a rank that is alone in its process."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list: a list of integers is one prompt of token ids."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _submit(
+    client: Client,
+    *,
+    prompt: Prompt | None = None,
+    messages: Messages | None = None,
+    sampling: SamplingParams | None = None,
+) -> Submit:
+    return Submit(
+        id=client.new_id(),
+        prompt=prompt if isinstance(prompt, str) else None,
+        token_ids=None if prompt is None or isinstance(prompt, str) else list(prompt),
+        messages=messages,
+        sampling=sampling or SamplingParams(),
+    )
+
+
+def _with_sampling(
+    submits: list[Submit], sampling: SamplingParams | Sequence[SamplingParams] | None
+) -> list[Submit]:
+    if sampling is None:
+        return submits
+    each = [sampling] * len(submits) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(each) != len(submits):
+        raise InvalidRequest(
+            f"{len(each)} sampling parameters were given for {len(submits)} prompts: give one for all, or one for each"
+        )
+    return [msgspec.structs.replace(submit, sampling=params) for submit, params in zip(submits, each, strict=True)]

@@ -1,0 +1,201 @@
+"""Qwen2, Qwen3 and Llama: one pre-norm decoder with grouped-query attention and SwiGLU, composed from parallel layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.activation import silu_mul
+from ...kernels.attention import AttentionBackend
+from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.rope import RotaryEmbedding, apply_rope
+from ...parallel.checkpoint import WeightSlice
+from ...parallel.collectives.base import Collectives
+from ...parallel.embedding import VocabParallelEmbedding
+from ...parallel.linear import ColumnParallelLinear, Part, ReplicatedNorm, RowParallelLinear
+from ...parallel.partition import RankShare
+from ..batch import ForwardBatch
+from ..kv_cache import KVCache
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Build:
+    """What every layer of one rank's model is built from."""
+
+    spec: ModelSpec
+    share: RankShare
+    collectives: Collectives
+    attention: AttentionBackend
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device}
+
+    def norm(self, name: str, size: int) -> ReplicatedNorm:
+        return ReplicatedNorm(name, size, self.spec.rms_norm_eps, **self.placement)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the layers share during one forward pass."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor
+    attention_plan: Any
+
+
+class Attention(nn.Module):
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        spec, share, dim = build.spec, build.share, build.spec.head_dim
+        query_rows, kv_rows = _features(share.query_heads, dim), _features(share.kv_heads, dim)
+        query_size, kv_size = spec.num_query_heads * dim, spec.num_kv_heads * dim
+        self.backend, self.head_dim = build.attention, dim
+        self.widths = [len(query_rows), len(kv_rows), len(kv_rows)]
+        parts = [
+            Part("q_proj", query_rows, query_size),
+            Part("k_proj", kv_rows, kv_size),
+            Part("v_proj", kv_rows, kv_size),
+        ]
+        self.qkv = ColumnParallelLinear(spec.hidden_size, parts, bias=spec.qkv_bias, **build.placement)
+        self.output = RowParallelLinear(
+            "o_proj",
+            query_rows,
+            query_size,
+            spec.hidden_size,
+            bias=spec.output_bias,
+            collectives=build.collectives,
+            **build.placement,
+        )
+        self.q_norm = build.norm("q_norm", dim) if spec.qk_norm else None
+        self.k_norm = build.norm("k_norm", dim) if spec.qk_norm else None
+
+    def forward(self, x: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.widths, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm.weight, self.q_norm.eps)
+            k = rms_norm(k, self.k_norm.weight, self.k_norm.eps)
+        q, k = apply_rope(q, step.cos, step.sin), apply_rope(k, step.cos, step.sin)
+        self.backend.store_kv(k, v, k_cache, v_cache, step.slots)
+        attended = self.backend.attend(q, k_cache, v_cache, step.attention_plan)
+        return self.output(attended.flatten(1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        spec, columns = build.spec, build.share.mlp
+        parts = [Part(name, columns, spec.intermediate_size) for name in ("gate_proj", "up_proj")]
+        self.gate_up = ColumnParallelLinear(spec.hidden_size, parts, bias=spec.mlp_bias, **build.placement)
+        self.down = RowParallelLinear(
+            "down_proj",
+            columns,
+            spec.intermediate_size,
+            spec.hidden_size,
+            bias=spec.mlp_bias,
+            collectives=build.collectives,
+            **build.placement,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(silu_mul(self.gate_up(x)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        self.input_norm = build.norm("input_layernorm", build.spec.hidden_size)
+        self.attention = Attention(build)
+        self.mlp_norm = build.norm("post_attention_layernorm", build.spec.hidden_size)
+        self.mlp = MLP(build)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` is the last block's output, not yet added to `residual`; returns the same pair one layer on."""
+        x, residual = add_rms_norm(x, residual, self.input_norm.weight, self.input_norm.eps)
+        x = self.attention(x, step, k_cache, v_cache)
+        x, residual = add_rms_norm(x, residual, self.mlp_norm.weight, self.mlp_norm.eps)
+        return self.mlp(x), residual
+
+    def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        yield from self.input_norm.weight_slices(prefix)
+        for name, block in (("self_attn", self.attention), ("mlp", self.mlp)):
+            for layer in block.children():
+                yield from layer.weight_slices(f"{prefix}{name}.")
+        yield from self.mlp_norm.weight_slices(prefix)
+
+
+class CausalLM(nn.Module):
+    """One rank's part of a decoder language model; weights are uninitialised until its weight_slices are filled."""
+
+    def __init__(self, build: Build, max_model_len: int) -> None:
+        super().__init__()
+        spec, share = build.spec, build.share
+        self.spec = spec
+        self.embedding = VocabParallelEmbedding(
+            "embed_tokens",
+            share.vocab,
+            spec.vocab_size,
+            spec.hidden_size,
+            collectives=build.collectives,
+            **build.placement,
+        )
+        self.layers = nn.ModuleList(DecoderLayer(build) for _ in range(spec.num_layers))
+        self.norm = build.norm("norm", spec.hidden_size)
+        head = [Part("lm_head", share.vocab, spec.vocab_size)]
+        self.head = (
+            None
+            if spec.tied_embeddings
+            else ColumnParallelLinear(spec.hidden_size, head, bias=False, **build.placement)
+        )
+        self.backend = build.attention
+        self.rope = RotaryEmbedding(
+            head_dim=spec.head_dim,
+            max_position=spec.max_position,
+            table_length=max_model_len,
+            **build.placement,
+            **dataclasses.asdict(spec.rope),
+        )
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """Hidden states (T, hidden_size) after the final norm; writes this step's keys and values to `cache`."""
+        cos, sin = self.rope(batch.positions, batch.lengths)
+        step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
+        x = self.embedding(batch.token_ids)
+        residual = torch.zeros_like(x)
+        for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
+            x, residual = layer(x, residual, step, k_cache, v_cache)
+        return add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return torch.nn.functional.linear(hidden, weight).float()
+
+    def weight_slices(self) -> Iterator[WeightSlice]:
+        """Everything this rank reads from a checkpoint, in the order of the forward pass."""
+        yield from self.embedding.weight_slices("model.")
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.weight_slices(f"model.layers.{i}.")
+        yield from self.norm.weight_slices("model.")
+        if self.head is not None:
+            yield from self.head.weight_slices("")
+
+    def may_be_left_over(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint needs no place: old rotary buffers, and the copy of a tied head."""
+        return name.endswith("rotary_emb.inv_freq") or (self.head is None and name == "lm_head.weight")
+
+
+def _features(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)

@@ -1,0 +1,109 @@
+"""The model's tokenizer: text and chat messages to token ids, and token ids back to text as they come."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, ConfigError, InvalidRequest
+
+Message = dict[str, Any]
+
+
+class Tokenizer:
+    """transformers' tokenizer of a folder. Thread-safe: encoding runs in Rust and releases the GIL."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError if the folder holds no tokenizer that transformers can read."""
+        from transformers import AutoTokenizer
+
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+            raise CheckpointError(
+                f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder that has one"
+            )
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except KeyError as error:
+            import transformers
+
+            raise ConfigError(
+                f"transformers {transformers.__version__} does not know {error} of {folder}; a newer one is needed "
+                f"(Qwen2 needs 4.37, Qwen3 4.51)"
+            ) from error
+        except Exception as error:
+            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        if not self._tokenizer.is_fast:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
+                f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def encode_messages(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation, as transformers' apply_chat_template(add_generation_prompt=True) renders it.
+
+        Raises InvalidRequest if the model has no chat template or the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("messages were given, but the model's tokenizer has no chat template; send a prompt")
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            # A template is the model's own program and may raise anything; the request fails, by name.
+            raise InvalidRequest(f"the chat template refused the messages: {error}") from error
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decoder(self, skip_special_tokens: bool) -> TextStream:
+        """A decoder for one completion."""
+        return TextStream(self._tokenizer, skip_special_tokens)
+
+    @property
+    def size(self) -> int:
+        """Token ids the tokenizer knows; the model's vocabulary may be larger (padded)."""
+        return len(self._tokenizer)
+
+
+class TextStream:
+    """Decodes one completion token by token; text appears once it is whole UTF-8."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._pending: list[int] = []
+
+    def step(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is incomplete."""
+        self._pending.append(token_id)
+        text = self._stream.step(self._backend, token_id)
+        if text is None:
+            return ""
+        self._pending.clear()
+        return text
+
+    def flush(self) -> str:
+        """What an incomplete character at the very end decodes to (U+FFFD), as decoding all at once would show it."""
+        if not self._pending:
+            return ""
+        tokens, self._pending = self._pending, []
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False))
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json, or nothing if the folder has none. Raises CheckpointError if it is not JSON."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return values

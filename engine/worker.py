@@ -1,0 +1,185 @@
+"""One rank's model, cache and sampler: does exactly what a plan says."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..kernels.attention import AttentionBackend, choose_backend
+from ..parallel.checkpoint import LoadError, LoadReport, load_weights
+from ..parallel.dummy import fill_dummy
+from ..parallel.group import Group
+from ..parallel.partition import PartitionError, partition
+from .batch import ForwardBatch, SlotTable
+from .config import EngineConfig
+from .errors import CheckpointError, ConfigError
+from .kv_cache import KVCache, count_blocks, kv_budget
+from .models.decoder import Build, CausalLM
+from .models.spec import ModelSpec, dimensions
+from .plan import Idle, StepPlan, StepResult, Stop, TokenLogprobs, decode
+from .sampler import Sampler
+
+LOGPROB_ROWS = 256
+"""Prompt positions whose logits are held at once, so that long prompts need no (prompt, vocabulary) tensor."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the ranks agreed on: every one of them has room for this."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    peak_memory: tuple[int, ...]  # bytes, by rank; meaningful on rank 0
+
+
+class Worker:
+    """Built by every rank of the group at the same time; the constructor exchanges sizes with the others."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, folder: Path, group: Group, on_progress: Progress | None = None
+    ) -> None:
+        self._group = group
+        self.dtype = _dtype(config, spec, group.device)
+        self.backend = choose_backend(config.attention)
+        self.max_model_len = resolve_max_model_len(config, spec)
+        block_size = _block_size(config, self.backend)
+        try:
+            parts = partition(dimensions(spec), group.size, config.rank_weights)
+        except PartitionError as error:
+            raise ConfigError(str(error)) from error
+        share = parts.shares[group.rank]
+        build = Build(spec, share, group.collectives, self.backend, self.dtype, group.device)
+        with torch.inference_mode():
+            self._model = CausalLM(build, self.max_model_len)
+            self.load_report = self._load(config, folder, on_progress)
+        token_bytes = 2 * spec.num_layers * len(share.kv_heads) * spec.head_dim * self.dtype.itemsize
+        num_blocks = self._agree_on_blocks(config, block_size, token_bytes)
+        self._cache = KVCache.allocate(
+            num_blocks,
+            block_size,
+            spec.num_layers,
+            len(share.kv_heads),
+            spec.head_dim,
+            self.dtype,
+            group.device,
+        )
+        self._slots = SlotTable(config.max_num_seqs, self.max_model_len, block_size, group.device)
+        self._sampler = Sampler(group.collectives, share.vocab, spec.vocab_size)
+        self.capacity = Capacity(num_blocks, block_size, self.max_model_len, self._peak_memory())
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Compute one step. The sampled tokens and log-probabilities on rank 0, None on the others."""
+        with torch.inference_mode():
+            self._slots.apply(plan)
+            batch = self._slots.batch(plan)
+            hidden = self._model(batch, self._cache)
+            prompt_logprobs = self._prompt_logprobs(batch, hidden)
+            sampled = None
+            if batch.sample_rows:
+                logits = self._model.logits(hidden[batch.sample_tokens])
+                sampled = self._sampler.sample(logits, batch.sample_rows)
+        if self._group.rank != 0:
+            return None
+        tokens, logprobs = sampled or ([], [])
+        return StepResult(tokens, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(self, batch: ForwardBatch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        results: dict[int, list[TokenLogprobs]] = {}
+        for rows in batch.prompt_rows:
+            for first in range(0, len(rows.tokens), LOGPROB_ROWS):
+                piece = slice(first, first + LOGPROB_ROWS)
+                index = torch.from_numpy(rows.tokens[piece]).to(hidden.device)
+                logits = self._model.logits(hidden[index])
+                scored = self._sampler.prompt_logprobs(
+                    logits, np.asarray(rows.next_token_ids[piece]), rows.sampling.prompt_logprobs
+                )
+                results.setdefault(rows.row, []).extend(scored or [])
+        return results
+
+    def _load(self, config: EngineConfig, folder: Path, on_progress: Progress | None) -> LoadReport:
+        slices = list(self._model.weight_slices())
+        if config.load_format == "dummy":
+            return fill_dummy(slices, config.seed)
+        try:
+            return load_weights(folder, slices, ignore=self._model.may_be_left_over, progress=on_progress)
+        except LoadError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _agree_on_blocks(self, config: EngineConfig, block_size: int, token_bytes: int) -> int:
+        """KV blocks of every rank: the fewest that any of them has room for. All raise ConfigError if that is too few."""
+        group = self._group
+        sequence_bytes = -(-self.max_model_len // block_size) * block_size * token_bytes
+        budget = kv_budget(config, group.device, group.local_size, sequence_bytes)
+        mine = torch.tensor([budget // (block_size * token_bytes), budget, block_size * token_bytes])
+        everyone = group.host.gather(mine)
+        fewest = mine if everyone is None else min(everyone, key=lambda row: int(row[0]))
+        _, budget, block_bytes = group.host.broadcast(fewest.clone()).tolist()
+        return count_blocks(config, self.max_model_len, block_size, block_bytes, budget)
+
+    def _peak_memory(self) -> tuple[int, ...]:
+        device = self._group.device
+        peak = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        everyone = self._group.host.gather(torch.tensor([peak]))
+        return tuple(int(value) for value in everyone) if everyone else ()
+
+
+def follow(worker: Worker, group: Group) -> bytes:
+    """The life of a rank other than 0: execute each plan until rank 0 says stop. Returns the stop's payload."""
+    while True:
+        message = decode(group.control.receive())
+        if isinstance(message, StepPlan):
+            worker.execute(message)
+        elif isinstance(message, Stop):
+            return message.payload
+        else:
+            assert isinstance(message, Idle)
+
+
+def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    """max_model_len as configured, or the model's own; ConfigError above what the model's positions allow."""
+    limit = spec.max_position
+    if spec.rope.kind in ("linear", "dynamic"):
+        # These two count max_position before scaling; yarn and llama3 checkpoints state it after.
+        limit = int(spec.max_position * spec.rope.factor)
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is above the model's {limit} positions; lower max_model_len to at "
+            f"most {limit}, or give the model's config.json a rope scaling"
+        )
+    return config.max_model_len
+
+
+def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    name = spec.dtype if config.dtype == "auto" else config.dtype
+    if name == "float16" and device.type == "cpu" and config.dtype == "auto":
+        name = "bfloat16"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _block_size(config: EngineConfig, backend: AttentionBackend) -> int:
+    if config.block_size is None:
+        return backend.default_block_size
+    if config.block_size % backend.block_multiple:
+        raise ConfigError(
+            f"block_size={config.block_size} must be a multiple of {backend.block_multiple} for "
+            f"attention={backend.name}"
+        )
+    return config.block_size
+
+

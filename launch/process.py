@@ -1,0 +1,78 @@
+"""How a process of ours ends: on a signal, with its launcher, or at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+STOP_TIMEOUT_S = 3.0
+"""A clean stop that takes longer is cut short, so that everything has ended within 5 s of a signal."""
+PARENT_POLL_S = 0.25
+
+_before_exit: list[Callable[[], None]] = []
+
+
+class Signalled(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception: only the program's outermost level handles it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def before_exit(action: Callable[[], None]) -> None:
+    """Run `action` also when the process is ended by exit_now (the terminal's modes outlive a process)."""
+    _before_exit.append(action)
+
+
+def exit_now(code: int) -> None:
+    """End the process from any thread, whatever its other threads do."""
+    for action in _before_exit:
+        action()
+    os._exit(code)
+
+
+def exit_within(seconds: float, code: int) -> None:
+    """End the process with `code` after `seconds`, unless it has ended by then."""
+    timer = threading.Timer(seconds, exit_now, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def stop_on_signals(on_first: Callable[[int], None] | None = None) -> None:
+    """SIGINT and SIGTERM call `on_first` (by default they raise Signalled) and allow STOP_TIMEOUT_S; a second ends at once."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if seen:
+            exit_now(128 + number)
+        seen.append(number)
+        exit_within(STOP_TIMEOUT_S, 128 + number)
+        if on_first is None:
+            raise Signalled(number)
+        on_first(number)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def die_on_signals() -> None:
+    """SIGINT and SIGTERM end the process at once: for ranks that hold nothing anybody waits for."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_with_parent() -> None:
+    """Watch, on a thread, the process that started this one; once it has gone, however it went, end this one too."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        exit_now(1)
+
+    threading.Thread(target=watch, name="phalanx-parent-watch", daemon=True).start()

@@ -1,0 +1,171 @@
+"""Checkpoint streaming: each rank reads its own part of each safetensors tensor, straight into its final place."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .safetensors_files import LoadError, StoredTensor, locate_tensors, name_some
+
+__all__ = ["LoadError", "LoadReport", "Progress", "WeightSlice", "load_weights"]
+
+CHUNK_BYTES = 32 * 2**20
+"""Of the rows of one read, so that what is copied on the way stays small."""
+
+MAPPED_BYTES = 96 * 2**20
+"""A file is mapped while it is read, and touched pages count as this process's: after these many it is opened anew."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes read so far and the bytes there are to read."""
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """One tensor of a checkpoint and the part of it that this rank reads."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor in the checkpoint."""
+    index: tuple[slice, ...]
+    """The part: a contiguous slice for each dimension."""
+    destination: torch.Tensor
+    """Where the part goes, shaped like it; filled in place, with a conversion of dtype and device."""
+
+    def __post_init__(self) -> None:
+        part = tuple(index.stop - index.start for index in self.index)
+        inside = all(0 <= index.start <= index.stop <= size for index, size in zip(self.index, self.shape, strict=True))
+        if not inside or part != tuple(self.destination.shape):
+            raise ValueError(
+                f"{self.name}: {self.index} of shape {self.shape} does not fit a destination of shape "
+                f"{tuple(self.destination.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading took."""
+
+    bytes_read: int
+    """Returned by reads of the checkpoint."""
+    shard_bytes: int
+    """Of this rank's parts, in the checkpoint's dtype."""
+    seconds: float
+    files: int
+    """That the checkpoint consists of."""
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that old checkpoints hold and no model needs."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def load_weights(
+    folder: Path,
+    slices: Sequence[WeightSlice],
+    *,
+    ignore: Callable[[str], bool] = is_rotary_buffer,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Fill every slice's destination from the safetensors files of `folder`.
+
+    Names, shapes, dtypes and file sizes are checked from the headers of all files before anything is read, so every
+    rank finds the same faults. `ignore` names tensors that may be left over. Besides the destinations, memory stays
+    below CHUNK_BYTES copied and MAPPED_BYTES + CHUNK_BYTES mapped. Raises LoadError.
+    """
+    started = time.monotonic()
+    stored = locate_tensors(folder)
+    _check_coverage(folder, slices, stored, ignore)
+    total = sum(part.destination.numel() * stored[part.name].itemsize for part in slices)
+    done = 0
+    reader = _Reader()
+    for part in slices:
+        tensor = stored[part.name]
+        for chunk in _chunks(part, tensor.itemsize):
+            done += reader.read(tensor, chunk)
+            if progress is not None:
+                progress(done, total)
+    files = {tensor.file for tensor in stored.values()}
+    return LoadReport(bytes_read=done, shard_bytes=total, seconds=time.monotonic() - started, files=len(files))
+
+
+class _Reader:
+    """Keeps one file open, and opens it anew when much of it has been mapped."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._handle: Any = None
+        self._mapped = 0
+
+    def read(self, tensor: StoredTensor, part: WeightSlice) -> int:
+        """Fill the part's destination. Returns the bytes read."""
+        if tensor.file != self._file or self._mapped > MAPPED_BYTES:
+            self._handle = None  # unmapped before the next is mapped
+            self._handle, self._file, self._mapped = _open(tensor.file), tensor.file, 0
+        value: torch.Tensor = self._handle.get_slice(part.name)[part.index]
+        self._mapped += _touched_bytes(part, tensor.itemsize)
+        _check_finite(value, tensor.file, part)
+        part.destination.copy_(value)
+        return value.numel() * value.element_size()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise LoadError(f"{file} is no readable safetensors file ({error}); copy it again") from error
+
+
+def _check_coverage(
+    folder: Path, slices: Sequence[WeightSlice], stored: Mapping[str, StoredTensor], ignore: Callable[[str], bool]
+) -> None:
+    needed = {part.name: part.shape for part in slices}
+    if missing := [name for name in needed if name not in stored]:
+        raise LoadError(f"{folder}: its safetensors files lack tensor {name_some(missing)}, which the model needs")
+    if unexpected := [name for name in stored if name not in needed and not ignore(name)]:
+        raise LoadError(
+            f"{stored[unexpected[0]].file}: tensor {name_some(unexpected)} is unexpected; "
+            f"the architecture that config.json names has no place for it"
+        )
+    for name, shape in needed.items():
+        if stored[name].shape != shape:
+            raise LoadError(
+                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but by config.json it must "
+                f"have {list(shape)}"
+            )
+
+
+def _check_finite(value: torch.Tensor, file: Path, part: WeightSlice) -> None:
+    low, high = (float(bound) for bound in value.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise LoadError(f"{file}: tensor {part.name} holds values that are not finite (NaN or infinity)")
+    dtype = part.destination.dtype
+    if max(-low, high) > torch.finfo(dtype).max:
+        raise LoadError(
+            f"{file}: tensor {part.name} holds {max(high, low, key=abs):g}, which does not fit {dtype} (at most "
+            f"{torch.finfo(dtype).max:g}); set dtype=bfloat16 or dtype=float32"
+        )
+
+
+def _chunks(part: WeightSlice, itemsize: int) -> Iterator[WeightSlice]:
+    """The part in runs of rows that touch CHUNK_BYTES at most (one row at least)."""
+    if not part.destination.numel():
+        return
+    first, last = part.index[0].start, part.index[0].stop
+    step = max(1, CHUNK_BYTES // (math.prod(part.shape[1:]) * itemsize))
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        destination = part.destination[start - first : stop - first]
+        yield WeightSlice(part.name, part.shape, (slice(start, stop), *part.index[1:]), destination)
+
+
+def _touched_bytes(part: WeightSlice, itemsize: int) -> int:
+    """Of the pages that reading the part maps: a slice of columns touches its rows whole."""
+    rows = part.index[0].stop - part.index[0].start
+    return int(rows * math.prod(part.shape[1:]) * itemsize)

@@ -1,0 +1,63 @@
+"""Collectives over a torch.distributed process group: gloo for CPU ranks, NCCL for CUDA ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .base import CollectiveError, Collectives
+
+
+class ProcessGroupCollectives(Collectives):
+    """Wraps a process group (or a bare backend of one); `device` says where it wants tensors."""
+
+    def __init__(self, group: dist.ProcessGroup | dist.Backend, device: torch.device) -> None:
+        # The group's own methods, not torch.distributed's functions: they also serve a group that no registry knows.
+        self._group: Any = group
+        self._device = device
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._wait("all_reduce", lambda: self._group.allreduce([x], dist.AllreduceOptions()))
+        return x
+
+    def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        x = x.contiguous()
+        options = dist.GatherOptions()
+        options.rootRank = dst
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == dst else None
+        self._wait("gather", lambda: self._group.gather([parts] if parts else [], [x], options))
+        return parts
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        x = x.contiguous()
+        options = dist.BroadcastOptions()
+        options.rootRank = src
+        options.rootTensor = 0
+        self._wait("broadcast", lambda: self._group.broadcast([x], options))
+        return x
+
+    def barrier(self) -> None:
+        self._wait("barrier", lambda: self._group.barrier(dist.BarrierOptions()))
+
+    def close(self) -> None:
+        # Whoever made the process group destroys it; this object only lets go of it.
+        self._group = None
+
+    def _wait(self, operation: str, start: Callable[[], Any]) -> None:
+        try:
+            start().wait()
+        except RuntimeError as error:
+            raise CollectiveError(
+                f"rank {self.rank} of {self.size}: {operation} failed, as when another rank has gone or is stuck "
+                f"(timeout_s bounds the wait): {error}"
+            ) from error

@@ -1,0 +1,121 @@
+"""Linear layers whose weight is cut over the ranks.
+
+Column-parallel: W = [W1; ...; Wp] along the output features; each rank computes its own outputs, nothing is exchanged.
+Row-parallel: W = [W1, ..., Wp] along the input features; partial results are summed over the ranks.
+(Shoeybi et al., Megatron-LM, arXiv:1909.08053.) Weights are (out_features, in_features), as in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from .checkpoint import WeightSlice
+from .collectives.base import Collectives
+
+
+@dataclass(frozen=True)
+class Part:
+    """One checkpoint matrix inside a fused column-parallel layer: `rows` of its `total_rows` belong to this rank."""
+
+    name: str
+    rows: range
+    total_rows: int
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b over this rank's output features; several checkpoint matrices may be fused, one below the other.
+
+    Fused query/key/value and gate/up projections are this layer with three and two parts.
+    """
+
+    def __init__(
+        self, in_features: int, parts: Sequence[Part], *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        rows = sum(len(part.rows) for part in parts)
+        self.weight = _parameter(rows, in_features, dtype=dtype, device=device)
+        self.bias = _parameter(rows, dtype=dtype, device=device) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in_features) -> (T, rows of all parts)."""
+        return linear(x, self.weight, self.bias)
+
+    def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What to read from the checkpoint, and where it goes."""
+        first = 0
+        for part in self.parts:
+            last = first + len(part.rows)
+            rows = slice(part.rows.start, part.rows.stop)
+            in_features = self.weight.shape[1]
+            yield WeightSlice(
+                f"{prefix}{part.name}.weight",
+                (part.total_rows, in_features),
+                (rows, slice(0, in_features)),
+                self.weight[first:last],
+            )
+            if self.bias is not None:
+                yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), self.bias[first:last])
+            first = last
+
+
+class RowParallelLinear(nn.Module):
+    """y = sum over ranks of x_r W_r^T, + b once, for this rank's `columns` of the `total_columns` input features."""
+
+    def __init__(
+        self,
+        name: str,
+        columns: range,
+        total_columns: int,
+        out_features: int,
+        *,
+        bias: bool,
+        collectives: Collectives,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.name, self.columns, self.total_columns = name, columns, total_columns
+        self.collectives = collectives
+        self.weight = _parameter(out_features, len(columns), dtype=dtype, device=device)
+        self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, columns) -> (T, out_features), the same on every rank."""
+        y = self.collectives.all_reduce(linear(x, self.weight))
+        return y if self.bias is None else y.add_(self.bias)
+
+    def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What to read from the checkpoint, and where it goes."""
+        out_features = self.weight.shape[0]
+        yield WeightSlice(
+            f"{prefix}{self.name}.weight",
+            (out_features, self.total_columns),
+            (slice(0, out_features), slice(self.columns.start, self.columns.stop)),
+            self.weight,
+        )
+        if self.bias is not None:
+            yield WeightSlice(f"{prefix}{self.name}.bias", (out_features,), (slice(0, out_features),), self.bias)
+
+
+class ReplicatedNorm(nn.Module):
+    """An RMSNorm weight, held whole by every rank."""
+
+    def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.weight = _parameter(size, dtype=dtype, device=device)
+
+    def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What to read from the checkpoint, and where it goes."""
+        size = self.weight.shape[0]
+        yield WeightSlice(f"{prefix}{self.name}.weight", (size,), (slice(0, size),), self.weight)
+
+
+def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,207 @@
+"""Which part of a model each rank holds: pure arithmetic, for any number of ranks up to the query heads.
+
+While there are at most as many ranks as KV heads, the unit is a KV head with its group of query heads. Above that,
+KV heads are replicated and the query heads of each are split among its ranks. MLP columns even out the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+COLUMN_MULTIPLE = 64
+"""MLP columns are dealt in multiples of this, which kernels like, except at the end."""
+
+
+class PartitionError(ValueError):
+    """No such partition; the message names the value, the range and the setting."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a model that a partition depends on, in elements."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_layers: int
+    tied_embeddings: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.num_query_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """One rank's part. Its query heads are spread evenly over its KV heads, in order."""
+
+    rank: int
+    query_heads: range
+    kv_heads: range
+    mlp: range
+    vocab: range
+
+    @property
+    def group(self) -> int:
+        """Query heads of each of this rank's KV heads."""
+        return len(self.query_heads) // len(self.kv_heads)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Every rank's share."""
+
+    dimensions: Dimensions
+    shares: tuple[RankShare, ...]
+
+    def parameters(self, rank: int) -> int:
+        """Weights that `rank` holds, in elements: its parts of every matrix, and the norms, which all hold."""
+        d, share = self.dimensions, self.shares[rank]
+        layer = _attention_parameters(d, len(share.query_heads), len(share.kv_heads)) + _column_parameters(d) * len(
+            share.mlp
+        )
+        tables = 1 if d.tied_embeddings else 2
+        norms = (2 * d.num_layers + 1) * d.hidden_size
+        return d.num_layers * layer + tables * len(share.vocab) * d.hidden_size + norms
+
+    def kv_elements_per_token(self, rank: int) -> int:
+        """Elements of keys and values that `rank` keeps for each token, over all layers."""
+        d = self.dimensions
+        return 2 * d.num_layers * len(self.shares[rank].kv_heads) * d.head_dim
+
+    @property
+    def busiest_share(self) -> float:
+        """The busiest rank's weights over an even 1/N share of all that is held: 1.0 is perfectly even."""
+        held = [self.parameters(share.rank) for share in self.shares]
+        return max(held) * len(held) / sum(held)
+
+    @property
+    def kv_replicas(self) -> int:
+        """Ranks that hold the most replicated KV head."""
+        heads = [share.kv_heads.start for share in self.shares if len(share.kv_heads) == 1]
+        return max((heads.count(head) for head in heads), default=1)
+
+
+def partition(dimensions: Dimensions, ranks: int, weights: Sequence[float] | None = None) -> Partition:
+    """Cut a model over `ranks`, evenly or in proportion to `weights` (one positive number a rank).
+
+    Raises PartitionError unless 1 <= ranks <= num_query_heads.
+    """
+    d = dimensions
+    if d.num_kv_heads < 1 or d.num_query_heads % d.num_kv_heads:
+        raise PartitionError(
+            f"{d.num_query_heads} query heads are no multiple of {d.num_kv_heads} KV heads: the model's config is wrong"
+        )
+    if not 1 <= ranks <= d.num_query_heads:
+        raise PartitionError(
+            f"ranks={ranks} is out of range: this model has {d.num_query_heads} query heads, so set ranks to 1 to "
+            f"{d.num_query_heads}"
+        )
+    if min(d.vocab_size, d.intermediate_size) < ranks:
+        raise PartitionError(
+            f"ranks={ranks} is above the model's vocabulary of {d.vocab_size} or its {d.intermediate_size} MLP columns"
+        )
+    shares = [1.0] * ranks if weights is None else [float(weight) for weight in weights]
+    if len(shares) != ranks or not all(weight > 0 for weight in shares):
+        raise PartitionError(f"rank_weights={shares} must be {ranks} positive numbers, one for each of ranks={ranks}")
+    heads = _deal_heads(d, shares)
+    vocab = _ranges(_deal(d.vocab_size, shares))
+    mlp = _ranges(_deal_columns(d, shares, heads, vocab))
+    return Partition(
+        d, tuple(RankShare(rank, *heads[rank], mlp[rank], vocab[rank]) for rank in range(ranks))
+    )
+
+
+def _deal_heads(d: Dimensions, weights: list[float]) -> list[tuple[range, range]]:
+    """(query heads, KV heads) of each rank."""
+    ranks = len(weights)
+    if ranks <= d.num_kv_heads:
+        kv = _ranges(_deal(d.num_kv_heads, weights))
+        return [(range(heads.start * d.group, heads.stop * d.group), heads) for heads in kv]
+    result = []
+    first = 0
+    for head, holders in enumerate(_holders(d, weights)):
+        queries = _ranges(_deal(d.group, weights[first : first + holders]), head * d.group)
+        result += [(part, range(head, head + 1)) for part in queries]
+        first += holders
+    return result
+
+
+def _holders(d: Dimensions, weights: list[float]) -> list[int]:
+    """How many consecutive ranks hold each KV head: shares of the heads as even as the ranks' weights allow."""
+    holders = []
+    first, left = 0, sum(weights)
+    for head in range(d.num_kv_heads):
+        heads_after = d.num_kv_heads - head - 1
+        target = left / (heads_after + 1)
+        count, held = 1, weights[first]
+        # One more rank, while that brings this head's weight nearer its due and leaves a rank for each head after it.
+        while (
+            count < d.group
+            and len(weights) - first - count > heads_after
+            and abs(held + weights[first + count] - target) <= abs(held - target)
+        ):
+            held += weights[first + count]
+            count += 1
+        # The heads after this one can take no more than their query heads.
+        while len(weights) - first - count > heads_after * d.group:
+            held += weights[first + count]
+            count += 1
+        holders.append(count)
+        first, left = first + count, left - held
+    return holders
+
+
+def _deal_columns(
+    d: Dimensions, weights: list[float], heads: list[tuple[range, range]], vocab: list[range]
+) -> list[int]:
+    """MLP columns of each rank, so that its bytes come to its weight's share of all bytes."""
+    tables = 1 if d.tied_embeddings else 2
+    fixed = [
+        d.num_layers * _attention_parameters(d, len(queries), len(kv)) + tables * len(rows) * d.hidden_size
+        for (queries, kv), rows in zip(heads, vocab, strict=True)
+    ]
+    column = d.num_layers * _column_parameters(d)
+    total = sum(fixed) + d.intermediate_size * column
+    wanted = [max(0.0, total * weight / sum(weights) - held) / column for weight, held in zip(weights, fixed, strict=True)]
+    multiple = COLUMN_MULTIPLE
+    while multiple > 1 and d.intermediate_size // multiple < 4 * len(weights):
+        multiple //= 2
+    units = -(-d.intermediate_size // multiple)
+    counts = [unit * multiple for unit in _deal(units, [max(want, 1e-9) for want in wanted])]
+    counts[-1] -= units * multiple - d.intermediate_size
+    return counts
+
+
+def _deal(count: int, weights: list[float]) -> list[int]:
+    """`count` things in proportion to the weights, at least one each: largest remainders first, then lower ranks."""
+    spare = count - len(weights)
+    ideal = [count * weight / sum(weights) for weight in weights]
+    above = [max(0.0, share - 1) for share in ideal]
+    scale = spare / sum(above) if sum(above) else 0.0
+    dealt = [1 + int(share * scale) for share in above]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (dealt[i] - 1 - above[i] * scale, i))
+    for i in range(count - sum(dealt)):
+        dealt[by_remainder[i % len(weights)]] += 1
+    return dealt
+
+
+def _ranges(counts: list[int], first: int = 0) -> list[range]:
+    result = []
+    for count in counts:
+        result.append(range(first, first + count))
+        first += count
+    return result
+
+
+def _attention_parameters(d: Dimensions, queries: int, kv_heads: int) -> int:
+    return 2 * (queries + kv_heads) * d.head_dim * d.hidden_size
+
+
+def _column_parameters(d: Dimensions) -> int:
+    return 3 * d.hidden_size

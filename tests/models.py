@@ -1,0 +1,68 @@
+"""The models the tests run, and what transformers says of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "models" / "smollm2-135m"
+
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n",
+    "Water boils at",
+    "List three colours: red,",
+    "In 1969, the first humans to",
+    "Q: What is 17 + 25?\nA:",
+    "The quick brown fox jumps over the lazy dog. " * 12,
+    "A",
+    "She opened the letter and read it aloud:",
+    "import numpy as np\n\n" * 9,
+    "To be, or not to be, that is the question: " * 5,
+    "The three laws of thermodynamics state that",
+    "Dear Sir or Madam,",
+    "1, 1, 2, 3, 5, 8,",
+    "Once more: the sea, the sea, the sea, " * 20,
+)
+
+
+def require_smollm2() -> Path:
+    """The demo model's folder; `make test` makes it."""
+    if not (SMOLLM2 / "model.safetensors").exists():
+        raise FileNotFoundError(f"{SMOLLM2} is missing: run `python -m phalanx.launch.get_model demo`, as `make test` does")
+    return SMOLLM2
+
+
+@dataclass(frozen=True)
+class Scored:
+    """transformers' view of one sequence: logits (tokens, vocabulary) float32 at every position."""
+
+    logits: torch.Tensor
+
+    def greedy(self, prompt_length: int) -> list[int]:
+        """The token transformers would choose after each prefix that begins with the prompt."""
+        return self.logits[prompt_length - 1 : -1].argmax(-1).tolist()
+
+    def logprobs(self) -> torch.Tensor:
+        """Log-probabilities (tokens, vocabulary) of each next token."""
+        return self.logits.log_softmax(-1)
+
+
+@functools.lru_cache(maxsize=2)
+def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of a folder."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def score(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Scored:
+    """Run transformers once over `tokens`."""
+    with torch.inference_mode():
+        return Scored(reference_model(folder, dtype)(torch.tensor([tokens])).logits[0].float())
