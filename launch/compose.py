@@ -50,8 +50,9 @@ class Job(Generic[K]):
         names = [field.name for field in dataclasses.fields(EngineConfig)]
         values = {name: self.values[name] for name in names}
         if values["model"] is None:
+            names_known = ", ".join(choices("models"))
             raise ConfigError(
-                f"model is missing: give model=FOLDER, model=organisation/name, or a preset: {', '.join(choices('models'))}"
+                f"model is missing: give model=FOLDER, model=organisation/name, or a preset: {names_known}"
             )
         _check_preset_name(values["model"])
         if isinstance(values["kv_memory"], str):
@@ -113,9 +114,7 @@ def compose(arguments: Sequence[str], keys: type[K], place: Place) -> Job[K]:
 
 def job_of(config: DictConfig, keys: type[K], place: Place, overrides: Sequence[str]) -> Job[K]:
     """A composed configuration as plain data."""
-    values = {
-        str(name): None if OmegaConf.is_missing(config, name) else _plain(config[name]) for name in config
-    }
+    values = {str(name): None if OmegaConf.is_missing(config, name) else _plain(config[name]) for name in config}
     own = keys(**{field.name: values[field.name] for field in dataclasses.fields(keys)})
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("models=")]
     return Job(place, own, values, chosen[-1] if chosen else None)
@@ -140,7 +139,7 @@ def _rewrite(argument: str, presets: list[str]) -> str:
     if name not in _TEXT + _PATHS or (value[0] in "'\"" and value[0] == value[-1] and len(value) > 1):
         return argument
     if name in _TEXT:
-        value = value.replace("${", "\\${")
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation
     return f"{name}={_quote(value)}"
 
 

@@ -24,7 +24,7 @@ def read_place() -> Place:
     """The place torchrun gave this process. Raises ConfigError if its variables are incomplete or no numbers."""
     if "WORLD_SIZE" not in os.environ:
         return Place()
-    values = []
+    values: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name, "")
         if not text.isdecimal():
@@ -32,5 +32,11 @@ def read_place() -> Place:
                 f"the environment says {name}={text!r}, where a number belongs: start ranks with torchrun, or unset "
                 f"WORLD_SIZE to run without it"
             )
-        values.append(int(text))
-    return Place(*values, launched=True)
+        values[name] = int(text)
+    return Place(
+        rank=values["RANK"],
+        size=values["WORLD_SIZE"],
+        local_rank=values["LOCAL_RANK"],
+        local_size=values["LOCAL_WORLD_SIZE"],
+        launched=True,
+    )

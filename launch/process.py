@@ -44,7 +44,10 @@ def exit_within(seconds: float, code: int) -> None:
 
 
 def stop_on_signals(on_first: Callable[[int], None] | None = None) -> None:
-    """SIGINT and SIGTERM call `on_first` (by default they raise Signalled) and allow STOP_TIMEOUT_S; a second ends at once."""
+    """The first SIGINT or SIGTERM calls `on_first` (by default it raises Signalled) and allows STOP_TIMEOUT_S.
+
+    A second one ends the process at once.
+    """
     seen: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:

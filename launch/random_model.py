@@ -61,7 +61,9 @@ def random_origin(shape: dict[str, Any], seed: int, dtype: str) -> dict[str, Any
         raise ConfigError(f"dtype={dtype!r} is not supported; it must be one of {', '.join(DTYPES)}")
     vocabulary = _vocabulary(shape)
     ids = {"bos_token_id": vocabulary[END_OF_TEXT], "eos_token_id": vocabulary[TURN_END]}
-    return {"made": "random", "config": {"hidden_act": "silu", **ids, **shape, "torch_dtype": dtype}, "seed": seed}
+    config = {"hidden_act": "silu", **ids, **shape, "torch_dtype": dtype}
+    config.pop("dtype", None)  # transformers 5's name for the same
+    return {"made": "random", "config": config, "seed": seed}
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
@@ -101,7 +103,7 @@ def _pieces(name: str, shape: Shape, dtype: torch.dtype, seed: int, deviation: f
 
 
 def _vocabulary(shape: dict[str, Any]) -> dict[str, int]:
-    """Token ids: the special tokens where the shape has them, then single bytes, ASCII first, while there is room."""
+    """Token ids: the special tokens where the shape has them, the rest after single bytes, ASCII first."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     size = shape.get("vocab_size")
@@ -116,9 +118,9 @@ def _vocabulary(shape: dict[str, Any]) -> dict[str, int]:
         if not 0 <= wanted < size:
             raise ConfigError(f"{field}={wanted} must be below vocab_size={size}")
         special[token] = wanted
-    names = [token for token in (END_OF_TEXT, TURN_START, TURN_END) if token not in special]
-    # The byte-level alphabet spells a printable ASCII character as itself; these sort first.
-    names += sorted(ByteLevel.alphabet())
+    # Space and newline (as the byte-level alphabet spells them), then the printable ASCII characters: they sort first.
+    names = sorted(ByteLevel.alphabet(), key=lambda letter: (letter not in "ĠĊ", letter))[: size - 3]
+    names += [token for token in (END_OF_TEXT, TURN_START, TURN_END) if token not in special]
     free = (i for i in range(size) if i not in special.values())
     return special | dict(zip(names, free, strict=False))
 

@@ -1,4 +1,4 @@
-"""The configuration's structured schema, derived from EngineConfig and SamplingParams: one source of names, types and meanings."""
+"""The configuration's schema, derived from EngineConfig and SamplingParams: one source of names, types, meanings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ class Keys:
     """The load of a benchmark, as the presets of configs/bench state it."""
 
 
-@functools.lru_cache
 def field_docs(owner: type) -> dict[str, str]:
     """The meaning of every field of a class: the string literal that follows it, inherited ones included."""
     docs: dict[str, str] = {}
@@ -60,8 +59,7 @@ def field_docs(owner: type) -> dict[str, str]:
 
 def key_docs(keys: type[Keys]) -> dict[str, str]:
     """Every dotted key of a program's configuration with its meaning, the program's own keys first."""
-    docs = dict(field_docs(keys))
-    docs |= {name: text for name, text in field_docs(EngineConfig).items() if name != "sampling"}
+    docs = field_docs(keys) | {name: text for name, text in field_docs(EngineConfig).items() if name != "sampling"}
     return docs | {f"sampling.{name}": text for name, text in field_docs(SamplingParams).items()}
 
 
@@ -105,9 +103,9 @@ def _omegaconf_type(hint: Any) -> Any:
     """`hint` in the forms OmegaConf knows: it has no tuples of any length."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
-        return list[arguments[0]]
+        return types.GenericAlias(list, arguments[:1])
     if origin in (types.UnionType, typing.Union):
-        return typing.Optional[_omegaconf_type(next(a for a in arguments if a is not type(None)))]  # noqa: UP045
+        return typing.Union[tuple(_omegaconf_type(argument) for argument in arguments)]  # noqa: UP007
     return hint
 
 

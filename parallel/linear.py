@@ -104,12 +104,12 @@ class RowParallelLinear(nn.Module):
 
 
 class ReplicatedNorm(nn.Module):
-    """An RMSNorm weight, held whole by every rank."""
+    """An RMSNorm weight, held whole by every rank, in float32."""
 
-    def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, name: str, size: int, eps: float, device: torch.device) -> None:
         super().__init__()
         self.name, self.eps = name, eps
-        self.weight = _parameter(size, dtype=dtype, device=device)
+        self.weight = _parameter(size, dtype=torch.float32, device=device)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""

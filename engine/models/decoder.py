@@ -40,7 +40,7 @@ class Build:
         return {"dtype": self.dtype, "device": self.device}
 
     def norm(self, name: str, size: int) -> ReplicatedNorm:
-        return ReplicatedNorm(name, size, self.spec.rms_norm_eps, **self.placement)
+        return ReplicatedNorm(name, size, self.spec.rms_norm_eps, self.device)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ class CausalLM(nn.Module):
         cos, sin = self.rope(batch.positions, batch.lengths)
         step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
         x = self.embedding(batch.token_ids)
-        residual = torch.zeros_like(x)
+        # float32: the sum over all layers is where bfloat16 would lose most.
+        residual = torch.zeros_like(x, dtype=torch.float32)
         for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
             x, residual = layer(x, residual, step, k_cache, v_cache)
         return add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]

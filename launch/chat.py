@@ -1,0 +1,174 @@
+"""A conversation in the terminal: `python -m phalanx.launch.chat`, also under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..engine.config import EngineConfig
+from ..engine.errors import EngineStopped, PhalanxError
+from ..engine.hub import resolve_model
+from ..engine.llm import LLM
+from ..engine.messages import Delta, Finished, Submit
+from ..engine.tokenizer import Message, Tokenizer
+from .compose import Job
+from .program import run_program
+from .progress import loading_progress
+from .schema import Keys
+from .session import follow, open_llm, why_stopped
+from .show import write_stdout
+from .terminal import Terminal
+
+ANSWER_TOKENS = 512
+"""Room kept for an answer whose max_tokens is not set, though never more than a quarter of max_model_len."""
+PROMPT = "> "
+HELP = """/reset   forget the conversation
+/help    this list
+/exit    leave (or Ctrl-D)
+Ctrl-C   stop the answer, or drop the line being typed"""
+
+
+@dataclass
+class ChatKeys(Keys):
+    """What chat is told."""
+
+    system: str | None = None
+    """The system message the conversation begins with. Taken as it is written, unless quoted for Hydra."""
+
+
+class Conversation:
+    """The messages so far; the oldest turns make room when they outgrow the model."""
+
+    def __init__(self, system: str | None, count_tokens: Callable[[list[Message]], int], limit: int) -> None:
+        """`limit`: tokens the rendered conversation may have."""
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._count_tokens, self._limit = count_tokens, limit
+        self._turns: list[Message] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """The system message and every turn kept."""
+        return self._system + self._turns
+
+    def ask(self, text: str) -> int:
+        """Add the user's turn. Returns how many earlier messages were dropped to make room for it."""
+        self._turns.append({"role": "user", "content": text})
+        dropped = 0
+        while len(self._turns) > 1 and self._count_tokens(self.messages) > self._limit:
+            # A question leaves with its answer: templates want the roles to alternate.
+            end = next(i for i in range(1, len(self._turns)) if self._turns[i]["role"] == "user")
+            del self._turns[:end]
+            dropped += end
+        return dropped
+
+    def answer(self, text: str) -> None:
+        """Add the model's turn."""
+        self._turns.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> None:
+        """Drop the user's last turn, which got no answer."""
+        self._turns.pop()
+
+    def reset(self) -> None:
+        """Forget every turn."""
+        self._turns.clear()
+
+
+class Chat:
+    """Reads lines and answers them until there are no more."""
+
+    def __init__(self, llm: LLM, config: EngineConfig, conversation: Conversation, terminal: Terminal | None) -> None:
+        self._llm, self._config, self._conversation, self._terminal = llm, config, conversation, terminal
+        self._numbers = 0
+
+    def run(self) -> int:
+        """The exit code: 0, or 1 if a request failed and nobody was there to see it."""
+        code = 0
+        for line in self._lines():
+            text = line.strip()
+            if text == "/exit":
+                break
+            if text == "/reset":
+                self._conversation.reset()
+                print("The conversation was forgotten.")
+            elif text == "/help":
+                print(HELP)
+            elif text.startswith("/") and len(text.split()) == 1:
+                print(f"{text} is no command.\n{HELP}")
+            elif text:
+                answered = self._answer(line)
+                code = code if answered or self._terminal is not None else 1
+            elif self._terminal is not None:
+                print("(Ctrl-D or /exit leaves, /help lists the commands)")
+        return code
+
+    def _lines(self) -> Iterator[str]:
+        if self._terminal is None:
+            yield from (line.rstrip("\r\n") for line in sys.stdin)
+            return
+        while (line := self._terminal.read_line(PROMPT)) is not None:
+            yield line
+        print()
+
+    def _answer(self, text: str) -> bool:
+        try:
+            dropped = self._conversation.ask(text)
+            if dropped:
+                print(f"(the conversation outgrew max_model_len: its {dropped} oldest messages were forgotten)")
+            self._numbers += 1
+            answer = self._stream(
+                Submit(id=f"turn-{self._numbers}", messages=self._conversation.messages, sampling=self._config.sampling)
+            )
+        except EngineStopped as error:
+            raise why_stopped(self._llm, error) from None
+        except PhalanxError as error:
+            print(f"error: {error}")
+            self._conversation.take_back()
+            return False
+        self._conversation.answer(answer)
+        return True
+
+    def _stream(self, submit: Submit) -> str:
+        handle = self._llm.submit(submit)
+        assert handle is not None
+        text, ending = "", ""
+        watched = self._terminal.on_interrupt(handle.abort) if self._terminal else contextlib.nullcontext()
+        with watched:
+            for event in handle:
+                if isinstance(event, Delta) and event.index == 0:
+                    text += event.text
+                    write_stdout(event.text)
+                elif isinstance(event, Finished):
+                    ending = event.completions[0].finish_reason
+        notes = {"abort": " [stopped]", "length": " [sampling.max_tokens or max_model_len reached]"}
+        write_stdout(f"{notes.get(ending, '')}\n")
+        return text
+
+
+def chat(job: Job[ChatKeys]) -> int:
+    """Converse on standard input and output until their end."""
+    config = job.engine_config()
+    if job.place.rank != 0:
+        follow(config, job.place)
+        return 0
+    tokenizer = Tokenizer(resolve_model(config.tokenizer or config.model))
+    with open_llm(config, job.place, loading_progress(job.place)) as llm:
+        status = llm.status()
+        room = min(config.sampling.max_tokens or ANSWER_TOKENS, status.max_model_len // 4)
+        conversation = Conversation(
+            job.keys.system, lambda messages: len(tokenizer.encode_messages(messages)), status.max_model_len - room
+        )
+        terminal = Terminal() if sys.stdin.isatty() else None
+        try:
+            if terminal is not None:
+                print("\n".join(status.report), HELP, sep="\n\n")
+            return Chat(llm, config, conversation, terminal).run()
+        finally:
+            if terminal is not None:
+                terminal.restore()
+
+
+if __name__ == "__main__":
+    run_program(ChatKeys, chat, f"{__package__}.chat", "converse with a model in the terminal")

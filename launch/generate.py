@@ -1,0 +1,252 @@
+"""Complete one prompt, or every request of a JSONL file: `python -m phalanx.launch.generate`, also under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from ..engine.config import EngineConfig
+from ..engine.errors import ConfigError, EngineStopped, InvalidRequest, PhalanxError
+from ..engine.llm import LLM, OutputBuilder
+from ..engine.messages import Delta, Event, Finished, Status, Submit
+from .compose import Job
+from .jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, count_requests, read_done, read_requests
+from .process import Signalled
+from .program import run_program
+from .progress import loading_progress
+from .schema import Keys
+from .session import follow, open_llm, why_stopped
+from .show import AnswerStream, Display, ProgressBar, write_stdout
+
+WINDOW = 4
+"""Requests under way, in multiples of max_num_seqs: enough that the engine never waits, few enough for any input."""
+
+
+@dataclass
+class GenerateKeys(Keys):
+    """What generate is told."""
+
+    prompt: str | None = None
+    """The text to complete; the answer streams to standard output. Taken as it is written, unless quoted for Hydra."""
+    input: str | None = None
+    """A JSONL file of requests: {"id", "prompt" | "messages" | "token_ids", "sampling"?} on each line."""
+    output: str | None = None
+    """The JSONL file of answers, written as each finishes and replaced unless resume=true; null: standard output."""
+    resume: bool = False
+    """Continue a killed run: skip the ids that output already has."""
+    stream: bool = False
+    """With input: show the answers as they are written instead of a progress bar."""
+
+
+@dataclass
+class Summary:
+    """What became of a batch."""
+
+    answered: int = 0
+    failed: int = 0
+    tokens: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def text(self, skipped: int) -> str:
+        """One line for the end of a run."""
+        seconds = time.monotonic() - self.started
+        already = f", {skipped} already there" if skipped else ""
+        first = self.first_token_s
+        median = f"; first token after {statistics.median(first):.2f} s (p50)" if first else ""
+        return (
+            f"{self.answered + self.failed} requests: {self.answered} answered, {self.failed} failed{already}; "
+            f"{self.tokens} tokens in {seconds:.1f} s, {self.tokens / max(seconds, 1e-9):.1f} tokens/s{median}"
+        )
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    id: Id
+    builder: OutputBuilder
+
+
+class Batch:
+    """Sends requests through an engine, a bounded number at a time, and writes each record as it is known."""
+
+    def __init__(self, llm: LLM, answers: AnswerFile | None, display: Display, window: int) -> None:
+        self._llm, self._answers, self._display, self._window = llm, answers, display, window
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._under_way: dict[str, _UnderWay] = {}
+        self.summary = Summary()
+
+    def run(self, requests: Iterator[LineRequest | BadLine]) -> None:
+        """Until every request has its record. Raises EngineStopped if the engine ends first."""
+        waiting: LineRequest | BadLine | None = next(requests, None)
+        while waiting is not None or self._under_way:
+            while waiting is not None and len(self._under_way) < self._window:
+                self._begin(waiting)
+                waiting = next(requests, None)
+            if self._under_way:
+                self._take(self._events.get())
+
+    def _begin(self, item: LineRequest | BadLine) -> None:
+        if isinstance(item, BadLine):
+            self.summary.failed += 1
+            self._write({"id": item.id, "error": item.error})
+            self._display.refused(item)
+            return
+        self._under_way[item.submit.id] = _UnderWay(item.id, OutputBuilder(item.submit.sampling.n))
+        self._display.submitted(item)
+        self._llm.submit(item.submit, self._events.put)
+
+    def _take(self, event: Event) -> None:
+        assert not isinstance(event, Status)
+        entry = self._under_way[event.id]
+        try:
+            output = entry.builder.add(event)
+        except EngineStopped as error:
+            # No request's fault: it gets no record, and a resumed run computes it.
+            raise why_stopped(self._llm, error) from None
+        except PhalanxError as error:
+            del self._under_way[event.id]
+            self.summary.failed += 1
+            self._end(event.id, {"id": entry.id, "error": str(error)})
+            return
+        if isinstance(event, Delta):
+            self.summary.tokens += len(event.token_ids)
+            self._display.delta(event)
+        if output is not None:
+            del self._under_way[event.id]
+            self.summary.answered += 1
+            self.summary.first_token_s.append(output.timings.ttft_s)
+            self._end(event.id, answer_record(entry.id, output))
+
+    def _end(self, request_id: str, record: dict[str, object]) -> None:
+        self._write(record)
+        self._display.ended(request_id, record)
+
+    def _write(self, record: dict[str, object]) -> None:
+        if self._answers is not None:
+            self._answers.write(record)
+
+
+def generate(job: Job[GenerateKeys]) -> int:
+    """One prompt or a batch. 0 if every request was answered, else 1."""
+    config = job.engine_config()
+    if job.place.rank != 0:
+        follow(config, job.place)
+        return 0
+    check_keys(job.keys)
+    if job.keys.prompt is not None:
+        return _one(job, config, job.keys.prompt)
+    return _batch(job, config)
+
+
+def check_keys(keys: GenerateKeys) -> None:
+    """Raises ConfigError for keys that do not go together or name no file."""
+    if (keys.prompt is None) == (keys.input is None):
+        raise ConfigError("give either prompt=TEXT or input=FILE.jsonl")
+    if keys.input is None:
+        for name in ("output", "resume", "stream"):
+            if getattr(keys, name):
+                raise ConfigError(f"{name}={getattr(keys, name)} goes with input=FILE.jsonl, not with prompt=")
+        return
+    if not Path(keys.input).is_file():
+        raise ConfigError(f"input={keys.input!r} is not a file")
+    if keys.resume and keys.output is None:
+        raise ConfigError("resume=true needs output=FILE.jsonl, the file to continue")
+    if keys.output is not None and Path(keys.output).resolve() == Path(keys.input).resolve():
+        raise ConfigError(f"output={keys.output!r} is the input file: give another")
+
+
+def _one(job: Job[GenerateKeys], config: EngineConfig, prompt: str) -> int:
+    submit = Submit(id="prompt", prompt=prompt, sampling=config.sampling)
+    others = [""] * config.sampling.n
+    with open_llm(config, job.place, loading_progress(job.place)) as llm:
+        _say_report(llm)
+        handle = llm.submit(submit)
+        assert handle is not None
+        try:
+            for event in handle:
+                if isinstance(event, Delta) and event.index == 0:
+                    write_stdout(event.text)
+                elif isinstance(event, Delta):
+                    others[event.index] += event.text
+                elif isinstance(event, Finished):
+                    for number, text in enumerate(others[1:], 2):
+                        write_stdout(f"\n-- completion {number} --\n{text}")
+                    write_stdout("\n")
+                    _say(_one_summary(event))
+        except EngineStopped as error:
+            raise why_stopped(llm, error) from None
+        except InvalidRequest as error:
+            _say(f"error: {error}")
+            return 1
+    return 0
+
+
+def _one_summary(end: Finished) -> str:
+    reasons = ", ".join(completion.finish_reason for completion in end.completions)
+    timings, tokens = end.timings, end.usage.completion_tokens
+    return (
+        f"({reasons}; {tokens} tokens in {timings.total_s:.1f} s, {tokens / max(timings.total_s, 1e-9):.1f} tokens/s, "
+        f"first after {timings.ttft_s:.2f} s)"
+    )
+
+
+def _batch(job: Job[GenerateKeys], config: EngineConfig) -> int:
+    keys = job.keys
+    assert keys.input is not None
+    done = read_done(Path(keys.output)) if keys.resume and keys.output is not None else set()
+    with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
+        with open_llm(config, job.place, loading_progress(job.place)) as llm:
+            _say_report(llm)
+            if answers is not None and not keys.resume:
+                answers.clear()
+            display: Display = AnswerStream(write_stdout)
+            if not keys.stream:
+                display = ProgressBar(count_requests(Path(keys.input)) - len(done), sys.stderr)
+            batch = Batch(llm, answers, display, min(config.max_queue, WINDOW * config.max_num_seqs))
+            try:
+                batch.run(read_requests(requests, config.sampling, done))
+            except (Signalled, EngineStopped):
+                display.close()
+                if keys.output is not None:
+                    _say(f"broken off after {batch.summary.answered} answers; resume=true goes on from there")
+                raise
+            display.close()
+        _say(batch.summary.text(len(done)))
+    return 1 if batch.summary.failed else 0
+
+
+@contextlib.contextmanager
+def _answer_file(keys: GenerateKeys) -> Iterator[AnswerFile | None]:
+    if keys.output is not None:
+        Path(keys.output).parent.mkdir(parents=True, exist_ok=True)
+        with _open(keys.output, "ab") as file:
+            yield AnswerFile(file)
+    else:
+        yield None if keys.stream else AnswerFile(sys.stdout.buffer)
+
+
+def _open(path: str, mode: str) -> BinaryIO:
+    try:
+        return cast(BinaryIO, open(path, mode))
+    except OSError as error:
+        raise ConfigError(f"{path!r} cannot be opened: {error.strerror}") from error
+
+
+def _say_report(llm: LLM) -> None:
+    for line in llm.status().report:
+        _say(line)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_program(GenerateKeys, generate, f"{__package__}.generate", "complete a prompt, or a file of requests")

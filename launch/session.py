@@ -1,0 +1,83 @@
+"""An engine for a program of ours: in this process, on torchrun's ranks, or as a group of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..engine.config import EngineConfig
+from ..engine.engine import Engine, set_threads
+from ..engine.errors import ConfigError, EngineStopped, PhalanxError
+from ..engine.llm import LLM
+from ..engine.transport import InProcess
+from ..engine.worker import Progress
+from ..parallel.group import Group, join_group
+from .place import Place
+
+
+def join(config: EngineConfig, place: Place) -> Group:
+    """This rank's group; all ranks call it. Raises ConfigError if this machine has not what is asked for."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch finds no GPU here: set device=cpu, or install a CUDA build of torch")
+    backend = config.collectives
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" else "gloo"
+    if backend == "nccl" and device == "cpu":
+        raise ConfigError("collectives=nccl needs device=cuda; with device=cpu set collectives=gloo")
+    return join_group(
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        local_size=place.local_size,
+        device=device,
+        backend=backend,
+        timeout_s=config.timeout_s,
+    )
+
+
+def follow(config: EngineConfig, place: Place) -> None:
+    """The life of a rank other than 0: until rank 0 stops the group."""
+    group = join(config, place)
+    set_threads(config, group.local_size)
+    Engine(config, group, None).run()
+    group.close()
+
+
+@contextmanager
+def open_llm(config: EngineConfig, place: Place, on_progress: Progress | None = None) -> Iterator[LLM]:
+    """An LLM for rank 0, or for a process on its own, which starts a group if ranks > 1. Closed at the end.
+
+    An error that stopped the engine's steps in this process is raised as it was, with its traceback.
+    """
+    if not place.launched and config.ranks > 1:
+        with LLM.from_config(config, on_progress) as llm:
+            yield llm
+        return
+    group = join(config, place)
+    set_threads(config, group.local_size)
+    link = InProcess()
+    engine = Engine(config, group, link.transport, on_progress)
+    coordinator = engine.coordinator
+    assert coordinator is not None
+    try:
+        with LLM.from_engine(engine, link) as llm:
+            yield llm
+    except EngineStopped:
+        if coordinator.stopped is not None:
+            raise coordinator.stopped from None
+        raise
+    group.close()
+
+
+def why_stopped(llm: LLM, error: PhalanxError) -> PhalanxError:
+    """The fullest account of an EngineStopped: once its group has ended, the client knows which rank failed."""
+    try:
+        llm.status()
+    except PhalanxError as fuller:
+        return fuller
+    return error

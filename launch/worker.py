@@ -1,0 +1,36 @@
+"""`torchrun ... -m phalanx.launch.worker model=... address=ipc://...`: a bare engine group for clients elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engine.errors import ConfigError
+from .compose import Job
+from .program import run_program
+from .rank import serve_rank
+from .schema import Keys
+
+
+@dataclass
+class WorkerKeys(Keys):
+    """What a bare group is told."""
+
+    address: str | None = None
+    """Where rank 0 serves clients: ipc:///run/engine on this host, tcp://127.0.0.1:5555 for others."""
+
+
+def work(job: Job[WorkerKeys]) -> int:
+    """Serve until a client or a signal ends the group."""
+    config, address = job.engine_config(), job.keys.address
+    if address is None or not address.startswith(("ipc://", "tcp://")):
+        raise ConfigError(f"address={address!r} must be ipc://PATH or tcp://HOST:PORT")
+    if config.ranks != job.place.size:
+        raise ConfigError(
+            f"ranks={config.ranks}, but this is rank {job.place.rank} of {job.place.size}: start as many with "
+            f"torchrun --nproc-per-node {config.ranks} -m {__package__}.worker"
+        )
+    return serve_rank(config, job.place, address)
+
+
+if __name__ == "__main__":
+    run_program(WorkerKeys, work, f"{__package__}.worker", "one rank of an engine that serves clients over ZeroMQ")

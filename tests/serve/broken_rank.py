@@ -1,0 +1,27 @@
+"""launch.generate, with a fault put into rank 1: its third step raises."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from phalanx.engine.worker import Worker
+from phalanx.launch.generate import GenerateKeys, generate
+from phalanx.launch.program import run_program
+
+FAULT = "this rank was broken on purpose"
+_compute = Worker.execute
+_steps: list[int] = []
+
+
+def _execute(self: Worker, plan: Any) -> Any:
+    _steps.append(plan.step)
+    if len(_steps) == 3:
+        raise ZeroDivisionError(FAULT)
+    return _compute(self, plan)
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        Worker.execute = _execute  # type: ignore[method-assign]
+    run_program(GenerateKeys, generate, __name__, "generate, with a fault")
