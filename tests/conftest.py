@@ -28,13 +28,18 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def qwq_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 with QwQ's 40 query and 8 KV heads, an untied head and float32 weights."""
-    return _random_model("qwq_tiny", tmp_path_factory)
+    return _random_model(tmp_path_factory, "float32")
 
 
-def _random_model(preset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import yaml
+@pytest.fixture(scope="session")
+def qwq_tiny_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape as checkpoints come: bfloat16 weights of Qwen2's own standard deviation, 0.02."""
+    return _random_model(tmp_path_factory, "bfloat16", initializer_range=0.02)
+
+
+def _random_model(tmp_path_factory: pytest.TempPathFactory, dtype: str, **changes: Any) -> Path:
+    from phalanx.launch.presets import load_preset
     from phalanx.launch.random_model import make_random_model
-    from phalanx.tests.models import ROOT
 
-    shape = yaml.safe_load((ROOT / "configs" / "models" / f"{preset}.yaml").read_text())["shape"]
-    return make_random_model(tmp_path_factory.mktemp("models") / preset, shape, dtype="float32")
+    shape = {**load_preset("qwq_tiny")["shape"], **changes}
+    return make_random_model(tmp_path_factory.mktemp("models") / "qwq-tiny", shape, dtype=dtype)

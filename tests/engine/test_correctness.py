@@ -117,7 +117,7 @@ def test_smollm2_gives_transformers_logits_at_1_to_4_ranks(run_ranks: RunRanks, 
     _check_logits(run_ranks, smollm2, tokens, [1, 2, 3, 4], CHUNKED)
 
 
-@pytest.mark.parametrize("model", ["smollm2", "qwq_tiny"])
+@pytest.mark.parametrize("model", ["smollm2", "qwq_tiny_bfloat16"])
 def test_bfloat16_logits_are_within_one_percent_of_float32(
     run_ranks: RunRanks, request: pytest.FixtureRequest, model: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Starts our programs as a person would, on pipes or in a terminal of their own, and looks at what they leave behind."""
+"""Starts our programs as a person would, on pipes or in a terminal of their own, and sees what they leave behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ ALONE: tuple[str, ...] = ()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TIMEOUT_S = 120.0
 STOP_S = 5.0
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
+TEMPORARY = Path(tempfile.mkdtemp(prefix="programs-"))
+_ENVIRONMENT = {**os.environ, "TMPDIR": str(TEMPORARY), "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
 
 
 def command(program: str, *arguments: object, launcher: tuple[str, ...] = ALONE) -> list[str]:
@@ -73,15 +75,16 @@ def end_within_5_s(process: subprocess.Popen[str], everyone: list[psutil.Process
 
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Fails if shared memory, or a run directory of ours, is there afterwards that was not before."""
+    """Fails if shared memory or a temporary folder is there afterwards that was not before."""
     before = _traces()
     yield
     assert _traces() - before == set()
 
 
-def _traces() -> set[str]:
-    shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
-    return shared | {str(path) for path in Path("/tmp").glob("phalanx-*")}
+def _traces() -> set[Path]:
+    # torchrun keeps its error files on purpose.
+    temporary = {path for path in TEMPORARY.iterdir() if not path.name.startswith("torchelastic_")}
+    return temporary | set(Path("/dev/shm").iterdir())
 
 
 class InTerminal:
