@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from phalanx.engine.client import Client
+from phalanx.engine.transport import ZmqConnection
 from phalanx.tests.serve.broken_rank import FAULT
 from phalanx.tests.serve.programs import (
     ALONE,
@@ -148,9 +150,9 @@ def test_a_worker_group_ends_on_sigterm_and_leaves_no_socket_behind(tiny: Path, 
     socket = tmp_path / "engine"
     with nothing_left_behind():
         process = start("worker", f"model={tiny}", f"address=ipc://{socket}", launcher=TORCHRUN)
-        deadline = time.monotonic() + TIMEOUT_S
-        while not socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        client = Client(ZmqConnection(f"ipc://{socket}"))
+        assert client.status(TIMEOUT_S).ranks == 2
+        client.close()
         everyone = family(process.pid)
         process.terminate()
         end_within_5_s(process, everyone)

@@ -1,0 +1,84 @@
+"""What the tests of collectives run on real ranks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from phalanx.engine.config import EngineConfig
+from phalanx.engine.models.spec import read_config, spec_from_config
+from phalanx.engine.worker import Worker
+from phalanx.parallel.collectives.base import CollectiveError
+from phalanx.parallel.group import Group, adopt_group
+
+
+def _group(size: int, timeout_s: float = 60.0) -> Group:
+    world = dist.group.WORLD
+    assert world is not None
+    return adopt_group(world, device=torch.device("cpu"), local_size=size, timeout_s=timeout_s)
+
+
+def exchange(rank: int, size: int) -> dict[str, object]:
+    """Every operation once, for several dtypes and sizes."""
+    group = _group(size)
+    collectives = group.collectives
+    results: dict[str, object] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (1, 1000, 100_003):
+            x = (torch.arange(length) % 7 + rank).to(dtype)
+            expected = (torch.arange(length) % 7 * size + sum(range(size))).to(dtype)
+            assert torch.equal(collectives.all_reduce(x), expected)
+    strided = torch.arange(12.0).view(3, 4).T + rank
+    assert torch.equal(collectives.all_reduce(strided), torch.arange(12.0).view(3, 4).T * size + sum(range(size)))
+    gathered = collectives.gather(torch.tensor([rank, 2**40 + rank]), dst=size - 1)
+    results["gathered"] = None if gathered is None else [part.tolist() for part in gathered]
+    results["broadcast"] = collectives.broadcast(torch.full((3,), float(rank)), src=size - 1).tolist()
+    collectives.barrier()
+    collectives.warmup([1, 64])
+    group.close()
+    return results
+
+
+def control(rank: int, size: int, messages: list[bytes]) -> list[bytes]:
+    """What each rank heard of the messages that rank 0 sent."""
+    group = _group(size)
+    heard = []
+    for message in messages:
+        if rank == 0:
+            group.control.send(message)
+        else:
+            heard.append(group.control.receive())
+    group.close()
+    return heard
+
+
+def lose_a_rank(rank: int, size: int, folder: str) -> str:
+    """The last rank leaves without a word; the others say what they saw. Never returns through the group again."""
+    group = _group(size, timeout_s=20.0)
+    group.collectives.barrier()
+    if rank == size - 1:
+        os._exit(0)
+    try:
+        for _ in range(100):
+            group.collectives.all_reduce(torch.ones(1000))
+            time.sleep(0.01)
+    except CollectiveError as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+    os._exit(0)
+
+
+def load(rank: int, size: int, folder: str) -> dict[str, int]:
+    """Bytes read, bytes of the shard, and how far the peak of this process's memory rose while a worker was built."""
+    group = _group(size)
+    config = EngineConfig(model=folder, ranks=size, kv_memory=2**20, max_model_len=64, max_num_seqs=1)
+    spec = spec_from_config(read_config(Path(folder)), folder)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    worker = Worker(config, spec, Path(folder), group)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = worker.load_report
+    return {"read": report.bytes_read, "shard": report.shard_bytes, "rise": peak - before}
