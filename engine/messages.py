@@ -55,7 +55,7 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
-    """New text and tokens of one completion (`index` of n). Text lags tokens while a character or a stop string is incomplete."""
+    """New text and tokens of one completion (`index` of n). Text waits while a character or stop string is open."""
 
     id: str
     index: int

@@ -20,7 +20,7 @@ class Tokenizer:
 
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
             raise CheckpointError(
-                f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder that has one"
+                f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
             )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

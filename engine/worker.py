@@ -114,7 +114,7 @@ class Worker:
             raise CheckpointError(str(error)) from error
 
     def _agree_on_blocks(self, config: EngineConfig, block_size: int, token_bytes: int) -> int:
-        """KV blocks of every rank: the fewest that any of them has room for. All raise ConfigError if that is too few."""
+        """KV blocks of every rank: the fewest that any has room for. All raise ConfigError if that is too few."""
         group = self._group
         sequence_bytes = -(-self.max_model_len // block_size) * block_size * token_bytes
         budget = kv_budget(config, group.device, group.local_size, sequence_bytes)

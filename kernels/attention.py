@@ -45,7 +45,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
-        """Attention of queries (T, heads, head_dim) over what the cache holds, this step's tokens included. Same shape."""
+        """Attention of queries (T, heads, head_dim) over the cache, which holds this step's tokens too. Same shape."""
 
     def store_kv(
         self,

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a value depends on its key and its counter alone, so any rank can make any part of them."""
+"""Counter-based random numbers: a value depends on its key and counter alone, so any rank can make any part."""
 
 from __future__ import annotations
 

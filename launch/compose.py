@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -60,6 +61,17 @@ class Job(Generic[K]):
         return EngineConfig.from_dict(values)
 
 
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments by Hydra's own parser. Raises ConfigError for a flag that is none."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message} (write key=value; --help lists the keys, --hydra-help the flags)")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(list(arguments))
+
+
 def choices(group: str, folders: Sequence[Path] = (CONFIGS,)) -> list[str]:
     """The names a group such as models (the presets) can be set to."""
     return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
@@ -70,12 +82,13 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], place: Place) 
 
     Raises ConfigError for a name that is no key, or ranks other than torchrun started.
     """
-    config_dir = get_args_parser().parse_args(list(arguments)).config_dir
+    config_dir = parse_arguments(arguments).config_dir
     folders = [CONFIGS, *([Path(config_dir)] if config_dir else [])]
     prepared = [_rewrite(argument, choices("models", folders)) for argument in arguments]
     names = [*key_docs(keys), *GROUPS]
     given: dict[str, Any] = {}
-    for text in get_args_parser().parse_args(prepared).overrides:
+    overrides = parse_arguments(prepared).overrides
+    for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
@@ -94,14 +107,15 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], place: Place) 
                 f"ranks={given['ranks']}, but torchrun started {place.size}: leave ranks out, or start as many"
             )
         if "ranks" not in given:
-            prepared.append(f"ranks={place.size}")
+            # Hydra's parser wants all overrides side by side.
+            prepared.insert(prepared.index(overrides[0]) if overrides else 0, f"ranks={place.size}")
     return prepared
 
 
 def compose(arguments: Sequence[str], keys: type[K], place: Place) -> Job[K]:
     """Compose prepared arguments. Raises ConfigError naming the key, its value and what it may be."""
     register_schema(keys)
-    parsed = get_args_parser().parse_args(list(arguments))
+    parsed = parse_arguments(arguments)
     # A folder added by --config-dir is searched here as Hydra will search it.
     extra = [f"hydra.searchpath=[{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
     try:

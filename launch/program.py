@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from ..engine.errors import ConfigError
-from .compose import CONFIG_NAME, CONFIGS, HYDRA_VERSION_BASE, Job, compose, job_of, prepare_arguments
+from .compose import CONFIG_NAME, CONFIGS, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments
 from .failure import report_failure
 from .help import help_text
 from .place import read_place
@@ -42,7 +41,7 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     try:
         arguments = prepare_arguments(sys.argv[1:], keys, place)
-        if get_args_parser().parse_args(arguments).help:
+        if parse_arguments(arguments).help:
             print(help_text(keys, program, about))
             sys.exit(0)
         compose(arguments, keys, place)  # first, because Hydra's own words for a mistake are many
@@ -59,11 +58,11 @@ def _through_hydra(arguments: list[str], keys: type[K]) -> Job[K] | None:
     place = read_place()
     jobs: list[Job[K]] = []
     sys.argv[1:] = arguments
-    if get_args_parser().parse_args(arguments).multirun:
+    if parse_arguments(arguments).multirun:
         raise ConfigError("--multirun is not supported: an engine is built for one configuration at a time")
 
     def take(config: DictConfig) -> None:
-        jobs.append(job_of(config, keys, place, get_args_parser().parse_args(arguments).overrides))
+        jobs.append(job_of(config, keys, place, parse_arguments(arguments).overrides))
 
     hydra.main(config_path=str(CONFIGS), config_name=CONFIG_NAME, version_base=HYDRA_VERSION_BASE)(take)()
     return jobs[0] if jobs else None

@@ -13,7 +13,7 @@ from .collectives.base import Collectives
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Looks up this rank's rows, zero for the others', and sums over the ranks. No padding: shards may differ in size."""
+    """Looks up this rank's rows, zero for the others', and sums over the ranks. No padding: shards may be uneven."""
 
     def __init__(
         self,
@@ -29,9 +29,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.name, self.rows, self.vocab_size = name, rows, vocab_size
         self.collectives = collectives
-        self.weight = nn.Parameter(
-            torch.empty(len(rows), hidden_size, dtype=dtype, device=device), requires_grad=False
-        )
+        self.weight = nn.Parameter(torch.empty(len(rows), hidden_size, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 (T,) -> (T, hidden_size), the same on every rank."""

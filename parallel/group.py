@@ -85,7 +85,7 @@ def _group_of(
     # agree on.
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, group_src=0, group=process_group)
-    store = dist.PrefixStore(f"phalanx/{name[0]}", dist.distributed_c10d._get_default_store())
+    store = torch._C._distributed_c10d.PrefixStore(f"phalanx/{name[0]}", dist.distributed_c10d._get_default_store())
     gloo = dist.ProcessGroupGloo(store, collectives.rank, collectives.size, datetime.timedelta(seconds=timeout_s))
     host = ProcessGroupCollectives(gloo, torch.device("cpu"))
     return Group(

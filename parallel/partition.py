@@ -112,9 +112,7 @@ def partition(dimensions: Dimensions, ranks: int, weights: Sequence[float] | Non
     heads = _deal_heads(d, shares)
     vocab = _ranges(_deal(d.vocab_size, shares))
     mlp = _ranges(_deal_columns(d, shares, heads, vocab))
-    return Partition(
-        d, tuple(RankShare(rank, *heads[rank], mlp[rank], vocab[rank]) for rank in range(ranks))
-    )
+    return Partition(d, tuple(RankShare(rank, *heads[rank], mlp[rank], vocab[rank]) for rank in range(ranks)))
 
 
 def _deal_heads(d: Dimensions, weights: list[float]) -> list[tuple[range, range]]:
@@ -168,7 +166,9 @@ def _deal_columns(
     ]
     column = d.num_layers * _column_parameters(d)
     total = sum(fixed) + d.intermediate_size * column
-    wanted = [max(0.0, total * weight / sum(weights) - held) / column for weight, held in zip(weights, fixed, strict=True)]
+    wanted = [
+        max(0.0, total * weight / sum(weights) - held) / column for weight, held in zip(weights, fixed, strict=True)
+    ]
     multiple = COLUMN_MULTIPLE
     while multiple > 1 and d.intermediate_size // multiple < 4 * len(weights):
         multiple //= 2

@@ -35,7 +35,9 @@ TEXTS = (
 def require_smollm2() -> Path:
     """The demo model's folder; `make test` makes it."""
     if not (SMOLLM2 / "model.safetensors").exists():
-        raise FileNotFoundError(f"{SMOLLM2} is missing: run `python -m phalanx.launch.get_model demo`, as `make test` does")
+        raise FileNotFoundError(
+            f"{SMOLLM2} is missing: run `python -m phalanx.launch.get_model demo`, as `make test` does"
+        )
     return SMOLLM2
 
 

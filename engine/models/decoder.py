@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Llama: one pre-norm decoder with grouped-query attention and SwiGLU, composed from parallel layers."""
+"""Qwen2, Qwen3 and Llama: a pre-norm decoder with grouped-query attention and SwiGLU, of parallel layers."""
 
 from __future__ import annotations
 

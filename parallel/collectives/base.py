@@ -13,14 +13,14 @@ class CollectiveError(RuntimeError):
 
 
 class Collectives(ABC):
-    """Operations of one group of ranks, called by all of them in the same order, with tensors of the same shape and dtype."""
+    """Operations of one group of ranks: all call them in the same order, with tensors of the same shape and dtype."""
 
     rank: int
     size: int
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, the same bits on each. Returns a tensor that may or may not be `x`; `x` may be overwritten."""
+        """Sum over ranks, the same bits on each. Returns a tensor, maybe `x` itself; `x` may be overwritten."""
 
     @abstractmethod
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:

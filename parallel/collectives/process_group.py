@@ -12,11 +12,11 @@ from .base import CollectiveError, Collectives
 
 
 class ProcessGroupCollectives(Collectives):
-    """Wraps a process group (or a bare backend of one); `device` says where it wants tensors."""
+    """Wraps a ProcessGroup, or a bare backend such as ProcessGroupGloo; `device` says where it wants tensors."""
 
-    def __init__(self, group: dist.ProcessGroup | dist.Backend, device: torch.device) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
         # The group's own methods, not torch.distributed's functions: they also serve a group that no registry knows.
-        self._group: Any = group
+        self._group = group
         self._device = device
         self.rank: int = group.rank()
         self.size: int = group.size()

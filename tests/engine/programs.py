@@ -1,4 +1,4 @@
-"""What the correctness tests run on real ranks; functions here are called by tests/ranks.py in processes of their own."""
+"""What the correctness tests run on real ranks; tests/ranks.py calls these functions in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
 from phalanx.engine.in_group import GroupLLM
 from phalanx.engine.llm import RequestOutput
 from phalanx.engine.params import SamplingParams

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.engine.worker import Worker

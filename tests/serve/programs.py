@@ -111,6 +111,10 @@ class InTerminal:
         shown, self._seen = self.text[self._seen : end], end
         return shown
 
+    def more(self, within_s: float) -> bool:
+        """Wait until anything more is shown; False if nothing is."""
+        return self._read(within_s)
+
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         """Its exit code, once it has ended."""
         deadline = time.monotonic() + timeout_s

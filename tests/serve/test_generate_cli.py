@@ -180,7 +180,9 @@ def test_what_cannot_be_run_is_refused_with_2_and_one_line(arguments: tuple[str,
 
 def test_under_torchrun_only_rank_0_says_what_is_wrong() -> None:
     ended = run("generate", "modle=x", launcher=TORCHRUN)
-    assert ended.stderr.count("\nerror: unknown configuration key 'modle'") == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "did you mean 'model'?" in said[0]
     assert ended.returncode == 1
 
 

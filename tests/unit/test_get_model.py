@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from phalanx.engine.errors import CheckpointError, ConfigError
-from phalanx.launch.get_model import extract_gguf, load_preset, main
+from phalanx.launch.get_model import extract_gguf, load_shape, main
 from phalanx.launch.gguf_model import convert_gguf
 from phalanx.launch.model_folder import write_weights
 from phalanx.launch.random_model import make_random_model
@@ -407,7 +407,7 @@ def test_the_command_makes_a_preset_once_and_then_says_that_it_is_there(
     assert "models/qwq-tiny: already there" in capsys.readouterr().out
     config = json.loads(Path("models/qwq-tiny/config.json").read_text())
     assert config["num_hidden_layers"] == 1
-    assert config["vocab_size"] == load_preset("qwq_tiny")["vocab_size"]
+    assert config["vocab_size"] == load_shape("qwq_tiny")["vocab_size"]
 
 
 @pytest.mark.parametrize(

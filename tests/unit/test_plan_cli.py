@@ -12,7 +12,11 @@ from phalanx.launch.plan import main, make_plan, read_options, read_spec, smalle
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import sys, phalanx.launch.plan as plan; code = plan.main(['model=qwq_32b_preview', 'ranks=3', 'device_memory=48GiB']); sys.exit(code if 'torch' not in sys.modules else 9)"
+    code = (
+        "import sys, phalanx.launch.plan as plan\n"
+        "code = plan.main(['model=qwq_32b_preview', 'ranks=3', 'device_memory=48GiB'])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 9)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "15" in done.stdout

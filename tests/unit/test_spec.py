@@ -37,8 +37,20 @@ def test_every_preset_states_a_shape_that_can_be_cut(name: str) -> None:
 
 
 def test_rope_parameters_of_both_forms_mean_the_same() -> None:
-    old = {**QWQ, "rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
-    new = {**QWQ, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 32768}}
+    old = {
+        **QWQ,
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    }
+    new = {
+        **QWQ,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 5e5,
+            "original_max_position_embeddings": 32768,
+        },
+    }
     assert spec_from_config(old, "x").rope == spec_from_config(new, "x").rope
     assert spec_from_config(old, "x").rope.kind == "yarn"
 
