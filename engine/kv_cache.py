@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .config import EngineConfig
@@ -34,8 +36,15 @@ class KVCache:
         device: torch.device,
     ) -> KVCache:
         shape = (num_blocks, block_size, kv_heads, head_dim)
-        pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+        pools = [_zeros(shape, dtype, device) for _ in range(2 * layers)]
         return cls(pools[:layers], pools[layers:])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros are pages the system has not handed out yet: a large pool costs nothing until it is used.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def count_blocks(config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int, available: int) -> int:

@@ -60,6 +60,7 @@ class Worker:
         with torch.inference_mode():
             self._model = CausalLM(build, self.max_model_len)
             self.load_report = self._load(config, folder, on_progress)
+            self._model.pack()
         token_bytes = 2 * spec.num_layers * len(share.kv_heads) * spec.head_dim * self.dtype.itemsize
         num_blocks = self._agree_on_blocks(config, block_size, token_bytes)
         self._cache = KVCache.allocate(

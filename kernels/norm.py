@@ -6,7 +6,7 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in x's dtype. `weight` is float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32, returned in x's dtype."""
     return torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
 
 

@@ -54,7 +54,7 @@ class RotaryEmbedding:
             self._cos, self._sin = (table.to(device) for table in self._tables(angles))
 
     def __call__(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each (T, 1, head_dim) in the model's dtype, for int64 positions (T,).
+        """(cos, sin), each (T, 1, head_dim / 2) in the model's dtype, for int64 positions (T,).
 
         `lengths` (T,) are the known lengths of the tokens' sequences: dynamic scaling chooses its base by them, where
         transformers uses the longest position it has seen.
@@ -71,15 +71,15 @@ class RotaryEmbedding:
         return (1.0 / base**exponents).float()
 
     def _tables(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        angles = angles.unsqueeze(-2)
         return (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads (T, heads, head_dim) by tables (T, 1, head_dim): the halves of a head are the pairs' components."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos).add_(rotated.mul_(sin))
+    """Rotate heads (T, heads, head_dim) by tables (T, 1, head_dim / 2): a head's halves are the pairs' components."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(rotated, dim=-1)
 
 
 def _default_frequencies(head_dim: int, theta: float) -> torch.Tensor:

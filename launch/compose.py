@@ -43,8 +43,6 @@ class Job(Generic[K]):
     keys: K
     values: dict[str, Any]
     """Every key of the configuration, EngineConfig's too, as plain data."""
-    preset: str | None
-    """The model preset that was named."""
 
     def engine_config(self) -> EngineConfig:
         """Raises ConfigError, or InvalidRequest for sampling.*, naming the key."""
@@ -121,17 +119,16 @@ def compose(arguments: Sequence[str], keys: type[K], place: Place) -> Job[K]:
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base=HYDRA_VERSION_BASE):
             config = hydra.compose(parsed.config_name or CONFIG_NAME, overrides=[*parsed.overrides, *extra])
-        return job_of(config, keys, place, parsed.overrides)
+        return job_of(config, keys, place)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, keys)) from error
 
 
-def job_of(config: DictConfig, keys: type[K], place: Place, overrides: Sequence[str]) -> Job[K]:
+def job_of(config: DictConfig, keys: type[K], place: Place) -> Job[K]:
     """A composed configuration as plain data."""
     values = {str(name): None if OmegaConf.is_missing(config, name) else _plain(config[name]) for name in config}
     own = keys(**{field.name: values[field.name] for field in dataclasses.fields(keys)})
-    chosen = [text.partition("=")[2] for text in overrides if text.startswith("models=")]
-    return Job(place, own, values, chosen[-1] if chosen else None)
+    return Job(place, own, values)
 
 
 def register_schema(keys: type[Keys]) -> None:
@@ -184,14 +181,15 @@ def _check_preset_name(model: str) -> None:
 def _explain(error: Exception, keys: type[Keys]) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    name = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
-    docs = key_docs(keys)
+        cause = cause.__cause__ or cause.__context__
+    name = re.sub(r"\[.*", "", cause.full_key or "") if cause is not None else ""
+    preset = re.match("In '[^']+': ", str(error))
+    where, docs = preset[0] if preset else "", key_docs(keys)
     if name in docs:
         said = str(cause).splitlines()[0]
-        return f"{name} must be {describe_type(_type_of(name, keys))}: {said}. Its meaning: {docs[name]}"
+        return f"{where}{name} must be {describe_type(_type_of(name, keys))}: {said}. Its meaning: {docs[name]}"
     if name:
-        return unknown_name("configuration key", name, list(docs))
+        return where + unknown_name("configuration key", name, list(docs))
     return " ".join(str(error).split())
 
 

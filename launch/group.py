@@ -22,9 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..engine.config import EngineConfig
 from ..engine.group_process import GroupFailure
-from .process import STOP_TIMEOUT_S, exit_within
+from .process import RANK_STOP_TIMEOUT_S, exit_within
 
-GRACE_S = 1.0  # beyond STOP_TIMEOUT_S, after which this process leaves and the ranks notice that it has
+GRACE_S = 1.0  # beyond RANK_STOP_TIMEOUT_S, after which this process leaves and the ranks notice that it has
 
 
 def supervise(folder: Path, config: EngineConfig) -> int:
@@ -38,7 +38,7 @@ def supervise(folder: Path, config: EngineConfig) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        shutdown_timeout=int(STOP_TIMEOUT_S),
+        shutdown_timeout=int(RANK_STOP_TIMEOUT_S),
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
     try:
@@ -72,7 +72,7 @@ def end_with_client() -> threading.Event:
                 pass
         client_gone.set()
         os.kill(os.getpid(), signal.SIGTERM)
-        exit_within(STOP_TIMEOUT_S + GRACE_S, 128 + signal.SIGTERM)
+        exit_within(RANK_STOP_TIMEOUT_S + GRACE_S, 128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="phalanx-client-watch", daemon=True).start()
     return client_gone

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,40 +16,37 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.config import DTYPES, unknown_name
+from ..engine.config import EngineConfig, unknown_name
 from ..engine.errors import ConfigError, PhalanxError
-from ..engine.models.spec import ModelSpec, dimensions, read_config, spec_from_config
-from ..parallel.partition import Partition, PartitionError, partition
+from ..engine.models.spec import ModelSpec, read_config, spec_from_config
+from .plan_table import GIB, Plan, Setup, make_plan, remedies, smallest_fit
 from .presets import load_preset, presets
-from .schema import parse_size
+from .schema import describe_type, field_docs, parse_size
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-RUNTIME_BYTES = 2**29
-"""Of a rank, beside tensors: the CUDA context, communication buffers, library workspaces."""
-REQUEST_TOKENS = 32768
-GIB = 2**30
-TABLE_WIDTH = 110
+MINIMUM_WIDTH = 100
+"""Columns to print for at least: a terminal too narrow wraps lines, rather than numbers being cut."""
 
 
 @dataclass
 class Options:
-    """The keys of launch.plan."""
+    """The keys of launch.plan; those of EngineConfig mean what they mean there."""
 
     model: str = ""
-    """A preset's name or a model folder."""
+    """A preset's name, or a model folder with a config.json."""
     ranks: int = 1
-    """Tensor-parallel ranks."""
-    rank_weights: Any = None
-    """Relative share of each rank, for cards of different size."""
+    """Tensor-parallel ranks, 1 to the number of query heads; nothing has to divide."""
+    rank_weights: list[float] | None = None
+    """Relative share of each rank, for cards of different size; null deals evenly."""
     device_memory: Any = None
     """Of each rank's device: 48GiB, 80GB, bytes, or a list, one for each rank. Unset: nothing is said of fitting."""
     dtype: str = "auto"
-    """auto, bfloat16, float16 or float32."""
+    """auto (the checkpoint's own), bfloat16, float16 or float32."""
     max_model_len: int | None = None
-    """Tokens of one request at most; unset takes the model's own limit."""
+    """Tokens of one request at most; null takes the model's own limit."""
     max_num_seqs: int = 64
     """Sequences computed in one step at most."""
     max_num_batched_tokens: int = 2048
@@ -56,167 +55,42 @@ class Options:
     """The fraction of a device's memory the engine may use in all, or the bytes (4GiB) of the KV cache alone."""
 
 
-@dataclass(frozen=True)
-class RankNeeds:
-    """Bytes of one rank."""
-
-    weights: int
-    activations: int
-    kv_token: int
-    """Of the KV cache, for each token."""
-    kv_room: int | None = None
-    """Left for the KV cache; None if no device memory was named, below 0 if the weights alone do not fit."""
-
-    @property
-    def kv_tokens(self) -> int | None:
-        """Tokens of KV cache that fit."""
-        return None if self.kv_room is None else max(0, self.kv_room) // self.kv_token
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A model on N ranks."""
-
-    spec: ModelSpec
-    parts: Partition
-    needs: tuple[RankNeeds, ...]
-    request_tokens: int
-    """Of one long request: 32k, or max_model_len if that is less."""
-
-    @property
-    def kv_tokens(self) -> int | None:
-        """Tokens that every rank has room for."""
-        tokens = [need.kv_tokens for need in self.needs]
-        return None if tokens[0] is None else min(token for token in tokens if token is not None)
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether one long request fits; None if no device memory was named."""
-        return None if self.kv_tokens is None else self.kv_tokens >= self.request_tokens
-
-
-def activation_bytes(spec: ModelSpec, parts: Partition, rank: int, options: Options, item: int) -> int:
-    """Reserve for one step's tensors: per token six hidden vectors and three MLP shards, and per sequence two float32
-    rows of this rank's logits (raw and processed); plus RUNTIME_BYTES.
-    """
-    share = parts.shares[rank]
-    tokens = options.max_num_batched_tokens * (6 * spec.hidden_size + 3 * len(share.mlp)) * item
-    return tokens + 2 * 4 * options.max_num_seqs * len(share.vocab) + RUNTIME_BYTES
-
-
-def make_plan(spec: ModelSpec, options: Options) -> Plan:
-    """The needs of every rank. Raises ConfigError for options that make no sense."""
-    if options.dtype not in DTYPES:
-        raise ConfigError(f"dtype={options.dtype!r} is not supported; it must be one of {', '.join(DTYPES)}")
-    item = ITEM_BYTES[spec.dtype if options.dtype == "auto" else options.dtype]
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0 it fits (or no memory was named), 1 it does not, 2 bad input."""
+    if {"-h", "--help"} & set(arguments):
+        print(_help())
+        return 0
     try:
-        parts = partition(dimensions(spec), options.ranks, options.rank_weights)
-    except PartitionError as error:
-        raise ConfigError(str(error)) from error
-    memory = _device_memory(options)
-    needs = []
-    for rank in range(options.ranks):
-        weights = parts.parameters(rank) * item
-        activations = activation_bytes(spec, parts, rank, options, item)
-        room = None if memory is None else _kv_room(memory[rank], weights + activations, options.kv_memory)
-        needs.append(RankNeeds(weights, activations, parts.kv_elements_per_token(rank) * item, room))
-    limit = options.max_model_len or spec.max_position
-    return Plan(spec, parts, tuple(needs), min(limit, REQUEST_TOKENS))
+        setup = read_setup(arguments)
+        plan = make_plan(read_spec(setup.config.model), setup)
+    except PhalanxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(plan)
+    return 1 if plan.fits is False else 0
 
 
-def smallest_fit(spec: ModelSpec, options: Options) -> int | None:
-    """The fewest ranks on which one long request fits, with devices like the first one; None if no number does."""
-    memory = _device_memory(options)
-    if memory is None:
-        return None
-    for ranks in range(1, spec.num_query_heads + 1):
-        tried = dataclasses.replace(options, ranks=ranks, rank_weights=None, device_memory=memory[0])
-        if make_plan(spec, tried).fits:
-            return ranks
-    return None
-
-
-def advice(plan: Plan, options: Options) -> list[str]:
-    """In words: what an uneven cut costs, and what to change if it does not fit."""
-    lines = []
-    busiest = plan.parts.busiest_share
-    if options.rank_weights is not None:
-        lines.append(f"The busiest rank holds {busiest:.3f} times an even share of the weights, by rank_weights.")
-    elif busiest > 1.001:
-        lines.append(
-            f"The busiest rank holds {busiest:.3f} times an even share of the weights: a step takes about "
-            f"{100 * (busiest - 1):.1f}% longer than on {options.ranks} perfectly even ranks."
-        )
-    else:
-        lines.append("The weights are even over the ranks.")
-    kv = [need.kv_token for need in plan.needs]
-    if max(kv) * len(kv) > sum(kv):
-        lines.append(
-            f"KV heads are not even: the fullest rank keeps {max(kv) * len(kv) / sum(kv):.2f} times its share of the "
-            f"cache, which bounds the tokens of all."
-        )
-    if plan.parts.kv_replicas > 1:
-        lines.append(
-            f"Some KV heads are held by {plan.parts.kv_replicas} ranks, since there are more ranks than heads."
-        )
-    if plan.fits is False:
-        lines += _changes(plan, options)
-    return lines
-
-
-def _changes(plan: Plan, options: Options) -> list[str]:
-    tokens = plan.kv_tokens or 0
-    lines = [
-        f"It does not fit: one request of {plan.request_tokens:,} tokens needs more than the {tokens:,} there is "
-        f"room for."
-    ]
-    fewest = smallest_fit(plan.spec, options)
-    if fewest is not None:
-        lines.append(f"Set ranks={fewest}, the fewest such devices on which it fits.")
-    else:
-        worst = max(need.weights + need.activations + need.kv_token * plan.request_tokens for need in plan.needs)
-        share = 1.0 if _bytes_given(options.kv_memory) else float(options.kv_memory)
-        lines.append(
-            f"No number of such devices is enough; with ranks={options.ranks} each needs {_gib(int(worst / share))}."
-        )
-    if tokens >= 1024:
-        lines.append(f"Or set max_model_len={tokens // 256 * 256}, the longest request that fits as it is.")
-    elif any((need.kv_room or 0) < 0 for need in plan.needs):
-        lines.append(
-            "The weights and a step's activations alone are more than a device has; max_model_len cannot help."
-        )
-    return lines
-
-
-def _kv_room(memory: int, used: int, kv_memory: Any) -> int:
-    given = _bytes_given(kv_memory)
-    if given is not None:
-        return given if used + given <= memory else memory - used
-    return int(memory * float(kv_memory)) - used
-
-
-def _bytes_given(kv_memory: Any) -> int | None:
-    size = float(kv_memory) if isinstance(kv_memory, int | float) else float(parse_size(str(kv_memory)))
-    if not size > 0:
-        raise ConfigError(f"kv_memory={kv_memory!r} must be a fraction in (0, 1] or bytes")
-    return int(size) if size > 1 else None
-
-
-def _device_memory(options: Options) -> list[int] | None:
-    given = options.device_memory
+def read_setup(arguments: Sequence[str]) -> Setup:
+    """A setup from key=value arguments. Raises ConfigError naming the key, its value and what it may be."""
+    options = _read_options(arguments)
+    if not options.model:
+        raise ConfigError(f"model is missing: give model=FOLDER, or a preset: {', '.join(presets())}")
+    values = dataclasses.asdict(options)
+    given = values.pop("device_memory")
+    kv_memory = values["kv_memory"]
+    values["kv_memory"] = _size("kv_memory", kv_memory) if isinstance(kv_memory, str) else kv_memory
+    config = EngineConfig.from_dict(values)
     if given is None:
-        return None
-    sizes = [parse_size(str(size)) for size in given] if isinstance(given, list) else [parse_size(str(given))]
-    sizes = sizes * options.ranks if not isinstance(given, list) else sizes
-    if len(sizes) != options.ranks or min(sizes) < 1:
+        return Setup(config)
+    sizes = [_size("device_memory", size) for size in (given if isinstance(given, list) else [given] * config.ranks)]
+    if len(sizes) != config.ranks or min(sizes) < 1:
         raise ConfigError(
-            f"device_memory={given!r} must be one size, or a list with one for each of ranks={options.ranks}"
+            f"device_memory={given!r} must be one size, or a list with one for each of ranks={config.ranks}"
         )
-    return sizes
+    return Setup(config, tuple(sizes))
 
 
-def read_options(arguments: Sequence[str]) -> Options:
-    """Options from key=value arguments. Raises ConfigError naming the nearest right key."""
+def _read_options(arguments: Sequence[str]) -> Options:
     names = [field.name for field in dataclasses.fields(Options)]
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -225,77 +99,167 @@ def read_options(arguments: Sequence[str]) -> Options:
         if name not in names:
             raise ConfigError(unknown_name("key", name, names))
     try:
-        given = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(list(arguments)))
+        options = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(list(arguments)))
+        )
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    options = OmegaConf.to_object(given)
+        key = str(error.full_key).partition("[")[0]
+        given = [argument for argument in arguments if argument.startswith(f"{key}=")]
+        hint = typing.get_type_hints(Options)[key]
+        raise ConfigError(f"{given[-1]}: {key} must be {describe_type(hint)}") from error
     assert isinstance(options, Options)
-    for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
     return options
 
 
+def _size(name: str, value: object) -> int:
+    try:
+        return parse_size(str(value))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
 def read_spec(model: str) -> ModelSpec:
-    """The spec of a preset or of a folder."""
+    """The spec of a preset or of a folder. Raises ConfigError or CheckpointError if there is none."""
     if model in presets():
         return spec_from_config(load_preset(model)["shape"], f"preset {model}")
-    if model and Path(model).is_dir():
-        return spec_from_config(read_config(Path(model)), model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return spec_from_config(read_config(folder), model)
+    same = [name for name in presets() if load_preset(name)["model"] == model]
     raise ConfigError(
-        f"model={model!r} is neither a preset nor a folder with a config.json; the presets are {', '.join(presets())}"
+        f"model={model!r} is neither a preset nor a folder with a config.json, and nothing is fetched for a plan; "
+        + (f"write model={same[0]}, its preset" if same else f"the presets are {', '.join(presets())}")
     )
 
 
+def _help() -> str:
+    lines = ["usage: python -m phalanx.launch.plan model=... [key=value ...]", ""]
+    for name, meaning in field_docs(Options).items():
+        lines.append(f"  {name}")
+        lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", *textwrap.wrap(f"presets: {', '.join(presets())}", 106, subsequent_indent=" " * 6)]
+    return "\n".join(
+        [*lines, "", "exit code: 0 if it fits or no memory was named, 1 if it does not fit, 2 for bad input"]
+    )
+
+
+def show(plan: Plan) -> None:
+    """Print all of it to standard output."""
+    console = Console(highlight=False, width=max(MINIMUM_WIDTH, Console().width))
+    console.print(_table(plan))
+    for line in describe(plan):
+        console.print(line, soft_wrap=True)
+
+
+def describe(plan: Plan) -> list[str]:
+    """One sentence or two on each thing worth knowing."""
+    lines = [_memory(plan), _evenness(plan), *_kv_evenness(plan)]
+    if plan.kv_tokens is not None:
+        lines.append(
+            f"KV tokens of the group: {plan.kv_tokens:,}; concurrent requests of {plan.request_tokens:,} tokens that "
+            f"fit: {0 if _lacks(plan) else plan.kv_tokens // plan.request_tokens}."
+        )
+        lines.append(_smallest(plan))
+    if plan.fits is False:
+        lines += _unfit(plan)
+    return lines
+
+
 def _table(plan: Plan) -> Table:
-    table = Table(title=f"{plan.spec.architecture} on {len(plan.needs)} rank(s)")
-    for title in (
-        *("rank", "query heads", "KV heads", "MLP columns", "vocabulary"),
-        *("weights", "activations", "KV per token", "KV tokens"),
+    table = Table(title=_title(plan), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in (
+        *("rank", "query\nheads", "KV\nheads", "MLP\ncolumns", "vocab\nrows"),
+        *("weights\nGiB", "reserve\nGiB", "KV bytes\nper token", "KV\ntokens"),
     ):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for share, need in zip(plan.parts.shares, plan.needs, strict=True):
+        counts = (len(part) for part in (share.query_heads, share.kv_heads, share.mlp, share.vocab))
         table.add_row(
             str(share.rank),
-            str(len(share.query_heads)),
-            str(len(share.kv_heads)),
-            str(len(share.mlp)),
-            str(len(share.vocab)),
-            _gib(need.weights),
-            _gib(need.activations),
-            f"{need.kv_token:,} B",
+            *map(str, counts),
+            f"{need.weights / GIB:.2f}",
+            f"{need.activations / GIB:.2f}",
+            f"{need.kv_token:,}",
             "-" if need.kv_tokens is None else f"{need.kv_tokens:,}",
         )
     return table
 
 
-def show(plan: Plan, options: Options, console: Console) -> None:
-    """Print the table and what it means."""
-    console.print(_table(plan))
-    total = sum(need.weights for need in plan.needs)
-    console.print(f"Weights in all: {_gib(total)}; busiest rank: {plan.parts.busiest_share:.3f} of an even share.")
-    if plan.kv_tokens is not None:
-        console.print(
-            f"KV tokens that fit: {plan.kv_tokens:,}; concurrent requests of {plan.request_tokens:,} tokens: "
-            f"{plan.kv_tokens // plan.request_tokens}."
-        )
-        fewest = smallest_fit(plan.spec, options)
-        console.print(f"Fewest ranks that fit: {'none' if fewest is None else fewest}.")
-    for line in advice(plan, options):
-        console.print(line)
+def _title(plan: Plan) -> str:
+    dtype = plan.spec.dtype if plan.setup.config.dtype == "auto" else plan.setup.config.dtype
+    ranks = len(plan.needs)
+    return f"{plan.setup.config.model} in {dtype} on {ranks} rank{'s' * (ranks > 1)}"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code: 0 it fits (or no device was named), 1 it does not, 2 bad input."""
-    try:
-        options = read_options(arguments)
-        plan = make_plan(read_spec(options.model), options)
-        show(plan, options, Console(width=TABLE_WIDTH, soft_wrap=True, highlight=False))
-    except PhalanxError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 1 if plan.fits is False else 0
+def _memory(plan: Plan) -> str:
+    weights = sum(need.weights for need in plan.needs)
+    return f"Weights of all ranks: {_gib(weights)}. The reserve is for a step's tensors and for the runtime."
+
+
+def _evenness(plan: Plan) -> str:
+    held = [need.weights for need in plan.needs]
+    given = plan.setup.config.rank_weights
+    if given is not None:
+        over = max(size / weight for size, weight in zip(held, given, strict=True)) * sum(given) / sum(held)
+        return f"By rank_weights: the rank that holds most for its weight has {over:.3f} times its share."
+    busiest = plan.parts.busiest_share
+    if busiest < 1.0005:
+        return "The weights are even over the ranks: the busiest holds 1.000 times an even share."
+    return (
+        f"The busiest rank holds {busiest:.3f} times an even share of the weights: a step of few tokens takes about "
+        f"{100 * (busiest - 1):.1f}% longer than on {len(held)} ranks with nothing uneven and nothing held twice."
+    )
+
+
+def _kv_evenness(plan: Plan) -> list[str]:
+    kv = [need.kv_token for need in plan.needs]
+    if plan.parts.kv_replicas > 1:
+        heads, held = plan.spec.num_kv_heads, len(kv)
+        return [
+            f"There are more ranks than KV heads: up to {plan.parts.kv_replicas} ranks hold the same one, and the "
+            f"cache takes {held / heads:.2f} times the memory."
+        ]
+    if plan.setup.config.rank_weights is None and max(kv) > min(kv):
+        return [
+            f"KV heads are not even: the fullest rank keeps {max(kv) * len(kv) / sum(kv):.2f} times its share of the "
+            f"cache, which bounds the tokens of all."
+        ]
+    return []
+
+
+def _smallest(plan: Plan) -> str:
+    fewest = smallest_fit(plan.spec, plan.setup)
+    memory = plan.setup.device_memory
+    devices = "" if memory is None or len(set(memory)) == 1 else ", on devices like the smallest"
+    if fewest is None:
+        return f"Smallest number of ranks that fits: none from 1 to {plan.spec.num_query_heads}{devices}."
+    return f"Smallest number of ranks that fits: {fewest}{devices}."
+
+
+def _unfit(plan: Plan) -> list[str]:
+    """Why it does not fit, and what to change to which value."""
+    rank, need = max(enumerate(plan.needs), key=lambda pair: pair[1].lacking)
+    kv_memory = plan.setup.config.kv_memory
+    if need.lacking:
+        cache = f"and kv_memory={_gib(int(kv_memory))}" if kv_memory > 1 else f"within kv_memory={kv_memory:g} of it"
+        lines = [
+            f"It does not fit: rank {rank}'s device lacks {_gib(need.lacking)} for {_gib(need.weights)} of weights and "
+            f"{_gib(need.activations)} of reserve {cache}."
+        ]
+    else:
+        lines = [
+            f"It does not fit: one sequence of max_model_len={plan.max_model_len} tokens needs more KV cache than the "
+            f"{plan.kv_tokens or 0:,} tokens there is room for."
+        ]
+    changes = remedies(plan)
+    if not changes:
+        return [*lines, "No one setting alone makes it fit: change several."]
+    lines.append(f"Set {changes[0]}")
+    return lines + [f" or {change}" for change in changes[1:]]
+
+
+def _lacks(plan: Plan) -> bool:
+    return any(need.lacking for need in plan.needs)
 
 
 def _gib(size: int) -> str:

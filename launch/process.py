@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-STOP_TIMEOUT_S = 3.0
+STOP_TIMEOUT_S = 4.5
 """A clean stop that takes longer is cut short, so that everything has ended within 5 s of a signal."""
+RANK_STOP_TIMEOUT_S = 2.0
+"""The same for a rank that serves clients: its client may have waited before it passed the signal on."""
 PARENT_POLL_S = 0.25
 
 _before_exit: list[Callable[[], None]] = []
@@ -43,8 +45,8 @@ def exit_within(seconds: float, code: int) -> None:
     timer.start()
 
 
-def stop_on_signals(on_first: Callable[[int], None] | None = None) -> None:
-    """The first SIGINT or SIGTERM calls `on_first` (by default it raises Signalled) and allows STOP_TIMEOUT_S.
+def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: float = STOP_TIMEOUT_S) -> None:
+    """The first SIGINT or SIGTERM calls `on_first` (by default it raises Signalled) and allows `within_s`.
 
     A second one ends the process at once.
     """
@@ -54,7 +56,7 @@ def stop_on_signals(on_first: Callable[[int], None] | None = None) -> None:
         if seen:
             exit_now(128 + number)
         seen.append(number)
-        exit_within(STOP_TIMEOUT_S, 128 + number)
+        exit_within(within_s, 128 + number)
         if on_first is None:
             raise Signalled(number)
         on_first(number)

@@ -62,7 +62,7 @@ def _through_hydra(arguments: list[str], keys: type[K]) -> Job[K] | None:
         raise ConfigError("--multirun is not supported: an engine is built for one configuration at a time")
 
     def take(config: DictConfig) -> None:
-        jobs.append(job_of(config, keys, place, parse_arguments(arguments).overrides))
+        jobs.append(job_of(config, keys, place))
 
     hydra.main(config_path=str(CONFIGS), config_name=CONFIG_NAME, version_base=HYDRA_VERSION_BASE)(take)()
     return jobs[0] if jobs else None

@@ -13,7 +13,7 @@ import msgspec
 from ..engine.config import EngineConfig
 from .failure import report_failure
 from .place import Place, read_place
-from .process import STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
+from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
 
 
 def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
@@ -32,7 +32,7 @@ def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
                 stopped_by.append(number)
                 coordinator.stop()
 
-            stop_on_signals(stop)
+            stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
 
     group = join(config, place)
     try:
@@ -52,7 +52,7 @@ def main() -> None:
     place = read_place()
     end_with_parent()
     if place.rank == 0:
-        stop_on_signals()
+        stop_on_signals(within_s=RANK_STOP_TIMEOUT_S)
     else:
         die_on_signals()
     try:
@@ -60,7 +60,7 @@ def main() -> None:
         code = serve_rank(config, place, f"ipc://{folder}/engine")
     except (Exception, Signalled) as error:
         code = report_failure(error, place, told_by_client=True)
-    exit_within(STOP_TIMEOUT_S, code)
+    exit_within(RANK_STOP_TIMEOUT_S, code)
     sys.exit(code)
 
 

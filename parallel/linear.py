@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from ..kernels.linear import PackedWeight, can_pack
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
 
@@ -27,7 +28,26 @@ class Part:
     total_rows: int
 
 
-class ColumnParallelLinear(nn.Module):
+class Linear(nn.Module):
+    """This rank's part of a weight, (rows, columns). pack() may replace it by a faster layout, once it is loaded."""
+
+    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = _parameter(rows, columns, dtype=dtype, device=device)
+        self._packed: PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Lay the weight out for this machine's kernels, if they have a layout of their own. The plain one goes."""
+        if can_pack(self.weight):
+            self._packed = PackedWeight(self.weight)
+            self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(T, columns) -> (T, rows)."""
+        return linear(x, self.weight, bias) if self._packed is None else self._packed.linear(x, bias)
+
+
+class ColumnParallelLinear(Linear):
     """y = x W^T + b over this rank's output features; several checkpoint matrices may be fused, one below the other.
 
     Fused query/key/value and gate/up projections are this layer with three and two parts.
@@ -36,15 +56,14 @@ class ColumnParallelLinear(nn.Module):
     def __init__(
         self, in_features: int, parts: Sequence[Part], *, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__()
-        self.parts = tuple(parts)
         rows = sum(len(part.rows) for part in parts)
-        self.weight = _parameter(rows, in_features, dtype=dtype, device=device)
+        super().__init__(rows, in_features, dtype=dtype, device=device)
+        self.parts = tuple(parts)
         self.bias = _parameter(rows, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in_features) -> (T, rows of all parts)."""
-        return linear(x, self.weight, self.bias)
+        return self.multiply(x, self.bias)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""
@@ -64,7 +83,7 @@ class ColumnParallelLinear(nn.Module):
             first = last
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Linear):
     """y = sum over ranks of x_r W_r^T, + b once, for this rank's `columns` of the `total_columns` input features."""
 
     def __init__(
@@ -79,15 +98,14 @@ class RowParallelLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
+        super().__init__(out_features, len(columns), dtype=dtype, device=device)
         self.name, self.columns, self.total_columns = name, columns, total_columns
         self.collectives = collectives
-        self.weight = _parameter(out_features, len(columns), dtype=dtype, device=device)
         self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, columns) -> (T, out_features), the same on every rank."""
-        y = self.collectives.all_reduce(linear(x, self.weight))
+        y = self.collectives.all_reduce(self.multiply(x, None))
         return y if self.bias is None else y.add_(self.bias)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:

@@ -6,11 +6,15 @@ KV heads are replicated and the query heads of each are split among its ranks. M
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 COLUMN_MULTIPLE = 64
-"""MLP columns are dealt in multiples of this, which kernels like, except at the end."""
+"""MLP columns are dealt in multiples of this, which kernels like, except at the end and where an MLP is too small."""
+UNITS_PER_RANK = 4
+"""An MLP is too small if it has fewer multiples a rank than this: then smaller powers of two are dealt."""
 
 
 class PartitionError(ValueError):
@@ -60,14 +64,13 @@ class Partition:
     shares: tuple[RankShare, ...]
 
     def parameters(self, rank: int) -> int:
-        """Weights that `rank` holds, in elements: its parts of every matrix, and the norms, which all hold."""
-        d, share = self.dimensions, self.shares[rank]
-        layer = _attention_parameters(d, len(share.query_heads), len(share.kv_heads)) + _column_parameters(d) * len(
-            share.mlp
-        )
-        tables = 1 if d.tied_embeddings else 2
-        norms = (2 * d.num_layers + 1) * d.hidden_size
-        return d.num_layers * layer + tables * len(share.vocab) * d.hidden_size + norms
+        """Weights that `rank` holds, in elements: its parts of every matrix, and the layers' norms, which all hold.
+
+        Biases and per-head norms are left out: they come to less than 0.01% of a model.
+        """
+        share = self.shares[rank]
+        fixed = _fixed_parameters(self.dimensions, share.query_heads, share.kv_heads, share.vocab)
+        return fixed + len(share.mlp) * _column_parameters(self.dimensions)
 
     def kv_elements_per_token(self, rank: int) -> int:
         """Elements of keys and values that `rank` keeps for each token, over all layers."""
@@ -76,9 +79,11 @@ class Partition:
 
     @property
     def busiest_share(self) -> float:
-        """The busiest rank's weights over an even 1/N share of all that is held: 1.0 is perfectly even."""
-        held = [self.parameters(share.rank) for share in self.shares]
-        return max(held) * len(held) / sum(held)
+        """The busiest rank's weights over 1/N of the model's, >= 1.0: what unevenness and replicated weights cost."""
+        d = self.dimensions
+        whole = _fixed_parameters(d, range(d.num_query_heads), range(d.num_kv_heads), range(d.vocab_size))
+        whole += d.intermediate_size * _column_parameters(d)
+        return max(self.parameters(share.rank) for share in self.shares) * len(self.shares) / whole
 
     @property
     def kv_replicas(self) -> int:
@@ -90,7 +95,9 @@ class Partition:
 def partition(dimensions: Dimensions, ranks: int, weights: Sequence[float] | None = None) -> Partition:
     """Cut a model over `ranks`, evenly or in proportion to `weights` (one positive number a rank).
 
-    Raises PartitionError unless 1 <= ranks <= num_query_heads.
+    No rank that was dealt MLP columns beyond its first unit ends up, in parameters per weight, more than one unit of
+    columns above any other (two above the last, which may lack part of a unit).
+    Raises PartitionError unless 1 <= ranks <= num_query_heads and every rank can have some of each matrix.
     """
     d = dimensions
     if d.num_kv_heads < 1 or d.num_query_heads % d.num_kv_heads:
@@ -104,15 +111,21 @@ def partition(dimensions: Dimensions, ranks: int, weights: Sequence[float] | Non
         )
     if min(d.vocab_size, d.intermediate_size) < ranks:
         raise PartitionError(
-            f"ranks={ranks} is above the model's vocabulary of {d.vocab_size} or its {d.intermediate_size} MLP columns"
+            f"ranks={ranks} is above what can be dealt: with a vocabulary of {d.vocab_size} and {d.intermediate_size} "
+            f"MLP columns, set ranks to 1 to {min(d.vocab_size, d.intermediate_size, d.num_query_heads)}"
         )
     shares = [1.0] * ranks if weights is None else [float(weight) for weight in weights]
-    if len(shares) != ranks or not all(weight > 0 for weight in shares):
+    if len(shares) != ranks or not all(0 < weight < math.inf for weight in shares):
         raise PartitionError(f"rank_weights={shares} must be {ranks} positive numbers, one for each of ranks={ranks}")
     heads = _deal_heads(d, shares)
     vocab = _ranges(_deal(d.vocab_size, shares))
     mlp = _ranges(_deal_columns(d, shares, heads, vocab))
     return Partition(d, tuple(RankShare(rank, *heads[rank], mlp[rank], vocab[rank]) for rank in range(ranks)))
+
+
+def _column_parameters(d: Dimensions) -> int:
+    """Elements of one MLP column over all layers: of the gate, the up and the down projection."""
+    return 3 * d.hidden_size * d.num_layers
 
 
 def _deal_heads(d: Dimensions, weights: list[float]) -> list[tuple[range, range]]:
@@ -158,22 +171,25 @@ def _holders(d: Dimensions, weights: list[float]) -> list[int]:
 def _deal_columns(
     d: Dimensions, weights: list[float], heads: list[tuple[range, range]], vocab: list[range]
 ) -> list[int]:
-    """MLP columns of each rank, so that its bytes come to its weight's share of all bytes."""
-    tables = 1 if d.tied_embeddings else 2
-    fixed = [
-        d.num_layers * _attention_parameters(d, len(queries), len(kv)) + tables * len(rows) * d.hidden_size
-        for (queries, kv), rows in zip(heads, vocab, strict=True)
-    ]
-    column = d.num_layers * _column_parameters(d)
-    total = sum(fixed) + d.intermediate_size * column
-    wanted = [
-        max(0.0, total * weight / sum(weights) - held) / column for weight, held in zip(weights, fixed, strict=True)
-    ]
+    """MLP columns of each rank: every unit goes where it leaves the least weight held per rank weight.
+
+    Units are alike, so that this greedy deal has the lightest possible busiest rank.
+    """
     multiple = COLUMN_MULTIPLE
-    while multiple > 1 and d.intermediate_size // multiple < 4 * len(weights):
+    while multiple > 1 and d.intermediate_size // multiple < UNITS_PER_RANK * len(weights):
         multiple //= 2
     units = -(-d.intermediate_size // multiple)
-    counts = [unit * multiple for unit in _deal(units, [max(want, 1e-9) for want in wanted])]
+    unit = multiple * _column_parameters(d)
+    held = [_fixed_parameters(d, *heads[rank], vocab[rank]) + unit for rank in range(len(weights))]
+    dealt = [1] * len(weights)
+    loads = [((held[rank] + unit) / weight, rank) for rank, weight in enumerate(weights)]
+    heapq.heapify(loads)
+    for _ in range(units - len(weights)):
+        rank = loads[0][1]
+        dealt[rank] += 1
+        held[rank] += unit
+        heapq.heapreplace(loads, ((held[rank] + unit) / weights[rank], rank))
+    counts = [count * multiple for count in dealt]
     counts[-1] -= units * multiple - d.intermediate_size
     return counts
 
@@ -199,9 +215,9 @@ def _ranges(counts: list[int], first: int = 0) -> list[range]:
     return result
 
 
-def _attention_parameters(d: Dimensions, queries: int, kv_heads: int) -> int:
-    return 2 * (queries + kv_heads) * d.head_dim * d.hidden_size
-
-
-def _column_parameters(d: Dimensions) -> int:
-    return 3 * d.hidden_size
+def _fixed_parameters(d: Dimensions, query_heads: range, kv_heads: range, vocab: range) -> int:
+    """Elements of a rank with these heads and vocabulary rows, its MLP columns not counted."""
+    attention = 2 * (len(query_heads) + len(kv_heads)) * d.head_dim
+    tables = (1 if d.tied_embeddings else 2) * len(vocab)
+    norms = 2 * d.num_layers + 1
+    return (d.num_layers * attention + tables + norms) * d.hidden_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ...kernels.rope import RotaryEmbedding, apply_rope
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
 from ...parallel.embedding import VocabParallelEmbedding
-from ...parallel.linear import ColumnParallelLinear, Part, ReplicatedNorm, RowParallelLinear
+from ...parallel.linear import ColumnParallelLinear, Linear, Part, ReplicatedNorm, RowParallelLinear
 from ...parallel.partition import RankShare
 from ..batch import ForwardBatch
 from ..kv_cache import KVCache
@@ -180,8 +181,15 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return torch.nn.functional.linear(hidden, weight).float()
+        head = self.head or partial(torch.nn.functional.linear, weight=self.embedding.weight)
+        logits: torch.Tensor = head(hidden)
+        return logits.float()
+
+    def pack(self) -> None:
+        """Once the weights are loaded: lay them out for this machine's kernels, one at a time."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     def weight_slices(self) -> Iterator[WeightSlice]:
         """Everything this rank reads from a checkpoint, in the order of the forward pass."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder in Hugging Face format")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -74,43 +76,52 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def spec_from_config(config: dict[str, Any], folder: str) -> ModelSpec:
-    """The spec that a config.json describes, in the form of transformers 4 or 5.
+def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
+    """The spec that a config.json describes, in the form of transformers 4 or 5, with transformers' defaults.
 
     Raises ConfigError naming the field and the folder for what is missing, ill-typed or not supported.
     """
-    fields = _Fields(config, folder)
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in MINIMUM_TRANSFORMERS:
-        raise ConfigError(
-            f"{folder}: architecture {architecture!r} is not supported; supported are {', '.join(MINIMUM_TRANSFORMERS)}"
-        )
-    _refuse_unsupported(config, folder)
+    fields = _Fields(config, f"{folder_name}/config.json")
+    architecture = _architecture(config, folder_name)
+    _refuse_unsupported(fields)
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
-    attention_bias = bool(config.get("attention_bias", False))
-    eos = config.get("eos_token_id")
-    return ModelSpec(
+    qwen2, qwen3, llama = (architecture == f"{name}ForCausalLM" for name in ("Qwen2", "Qwen3", "Llama"))
+    attention_bias = not qwen2 and fields.flag("attention_bias")
+    spec = ModelSpec(
         architecture=architecture,
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=fields.size("intermediate_size"),
         num_layers=fields.size("num_hidden_layers"),
         num_query_heads=heads,
-        num_kv_heads=fields.size("num_key_value_heads", default=heads),
-        head_dim=fields.size("head_dim", default=128 if qwen3 else hidden // heads),
+        # Llama's before grouped-query attention do not state it; a null means the same for all.
+        num_kv_heads=fields.size("num_key_value_heads", heads if llama or "num_key_value_heads" in config else None),
+        head_dim=fields.size("head_dim", 128 if qwen3 else hidden // heads),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_position=fields.size("max_position_embeddings"),
-        rope=_rope(fields, config, folder),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rope=_rope(fields),
+        tied_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=qwen2 or attention_bias,
-        output_bias=attention_bias and not qwen2,
-        mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
+        output_bias=attention_bias,
+        mlp_bias=llama and fields.flag("mlp_bias"),
         qk_norm=qwen3,
-        dtype=_dtype(config, folder),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        bos_token_id=config.get("bos_token_id"),
+        dtype=_dtype(fields),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+        bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
     )
+    if spec.num_query_heads % spec.num_kv_heads:
+        raise fields.error("num_key_value_heads", spec.num_kv_heads, f"a divisor of num_attention_heads={heads}")
+    if spec.head_dim % 2:
+        raise fields.error("head_dim", spec.head_dim, "an even number: rotary embedding turns pairs")
+    return spec
+
+
+def position_limit(spec: ModelSpec) -> int:
+    """Tokens of one sequence that the model's positions allow.
+
+    Linear and dynamic scaling state max_position before scaling, yarn and llama3 checkpoints after.
+    """
+    return int(spec.max_position * spec.rope.factor) if spec.rope.kind in ("linear", "dynamic") else spec.max_position
 
 
 def dimensions(spec: ModelSpec) -> Dimensions:
@@ -138,70 +149,141 @@ def check_transformers(spec: ModelSpec, installed: str) -> None:
 
 
 class _Fields:
-    def __init__(self, config: dict[str, Any], folder: str) -> None:
-        self._config, self._folder = config, folder
+    """Typed access to one level of a config.json; `place` names the level in errors."""
+
+    def __init__(self, values: dict[str, Any], place: str) -> None:
+        self.values, self.place = values, place
+
+    def error(self, name: str, value: object, allowed: str) -> ConfigError:
+        return ConfigError(f"{self.place}: {name}={value!r} must be {allowed}")
 
     def size(self, name: str, default: int | None = None) -> int:
-        value = self._config.get(name)
-        value = default if value is None else value
+        value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{self._folder}/config.json: {name}={value!r} must be an integer of at least 1")
+            raise self.error(name, value, "an integer of at least 1")
         return value
 
-    def number(self, name: str, default: float, within: dict[str, Any] | None = None) -> float:
-        value = (self._config if within is None else within).get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigError(f"{self._folder}/config.json: {name}={value!r} must be a number above 0")
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(name, value, "a number above 0")
         return float(value)
 
+    def optional_number(self, name: str) -> float | None:
+        return None if self.values.get(name) is None else self.number(name)
 
-def _refuse_unsupported(config: dict[str, Any], folder: str) -> None:
-    if config.get("use_sliding_window") and "sliding_attention" in config.get("layer_types", ["sliding_attention"]):
-        raise ConfigError(f"{folder}/config.json: use_sliding_window=true is not supported; only full attention is")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{folder}/config.json: hidden_act={config['hidden_act']!r} is not supported; only silu is")
-    if config.get("quantization_config"):
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, value, "true or false")
+        return value
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        value = self._get(name, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise self.error(name, value, "a token id or a list of token ids")
+        return tuple(ids)
+
+    def group(self, name: str) -> _Fields | None:
+        value = self.values.get(name)
+        if not value:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(name, value, "an object")
+        return _Fields(value, f"{self.place}: {name}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
+
+
+def _architecture(config: dict[str, Any], folder_name: str) -> str:
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if not isinstance(architecture, str) or architecture not in MINIMUM_TRANSFORMERS:
         raise ConfigError(
-            f"{folder}/config.json: quantization_config is set; quantized checkpoints are not supported, use the "
-            f"bfloat16, float16 or float32 original"
+            f"{folder_name}/config.json: architecture {architecture!r} is not supported; supported are "
+            f"{', '.join(MINIMUM_TRANSFORMERS)}"
+        )
+    return architecture
+
+
+def _refuse_unsupported(fields: _Fields) -> None:
+    if fields.flag("use_sliding_window") and "sliding_attention" in _layer_types(fields):
+        raise ConfigError(f"{fields.place}: use_sliding_window=true is not supported; only full attention is")
+    activation = fields.values.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"{fields.place}: hidden_act={activation!r} is not supported; only silu is")
+    if fields.values.get("quantization_config"):
+        raise ConfigError(
+            f"{fields.place}: quantization_config is set; quantized checkpoints are not supported, use the bfloat16, "
+            f"float16 or float32 original"
         )
 
 
-def _rope(fields: _Fields, config: dict[str, Any], folder: str) -> RopeSpec:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _layer_types(fields: _Fields) -> set[str]:
+    """Kinds of attention, as transformers infers them for Qwen where the config does not list them by layer."""
+    listed = fields.values.get("layer_types")
+    if listed is not None:
+        if not isinstance(listed, list):
+            raise fields.error("layer_types", listed, "a list")
+        return set(map(str, listed))
+    full_layers = fields.values.get("max_window_layers", 28)
+    if not isinstance(full_layers, int):
+        raise fields.error("max_window_layers", full_layers, "an integer")
+    # An explicit null turns the window off; without the field there is one of 4096 tokens.
+    slides = fields.values.get("sliding_window", 4096) is not None and full_layers < fields.size("num_hidden_layers")
+    return {"sliding_attention"} if slides else {"full_attention"}
+
+
+def _rope(fields: _Fields) -> RopeSpec:
+    # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may stand inside or beside.
+    rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.place)
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"{folder}/config.json: rope type {kind!r} is not supported; {', '.join(ROPE_KINDS)} are")
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"{folder}/config.json: partial_rotary_factor must be 1.0, others are not supported")
-    theta = fields.number("rope_theta", fields.number("rope_theta", 10000.0), rope)
+        raise ConfigError(f"{rope.place}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
+        raise ConfigError(f"{fields.place}: partial_rotary_factor must be 1.0, others are not supported")
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if kind == "default":
         return RopeSpec(theta=theta)
     max_position = fields.size("max_position_embeddings")
-    original = rope.get("original_max_position_embeddings") or max_position
+    if kind in ("linear", "dynamic"):
+        return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"))
+    # Beside the rope parameters it wins over inside, and without either there was no extension.
+    original = fields.size(
+        "original_max_position_embeddings", rope.size("original_max_position_embeddings", max_position)
+    )
+    if kind == "llama3":
+        return RopeSpec(
+            kind=kind,
+            theta=theta,
+            factor=rope.number("factor"),
+            original_max_position=original,
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
     return RopeSpec(
         kind=kind,
         theta=theta,
-        factor=fields.number("factor", max_position / original, rope),
-        original_max_position=int(original),
-        beta_fast=fields.number("beta_fast", 32.0, rope),
-        beta_slow=fields.number("beta_slow", 1.0, rope),
-        attention_factor=rope.get("attention_factor"),
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
-        truncate=bool(rope.get("truncate", True)),
-        low_freq_factor=fields.number("low_freq_factor", 1.0, rope),
-        high_freq_factor=fields.number("high_freq_factor", 4.0, rope),
+        factor=rope.number("factor", max_position / original),
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.optional_number("attention_factor"),
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        truncate=rope.flag("truncate", True),
     )
 
 
-def _dtype(config: dict[str, Any], folder: str) -> str:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+def _dtype(fields: _Fields) -> str:
+    name = str(fields.values.get("dtype") or fields.values.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"{folder}/config.json: dtype={name!r} is not supported; {', '.join(DTYPES)} are")
+        raise ConfigError(f"{fields.place}: dtype={name!r} is not supported; supported are {', '.join(DTYPES)}")
     return name
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
