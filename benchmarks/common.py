@@ -1,97 +1,111 @@
-"""What the benchmarks share: options, the machine they ran on, percentiles, and the JSON line at the end."""
+"""What the benchmarks share: options, models, the machine they ran on, percentiles, the JSON line at the end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import platform
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from phalanx import __version__
 from phalanx.engine.config import unknown_name
-from phalanx.engine.errors import ConfigError
+from phalanx.engine.errors import ConfigError, PhalanxError
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
 
 def read_options(kind: type[T], arguments: Sequence[str]) -> T:
-    """key=value arguments as an instance of the dataclass `kind`; an unknown or ill-typed one ends the program."""
+    """key=value arguments as an instance of the dataclass `kind`. Raises ConfigError for an unknown or ill-typed one."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name not in names:
+            raise ConfigError(unknown_name("option", name, names))
+        if not equals:
+            raise ConfigError(f"{argument!r} has no value; write {name}=VALUE")
     try:
-        for argument in arguments:
-            if argument.partition("=")[0] not in names:
-                raise ConfigError(unknown_name("option", argument.partition("=")[0], names))
-        options = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(arguments)))
-        )
-    except (ConfigError, OmegaConfBaseException) as error:
-        sys.exit(str(error).splitlines()[0])
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(arguments)))
+        options = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(options, kind)
     return options
 
 
-def model_folder(name: str) -> str:
-    """A folder as it is; for a preset of configs/models, a random checkpoint of its shape, made once."""
-    from phalanx.launch.presets import load_preset, presets
+def model_folder(model: str | None, preset: str) -> Path:
+    """The folder `model`, or without one a random checkpoint of the shape of a preset, made where it is missing."""
+    if model is not None:
+        return Path(model)
+    from phalanx.launch.get_model import load_shape
     from phalanx.launch.random_model import make_random_model
 
-    if name not in presets():
-        return name
-    return str(make_random_model(ROOT / "models" / name.replace("_", "-"), load_preset(name)["shape"]))
+    return make_random_model(ROOT / "models" / preset.replace("_", "-"), load_shape(preset))
 
 
-def random_prompts(requests: int, tokens: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of seeded random token ids."""
-    rng = random.Random(seed)
-    low, high = min(100, vocabulary // 2), min(20000, vocabulary - 1)
-    return [[rng.randint(low, high) for _ in range(tokens)] for _ in range(requests)]
+def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of seeded random token ids from 100 to 20000, or within a vocabulary that is smaller."""
+    draw = random.Random(seed)
+    high = min(20000, vocab_size - 1)
+    low = min(100, high)
+    return [[draw.randint(low, high) for _ in range(tokens)] for _ in range(requests)]
 
 
-def percentiles(values: Sequence[float], digits: int = 2) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank; zeros for no values."""
+def percentiles(values: Sequence[float], digits: int) -> dict[str, float] | None:
+    """p50, p95 and p99 by the nearest rank, the ceil(share * count)-th smallest; None of no values."""
     ordered = sorted(values)
-
-    def at(share: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], digits) if ordered else 0.0
-
-    return {"p50": at(0.50), "p95": at(0.95), "p99": at(0.99)}
+    if not ordered:
+        return None
+    return {f"p{share}": round(ordered[math.ceil(share * len(ordered) / 100) - 1], digits) for share in (50, 95, 99)}
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and memory of this machine."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    memory = Path("/proc/meminfo").read_text().split()[1] if Path("/proc/meminfo").exists() else "0"
+    """Processor, cores this process may use and memory, of a Linux machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "memory_gib": round(int(memory) / 2**20, 1),
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
     }
 
 
 def versions() -> dict[str, str]:
     """Of what decides the figures."""
-    import torch
-    import transformers
-    from phalanx import __version__
-
-    return {
-        "phalanx": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    others = {name: version(name) for name in ("torch", "transformers")}
+    return {"phalanx": __version__, "python": platform.python_version(), **others}
 
 
-def finish(result: dict[str, Any], out: str | None) -> None:
-    """Print the JSON line a benchmark ends with, and keep it in `out` if that is named."""
-    line = json.dumps({**result, "machine": machine(), "versions": versions()})
-    print(line)
-    if out:
+def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
+    """A benchmark's program: its options from the command line; its result, completed, as the last line printed.
+
+    The file that an option `out` names gets the same line. Bad input ends the program with a message.
+    """
+    try:
+        options = read_options(kind, sys.argv[1:])
+        result = benchmark(options)
+    except PhalanxError as error:
+        sys.exit(f"error: {error}")
+    line = json.dumps({**result, "settings": settings(options), "machine": machine(), "versions": versions()})
+    print(line, flush=True)
+    out = getattr(options, "out", None)
+    if out is not None:
         Path(out).write_text(line + "\n")
+
+
+def settings(options: Any) -> dict[str, Any]:
+    """All options, of paths only the last part."""
+    values = dataclasses.asdict(options)
+    values.pop("out", None)
+    paths = {name: Path(values[name]).name for name in ("model", "input") if values.get(name) is not None}
+    return {**values, **paths}

@@ -1,9 +1,9 @@
-"""Output tokens a second, latencies and memory under a load of random token ids or of a JSONL file.
+"""Tokens a second, latencies and memory under a load of random token ids or of a JSONL file.
 
-    python benchmarks/throughput.py model=qwen2_5_0_5b requests=32 prompt_tokens=128 new_tokens=128 peer=transformers
+    python benchmarks/throughput.py random=qwen2_5_0_5b requests=32 prompt_tokens=128 new_tokens=128 peer=transformers
 
-`model` is a folder or a preset, whose random checkpoint is made first. With peer=transformers its `generate` runs the
-same prompts in turns with phalanx, in the same process. Ends with one JSON line; figures are medians over the repeats.
+peer=transformers runs its `generate` on the same prompts, in turns with phalanx and never at the same time. The figures
+are those of the median run; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,188 +11,218 @@ from __future__ import annotations
 import dataclasses
 import json
 import queue
+import random
 import statistics
-import sys
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from common import finish, model_folder, percentiles, random_prompts, read_options
-from phalanx import LLM, SamplingParams
+import torch
+from phalanx import LLM, EngineConfig, SamplingParams
+from phalanx.benchmarks.common import model_folder, percentiles, random_prompts, run
+from phalanx.engine.client import to_error
+from phalanx.engine.errors import ConfigError
 from phalanx.engine.messages import Delta, Event, Failed, Finished, Submit
 from phalanx.engine.models.spec import read_config
+
+WARMUP = SamplingParams(max_tokens=2, ignore_eos=True)
 
 
 @dataclass
 class Options:
-    """What to run; all but the first group are EngineConfig's."""
+    """What to run. The last group are EngineConfig's."""
 
-    model: str = "qwen2_5_0_5b"
-    input: str | None = None  # JSONL lines of {"prompt" | "messages" | "token_ids", "sampling"?} instead of random ids
+    model: str | None = None  # a folder; without one the random checkpoint of `random`
+    random: str = "qwen2_5_0_5b"  # a preset of configs/models
+    input: str | None = None  # JSONL lines {"prompt" | "messages" | "token_ids", "sampling"?} instead of random ids
     requests: int = 32
     prompt_tokens: int = 128
     new_tokens: int = 128
-    rate: float = 0.0  # requests a second; 0 sends all at once
+    rate: float = 0.0  # requests a second, as a Poisson process; 0 sends all at once
     concurrency: int = 0  # requests under way at most; 0 sets no limit
     repeats: int = 3
+    seed: int = 0
     peer: str | None = None  # transformers
-    out: str | None = None
+    out: str | None = None  # a file for the JSON line
+
     ranks: int = 1
     dtype: str = "bfloat16"
+    threads: int = 0
+    tokenizer: str | None = None
+    max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    prefix_cache: bool = False
+    block_size: int | None = None
     kv_memory: float = 0.9
+    prefix_cache: bool = False  # or else the second repeat would find the first one's prompts
+
+    def engine_config(self, folder: Path) -> EngineConfig:
+        """Raises ConfigError."""
+        names = {f.name for f in dataclasses.fields(EngineConfig)} & {f.name for f in dataclasses.fields(self)}
+        return EngineConfig(**{name: getattr(self, name) for name in names} | {"model": str(folder)})
+
+    def check(self) -> None:
+        """Raises ConfigError for what the benchmark itself cannot run."""
+        for name, least in (("requests", 1), ("new_tokens", 1), ("prompt_tokens", 1), ("repeats", 1), ("rate", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.peer not in (None, "transformers"):
+            raise ConfigError(f"peer={self.peer!r} must be transformers")
+        if self.peer and (self.input or self.rate or self.concurrency):
+            raise ConfigError(
+                "peer=transformers computes one batch of equal prompts: leave out input, rate and concurrency"
+            )
 
 
 @dataclass
-class Request:
+class Seen:
     """What the client saw of one request; seconds on the monotonic clock."""
 
     sent: float
-    arrivals: list[float] = field(default_factory=list)
+    arrivals: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))  # by completion
     tokens: int = 0
-    end: Finished | None = None
+    finished: Finished | None = None
 
 
 class Load:
-    """Sends requests at a rate or all at once, and notes when their tokens arrive."""
+    """Sends requests all at once, at a rate or so many at a time, and notes when their tokens arrive."""
 
     def __init__(self, llm: LLM, options: Options) -> None:
-        self._llm, self._options = llm, options
-        self._requests: dict[str, Request] = {}
-        self._finished: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._slots = threading.Semaphore(options.concurrency or 2**30)
+        self._llm, self._rate = llm, options.rate
+        self._slots = threading.Semaphore(options.concurrency or options.requests)
+        self._gaps = random.Random(options.seed)
+        self._seen: dict[str, Seen] = {}
+        self._ends: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
 
-    def run(self, submits: list[Submit]) -> tuple[float, list[Request]]:
-        """Seconds from the first request to the last token, and every request."""
-        started = time.monotonic()
-        for i, submit in enumerate(submits):
-            if self._options.rate:
-                time.sleep(max(0.0, started + i / self._options.rate - time.monotonic()))
+    def run(self, submits: list[Submit]) -> tuple[float, list[Seen]]:
+        """Seconds from the first request to the last token, and every request. Raises the error of one that failed."""
+        started = due = time.monotonic()
+        for submit in submits:
+            time.sleep(max(0.0, due - time.monotonic()))
             self._slots.acquire()
-            self._requests[submit.id] = Request(time.monotonic())
+            self._seen[submit.id] = Seen(time.monotonic())
             self._llm.submit(submit, self._on_event)
+            if self._rate:
+                due += self._gaps.expovariate(self._rate)
         for _ in submits:
-            event = self._finished.get()
-            if isinstance(event, Failed):
-                sys.exit(f"request {event.id} failed: {event.message}")
-        return time.monotonic() - started, list(self._requests.values())
+            end = self._ends.get()
+            if isinstance(end, Failed):
+                raise to_error(end)
+        return time.monotonic() - started, list(self._seen.values())
 
     def _on_event(self, event: Event) -> None:
-        assert isinstance(event, Delta | Finished | Failed)
-        request = self._requests[event.id]
         if isinstance(event, Delta):
-            request.arrivals.append(time.monotonic())
-            request.tokens += len(event.token_ids)
-            return
-        request.end = event if isinstance(event, Finished) else None
-        self._slots.release()
-        self._finished.put(event)
-
-
-def make_submits(options: Options, folder: str) -> list[Submit]:
-    """The requests of one run."""
-    greedy = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
-    if options.input is None:
-        vocabulary = int(read_config(Path(folder))["vocab_size"])
-        prompts = random_prompts(options.requests, options.prompt_tokens, vocabulary)
-        return [Submit(id=str(i), token_ids=prompt, sampling=greedy) for i, prompt in enumerate(prompts)]
-    submits = []
-    for i, line in enumerate(Path(options.input).read_text().splitlines()):
-        values = {"sampling": {"max_tokens": options.new_tokens}, **json.loads(line), "id": str(i)}
-        values["sampling"] = SamplingParams.from_dict(values["sampling"])
-        submits.append(Submit(**values))
-    return submits
-
-
-def summarize(seconds: float, requests: list[Request]) -> dict[str, Any]:
-    """One run's figures."""
-    output = sum(request.tokens for request in requests)
-    prompt = sum(request.end.usage.prompt_tokens for request in requests if request.end)
-    gaps = [after - before for r in requests for before, after in zip(r.arrivals, r.arrivals[1:], strict=False)]
-    return {
-        "seconds": round(seconds, 3),
-        "output_tokens_per_s": round(output / seconds, 1),
-        "total_tokens_per_s": round((output + prompt) / seconds, 1),
-        "ttft_s": percentiles([request.arrivals[0] - request.sent for request in requests if request.arrivals], 3),
-        "tpot_ms": percentiles([request.end.timings.tpot_ms for request in requests if request.end]),
-        "itl_ms": percentiles([1000 * gap for gap in gaps]),
-    }
+            seen = self._seen[event.id]
+            seen.arrivals[event.index].append(time.monotonic())
+            seen.tokens += len(event.token_ids)
+        elif isinstance(event, Finished | Failed):
+            if isinstance(event, Finished):
+                self._seen[event.id].finished = event
+            self._slots.release()
+            self._ends.put(event)
 
 
 class TransformersPeer:
     """transformers' generate over all prompts as one static batch, with torch's own attention (sdpa)."""
 
-    def __init__(self, folder: str, options: Options) -> None:
-        import torch
+    def __init__(self, folder: Path, options: Options) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._new_tokens = options.new_tokens
-        dtype = getattr(torch, options.dtype)
+        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
-    def run(self, prompts: list[list[int]]) -> float:
-        """Output tokens a second."""
-        import torch
-
+    def output_tokens_per_s(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """Greedy, end-of-sequence ignored."""
         batch = torch.tensor(prompts)
         started = time.monotonic()
-        out = self._model.generate(
+        tokens = self._model.generate(
             batch,
             attention_mask=torch.ones_like(batch),
-            max_new_tokens=self._new_tokens,
-            min_new_tokens=self._new_tokens,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
             do_sample=False,
         )
-        return (out.shape[1] - batch.shape[1]) * len(prompts) / (time.monotonic() - started)
+        return float(tokens[:, batch.shape[1] :].numel() / (time.monotonic() - started))
 
 
-def main() -> None:
-    """Run, and print."""
-    options = read_options(Options, sys.argv[1:])
-    folder = model_folder(options.model)
-    started = time.monotonic()
-    engine = {name: getattr(options, name) for name in ("ranks", "dtype", "max_num_seqs", "max_num_batched_tokens")}
-    llm = LLM(folder, prefix_cache=options.prefix_cache, kv_memory=options.kv_memory, **engine)
-    ready = time.monotonic() - started
-    status = llm.status()
-    print("\n".join(status.report))
+def make_submits(options: Options, folder: Path) -> list[Submit]:
+    """The requests of a run, greedy and of new_tokens each unless a line of the input says otherwise."""
+    greedy: dict[str, Any] = {"max_tokens": options.new_tokens, "temperature": 0.0}
+    if options.input is None:
+        sampling = SamplingParams.from_dict({**greedy, "ignore_eos": True})
+        vocab_size = int(read_config(folder)["vocab_size"])
+        prompts = random_prompts(options.requests, options.prompt_tokens, vocab_size, options.seed)
+        return [Submit(id=str(i), token_ids=prompt, sampling=sampling) for i, prompt in enumerate(prompts)]
+    submits = []
+    for i, line in enumerate(Path(options.input).read_text().splitlines()):
+        values = json.loads(line)
+        sampling = SamplingParams.from_dict({**greedy, **values.get("sampling", {})})
+        prompt = {name: values[name] for name in ("prompt", "messages", "token_ids") if name in values}
+        submits.append(Submit(id=str(i), sampling=sampling, **prompt))
+    return submits
+
+
+def summarize(seconds: float, requests: list[Seen]) -> dict[str, Any]:
+    """One run's figures. TTFT and the gaps between tokens (ITL) are the client's, TPOT is the engine's mean gap."""
+    finished = [seen.finished for seen in requests if seen.finished is not None]
+    streams = [arrivals for seen in requests for arrivals in seen.arrivals.values()]
+    output = sum(seen.tokens for seen in requests)
+    total = output + sum(end.usage.prompt_tokens for end in finished)
+    gaps = [1000 * (after - before) for s in streams for before, after in zip(s, s[1:], strict=False)]
+    firsts = [min(s[0] for s in seen.arrivals.values()) - seen.sent for seen in requests if seen.arrivals]
+    return {
+        "seconds": round(seconds, 3),
+        "requests": len(requests),
+        "output_tokens": output,
+        "output_tokens_per_s": round(output / seconds, 1),
+        "total_tokens_per_s": round(total / seconds, 1),
+        "ttft_s": percentiles(firsts, 3),
+        "tpot_ms": percentiles([end.timings.tpot_ms for end in finished if end.timings.tpot_ms], 2),
+        "itl_ms": percentiles(gaps, 2),
+    }
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run, and say how it goes."""
+    options.check()
+    folder = model_folder(options.model, options.random)
     submits = make_submits(options, folder)
-    peer = None
-    if options.peer is not None:
-        if options.peer != "transformers" or options.input is not None:
-            sys.exit(f"peer={options.peer!r}: only transformers, and only with random token ids")
-        peer = TransformersPeer(folder, options)
-    # The first steps pay for set-up that no later one does.
-    llm.generate([list(range(1, 9))], SamplingParams(max_tokens=2, ignore_eos=True))
-    runs, peers = [], []
-    for _ in range(options.repeats):
-        fresh = [msgspec.structs.replace(submit, id=f"{submit.id}-{len(runs)}") for submit in submits]
-        runs.append(summarize(*Load(llm, options).run(fresh)))
-        print(f"phalanx: {runs[-1]['output_tokens_per_s']} output tokens/s in {runs[-1]['seconds']} s")
+    started = time.monotonic()
+    with LLM.from_config(options.engine_config(folder)) as llm:
+        ready_s = time.monotonic() - started
+        status = llm.status()
+        print("\n".join([*status.report, f"ready in {ready_s:.1f} s"]), flush=True)
+        llm.generate([submit.token_ids or [1] for submit in submits[:1]], WARMUP)
+        peer = TransformersPeer(folder, options) if options.peer else None
+        prompts = [submit.token_ids or [] for submit in submits]
         if peer is not None:
-            peers.append(peer.run([submit.token_ids or [] for submit in submits]))
-            print(f"transformers: {peers[-1]:.1f} output tokens/s")
-    llm.close()
-    median = sorted(runs, key=lambda run: run["output_tokens_per_s"])[len(runs) // 2]
+            peer.output_tokens_per_s(prompts[:1], WARMUP.max_tokens)
+        runs, peers = [], []
+        for repeat in range(options.repeats):
+            fresh = [msgspec.structs.replace(submit, id=f"{repeat}:{submit.id}") for submit in submits]
+            runs.append(summarize(*Load(llm, options).run(fresh)))
+            print(f"phalanx: {runs[-1]['output_tokens_per_s']} output tokens/s", flush=True)
+            if peer is not None:
+                peers.append(round(peer.output_tokens_per_s(prompts, options.new_tokens), 1))
+                print(f"transformers: {peers[-1]} output tokens/s", flush=True)
+    median = sorted(runs, key=lambda run: run["output_tokens_per_s"])[(len(runs) - 1) // 2]
     result = {
         "benchmark": "throughput",
         **median,
         "runs_output_tokens_per_s": [run["output_tokens_per_s"] for run in runs],
-        "ready_s": round(ready, 2),
+        "ready_s": round(ready_s, 2),
         "peak_memory_bytes": status.peak_memory,
-        "settings": {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "model")}
-        | {"model": Path(options.model).name},
     }
     if peers:
-        result["transformers_output_tokens_per_s"] = round(statistics.median(peers), 1)
-        result["ratio_to_transformers"] = round(median["output_tokens_per_s"] / statistics.median(peers), 2)
-    finish(result, options.out)
+        result["transformers_output_tokens_per_s"] = statistics.median_low(peers)
+        result["transformers_runs_output_tokens_per_s"] = peers
+        result["ratio_to_transformers"] = round(median["output_tokens_per_s"] / statistics.median_low(peers), 2)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from .errors import ERRORS_BY_NAME, EngineStopped, PhalanxError, Timeout
+from .errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
 from .messages import Abort, Command, Event, Failed, Finished, Shutdown, Status, StatusRequest, Submit
 from .transport import Connection
 
 OnEvent = Callable[[Event], None]
+
+_log = logging.getLogger(__name__)
 
 
 class Client:
@@ -23,6 +26,7 @@ class Client:
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
         self._status: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
+        self._asking = threading.Lock()
         self._stopped: PhalanxError | None = None
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         connection.start(self._on_event)
@@ -34,15 +38,18 @@ class Client:
     def submit(self, submit: Submit, on_event: OnEvent) -> None:
         """Send a request; `on_event` gets its events on another thread, the last one a Finished or Failed.
 
-        Raises EngineStopped if the engine has stopped.
+        Raises InvalidRequest for an id in use and for what cannot be sent, EngineStopped if the engine has stopped.
         """
         with self._lock:
-            if self._stopped is not None:
-                raise self._stopped
+            self._check_stopped()
             if submit.id in self._sinks:
-                raise ValueError(f"request id {submit.id!r} is in use by a request that is not finished")
+                raise InvalidRequest(f"id={submit.id!r} is in use by a request that is not finished; choose another")
             self._sinks[submit.id] = on_event
-        self._connection.send(submit)
+        try:
+            self._connection.send(submit)
+        except BaseException:
+            self._forget(submit.id)
+            raise
 
     def abort(self, request_id: str) -> None:
         """Ask to end a request; its Finished still comes."""
@@ -58,16 +65,18 @@ class Client:
 
     def status(self, timeout_s: float | None) -> Status:
         """The engine's Status; Timeout if none comes in time (None waits), EngineStopped if the engine has stopped."""
-        if self._stopped is not None:
-            raise self._stopped
-        self._connection.send(StatusRequest())
-        try:
-            status = self._status.get(timeout=timeout_s)
-        except queue.Empty:
-            raise Timeout(f"the engine sent no status within {timeout_s} s") from None
+        with self._asking:
+            while not self._status.empty():  # one that came too late for who had asked
+                self._status.get()
+            self._check_stopped()
+            self._connection.send(StatusRequest())
+            try:
+                status = self._status.get(timeout=timeout_s)
+            except queue.Empty:
+                raise Timeout(f"the engine sent no status within {timeout_s} s") from None
         if status is None:
-            assert self._stopped is not None
-            raise self._stopped
+            self._check_stopped()
+        assert status is not None
         return status
 
     def fail_all(self, error: PhalanxError) -> None:
@@ -77,9 +86,9 @@ class Client:
                 return
             self._stopped = error
             sinks, self._sinks = self._sinks, {}
-        for request_id, sink in sinks.items():
-            sink(Failed(request_id, type(error).__name__, str(error)))
         self._status.put(None)
+        for request_id, sink in sinks.items():
+            self._hand_on(sink, Failed(request_id, type(error).__name__, str(error)))
 
     def close(self) -> None:
         """End what is outstanding with EngineStopped, and the connection."""
@@ -93,36 +102,67 @@ class Client:
         with self._lock:
             last = isinstance(event, Finished | Failed)
             sink = self._sinks.pop(event.id, None) if last else self._sinks.get(event.id)
-        if sink is not None:
+        if sink is not None and not self._hand_on(sink, event) and not last:
+            self._forget(event.id)
+            self.abort(event.id)
+
+    def _hand_on(self, sink: OnEvent, event: Event) -> bool:
+        """Whether the receiver took the event. One that raises must not end the thread that serves all others."""
+        try:
             sink(event)
+        except Exception:
+            _log.exception("the receiver of a request's events failed")
+            return False
+        return True
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._sinks.pop(request_id, None)
+
+    def _check_stopped(self) -> None:
+        if self._stopped is not None:
+            # A new exception each time: one that is raised again and again would grow its traceback.
+            raise type(self._stopped)(*self._stopped.args)
 
 
 class RequestHandle:
-    """One request under way: iterate over its events (Delta..., Finished). A Failed is raised as its error."""
+    """One request under way: an iterator over its events (Delta..., Finished). A Failed is raised as its error.
+
+    Whoever stops early closes it, which aborts the request; dropping the last reference does the same.
+    """
 
     def __init__(self, client: Client, submit: Submit) -> None:
         self.id = submit.id
         self._client = client
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._ended = False
+        self._ended = True
         client.submit(submit, self._events.put)
+        self._ended = False
 
     def abort(self) -> None:
         """End the request early; iteration goes on to its Finished."""
         self._client.abort(self.id)
 
-    def __iter__(self) -> Iterator[Event]:
-        try:
-            while not self._ended:
-                event = self._events.get()
-                if isinstance(event, Failed):
-                    self._ended = True
-                    raise to_error(event)
-                self._ended = isinstance(event, Finished)
-                yield event
-        finally:
-            if not self._ended:
-                self.abort()
+    def close(self) -> None:
+        """End the request, if it has not ended, and the iteration."""
+        if not self._ended:
+            self._ended = True
+            self.abort()
+
+    def __iter__(self) -> RequestHandle:
+        return self
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Finished | Failed)
+        if isinstance(event, Failed):
+            raise to_error(event)
+        return event
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def to_error(failed: Failed) -> PhalanxError:

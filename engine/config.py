@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
-from .params import SamplingParams
+from .params import SEED_LIMIT, SamplingParams
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -88,17 +89,27 @@ class EngineConfig:
                 f"each running sequence needs one token of the budget a step; "
                 f"raise max_num_batched_tokens or lower max_num_seqs"
             )
-        if not self.kv_memory > 0 or math.isinf(self.kv_memory):
+        if not _is_positive(self.kv_memory):
             raise ConfigError(f"kv_memory={self.kv_memory!r} must be bytes (above 1) or a fraction in (0, 1]")
-        if not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s={self.timeout_s!r} must be above 0 seconds")
+        if not _is_positive(self.timeout_s):
+            raise ConfigError(f"timeout_s={self.timeout_s!r} must be a number of seconds above 0")
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be true or false")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not abs(self.seed) <= SEED_LIMIT:
+            raise ConfigError(f"seed={self.seed!r} must be an integer in [-{SEED_LIMIT}, {SEED_LIMIT}]")
+        if not isinstance(self.tokenizer, str | None):
+            raise ConfigError(f'tokenizer={self.tokenizer!r} must be a folder, a hub name or "none"')
+        if not isinstance(self.sampling, SamplingParams):
+            raise ConfigError(f"sampling={self.sampling!r} must be a mapping of sampling fields")
         if self.rank_weights is not None:
-            object.__setattr__(self, "rank_weights", tuple(float(weight) for weight in self.rank_weights))
-            if len(self.rank_weights) != self.ranks or not all(weight > 0 for weight in self.rank_weights):
-                raise ConfigError(
-                    f"rank_weights={list(self.rank_weights)} must be {self.ranks} positive numbers, one for each "
-                    f"of ranks={self.ranks}"
-                )
+            self._check_rank_weights(self.rank_weights)
+
+    def _check_rank_weights(self, weights: Sequence[float]) -> None:
+        if not isinstance(weights, list | tuple) or len(weights) != self.ranks or not all(map(_is_positive, weights)):
+            raise ConfigError(
+                f"rank_weights={weights!r} must be {self.ranks} positive numbers, one for each of ranks={self.ranks}"
+            )
+        object.__setattr__(self, "rank_weights", tuple(map(float, weights)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
@@ -125,6 +136,10 @@ def unknown_name(kind: str, name: str, allowed: list[str]) -> str:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not supported; it must be one of {', '.join(allowed)}")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _at_least(name: str, value: object, low: int) -> None:

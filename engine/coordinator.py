@@ -49,12 +49,16 @@ class Coordinator:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._output = OutputProcessor(tokenizer, self._emit, self._stop_found)
-        self._active: set[str] = set()  # ids from acceptance to the last event; intake adds, output removes
+        # From acceptance to the last event, (client, its id) of each request; intake adds, output removes. The lock
+        # is for the moment of stopping: afterwards nothing is accepted, and all that was is failed.
+        self._active: dict[str, tuple[bytes, str]] = {}
+        self._accepting = threading.Lock()
+        self._refusal: str | None = None
         self._stopping = False
         self.stopped: Exception | None = None
         self._threads = [
-            threading.Thread(target=self._take_in, name="phalanx-intake", daemon=True),
-            threading.Thread(target=self._give_out, name="phalanx-output", daemon=True),
+            threading.Thread(target=self._run_thread, args=[work], name=f"phalanx-{name}", daemon=True)
+            for name, work in (("intake", self._take_in), ("output", self._give_out))
         ]
 
     def start(self) -> None:
@@ -70,8 +74,11 @@ class Coordinator:
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> None:
         """The step loop: plan, execute, commit, until stop() or a Shutdown command; then the ranks are told to stop.
 
-        What still runs is aborted. An error of a rank ends the loop with that error.
+        What still runs is aborted. An error of a rank ends the loop with that error, and all requests with
+        EngineStopped; so does every later call.
         """
+        if self._refusal is not None:
+            raise EngineStopped(self._refusal)
         self._stopping = False
         try:
             while self._handle_inbox():
@@ -80,13 +87,14 @@ class Coordinator:
             self._control.send(encode(Stop(payload())))
         except Exception as error:
             self.stopped = error
-            self._fail_all(error)
+            self._refuse_all(f"rank 0 failed: {type(error).__name__}: {error}")
             raise
 
     def close(self) -> None:
         """Deliver every event that is due, then end the threads and the transport. After run() has returned."""
         self._commands.put(None)
         self._threads[0].join()
+        self._refuse_all("the engine was closed")
         self._outbox.put(None)
         self._threads[1].join()
         self._transport.close()
@@ -178,6 +186,14 @@ class Coordinator:
         )
         self._outbox.put(lambda: self._emit(client, status))
 
+    def _run_thread(self, work: Callable[[], None]) -> None:
+        """A defect in one of the other threads must not leave requests unanswered: it ends the step loop."""
+        try:
+            work()
+        except Exception as error:
+            failure = error
+            self._inbox.put(lambda: _raise(failure))
+
     # ---- the intake's thread
 
     def _take_in(self) -> None:
@@ -198,17 +214,25 @@ class Coordinator:
     def _submit(self, client: bytes, submit: Submit, arrived_at: float) -> None:
         request_id = _request_id(client, submit.id)
         try:
-            if self.stopped is not None:
-                raise EngineStopped(f"the engine has stopped: {self.stopped}")
             if request_id in self._active:
                 raise InvalidRequest(f"id={submit.id!r} is in use by a request that is not finished; choose another")
             request = self._intake.accept(submit, request_id, arrived_at)
+            with self._accepting:
+                if self._refusal is not None:
+                    raise EngineStopped(self._refusal)
+                self._active[request_id] = client, submit.id
         except PhalanxError as error:
-            failed = Failed(submit.id, type(error).__name__, str(error))
-            self._outbox.put(lambda: self._emit(client, failed))
-            return
-        self._active.add(request_id)
-        self._inbox.put(lambda: self._add(client, request, submit))
+            self._fail_refused(client, submit.id, error)
+        except Exception as error:
+            # Whatever a request brings about while it is taken in, it brings about for itself alone.
+            _log.exception("a request could not be taken in")
+            self._fail_refused(client, submit.id, InvalidRequest(f"the request was refused: {error!r}"))
+        else:
+            self._inbox.put(lambda: self._add(client, request, submit))
+
+    def _fail_refused(self, client: bytes, client_id: str, error: PhalanxError) -> None:
+        failed = Failed(client_id, type(error).__name__, str(error))
+        self._outbox.put(lambda: self._emit(client, failed))
 
     # ---- the output's thread
 
@@ -220,13 +244,13 @@ class Coordinator:
         for update in updates:
             self._output.update(update)
             if update.request_finished:
-                self._active.discard(update.request.id)
+                self._active.pop(update.request.id, None)
 
     def _stop_found(self, request_id: str, index: int, stop: str) -> None:
         self._inbox.put(lambda: self._finish(request_id, index, stop))
 
     def _fail(self, client: bytes, client_id: str, request_id: str, error: Exception) -> None:
-        self._active.discard(request_id)
+        self._active.pop(request_id, None)
         self._emit(client, Failed(client_id, type(error).__name__, str(error)))
 
     def _fail_running(self, request_id: str, error: Exception) -> None:
@@ -234,15 +258,23 @@ class Coordinator:
         if state is not None:
             self._fail(state.client, state.id, request_id, error)
 
-    def _fail_all(self, error: Exception) -> None:
-        def fail_outstanding() -> None:
-            for client, client_id in self._output.outstanding():
-                self._emit(client, Failed(client_id, EngineStopped.__name__, f"the engine has stopped: {error}"))
+    def _refuse_all(self, why: str) -> None:
+        """The end: accept nothing more, and after the events that are due fail every request that is left."""
+        with self._accepting:
+            self._refusal = self._refusal or why
+        self._outbox.put(lambda: self._fail_outstanding(EngineStopped(why)))
 
-        self._outbox.put(fail_outstanding)
+    def _fail_outstanding(self, error: EngineStopped) -> None:
+        for request_id, (client, client_id) in list(self._active.items()):
+            self._output.forget(request_id)
+            self._fail(client, client_id, request_id, error)
 
     def _emit(self, client: bytes, event: Event) -> None:
         self._transport.send(client, event)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _request_id(client: bytes, client_id: str) -> str:

@@ -39,6 +39,8 @@ class GroupLLM:
         link = InProcess() if self._group.rank == 0 else None
         self._engine = Engine(self._config, self._group, link.transport if link else None)
         self._llm = LLM.paused(self._engine, link) if link else None
+        self._stopped: str | None = None
+        self._closed = False
 
     def generate(
         self,
@@ -53,29 +55,42 @@ class GroupLLM:
         return self._together(lambda llm: [llm.chat(messages, sampling)])[0]
 
     def close(self) -> None:
-        """Free the engine, on all ranks together. The caller's process group stays."""
+        """Free the engine, on all ranks together. The caller's process group stays. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed, self._stopped = True, self._stopped or "the engine was closed"
         if self._llm is not None:
             self._llm.close()
         self._group.close()
 
     def _together(self, call: Callable[[LLM], list[RequestOutput]]) -> list[RequestOutput]:
-        if self._llm is None:
-            return _unwrap(msgspec.msgpack.decode(self._engine.run(), type=_Outcome))
+        if self._stopped is not None:
+            raise EngineStopped(self._stopped)
+        outcome = self._follow() if self._llm is None else self._lead(self._llm, call)
+        if isinstance(outcome, Failed):
+            raise to_error(outcome)
+        return outcome
+
+    def _follow(self) -> _Outcome:
+        try:
+            return msgspec.msgpack.decode(self._engine.run(), type=_Outcome)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _lead(self, llm: LLM, call: Callable[[LLM], list[RequestOutput]]) -> _Outcome:
         outcome: _Outcome = Failed("", EngineStopped.__name__, "the engine stopped before it answered")
         failures: list[Exception] = []
         thread = EngineThread(self._engine, failures.append, lambda: msgspec.msgpack.encode(outcome))
         try:
-            outcome = call(self._llm)
+            outcome = call(llm)
         except PhalanxError as error:
             outcome = Failed("", type(error).__name__, str(error))
         finally:
             thread.stop()
         if failures:
-            raise EngineStopped(f"rank 0 failed: {failures[0]}") from failures[0]
-        return _unwrap(outcome)
+            raise self._failed(failures[0]) from failures[0]
+        return outcome
 
-
-def _unwrap(outcome: _Outcome) -> list[RequestOutput]:
-    if isinstance(outcome, Failed):
-        raise to_error(outcome)
-    return outcome
+    def _failed(self, error: Exception) -> EngineStopped:
+        self._stopped = f"rank {self._group.rank} failed: {type(error).__name__}: {error}"
+        return EngineStopped(self._stopped)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from ..kernels.noise import derive_seed
 from .config import EngineConfig
 from .errors import InvalidRequest
@@ -44,6 +46,7 @@ class Intake:
 
     def accept(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
         """Resolve, encode and check one request. Raises InvalidRequest naming the value, the range and the setting."""
+        _check_types(submit)
         params = submit.sampling
         if params.n > self._config.max_num_seqs:
             raise InvalidRequest(
@@ -80,20 +83,16 @@ class Intake:
                 f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
             )
         if submit.token_ids is not None:
-            self._check_tokens("token_ids", submit.token_ids)
             tokens = list(submit.token_ids)
         elif self._tokenizer is None:
             raise InvalidRequest(f"{given[0]} needs a tokenizer, and the engine was started without one: send token_ids")
         elif submit.prompt is not None:
-            try:
-                submit.prompt.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidRequest(f"the prompt is not valid Unicode text: {error}") from error
             tokens = self._tokenizer.encode(submit.prompt)
         else:
-            tokens = self._tokenizer.encode_messages(submit.messages or [])
+            tokens = self._tokenizer.encode_messages(submit.messages) if submit.messages else []
         if not tokens:
             raise InvalidRequest(f"the {given[0]} is empty: it must hold at least 1 token")
+        self._check_tokens(given[0], tokens)
         return tokens
 
     def _samplings(self, params: SamplingParams, end_token_ids: tuple[int, ...]) -> list[SlotSampling]:
@@ -108,17 +107,17 @@ class Intake:
         return [
             SlotSampling(
                 temperature=float(_first(values["temperature"], 0.0)),
-                top_k=max(0, int(_first(values["top_k"], 0))),
+                top_k=min(max(0, int(_first(values["top_k"], 0))), self._spec.vocab_size),
                 top_p=float(_first(values["top_p"], 1.0)),
                 min_p=float(_first(values["min_p"], 0.0)),
                 repetition_penalty=float(_first(values["repetition_penalty"], 1.0)),
-                presence_penalty=params.presence_penalty,
-                frequency_penalty=params.frequency_penalty,
+                presence_penalty=float(params.presence_penalty),
+                frequency_penalty=float(params.frequency_penalty),
                 seed=derive_seed(seed, index),
-                min_tokens=params.min_tokens,
+                min_tokens=min(params.min_tokens, self._max_model_len),
                 end_token_ids=end_token_ids,
                 bias_token_ids=tuple(token for token, _ in bias),
-                bias_values=tuple(value for _, value in bias),
+                bias_values=tuple(float(value) for _, value in bias),
                 logprobs=-1 if params.logprobs is None else params.logprobs,
                 prompt_logprobs=-1 if params.prompt_logprobs is None or index else params.prompt_logprobs,
                 processed_logprobs=params.logprobs_mode == "processed",
@@ -135,6 +134,19 @@ class Intake:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
             bad = next(token for token in token_ids if not 0 <= token < size)
             raise InvalidRequest(f"{name} holds {bad}, which is outside the model's vocabulary: 0 to {size - 1}")
+
+
+def _check_types(submit: Submit) -> None:
+    """A client in this process is not held to the protocol's types by a wire; what is wrong must not reach a step."""
+    try:
+        msgspec.convert({"type": "submit", **msgspec.structs.asdict(submit)}, Submit)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"the request is ill-typed: {error}") from error
+    for name in ("prompt", "cache_salt"):
+        try:
+            (getattr(submit, name) or "").encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the {name} is not valid Unicode text: {error}") from error
 
 
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:

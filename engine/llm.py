@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,11 +12,14 @@ import msgspec
 import torch
 
 from ..parallel.group import local_group
+from ..parallel.partition import PartitionError, partition
 from .client import Client, OnEvent, RequestHandle, to_error
 from .config import EngineConfig
 from .engine import Engine, EngineThread
-from .errors import EngineStopped, InvalidRequest
+from .errors import ConfigError, EngineStopped, InvalidRequest
+from .hub import resolve_model
 from .messages import Delta, Event, Failed, Finished, Status, Submit, Timings, Usage
+from .models.spec import dimensions, read_config, spec_from_config
 from .params import SamplingParams
 from .plan import TokenLogprobs
 from .transport import InProcess
@@ -118,13 +121,21 @@ class LLM:
         assert engine.coordinator is not None
         engine.coordinator.start()
         llm = cls.__new__(cls)
-        llm._client, llm._close_engine = Client(link.connection), engine.coordinator.close
+        llm._client = client = Client(link.connection)
+        coordinator = engine.coordinator
+
+        def close() -> None:
+            coordinator.close()
+            client.close()
+
+        llm._close_engine = close
         return llm
 
     def _start(self, config: EngineConfig, on_progress: Progress | None) -> None:
         if config.ranks > 1:
             from .group_process import GroupProcess
 
+            check_ranks(config)
             process = GroupProcess(config)
             self._client, self._close_engine = process.client, process.close
             return
@@ -170,10 +181,10 @@ class LLM:
         *,
         messages: Messages | None = None,
         sampling: SamplingParams | None = None,
-    ) -> Iterator[Event]:
-        """Yield the request's Delta events, then Finished. Closing the iterator early aborts the request."""
+    ) -> RequestHandle:
+        """Iterate over the request's Delta events, then Finished. Closing the iterator early aborts the request."""
         submit = _submit(self._client, prompt=prompt, messages=messages, sampling=sampling or SamplingParams())
-        return iter(RequestHandle(self._client, submit))
+        return RequestHandle(self._client, submit)
 
     def submit(self, submit: Submit, on_event: OnEvent | None = None) -> RequestHandle | None:
         """Send one request of the protocol: to `on_event` (called on another thread), or else as a handle to iterate."""
@@ -251,7 +262,12 @@ class AsyncLLM:
         submit = _submit(client, prompt=prompt, messages=messages, sampling=sampling or SamplingParams())
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
-        client.submit(submit, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))  # type: ignore[arg-type, return-value]
+
+        def on_event(event: Event) -> None:
+            # A loop that is closed by then raises, and the client aborts the request.
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        client.submit(submit, on_event)
         ended = False
         try:
             while not ended:
@@ -296,10 +312,23 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
+def check_ranks(config: EngineConfig) -> None:
+    """Raises ConfigError if the model cannot be cut for `config.ranks`, before that many processes find out."""
+    folder = resolve_model(config.model)
+    spec = spec_from_config(read_config(folder), str(folder))
+    try:
+        partition(dimensions(spec), config.ranks, config.rank_weights)
+    except PartitionError as error:
+        raise ConfigError(str(error)) from error
+
+
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list: a list of integers is one prompt of token ids."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
+    for prompt in prompts:
+        if not isinstance(prompt, str | list):
+            raise InvalidRequest(f"prompt={prompt!r} must be text or a list of token ids")
     return list(prompts)  # type: ignore[arg-type]
 
 
@@ -313,7 +342,7 @@ def _submit(
     return Submit(
         id=client.new_id(),
         prompt=prompt if isinstance(prompt, str) else None,
-        token_ids=None if prompt is None or isinstance(prompt, str) else list(prompt),
+        token_ids=None if isinstance(prompt, str) else prompt,
         messages=messages,
         sampling=sampling or SamplingParams(),
     )

@@ -83,10 +83,6 @@ class OutputProcessor:
         """No more updates will come (the request failed)."""
         return self._requests.pop(request_id, None)
 
-    def outstanding(self) -> list[tuple[bytes, str]]:
-        """(client, client's id) of every request that is not finished."""
-        return [(state.client, state.id) for state in self._requests.values()]
-
     def update(self, update: SequenceUpdate) -> None:
         """Take in one step's news of one sequence, and emit what a client may see of it."""
         state = self._requests.get(update.request.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import msgspec
@@ -90,12 +91,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
         if self.logprobs_mode not in ("raw", "processed"):
             raise InvalidRequest(f'logprobs_mode={self.logprobs_mode!r} is not one of "raw", "processed"')
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InvalidRequest(f"stop={self.stop!r} must be a string or a list of non-empty strings")
+        if not isinstance(self.stop, tuple) or not all(_is_text(text) for text in self.stop):
+            raise InvalidRequest(f"stop={self.stop!r} must be a string or a list of non-empty strings of valid Unicode")
         if not isinstance(self.stop_token_ids, tuple):
             raise InvalidRequest(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be true or false")
         for token in self.stop_token_ids:
             _check_number("stop_token_ids", token, 0, math.inf, integer=True)
+        if not isinstance(self.logit_bias, dict | None):
+            raise InvalidRequest(f"logit_bias={self.logit_bias!r} must map token ids to numbers in [-100, 100]")
         for token, bias in (self.logit_bias or {}).items():
             _check_number("logit_bias key", token, 0, math.inf, integer=True)
             _check_number(f"logit_bias[{token}]", bias, -100, 100)
@@ -114,7 +120,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         try:
             return msgspec.convert(values, cls, strict=True, str_keys=True)
         except msgspec.ValidationError as error:
-            raise InvalidRequest(f"sampling parameters: {error}") from error
+            raise InvalidRequest(f"sampling parameters: {error}{_value_at(values, str(error))}") from error
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: no tokenizer and no wire takes it
+        return False
+    return True
+
+
+def _value_at(values: dict[str, Any], message: str) -> str:
+    """The value that a msgspec message's path, "... at `$.stop[0]`", leads to: msgspec names its type alone."""
+    field = re.search(r"`\$\.(\w+)", message)
+    return f"; got {field[1]}={values[field[1]]!r}" if field else ""
 
 
 def _check_number(

@@ -9,6 +9,11 @@ from typing import Any
 from .errors import CheckpointError, ConfigError, InvalidRequest
 
 Message = dict[str, Any]
+INCOMPLETE = "\ufffd"
+INCOMPLETE_BYTES = 3
+"""Bytes of a character that is not complete, at most; some decoders show each as one U+FFFD, others all as one."""
+WINDOW_TOKENS = 16
+"""Tokens decoded together: several times those of an incomplete character, and of what a token's text depends on."""
 
 
 class Tokenizer:
@@ -38,6 +43,8 @@ class Tokenizer:
                 f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
                 f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
+        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself."""
@@ -59,7 +66,7 @@ class Tokenizer:
 
     def decoder(self, skip_special_tokens: bool) -> TextStream:
         """A decoder for one completion."""
-        return TextStream(self._tokenizer, skip_special_tokens)
+        return TextStream(self._tokenizer.backend_tokenizer, self._special if skip_special_tokens else frozenset())
 
     @property
     def size(self) -> int:
@@ -68,31 +75,44 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes one completion token by token; text appears once it is whole UTF-8."""
+    """Decodes one completion token by token; text appears once it is whole UTF-8.
 
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
-        from tokenizers.decoders import DecodeStream
+    A window of the last tokens is decoded again with each new one, since a token's text may depend on those before it.
+    """
 
-        self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._pending: list[int] = []
+    def __init__(self, backend: Any, skipped: frozenset[int]) -> None:
+        """`backend` is a tokenizers.Tokenizer; the token ids in `skipped` have no text."""
+        self._backend, self._skipped = backend, skipped
+        self._window: list[int] = []
+        self._text, self._shown = "", 0  # the window's text, and how many characters of it were returned
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
-        self._pending.append(token_id)
-        text = self._stream.step(self._backend, token_id)
-        if text is None:
+        if token_id in self._skipped:
             return ""
-        self._pending.clear()
-        return text
+        if len(self._window) == WINDOW_TOKENS:
+            self._shorten()
+        self._window.append(token_id)
+        self._text = self._decode()
+        whole = len(self._text.rstrip(INCOMPLETE))
+        return self._show(max(whole, len(self._text) - INCOMPLETE_BYTES))
 
     def flush(self) -> str:
         """What an incomplete character at the very end decodes to (U+FFFD), as decoding all at once would show it."""
-        if not self._pending:
-            return ""
-        tokens, self._pending = self._pending, []
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False))
+        return self._show(len(self._text))
+
+    def _show(self, end: int) -> str:
+        start, self._shown = self._shown, max(self._shown, end)
+        return self._text[start:end]
+
+    def _shorten(self) -> None:
+        held = len(self._text) - self._shown
+        self._window = self._window[-WINDOW_TOKENS // 2 :]
+        self._text = self._decode()
+        self._shown = len(self._text) - held
+
+    def _decode(self) -> str:
+        return str(self._backend.decode(self._window, skip_special_tokens=False))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from .messages import Command, Event
+from .errors import InvalidRequest
+from .messages import Abort, Command, Delta, Event, Failed
 
 OnCommand = Callable[[bytes, Command], None]
 OnEvent = Callable[[Event], None]
+_OnFrames = Callable[[list[bytes]], None]
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class Transport(ABC):
 
     @abstractmethod
     def send(self, client: bytes, event: Event) -> None:
-        """Deliver an event to a client; one that has gone loses it."""
+        """Deliver an event to a client; one that has gone loses it, and its request is aborted."""
 
     @abstractmethod
     def close(self) -> None:
@@ -43,7 +45,7 @@ class Connection(ABC):
 
     @abstractmethod
     def send(self, command: Command) -> None:
-        """Send a command to the coordinator."""
+        """Send a command to the coordinator. Raises InvalidRequest for what the protocol cannot carry."""
 
     @abstractmethod
     def close(self) -> None:
@@ -91,22 +93,28 @@ class _InProcessConnection(Connection):
 
 
 class _Wire:
-    """A thread that owns one ZeroMQ socket: hands on what arrives, sends what other threads queue."""
+    """A thread that owns one ZeroMQ socket: hands on what arrives, sends what other threads queue.
 
-    def __init__(self, socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
-        self._socket, self._context = socket, context
+    Every queue is unbounded: a full one would block the thread that empties it, or lose a part of an answer.
+    """
+
+    def __init__(self, kind: int, name: str) -> None:
+        self._context = context = zmq.Context()
+        self.socket = _unbounded(context, kind)
         wake = f"inproc://wake-{id(self)}"
-        self._pull = context.socket(zmq.PULL)
+        self._pull = _unbounded(context, zmq.PULL)
         self._pull.bind(wake)
-        self._push = context.socket(zmq.PUSH)
+        self._push = _unbounded(context, zmq.PUSH)
         self._push.connect(wake)
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._on_frames: Callable[[list[bytes]], None] = lambda frames: None
+        self._on_frames: _OnFrames = lambda frames: None
+        self._on_lost: _OnFrames = lambda frames: None
 
-    def start(self, on_frames: Callable[[list[bytes]], None]) -> None:
-        self._on_frames = on_frames
+    def start(self, on_frames: _OnFrames, on_lost: _OnFrames = lambda frames: None) -> None:
+        """`on_lost` gets what a router socket could not send, because its receiver has gone."""
+        self._on_frames, self._on_lost = on_frames, on_lost
         self._thread.start()
 
     def send(self, frames: list[bytes]) -> None:
@@ -127,7 +135,7 @@ class _Wire:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self.socket, zmq.POLLIN)
         poller.register(self._pull, zmq.POLLIN)
         running = True
         while running:
@@ -137,36 +145,56 @@ class _Wire:
                 if frames == [b""]:
                     running = False
                 else:
-                    self._socket.send_multipart(frames)
-            if self._socket in ready:
-                self._on_frames(self._socket.recv_multipart())
+                    self._send(frames)
+            if self.socket in ready:
+                self._on_frames(self.socket.recv_multipart())
         self._pull.close(linger=0)
         # What was sent last, often the end of a stream, still reaches a client that is there.
-        self._socket.close(linger=1000)
+        self.socket.close(linger=1000)
+
+    def _send(self, frames: list[bytes]) -> None:
+        try:
+            self.socket.send_multipart(frames)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._on_lost(frames)
+
+
+def _unbounded(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    return socket
 
 
 class ZmqTransport(Transport):
     """Serves any number of clients at an address such as ipc:///run/engine or tcp://127.0.0.1:5555."""
 
     def __init__(self, address: str) -> None:
-        context = zmq.Context()
-        socket = context.socket(zmq.ROUTER)
-        socket.bind(address)
-        self._wire = _Wire(socket, context, "phalanx-transport")
+        self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
+        # A router drops what it sends to a client that has gone; this makes it say so.
+        self._wire.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._wire.socket.bind(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
 
     def start(self, on_command: OnCommand) -> None:
         def on_frames(frames: list[bytes]) -> None:
-            client, data = frames
+            client, data = frames[0], frames[-1]
             try:
                 command = self._decoder.decode(data)
-            except msgspec.DecodeError as error:
-                _log.warning("a client sent what is no command (%s); it was ignored", error)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._refuse(client, data, error)
                 return
             on_command(client, command)
 
-        self._wire.start(on_frames)
+        def on_lost(frames: list[bytes]) -> None:
+            client, data = frames
+            event = msgspec.msgpack.decode(data, type=Event)
+            if isinstance(event, Delta):
+                on_command(client, Abort(event.id))
+
+        self._wire.start(on_frames, on_lost)
 
     def send(self, client: bytes, event: Event) -> None:
         self._wire.send([client, self._encoder.encode(event)])
@@ -174,15 +202,28 @@ class ZmqTransport(Transport):
     def close(self) -> None:
         self._wire.close()
 
+    def _refuse(self, client: bytes, data: bytes, error: Exception) -> None:
+        """Whoever waits for an answer to an ill-formed Submit gets one; there is nobody to tell of other garbage."""
+        try:
+            addressed = msgspec.msgpack.decode(data, type=_Addressed)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            _log.warning("a client sent what is no command (%s); it was ignored", error)
+            return
+        self.send(client, Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}"))
+
+
+class _Addressed(msgspec.Struct, tag="submit"):
+    """What is left to know of a Submit whose other fields are wrong."""
+
+    id: str
+
 
 class ZmqConnection(Connection):
     """A client of a coordinator in another process; it may be there later than the client."""
 
     def __init__(self, address: str) -> None:
-        context = zmq.Context()
-        socket = context.socket(zmq.DEALER)
-        socket.connect(address)
-        self._wire = _Wire(socket, context, "phalanx-connection")
+        self._wire = _Wire(zmq.DEALER, "phalanx-connection")
+        self._wire.socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
 
@@ -190,7 +231,11 @@ class ZmqConnection(Connection):
         self._wire.start(lambda frames: on_event(self._decoder.decode(frames[0])))
 
     def send(self, command: Command) -> None:
-        self._wire.send([self._encoder.encode(command)])
+        try:
+            data = self._encoder.encode(command)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidRequest(f"the request holds a value that cannot be sent: {error}") from error
+        self._wire.send([data])
 
     def close(self) -> None:
         self._wire.close()

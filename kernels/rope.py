@@ -54,7 +54,7 @@ class RotaryEmbedding:
             self._cos, self._sin = (table.to(device) for table in self._tables(angles))
 
     def __call__(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each (T, 1, head_dim / 2) in the model's dtype, for int64 positions (T,).
+        """(cos, sin), each (T, 1, head_dim) in the model's dtype, for int64 positions (T,): what apply_rope takes.
 
         `lengths` (T,) are the known lengths of the tokens' sequences: dynamic scaling chooses its base by them, where
         transformers uses the longest position it has seen.
@@ -72,14 +72,16 @@ class RotaryEmbedding:
 
     def _tables(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = angles.unsqueeze(-2)
-        return (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)
+        cos, sin = (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads (T, heads, head_dim) by tables (T, 1, head_dim / 2): a head's halves are the pairs' components."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(rotated, dim=-1)
+    """Rotate heads (T, heads, head_dim) by tables (T, 1, head_dim): the halves of a head are the pairs' components.
+
+    The second half of `sin` is negated: (x1 cos - x2 sin, x2 cos + x1 sin) is then x cos - (x2, x1) sin on whole heads.
+    """
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin, value=-1)
 
 
 def _default_frequencies(head_dim: int, theta: float) -> torch.Tensor:

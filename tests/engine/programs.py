@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from phalanx.engine.errors import PhalanxError
 from phalanx.engine.in_group import GroupLLM
 from phalanx.engine.llm import RequestOutput
+from phalanx.engine.messages import Timings
 from phalanx.engine.params import SamplingParams
 from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
 
@@ -79,3 +85,63 @@ def _logits(worker: Any, tokens: list[int], first: int, chunk: int) -> torch.Ten
     hidden = worker._model(worker._slots.batch(plan), worker._cache)
     logits: torch.Tensor = worker._model.logits(hidden)
     return logits
+
+
+def live_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A caller's program around an engine: what it got, and what its process and its group were like meanwhile."""
+    seen: dict[str, Any] = {"sums": [_sum(rank)], "before": _process_state()}
+    group = dist.group.WORLD
+    assert group is not None
+    llm = GroupLLM(group, folder, **config)
+    greedy = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    seen["outputs"] = llm.generate([[5, 6, 7], [8]], greedy)
+    seen["sums"].append(_sum(rank))
+    seen["refused"] = _error(lambda: llm.generate([[5], [99999]], greedy))
+    seen["mistyped"] = _error(lambda: llm.generate([[5], 7], greedy))  # type: ignore[list-item]
+    seen["chat"] = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=8, temperature=1, seed=3))
+    seen["again"] = llm.generate([[5, 6, 7], [8]], greedy)
+    llm.close()
+    llm.close()
+    seen["closed"] = _error(lambda: llm.generate([[5]], greedy))
+    seen["after"] = _process_state()
+    seen["sums"].append(_sum(rank))
+    for output in (*seen["outputs"], *seen["again"], seen["chat"]):
+        # A request's id and times are its own; the rest is compared.
+        output.id, output.timings = "", Timings(0, 0, 0, 0)
+    return seen
+
+
+def fail_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What generate raises when every rank's step fails, and what it raises afterwards."""
+    group = dist.group.WORLD
+    assert group is not None
+    llm = GroupLLM(group, folder, **config)
+
+    def broken(plan: StepPlan) -> None:
+        raise RuntimeError("a card fell out")
+
+    llm._engine.worker.execute = broken  # type: ignore[method-assign]
+    errors = [_error(lambda: llm.generate([[5], [6], [7]])) for _ in range(2)]
+    llm.close()
+    return errors
+
+
+def _error(call: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        call()
+    except PhalanxError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def _sum(rank: int) -> float:
+    total = torch.tensor([float(rank + 1)])
+    dist.all_reduce(total)
+    return float(total)
+
+
+def _process_state() -> list[Any]:
+    handlers = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+    python, numbers = hash(random.getstate()), np.random.get_state()
+    generators = [python, torch.random.get_rng_state().tolist(), [str(part) for part in numbers]]
+    return [handlers, generators, torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)]
