@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def read_options(kind: type[T], arguments: Sequence[str]) -> T:
-    """key=value arguments as an instance of the dataclass `kind`. Raises ConfigError for an unknown or ill-typed one."""
+    """key=value arguments as an instance of the dataclass `kind`. Raises ConfigError for a wrong name or type."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for argument in arguments:
         name, equals, _ = argument.partition("=")

@@ -9,7 +9,7 @@ are those of the median run; the last line is JSON.
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import queue
 import random
 import statistics
@@ -25,11 +25,12 @@ import torch
 from phalanx import LLM, EngineConfig, SamplingParams
 from phalanx.benchmarks.common import model_folder, percentiles, random_prompts, run
 from phalanx.engine.client import to_error
-from phalanx.engine.errors import ConfigError
+from phalanx.engine.errors import ConfigError, InvalidRequest
 from phalanx.engine.messages import Delta, Event, Failed, Finished, Submit
 from phalanx.engine.models.spec import read_config
+from phalanx.launch.jsonl import BadLine, read_requests
 
-WARMUP = SamplingParams(max_tokens=2, ignore_eos=True)
+WARMUP_TOKENS = 2
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Options:
 
     def check(self) -> None:
         """Raises ConfigError for what the benchmark itself cannot run."""
-        for name, least in (("requests", 1), ("new_tokens", 1), ("prompt_tokens", 1), ("repeats", 1), ("rate", 0)):
+        at_least = {"requests": 1, "prompt_tokens": 1, "new_tokens": 1, "repeats": 1, "concurrency": 0, "rate": 0}
+        for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.peer not in (None, "transformers"):
@@ -91,24 +93,24 @@ class Seen:
 class Load:
     """Sends requests all at once, at a rate or so many at a time, and notes when their tokens arrive."""
 
-    def __init__(self, llm: LLM, options: Options) -> None:
-        self._llm, self._rate = llm, options.rate
-        self._slots = threading.Semaphore(options.concurrency or options.requests)
+    def __init__(self, llm: LLM, options: Options, submits: list[Submit]) -> None:
+        self._llm, self._rate, self._submits = llm, options.rate, submits
+        self._slots = threading.Semaphore(options.concurrency or len(submits))
         self._gaps = random.Random(options.seed)
         self._seen: dict[str, Seen] = {}
         self._ends: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
 
-    def run(self, submits: list[Submit]) -> tuple[float, list[Seen]]:
+    def run(self) -> tuple[float, list[Seen]]:
         """Seconds from the first request to the last token, and every request. Raises the error of one that failed."""
         started = due = time.monotonic()
-        for submit in submits:
+        for submit in self._submits:
             time.sleep(max(0.0, due - time.monotonic()))
             self._slots.acquire()
             self._seen[submit.id] = Seen(time.monotonic())
             self._llm.submit(submit, self._on_event)
             if self._rate:
                 due += self._gaps.expovariate(self._rate)
-        for _ in submits:
+        for _ in self._submits:
             end = self._ends.get()
             if isinstance(end, Failed):
                 raise to_error(end)
@@ -133,7 +135,7 @@ class TransformersPeer:
         from transformers import AutoModelForCausalLM
 
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
     def output_tokens_per_s(self, prompts: list[list[int]], new_tokens: int) -> float:
         """Greedy, end-of-sequence ignored."""
@@ -150,19 +152,18 @@ class TransformersPeer:
 
 
 def make_submits(options: Options, folder: Path) -> list[Submit]:
-    """The requests of a run, greedy and of new_tokens each unless a line of the input says otherwise."""
-    greedy: dict[str, Any] = {"max_tokens": options.new_tokens, "temperature": 0.0}
+    """The requests of a run: greedy, of new_tokens each; a line of the input may say otherwise, and may end early."""
+    sampling = SamplingParams(max_tokens=options.new_tokens, temperature=0.0, ignore_eos=options.input is None)
     if options.input is None:
-        sampling = SamplingParams.from_dict({**greedy, "ignore_eos": True})
         vocab_size = int(read_config(folder)["vocab_size"])
         prompts = random_prompts(options.requests, options.prompt_tokens, vocab_size, options.seed)
         return [Submit(id=str(i), token_ids=prompt, sampling=sampling) for i, prompt in enumerate(prompts)]
     submits = []
-    for i, line in enumerate(Path(options.input).read_text().splitlines()):
-        values = json.loads(line)
-        sampling = SamplingParams.from_dict({**greedy, **values.get("sampling", {})})
-        prompt = {name: values[name] for name in ("prompt", "messages", "token_ids") if name in values}
-        submits.append(Submit(id=str(i), sampling=sampling, **prompt))
+    with open(options.input, "rb") as file:
+        for line in read_requests(file, sampling):
+            if isinstance(line, BadLine):
+                raise InvalidRequest(f"input={options.input}: {line.error}")
+            submits.append(line.submit)
     return submits
 
 
@@ -172,7 +173,7 @@ def summarize(seconds: float, requests: list[Seen]) -> dict[str, Any]:
     streams = [arrivals for seen in requests for arrivals in seen.arrivals.values()]
     output = sum(seen.tokens for seen in requests)
     total = output + sum(end.usage.prompt_tokens for end in finished)
-    gaps = [1000 * (after - before) for s in streams for before, after in zip(s, s[1:], strict=False)]
+    gaps = [1000 * (after - before) for s in streams for before, after in itertools.pairwise(s)]
     firsts = [min(s[0] for s in seen.arrivals.values()) - seen.sent for seen in requests if seen.arrivals]
     return {
         "seconds": round(seconds, 3),
@@ -196,15 +197,15 @@ def measure(options: Options) -> dict[str, Any]:
         ready_s = time.monotonic() - started
         status = llm.status()
         print("\n".join([*status.report, f"ready in {ready_s:.1f} s"]), flush=True)
-        llm.generate([submit.token_ids or [1] for submit in submits[:1]], WARMUP)
+        llm.generate([1], SamplingParams(max_tokens=WARMUP_TOKENS, ignore_eos=True))
         peer = TransformersPeer(folder, options) if options.peer else None
         prompts = [submit.token_ids or [] for submit in submits]
         if peer is not None:
-            peer.output_tokens_per_s(prompts[:1], WARMUP.max_tokens)
+            peer.output_tokens_per_s(prompts[:1], WARMUP_TOKENS)
         runs, peers = [], []
         for repeat in range(options.repeats):
             fresh = [msgspec.structs.replace(submit, id=f"{repeat}:{submit.id}") for submit in submits]
-            runs.append(summarize(*Load(llm, options).run(fresh)))
+            runs.append(summarize(*Load(llm, options, fresh).run()))
             print(f"phalanx: {runs[-1]['output_tokens_per_s']} output tokens/s", flush=True)
             if peer is not None:
                 peers.append(round(peer.output_tokens_per_s(prompts, options.new_tokens), 1))

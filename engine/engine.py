@@ -124,7 +124,12 @@ def run_rank(
     """
     set_threads(config, group.local_size)
     transport = ZmqTransport(address) if group.rank == 0 and address is not None else None
-    engine = Engine(config, group, transport, on_progress)
+    try:
+        engine = Engine(config, group, transport, on_progress)
+    except BaseException:
+        if transport is not None:
+            transport.close()
+        raise
     if engine.coordinator is not None:
         engine.coordinator.start()
     if on_ready is not None:

@@ -16,8 +16,10 @@ import msgspec
 from .client import Client
 from .config import EngineConfig
 from .errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
-from .messages import Status
+from .hub import resolve_model
+from .models.spec import read_config, spec_from_config
 from .transport import ZmqConnection
+from .worker import share_out
 
 STOP_TIMEOUT_S = 5.0
 
@@ -38,6 +40,9 @@ class GroupProcess:
 
     def __init__(self, config: EngineConfig) -> None:
         """Raises the error that kept a rank from starting: ConfigError, CheckpointError, or else EngineStopped."""
+        # What can be told without starting N processes is told at once.
+        folder = resolve_model(config.model)
+        share_out(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
         self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
         (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
         # The launcher ends the group when its standard input closes, so that it never outlives this process.
@@ -47,11 +52,13 @@ class GroupProcess:
             start_new_session=True,
         )
         self.client = Client(ZmqConnection(f"ipc://{self._folder}/engine"))
-        self._closing = False
+        self._closing = self._ready = False
         self._watch = threading.Thread(target=self._wait_for_end, name="phalanx-group-watch", daemon=True)
         self._watch.start()
         try:
-            self.status = self._wait_until_ready()
+            # However long loading takes: _wait_for_end ends the wait if the group does not get there.
+            self.client.status(timeout_s=None)
+            self._ready = True
         except BaseException:
             self.close()
             raise
@@ -60,12 +67,13 @@ class GroupProcess:
         """End every rank, within STOP_TIMEOUT_S, and remove the folder."""
         self._closing = True
         if self._process.poll() is None:
-            self.client.shutdown()
             assert self._process.stdin is not None
-            try:
-                self._process.wait(STOP_TIMEOUT_S / 2)
-            except subprocess.TimeoutExpired:
-                self._process.send_signal(signal.SIGTERM)
+            if self._ready:
+                self.client.shutdown()
+                # A rank that is stuck does not hear of it: the signal below ends it.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_TIMEOUT_S / 2)
+            self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
             try:
@@ -76,10 +84,6 @@ class GroupProcess:
         self._watch.join()
         self.client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _wait_until_ready(self) -> Status:
-        # However long loading takes: _wait_for_end ends the wait if the group does not get there.
-        return self.client.status(timeout_s=None)
 
     def _wait_for_end(self) -> None:
         code = self._process.wait()

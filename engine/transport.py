@@ -128,7 +128,9 @@ class _Wire:
                 return
             self._closed = True
             self._push.send(b"")
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread.ident is None:
+            self._thread.start()  # it closes the sockets, also of a wire that nobody used
+        if threading.current_thread() is not self._thread:
             self._thread.join()
         self._push.close(linger=0)
         self._context.term()

@@ -14,13 +14,13 @@ from ..kernels.attention import AttentionBackend, choose_backend
 from ..parallel.checkpoint import LoadError, LoadReport, load_weights
 from ..parallel.dummy import fill_dummy
 from ..parallel.group import Group
-from ..parallel.partition import PartitionError, partition
+from ..parallel.partition import Partition, PartitionError, partition
 from .batch import ForwardBatch, SlotTable
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .kv_cache import KVCache, count_blocks, kv_budget
 from .models.decoder import Build, CausalLM
-from .models.spec import ModelSpec, dimensions
+from .models.spec import ModelSpec, dimensions, position_limit
 from .plan import Idle, StepPlan, StepResult, Stop, TokenLogprobs, decode
 from .sampler import Sampler
 
@@ -51,11 +51,7 @@ class Worker:
         self.backend = choose_backend(config.attention)
         self.max_model_len = resolve_max_model_len(config, spec)
         block_size = _block_size(config, self.backend)
-        try:
-            parts = partition(dimensions(spec), group.size, config.rank_weights)
-        except PartitionError as error:
-            raise ConfigError(str(error)) from error
-        share = parts.shares[group.rank]
+        share = share_out(config, spec, group.size).shares[group.rank]
         build = Build(spec, share, group.collectives, self.backend, self.dtype, group.device)
         with torch.inference_mode():
             self._model = CausalLM(build, self.max_model_len)
@@ -148,12 +144,17 @@ def follow(worker: Worker, group: Group) -> bytes:
             assert isinstance(message, Idle)
 
 
+def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
+    """What each rank holds; ConfigError if the model cannot be cut so."""
+    try:
+        return partition(dimensions(spec), ranks, config.rank_weights)
+    except PartitionError as error:
+        raise ConfigError(str(error)) from error
+
+
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     """max_model_len as configured, or the model's own; ConfigError above what the model's positions allow."""
-    limit = spec.max_position
-    if spec.rope.kind in ("linear", "dynamic"):
-        # These two count max_position before scaling; yarn and llama3 checkpoints state it after.
-        limit = int(spec.max_position * spec.rope.factor)
+    limit = position_limit(spec)
     if config.max_model_len is None:
         return limit
     if config.max_model_len > limit:

@@ -132,6 +132,7 @@ class DecoderLayer(nn.Module):
         yield from self.input_norm.weight_slices(prefix)
         for name, block in (("self_attn", self.attention), ("mlp", self.mlp)):
             for layer in block.children():
+                assert isinstance(layer, ColumnParallelLinear | RowParallelLinear | ReplicatedNorm)
                 yield from layer.weight_slices(f"{prefix}{name}.")
         yield from self.mlp_norm.weight_slices(prefix)
 

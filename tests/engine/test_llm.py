@@ -299,15 +299,17 @@ def test_a_status_that_does_not_come_in_time_is_a_timeout_and_not_the_next_answe
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLM(str(tiny), **CONFIG) as llm:
-        go_on = threading.Event()
+        begun, go_on = threading.Event(), threading.Event()
         execute = Worker.execute
 
         def slow(self: Worker, plan: StepPlan) -> Any:
+            begun.set()
             go_on.wait(PATIENCE_S)
             return execute(self, plan)
 
         monkeypatch.setattr(Worker, "execute", slow)
         handle = llm.stream([5], sampling=msgspec.structs.replace(GREEDY, max_tokens=1))
+        assert begun.wait(PATIENCE_S)
         with pytest.raises(Timeout, match="no status within"):
             llm.status(timeout_s=0.05)
         go_on.set()
@@ -329,7 +331,7 @@ SEEDED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, seed=11, igno
         {"max_num_batched_tokens": 2048},
         {"max_num_seqs": 1},
         {"block_size": 4},
-        {"max_model_len": 256, "kv_memory": 17 * 16 * 256},
+        {"block_size": 4, "max_model_len": 256, "kv_memory": 66 * 2048},
     ],
     ids=str,
 )
