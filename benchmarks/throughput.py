@@ -56,7 +56,7 @@ class Options:
     tokenizer: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 1024  # larger activations than this leave the caches of a small CPU
     block_size: int | None = None
     kv_memory: float = 0.9
     prefix_cache: bool = False  # or else the second repeat would find the first one's prompts

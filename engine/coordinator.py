@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ..parallel.control import ControlChannel
 from .errors import EngineStopped, InvalidRequest, PhalanxError
@@ -161,7 +162,7 @@ class Coordinator:
                     "the model's output for this request is not a number; with float16 weights use dtype=bfloat16 or "
                     "float32"
                 )
-                self._outbox.put(lambda name=request_id, why=error: self._fail_running(name, why))
+                self._outbox.put(partial(self._fail_running, request_id, error))
 
     def _stop(self) -> None:
         self._stopping = True

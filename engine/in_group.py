@@ -73,9 +73,10 @@ class GroupLLM:
 
     def _follow(self) -> _Outcome:
         try:
-            return msgspec.msgpack.decode(self._engine.run(), type=_Outcome)
+            outcome: _Outcome = msgspec.msgpack.decode(self._engine.run(), type=_Outcome)
         except Exception as error:
             raise self._failed(error) from error
+        return outcome
 
     def _lead(self, llm: LLM, call: Callable[[LLM], list[RequestOutput]]) -> _Outcome:
         outcome: _Outcome = Failed("", EngineStopped.__name__, "the engine stopped before it answered")

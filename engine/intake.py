@@ -85,7 +85,9 @@ class Intake:
         if submit.token_ids is not None:
             tokens = list(submit.token_ids)
         elif self._tokenizer is None:
-            raise InvalidRequest(f"{given[0]} needs a tokenizer, and the engine was started without one: send token_ids")
+            raise InvalidRequest(
+                f"{given[0]} needs a tokenizer, and the engine was started without one: send token_ids"
+            )
         elif submit.prompt is not None:
             tokens = self._tokenizer.encode(submit.prompt)
         else:

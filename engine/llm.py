@@ -89,9 +89,10 @@ class LLM:
     Keyword arguments are EngineConfig's fields. Raises ConfigError or CheckpointError if the engine cannot be built.
     """
 
-    def __init__(
-        self, model: str, *, ranks: int = 1, on_progress: Progress | None = None, **config: Any
-    ) -> None:
+    _client: Client
+    _close_engine: Callable[[], None]
+
+    def __init__(self, model: str, *, ranks: int = 1, on_progress: Progress | None = None, **config: Any) -> None:
         self._start(EngineConfig.from_dict({"model": model, "ranks": ranks, **config}), on_progress)
 
     @classmethod
@@ -158,7 +159,7 @@ class LLM:
             coordinator.close()
             client.close()
 
-        self._close_engine: Callable[[], None] = close
+        self._close_engine = close
 
     def generate(
         self,
@@ -187,7 +188,7 @@ class LLM:
         return RequestHandle(self._client, submit)
 
     def submit(self, submit: Submit, on_event: OnEvent | None = None) -> RequestHandle | None:
-        """Send one request of the protocol: to `on_event` (called on another thread), or else as a handle to iterate."""
+        """Send one request of the protocol: to `on_event` (called on another thread), or else to an iterable handle."""
         if on_event is None:
             return RequestHandle(self._client, submit)
         self._client.submit(submit, on_event)
@@ -348,9 +349,7 @@ def _submit(
     )
 
 
-def _with_sampling(
-    submits: list[Submit], sampling: SamplingParams | Sequence[SamplingParams] | None
-) -> list[Submit]:
+def _with_sampling(submits: list[Submit], sampling: SamplingParams | Sequence[SamplingParams] | None) -> list[Submit]:
     if sampling is None:
         return submits
     each = [sampling] * len(submits) if isinstance(sampling, SamplingParams) else list(sampling)

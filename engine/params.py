@@ -151,9 +151,9 @@ def _check_number(
 ) -> None:
     if value is None and optional:
         return
-    kind: type | tuple[type, ...] = int if integer else (int, float)
+    kinds = (int,) if integer else (int, float)
     allowed = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise InvalidRequest(f"{name}={value!r} must be {'an integer' if integer else 'a number'} in {allowed}")
     # "not (a <= b)" rather than "a > b": NaN fails every comparison and must be refused.
     if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):

@@ -11,9 +11,9 @@ from .errors import CheckpointError, ConfigError, InvalidRequest
 Message = dict[str, Any]
 INCOMPLETE = "\ufffd"
 INCOMPLETE_BYTES = 3
-"""Bytes of a character that is not complete, at most; some decoders show each as one U+FFFD, others all as one."""
+"""Bytes, and so tokens, of an incomplete character at most. Some decoders show each as U+FFFD, others all as one."""
 WINDOW_TOKENS = 16
-"""Tokens decoded together: several times those of an incomplete character, and of what a token's text depends on."""
+"""Tokens without whole text that are decoded together at most."""
 
 
 class Tokenizer:
@@ -77,25 +77,38 @@ class Tokenizer:
 class TextStream:
     """Decodes one completion token by token; text appears once it is whole UTF-8.
 
-    A window of the last tokens is decoded again with each new one, since a token's text may depend on those before it.
+    The tokens of the last piece of text are decoded again together with those after it, since what a token's text is
+    may depend on the token before it. A window of tokens begins where text was whole.
     """
 
     def __init__(self, backend: Any, skipped: frozenset[int]) -> None:
         """`backend` is a tokenizers.Tokenizer; the token ids in `skipped` have no text."""
         self._backend, self._skipped = backend, skipped
         self._window: list[int] = []
+        self._context = 0  # tokens of the window whose text is shown in full
         self._text, self._shown = "", 0  # the window's text, and how many characters of it were returned
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
-        if token_id in self._skipped:
+        if token_id in self._skipped or self._backend.id_to_token(token_id) is None:
             return ""
-        if len(self._window) == WINDOW_TOKENS:
-            self._shorten()
         self._window.append(token_id)
         self._text = self._decode()
-        whole = len(self._text.rstrip(INCOMPLETE))
-        return self._show(max(whole, len(self._text) - INCOMPLETE_BYTES))
+        pending = len(self._window) - self._context
+        if not self._text.endswith(INCOMPLETE):
+            text = self._show(len(self._text))
+            if text:
+                self._begin_window(self._context)
+                self._context = len(self._window)
+            return text
+        if pending <= INCOMPLETE_BYTES:
+            return ""
+        # Bytes that are no UTF-8 and never will be. The last of them may still begin a character.
+        text = self._show(max(len(self._text.rstrip(INCOMPLETE)), len(self._text) - INCOMPLETE_BYTES))
+        if pending == WINDOW_TOKENS:
+            self._begin_window(len(self._window) - WINDOW_TOKENS // 2)
+            self._context = 0
+        return text
 
     def flush(self) -> str:
         """What an incomplete character at the very end decodes to (U+FFFD), as decoding all at once would show it."""
@@ -105,9 +118,9 @@ class TextStream:
         start, self._shown = self._shown, max(self._shown, end)
         return self._text[start:end]
 
-    def _shorten(self) -> None:
+    def _begin_window(self, first: int) -> None:
         held = len(self._text) - self._shown
-        self._window = self._window[-WINDOW_TOKENS // 2 :]
+        self._window = self._window[first:]
         self._text = self._decode()
         self._shown = len(self._text) - held
 

@@ -183,5 +183,3 @@ def _block_size(config: EngineConfig, backend: AttentionBackend) -> int:
             f"attention={backend.name}"
         )
     return config.block_size
-
-

@@ -97,7 +97,7 @@ def live_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) 
     seen["outputs"] = llm.generate([[5, 6, 7], [8]], greedy)
     seen["sums"].append(_sum(rank))
     seen["refused"] = _error(lambda: llm.generate([[5], [99999]], greedy))
-    seen["mistyped"] = _error(lambda: llm.generate([[5], 7], greedy))  # type: ignore[list-item]
+    seen["mistyped"] = _error(lambda: llm.generate([[5], 7], greedy))
     seen["chat"] = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=8, temperature=1, seed=3))
     seen["again"] = llm.generate([[5, 6, 7], [8]], greedy)
     llm.close()

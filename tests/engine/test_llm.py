@@ -1,4 +1,4 @@
-"""LLM and AsyncLLM: answers, streams, early ends, failures of the engine; and that nothing changes a request's tokens."""
+"""LLM and AsyncLLM: answers, streams, early ends, failures; and that nothing changes a request's tokens."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_stream_brings_the_answer_piece_by_piece_and_ends_with_finished(llm: L
     *deltas, last = llm.stream("abc", sampling=GREEDY)
     assert isinstance(last, Finished)
     assert all(isinstance(event, Delta) for event in deltas)
-    assert sum((event.token_ids for event in deltas if isinstance(event, Delta)), []) == whole.token_ids
+    assert [token for event in deltas if isinstance(event, Delta) for token in event.token_ids] == whole.token_ids
     assert "".join(event.text for event in deltas if isinstance(event, Delta)) == whole.text
     assert len(deltas) > 1
 
@@ -234,9 +234,9 @@ def test_a_closed_engine_refuses_everything_and_closing_twice_is_harmless(tiny: 
     assert isinstance(events[-1], Finished)
     assert events[-1].completions[0].finish_reason == "abort"
     llm.close()
-    for call in (lambda: llm.generate("abc"), lambda: llm.status(), lambda: llm.stream("abc")):
+    for call in (lambda: llm.generate("abc"), llm.status, lambda: llm.stream("abc")):
         with pytest.raises(EngineStopped, match="closed"):
-            call()  # type: ignore[no-untyped-call]
+            call()
 
 
 def _break_steps_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -274,9 +274,9 @@ def test_a_failing_step_fails_every_request_with_the_rank_and_the_reason(
         assert len(failures) == 8
         for error in failures:
             assert "rank 0 failed: RuntimeError: a card fell out" in str(error)
-        for call in (lambda: llm.generate("abc"), lambda: llm.status()):
+        for call in (lambda: llm.generate("abc"), llm.status):
             with pytest.raises(EngineStopped, match="rank 0 failed: RuntimeError: a card fell out"):
-                call()  # type: ignore[no-untyped-call]
+                call()
 
 
 @pytest.mark.parametrize("method", ["accept", "update"])
@@ -380,7 +380,9 @@ def test_a_repeated_prompt_comes_from_the_prefix_cache_unless_the_salt_differs(l
 
     def cached(salt: str, **fields: Any) -> int:
         params = msgspec.structs.replace(GREEDY, max_tokens=2, **fields)
-        *_, last = llm.submit(Submit(id=f"{salt}{fields}", token_ids=prompt, sampling=params, cache_salt=salt)) or ()
+        handle = llm.submit(Submit(id=f"{salt}{fields}", token_ids=prompt, sampling=params, cache_salt=salt))
+        assert handle is not None
+        *_, last = handle
         assert isinstance(last, Finished)
         return last.usage.cached_tokens
 

@@ -331,7 +331,7 @@ def test_the_answers_text_is_its_tokens_decoded_at_once(llm: LLM, reference: Any
 
 
 def test_a_stop_string_cuts_the_same_answer_short(llm: LLM, tokenizer: Tokenizer) -> None:
-    likely = {token: 100.0 for token in tokenizer.encode("abcdefgh")}
+    likely = dict.fromkeys(tokenizer.encode("abcdefgh"), 100.0)
     base = SamplingParams(max_tokens=40, temperature=1.5, seed=4, ignore_eos=True, logit_bias=likely)
     whole = _one(llm, base)
     stop = whole.text[10:13]
@@ -373,4 +373,4 @@ def test_usage_and_timings_fit_the_answer(llm: LLM) -> None:
     assert output.usage.completion_tokens == sum(len(completion.token_ids) for completion in output.outputs) == 96
     timings = output.timings
     assert 0 <= timings.queued_s <= timings.ttft_s <= timings.total_s
-    assert 0 < timings.tpot_ms
+    assert timings.tpot_ms > 0

@@ -58,7 +58,7 @@ class _Traffic:
         shared = [7] * rng.choice([0, 0, 16, 40])
         prompt = shared + [rng.randrange(3, 1031) for _ in range(rng.randrange(1, 20))]
         sampling = SamplingParams(
-            max_tokens=rng.randrange(1, 10),
+            max_tokens=rng.choice([1, 2, 4, 24]),
             temperature=rng.choice([0.0, 1.0]),
             seed=self._number,
             n=rng.choice([1] * 9 + [2]),

@@ -1,0 +1,55 @@
+"""LLM(ranks=N): a group of processes of its own, which answers as one process does and ends as the caller wants."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from phalanx import LLM, CheckpointError, EngineStopped, SamplingParams
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+PROMPTS = ["one", "two words", "and three more of them"]
+
+
+def _ranks() -> list[psutil.Process]:
+    """This process's rank processes, in the order of their start."""
+    children = psutil.Process().children(recursive=True)
+    found = [child for child in children if any("launch.rank" in part for part in child.cmdline())]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> None:
+    with LLM(str(tiny), dtype="float32", max_model_len=256) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+    before = set(os.listdir("/dev/shm"))
+    with LLM(str(tiny), ranks=2, dtype="float32", max_model_len=256) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] == expected
+        assert llm.status().ranks == 2
+        ranks = _ranks()
+        assert len(ranks) == 2
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_killed_rank_stops_the_engine_and_is_named(tiny: Path) -> None:
+    with LLM(str(tiny), ranks=2, max_model_len=256) as llm:
+        stream = llm.stream("on and on", sampling=SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        os.kill(_ranks()[1].pid, signal.SIGKILL)
+        with pytest.raises(EngineStopped):
+            list(stream)
+        with pytest.raises(EngineStopped, match=r"rank [01] failed"):
+            llm.generate("more", GREEDY)
+
+
+def test_a_damaged_checkpoint_is_the_same_error_as_in_one_process(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        LLM(str(folder), ranks=2, max_model_len=256)

@@ -1,0 +1,78 @@
+"""EngineConfig: every setting is checked where it is made, in words that name it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from phalanx import ConfigError, EngineConfig, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("model", "", "a folder or a hub name"),
+        ("model", 3, "a folder or a hub name"),
+        ("tokenizer", 3, "a folder"),
+        ("dtype", "int7", "auto, bfloat16, float16, float32"),
+        ("device", "tpu", "auto, cpu, cuda"),
+        ("collectives", "mpi", "auto, gloo, nccl"),
+        ("attention", "magic", "auto, torch"),
+        ("quantization", "int1", "none"),
+        ("load_format", "pickle", "auto, safetensors, dummy"),
+        ("ranks", 0, "at least 1"),
+        ("ranks", 2.0, "an integer"),
+        ("ranks", True, "an integer"),
+        ("threads", -1, "at least 0"),
+        ("max_model_len", 0, "at least 1"),
+        ("max_num_seqs", 0, "at least 1"),
+        ("max_num_batched_tokens", "many", "an integer"),
+        ("max_queue", 0, "at least 1"),
+        ("block_size", -16, "at least 1"),
+        ("kv_memory", 0, "a fraction in (0, 1]"),
+        ("kv_memory", -1.0, "bytes"),
+        ("kv_memory", math.nan, "bytes"),
+        ("kv_memory", math.inf, "bytes"),
+        ("kv_memory", "4GB", "bytes"),
+        ("timeout_s", 0, "above 0"),
+        ("timeout_s", None, "above 0"),
+        ("prefix_cache", "yes", "true or false"),
+        ("seed", 0.5, "an integer"),
+        ("seed", 2**64, "an integer"),
+        ("sampling", 3, "sampling fields"),
+        ("rank_weights", [1, -1], "positive numbers"),
+        ("rank_weights", "ab", "positive numbers"),
+        ("rank_weights", 3, "positive numbers"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name_and_value(field: str, value: Any, allowed: str) -> None:
+    values = {"model": "m", **({"ranks": 2} if field == "rank_weights" else {}), field: value}
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_dict(values)
+    assert f"{field}={value!r}" in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_a_budget_below_the_sequences_is_refused_and_both_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens=4 .*max_num_seqs=8.*raise .* or lower"):
+        EngineConfig(model="m", max_num_batched_tokens=4, max_num_seqs=8)
+
+
+def test_rank_weights_must_be_one_for_each_rank() -> None:
+    with pytest.raises(ConfigError, match=r"rank_weights=\(1, 2\) must be 3 positive numbers, one for each of ranks=3"):
+        EngineConfig(model="m", ranks=3, rank_weights=(1, 2))
+    assert EngineConfig.from_dict({"model": "m", "ranks": 2, "rank_weights": [1, 2]}).rank_weights == (1.0, 2.0)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"max_num_seq.*did you mean 'max_num_seqs'"):
+        EngineConfig.from_dict({"model": "m", "max_num_seq": 3})
+
+
+def test_a_configuration_is_frozen_and_made_from_plain_data() -> None:
+    config = EngineConfig.from_dict({"model": "m", "sampling": {"top_k": 5}})
+    assert config.sampling == SamplingParams(top_k=5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ranks = 2  # type: ignore[misc]

@@ -1,0 +1,122 @@
+"""SamplingParams: what is accepted, what is refused and in which words, and that it survives the wire."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from phalanx import InvalidRequest, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("max_tokens", 0, "[1, inf)"),
+        ("max_tokens", -1, "[1, inf)"),
+        ("min_tokens", -1, "[0, inf)"),
+        ("temperature", -0.5, "[0, inf)"),
+        ("temperature", math.nan, "[0, inf)"),
+        ("temperature", math.inf, "[0, inf)"),
+        ("top_p", 0, "(0, 1]"),
+        ("top_p", 1.01, "(0, 1]"),
+        ("top_p", math.nan, "(0, 1]"),
+        ("top_k", -2, "[-1, inf)"),
+        ("min_p", -0.1, "[0, 1]"),
+        ("min_p", 1.1, "[0, 1]"),
+        ("repetition_penalty", 0, "(0, inf)"),
+        ("presence_penalty", 2.1, "[-2, 2]"),
+        ("frequency_penalty", math.nan, "[-2, 2]"),
+        ("seed", 2**63, "[-9.22337e+18, 9.22337e+18]"),
+        ("n", 0, "[1, inf)"),
+        ("logprobs", 21, "[0, 20]"),
+        ("prompt_logprobs", -1, "[0, 20]"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_name_value_and_range(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value})
+    assert str(caught.value) == f"{field}={value!r} is out of range: it must be in {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("temperature", "hot"),
+        ("top_k", "5"),
+        ("n", None),
+        ("stop", 3),
+        ("stop", [3]),
+        ("stop", ["ok", ""]),
+        ("stop", ["\ud83d"]),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", ["a"]),
+        ("logit_bias", [1, 2]),
+        ("logit_bias", {"a": 1.0}),
+        ("logit_bias", {1: "much"}),
+        ("logit_bias", {1: 100.5}),
+        ("ignore_eos", "yes"),
+        ("skip_special_tokens", 1),
+        ("logprobs_mode", "loud"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name_and_value(field: str, value: Any) -> None:
+    for make in (lambda: SamplingParams(**{field: value}), lambda: SamplingParams.from_dict({field: value})):
+        with pytest.raises(InvalidRequest) as caught:
+            make()
+        assert field in str(caught.value)
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        assert any(repr(part) in str(caught.value) for part in parts)
+
+
+def test_an_unknown_field_is_refused_and_the_known_ones_are_listed() -> None:
+    with pytest.raises(InvalidRequest, match=r"unknown sampling field 'temprature'.*temperature"):
+        SamplingParams.from_dict({"temprature": 1})
+
+
+def test_fewer_tokens_than_the_least_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="min_tokens=5 is above max_tokens=4: set min_tokens to at most 4"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+
+
+def test_edges_of_the_ranges_are_accepted() -> None:
+    SamplingParams(
+        max_tokens=1, temperature=0, top_k=-1, top_p=1, min_p=1, repetition_penalty=1e-9, presence_penalty=-2,
+        frequency_penalty=2, logit_bias={0: -100}, seed=-(2**63), logprobs=20, prompt_logprobs=0,
+    )  # fmt: skip
+
+
+def test_what_users_write_becomes_the_stored_form() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"], stop_token_ids=[1]) == SamplingParams(stop=("a", "b"), stop_token_ids=(1,))
+    assert SamplingParams.from_dict({"stop": "END", "logit_bias": {"7": 1}}) == SamplingParams(
+        stop=("END",), logit_bias={7: 1}
+    )
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_tokens": st.integers(10, 10**9),
+            "min_tokens": st.integers(0, 10),
+            "temperature": st.floats(0, 1e6),
+            "top_k": st.integers(-1, 10**9),
+            "top_p": st.floats(1e-6, 1),
+            "logit_bias": st.dictionaries(st.integers(0, 10**6), st.floats(-100, 100)),
+            "seed": st.integers(-(2**63), 2**63 - 1),
+            "stop": st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)),
+            "stop_token_ids": st.lists(st.integers(0, 10**6)),
+            "ignore_eos": st.booleans(),
+        },
+    )
+)
+def test_valid_parameters_survive_json_and_the_wire(values: dict[str, Any]) -> None:
+    params = SamplingParams.from_dict(values)
+    assert SamplingParams.from_dict(msgspec.json.decode(msgspec.json.encode(params))) == params
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
