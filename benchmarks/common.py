@@ -93,10 +93,12 @@ def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
     """
     try:
         options = read_options(kind, sys.argv[1:])
+        load_before = round(os.getloadavg()[0], 2)  # shows whether others were using the machine
         result = benchmark(options)
     except PhalanxError as error:
         sys.exit(f"error: {error}")
-    line = json.dumps({**result, "settings": settings(options), "machine": machine(), "versions": versions()})
+    host = {**machine(), "load_before": load_before}
+    line = json.dumps({**result, "settings": settings(options), "machine": host, "versions": versions()})
     print(line, flush=True)
     out = getattr(options, "out", None)
     if out is not None:

@@ -66,7 +66,8 @@ class EngineConfig:
     timeout_s: float = 300.0
     """Seconds a rank waits for another inside one operation before it gives up."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Defaults for requests that leave a field unset."""
+    """max_tokens, temperature, top_k, top_p, min_p and repetition_penalty of requests that leave them unset (None). The
+    launch programs take the other fields too, as the sampling of every request that does not say otherwise."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -129,8 +130,8 @@ def unknown_name(kind: str, name: str, allowed: list[str]) -> str:
     import difflib
 
     nearest = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {kind} {name!r}{hint} The allowed ones are {', '.join(allowed)}"
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+    return f"unknown {kind} {name!r}{hint} the allowed ones are {', '.join(allowed)}"
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -12,14 +12,11 @@ import msgspec
 import torch
 
 from ..parallel.group import local_group
-from ..parallel.partition import PartitionError, partition
 from .client import Client, OnEvent, RequestHandle, to_error
 from .config import EngineConfig
 from .engine import Engine, EngineThread
-from .errors import ConfigError, EngineStopped, InvalidRequest
-from .hub import resolve_model
+from .errors import EngineStopped, InvalidRequest
 from .messages import Delta, Event, Failed, Finished, Status, Submit, Timings, Usage
-from .models.spec import dimensions, read_config, spec_from_config
 from .params import SamplingParams
 from .plan import TokenLogprobs
 from .transport import InProcess
@@ -136,7 +133,6 @@ class LLM:
         if config.ranks > 1:
             from .group_process import GroupProcess
 
-            check_ranks(config)
             process = GroupProcess(config)
             self._client, self._close_engine = process.client, process.close
             return
@@ -311,16 +307,6 @@ def choose_device(config: EngineConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
-
-
-def check_ranks(config: EngineConfig) -> None:
-    """Raises ConfigError if the model cannot be cut for `config.ranks`, before that many processes find out."""
-    folder = resolve_model(config.model)
-    spec = spec_from_config(read_config(folder), str(folder))
-    try:
-        partition(dimensions(spec), config.ranks, config.rank_weights)
-    except PartitionError as error:
-        raise ConfigError(str(error)) from error
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
