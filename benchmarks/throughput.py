@@ -16,21 +16,20 @@ import statistics
 import threading
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from phalanx import LLM, EngineConfig, SamplingParams
 from phalanx.benchmarks.common import model_folder, percentiles, random_prompts, run
+from phalanx.benchmarks.transformers_peer import TransformersPeer
 from phalanx.engine.client import to_error
 from phalanx.engine.errors import ConfigError, InvalidRequest
 from phalanx.engine.messages import Delta, Event, Failed, Finished, Submit
 from phalanx.engine.models.spec import read_config
 from phalanx.launch.jsonl import BadLine, read_requests
-
-WARMUP_TOKENS = 2
 
 
 @dataclass
@@ -128,29 +127,6 @@ class Load:
             self._ends.put(event)
 
 
-class TransformersPeer:
-    """transformers' generate over all prompts as one static batch, with torch's own attention (sdpa)."""
-
-    def __init__(self, folder: Path, options: Options) -> None:
-        from transformers import AutoModelForCausalLM
-
-        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-
-    def output_tokens_per_s(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """Greedy, end-of-sequence ignored."""
-        batch = torch.tensor(prompts)
-        started = time.monotonic()
-        tokens = self._model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-        )
-        return float(tokens[:, batch.shape[1] :].numel() / (time.monotonic() - started))
-
-
 def make_submits(options: Options, folder: Path) -> list[Submit]:
     """The requests of a run: greedy, of new_tokens each; a line of the input may say otherwise, and may end early."""
     sampling = SamplingParams(max_tokens=options.new_tokens, temperature=0.0, ignore_eos=options.input is None)
@@ -187,29 +163,39 @@ def summarize(seconds: float, requests: list[Seen]) -> dict[str, Any]:
     }
 
 
+def repeat(
+    llm: LLM, peer: TransformersPeer | None, options: Options, submits: list[Submit]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """The figures of each of phalanx's runs, and the peer's output tokens a second, in turns."""
+    runs, peers = [], []
+    prompts = [submit.token_ids or [] for submit in submits]
+    # The first steps pay for set-up that no later ones do.
+    llm.generate([1], SamplingParams(max_tokens=2, ignore_eos=True))
+    if peer is not None:
+        peer.output_tokens_per_s([[1]], 2)
+    for number in range(options.repeats):
+        fresh = [msgspec.structs.replace(submit, id=f"{number}:{submit.id}") for submit in submits]
+        runs.append(summarize(*Load(llm, options, fresh).run()))
+        print(f"phalanx: {runs[-1]['output_tokens_per_s']} output tokens/s", flush=True)
+        if peer is not None:
+            peers.append(round(peer.output_tokens_per_s(prompts, options.new_tokens), 1))
+            print(f"transformers: {peers[-1]} output tokens/s", flush=True)
+    return runs, peers
+
+
 def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
     options.check()
     folder = model_folder(options.model, options.random)
     submits = make_submits(options, folder)
-    started = time.monotonic()
-    with LLM.from_config(options.engine_config(folder)) as llm:
+    with ExitStack() as stack:
+        started = time.monotonic()
+        llm = stack.enter_context(LLM.from_config(options.engine_config(folder)))
         ready_s = time.monotonic() - started
         status = llm.status()
         print("\n".join([*status.report, f"ready in {ready_s:.1f} s"]), flush=True)
-        llm.generate([1], SamplingParams(max_tokens=WARMUP_TOKENS, ignore_eos=True))
-        peer = TransformersPeer(folder, options) if options.peer else None
-        prompts = [submit.token_ids or [] for submit in submits]
-        if peer is not None:
-            peer.output_tokens_per_s(prompts[:1], WARMUP_TOKENS)
-        runs, peers = [], []
-        for repeat in range(options.repeats):
-            fresh = [msgspec.structs.replace(submit, id=f"{repeat}:{submit.id}") for submit in submits]
-            runs.append(summarize(*Load(llm, options, fresh).run()))
-            print(f"phalanx: {runs[-1]['output_tokens_per_s']} output tokens/s", flush=True)
-            if peer is not None:
-                peers.append(round(peer.output_tokens_per_s(prompts, options.new_tokens), 1))
-                print(f"transformers: {peers[-1]} output tokens/s", flush=True)
+        peer = stack.enter_context(TransformersPeer(folder, options.dtype)) if options.peer else None
+        runs, peers = repeat(llm, peer, options, submits)
     median = sorted(runs, key=lambda run: run["output_tokens_per_s"])[(len(runs) - 1) // 2]
     result = {
         "benchmark": "throughput",

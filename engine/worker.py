@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ LOGPROB_ROWS = 256
 """Prompt positions whose logits are held at once, so that long prompts need no (prompt, vocabulary) tensor."""
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,15 @@ class Worker:
         block_size = _block_size(config, self.backend)
         share = share_out(config, spec, group.size).shares[group.rank]
         build = Build(spec, share, group.collectives, self.backend, self.dtype, group.device)
-        with torch.inference_mode():
-            self._model = CausalLM(build, self.max_model_len)
-            self.load_report = self._load(config, folder, on_progress)
-            self._model.pack()
+
+        def make_model() -> tuple[CausalLM, LoadReport]:
+            with torch.inference_mode():
+                model = CausalLM(build, self.max_model_len)
+                report = _load(model, config, folder, on_progress)
+                model.pack()
+            return model, report
+
+        self._model, self.load_report = _on_own_thread(make_model) if group.device.type == "cpu" else make_model()
         token_bytes = 2 * spec.num_layers * len(share.kv_heads) * spec.head_dim * self.dtype.itemsize
         num_blocks = self._agree_on_blocks(config, block_size, token_bytes)
         self._cache = KVCache.allocate(
@@ -101,15 +110,6 @@ class Worker:
                 results.setdefault(rows.row, []).extend(scored or [])
         return results
 
-    def _load(self, config: EngineConfig, folder: Path, on_progress: Progress | None) -> LoadReport:
-        slices = list(self._model.weight_slices())
-        if config.load_format == "dummy":
-            return fill_dummy(slices, config.seed)
-        try:
-            return load_weights(folder, slices, ignore=self._model.may_be_left_over, progress=on_progress)
-        except LoadError as error:
-            raise CheckpointError(str(error)) from error
-
     def _agree_on_blocks(self, config: EngineConfig, block_size: int, token_bytes: int) -> int:
         """KV blocks of every rank: the fewest that any has room for. All raise ConfigError if that is too few."""
         group = self._group
@@ -150,6 +150,34 @@ def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
         return partition(dimensions(spec), ranks, config.rank_weights)
     except PartitionError as error:
         raise ConfigError(str(error)) from error
+
+
+def _load(model: CausalLM, config: EngineConfig, folder: Path, on_progress: Progress | None) -> LoadReport:
+    slices = list(model.weight_slices())
+    if config.load_format == "dummy":
+        return fill_dummy(slices, config.seed)
+    try:
+        return load_weights(folder, slices, ignore=model.may_be_left_over, progress=on_progress)
+    except LoadError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _on_own_thread(work: Callable[[], T]) -> T:
+    """Run `work` on a thread that then ends, and return or raise what it does.
+
+    OpenMP keeps a pool of threads for each thread that ever computed. While there are more of them in all than cores,
+    they sleep between operations instead of spinning, and a decode step of many small ones takes a tenth longer.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="phalanx-load", daemon=True).start()
+    return future.result()
 
 
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -13,7 +13,19 @@ class PackedWeight:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), accumulated in float32."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return self._multiply(x, bias, "none")
+
+    def silu(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """silu(x W^T + bias), rounded once."""
+        return self._multiply(x, bias, "swish")
+
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
+        """(x W^T + bias) * factor, for a factor (T, rows), rounded once."""
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._packed, bias, "mul")
+        return y
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, activation, [], "")
         return y
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from ..kernels.activation import silu_mul
 from ..kernels.linear import PackedWeight, can_pack
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
@@ -39,8 +40,12 @@ class Linear(nn.Module):
     def pack(self) -> None:
         """Lay the weight out for this machine's kernels, if they have a layout of their own. The plain one goes."""
         if can_pack(self.weight):
-            self._packed = PackedWeight(self.weight)
+            self.lay_out()
             self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+
+    def lay_out(self) -> None:
+        """Make the packed form of the weight."""
+        self._packed = PackedWeight(self.weight)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, columns) -> (T, rows)."""
@@ -50,7 +55,7 @@ class Linear(nn.Module):
 class ColumnParallelLinear(Linear):
     """y = x W^T + b over this rank's output features; several checkpoint matrices may be fused, one below the other.
 
-    Fused query/key/value and gate/up projections are this layer with three and two parts.
+    The fused query/key/value projection is this layer with three parts.
     """
 
     def __init__(
@@ -81,6 +86,25 @@ class ColumnParallelLinear(Linear):
             if self.bias is not None:
                 yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), self.bias[first:last])
             first = last
+
+
+class GatedLinear(ColumnParallelLinear):
+    """silu(x Wg^T + bg) * (x Wu^T + bu), as in SwiGLU (arXiv:2002.05202): two parts of equal rows, gate and up."""
+
+    _halves: tuple[PackedWeight, PackedWeight] | None = None
+
+    def lay_out(self) -> None:
+        """Each half by itself, so that activation and product are part of the multiplications."""
+        gate, up = self.weight.chunk(2)
+        self._halves = PackedWeight(gate), PackedWeight(up)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in_features) -> (T, rows of one part)."""
+        if self._halves is None:
+            return silu_mul(self.multiply(x, self.bias))
+        gate, up = self._halves
+        gate_bias, up_bias = (None, None) if self.bias is None else self.bias.chunk(2)
+        return up.times(x, up_bias, gate.silu(x, gate_bias))
 
 
 class RowParallelLinear(Linear):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...kernels.activation import silu_mul
 from ...kernels.attention import AttentionBackend
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.rope import RotaryEmbedding, apply_rope
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
 from ...parallel.embedding import VocabParallelEmbedding
-from ...parallel.linear import ColumnParallelLinear, Linear, Part, ReplicatedNorm, RowParallelLinear
+from ...parallel.linear import ColumnParallelLinear, GatedLinear, Linear, Part, ReplicatedNorm, RowParallelLinear
 from ...parallel.partition import RankShare
 from ..batch import ForwardBatch
 from ..kv_cache import KVCache
@@ -96,7 +94,7 @@ class MLP(nn.Module):
         super().__init__()
         spec, columns = build.spec, build.share.mlp
         parts = [Part(name, columns, spec.intermediate_size) for name in ("gate_proj", "up_proj")]
-        self.gate_up = ColumnParallelLinear(spec.hidden_size, parts, bias=spec.mlp_bias, **build.placement)
+        self.gate_up = GatedLinear(spec.hidden_size, parts, bias=spec.mlp_bias, **build.placement)
         self.down = RowParallelLinear(
             "down_proj",
             columns,
@@ -108,7 +106,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_mul(self.gate_up(x)))  # type: ignore[no-any-return]
+        return self.down(self.gate_up(x))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -182,12 +180,16 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
-        head = self.head or partial(torch.nn.functional.linear, weight=self.embedding.weight)
-        logits: torch.Tensor = head(hidden)
+        if self.head is None:
+            return torch.nn.functional.linear(hidden, self.embedding.weight).float()
+        logits: torch.Tensor = self.head(hidden)
         return logits.float()
 
     def pack(self) -> None:
-        """Once the weights are loaded: lay them out for this machine's kernels, one at a time."""
+        """Once the weights are loaded: lay them out for this machine's kernels, one at a time.
+
+        A tied head stays plain: its rows are looked up too, and a second copy of the table is not worth its memory.
+        """
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()

@@ -62,7 +62,7 @@ def test_a_rank_reads_its_shard_and_holds_little_more_while_it_loads(run_ranks: 
     from phalanx.launch.random_model import make_random_model
 
     folder = make_random_model(tmp_path / "model", load_preset("qwen2_5_0_5b")["shape"])
-    for size in (2, 3):
+    for size in (1, 2, 3):
         for loaded in run_ranks(size, programs.load, str(folder)):
             assert loaded["read"] <= 1.05 * loaded["shard"]
             assert loaded["rise"] <= loaded["shard"] + 300e6
