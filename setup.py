@@ -31,10 +31,11 @@ setup(
         "msgspec>=0.19",
         "pyzmq>=26",
         "rich>=13",
+        "pyyaml>=6",
         "numpy>=1.26",
     ],
     extras_require={
-        "gguf": ["gguf>=0.10", "accelerate>=1.0"],
+        "gguf": ["gguf>=0.10"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "psutil>=5"],
     },
 )

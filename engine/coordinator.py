@@ -27,6 +27,9 @@ from .worker import Worker
 
 _log = logging.getLogger(__name__)
 
+QUIET_S = 1.0
+"""Idle this long, the books of the pool are checked: not sooner, since an answer may still be on its way out."""
+
 
 class Coordinator:
     """Owns the scheduler and drives worker 0 and, through the control channel, all others."""
@@ -85,6 +88,7 @@ class Coordinator:
             while self._handle_inbox():
                 self._step()
             self._abort_all()
+            self._scheduler.check_integrity()
             self._control.send(encode(Stop(payload())))
         except Exception as error:
             self.stopped = error
@@ -115,19 +119,20 @@ class Coordinator:
 
     def _handle_inbox(self) -> bool:
         """Run what other threads asked for; wait for it while there is nothing to compute. False: time to stop."""
-        wait = not self._scheduler.has_work
-        if wait:
-            self._scheduler.check_integrity()
+        patience = min(QUIET_S, self._heartbeat_s)
         while not self._stopping:
+            wait = not self._scheduler.has_work
             try:
-                action = self._inbox.get(block=wait, timeout=self._heartbeat_s if wait else None)
+                action = self._inbox.get(block=wait, timeout=patience if wait else None)
             except queue.Empty:
                 if not wait:
                     return True
+                if patience != self._heartbeat_s:
+                    self._scheduler.check_integrity()
+                    patience = self._heartbeat_s
                 self._control.send(encode(Idle()))
                 continue
             action()
-            wait = not self._scheduler.has_work
         return False
 
     def _add(self, client: bytes, request: Request, submit: Submit) -> None:

@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ..engine.config import EngineConfig, unknown_name
 from ..engine.errors import ConfigError
 from .place import Place
+from .presets import CONFIGS, choices
 from .schema import Keys, describe_type, key_docs, parse_size, schema_of
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CONFIG_NAME = "config"
 HYDRA_VERSION_BASE = "1.3"
 GROUPS = ("engine", "runtime", "models", "bench")
@@ -68,11 +68,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(list(arguments))
-
-
-def choices(group: str, folders: Sequence[Path] = (CONFIGS,)) -> list[str]:
-    """The names a group such as models (the presets) can be set to."""
-    return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
 
 
 def prepare_arguments(arguments: Sequence[str], keys: type[Keys], place: Place) -> list[str]:

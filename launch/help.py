@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .compose import GROUPS, choices
+from .compose import GROUPS
+from .presets import choices
 from .schema import Keys, key_docs, schema_of
 
 _WIDTH = 110

@@ -1,22 +1,28 @@
-"""The models that configs/models knows by name."""
+"""What configs/ knows by name, the models first."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs" / "models"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def choices(group: str, folders: Sequence[Path] = (CONFIGS,)) -> list[str]:
+    """The names a group such as models (the presets) can be set to."""
+    return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
 
 
 def presets() -> list[str]:
-    """Their names."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """The models' names."""
+    return choices("models")
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """What a preset holds: `model`, `shape` (the fields of a config.json), maybe `sampling`."""
-    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    values = yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text())
     assert isinstance(values, dict)
     return values

@@ -11,10 +11,11 @@ import hydra
 from omegaconf import DictConfig
 
 from ..engine.errors import ConfigError
-from .compose import CONFIG_NAME, CONFIGS, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments
+from .compose import CONFIG_NAME, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments
 from .failure import report_failure
 from .help import help_text
 from .place import read_place
+from .presets import CONFIGS
 from .process import STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
 from .schema import Keys
 

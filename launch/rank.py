@@ -19,6 +19,7 @@ from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_pa
 def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
     """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`. Exit code."""
     from ..engine.engine import Engine, run_rank
+    from ..parallel.collectives.base import CollectiveError
     from .progress import loading_progress
     from .session import join
 
@@ -37,7 +38,7 @@ def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
     group = join(config, place)
     try:
         run_rank(config, group, address, loading_progress(place), on_ready)
-    except Exception:
+    except CollectiveError:
         # The signal reached the other ranks too, which left at once: that rank 0 misses them is no failure.
         if not stopped_by:
             raise

@@ -8,23 +8,8 @@ from typing import Any
 
 import pytest
 from phalanx import LLM
+from phalanx.tests.models import TINY_SHAPE
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1031,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.2,
-}
 CONFIG: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_memory": 2**23}
 
 
@@ -33,7 +18,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 2 layers with a byte-level tokenizer and a chat template."""
     from phalanx.launch.random_model import make_random_model
 
-    return make_random_model(tmp_path_factory.mktemp("models") / "tiny", SHAPE, dtype="float32")
+    return make_random_model(
+        tmp_path_factory.mktemp("models") / "tiny", {**TINY_SHAPE, "initializer_range": 0.2}, dtype="float32"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError, InvalidRequest
 from phalanx.engine.params import SamplingParams
 from phalanx.launch.chat import ChatKeys
-from phalanx.launch.compose import CONFIGS, Job, choices, compose, prepare_arguments
+from phalanx.launch.compose import Job, compose, prepare_arguments
 from phalanx.launch.generate import GenerateKeys, check_keys
 from phalanx.launch.group import first_failure
 from phalanx.launch.help import help_text
 from phalanx.launch.place import Place, read_place
+from phalanx.launch.presets import CONFIGS, choices
 from phalanx.launch.schema import Keys, field_docs, key_docs, parse_size
 from phalanx.launch.worker import WorkerKeys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
