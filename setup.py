@@ -1,6 +1,12 @@
-"""The repository's root is the package: `phalanx` maps to "." and its sub-packages are listed one by one."""
+"""The repository's root is the package: `phalanx` maps to "." and its sub-packages are listed one by one.
 
-from setuptools import setup
+The C++ extensions are optional and know nothing of torch: where they cannot be built, torch's operations serve instead.
+"""
+
+import sys
+from glob import glob
+
+from setuptools import Extension, setup
 
 PACKAGES = [
     "phalanx",
@@ -9,9 +15,48 @@ PACKAGES = [
     "phalanx.parallel",
     "phalanx.parallel.collectives",
     "phalanx.kernels",
+    "phalanx.kernels.cpu",
     "phalanx.launch",
     "phalanx.configs",
 ]
+
+
+def extensions() -> list[Extension]:
+    """The C++ parts: arithmetic on CPUs, and collectives in shared memory. Each processor's instructions are chosen at run time."""
+    if not sys.platform.startswith("linux"):
+        return []
+    try:
+        import pybind11
+    except ImportError:
+        print("pybind11 is missing: phalanx is built without its C++ extensions", file=sys.stderr)
+        return []
+
+    def extension(name: str, folder: str) -> Extension:
+        return Extension(
+            name,
+            sources=sorted(glob(f"{folder}/*.cpp")),
+            depends=sorted(glob(f"{folder}/*.h")),
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-fvisibility=hidden",
+                "-ffp-contract=fast",
+                "-Wall",
+                "-Wno-psabi",
+                "-Wno-uninitialized",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+
+    return [
+        extension("phalanx.kernels.cpu._native", "kernels/cpu"),
+        extension("phalanx.parallel.collectives._native", "parallel/collectives"),
+    ]
+
 
 setup(
     name="phalanx",
@@ -21,6 +66,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"phalanx": "."},
     packages=PACKAGES,
+    ext_modules=extensions(),
     package_data={"phalanx.configs": ["*.yaml", "*/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",

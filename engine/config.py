@@ -13,7 +13,7 @@ from .params import SEED_LIMIT, SamplingParams
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "torch")
+ATTENTION_BACKENDS = ("auto", "cpu", "torch")
 QUANTIZATIONS = ("none",)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 COLLECTIVES = ("auto", "gloo", "nccl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from .models.spec import ModelSpec, check_transformers, read_config, spec_from_c
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer, read_generation_config
 from .transport import Transport, ZmqTransport
-from .worker import Progress, Worker, follow
+from .worker import Progress, Worker, follow, threads_of
 
 
 class Engine:
@@ -77,7 +76,7 @@ class Engine:
         group, worker, capacity = self.group, self.worker, self.worker.capacity
         loaded = worker.load_report
         return [
-            f"{group.size} rank(s) on {group.device.type}, {torch.get_num_threads()} thread(s) each, {worker.dtype}, "
+            f"{group.size} rank(s) on {group.device.type}, {worker.threads} thread(s) each, {worker.dtype}, "
             f"attention={worker.backend.name}",
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
@@ -143,7 +142,7 @@ def run_rank(
 
 def set_threads(config: EngineConfig, local_size: int) -> None:
     """Give this process its share of the host's cores, for ranks in processes of their own."""
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(threads_of(config, local_size))
 
 
 def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer | None:

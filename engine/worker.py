@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from ..kernels import cpu
 from ..kernels.attention import AttentionBackend, choose_backend
 from ..parallel.checkpoint import LoadError, LoadReport, load_weights
 from ..parallel.dummy import fill_dummy
@@ -52,7 +54,9 @@ class Worker:
     ) -> None:
         self._group = group
         self.dtype = _dtype(config, spec, group.device)
-        self.backend = choose_backend(config.attention)
+        self.threads = threads_of(config, group.local_size)
+        cpu.set_threads(self.threads)
+        self.backend = _attention(config, spec, self.dtype, group.device)
         self.max_model_len = resolve_max_model_len(config, spec)
         block_size = _block_size(config, self.backend)
         share = share_out(config, spec, group.size).shares[group.rank]
@@ -144,6 +148,11 @@ def follow(worker: Worker, group: Group) -> bytes:
             assert isinstance(message, Idle)
 
 
+def threads_of(config: EngineConfig, local_size: int) -> int:
+    """CPU threads of a rank: as configured, or its share of the cores that this process may use."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
 def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
     """What each rank holds; ConfigError if the model cannot be cut so."""
     try:
@@ -191,6 +200,17 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
             f"most {limit}, or give the model's config.json a rope scaling"
         )
     return config.max_model_len
+
+
+def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    if device.type == "cpu":
+        cpu.warn_if_missing()
+    try:
+        return choose_backend(
+            config.attention, device=device, dtype=dtype, head_dim=spec.head_dim, block_size=config.block_size
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import cpu
+from .norm import rms_norm
+from .rope import apply_rope
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -27,10 +31,19 @@ class AttentionMetadata:
     block_size: int
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm weights, float32 (head_dim,), of query and key heads, which are normalised before they are rotated."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
 class AttentionBackend(ABC):
     """Causal attention over a paged KV cache, keys and values (blocks, block_size, kv_heads, head_dim) per layer.
 
-    Queries of a row sit at the end of its keys. Query heads are grouped: head h reads KV head h // (heads / kv_heads).
+    How a block's elements stand inside it is the backend's own affair. Queries of a row sit at the end of its keys. Query heads are grouped: head h reads KV head h // (heads / kv_heads).
     """
 
     name: str
@@ -47,6 +60,7 @@ class AttentionBackend(ABC):
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
         """Attention of queries (T, heads, head_dim) over the cache, which holds this step's tokens too. Same shape."""
 
+    @abstractmethod
     def store_kv(
         self,
         k: torch.Tensor,
@@ -56,8 +70,31 @@ class AttentionBackend(ABC):
         slots: torch.Tensor,
     ) -> None:
         """Write keys and values (T, kv_heads, head_dim) to their places (T,) in the pool."""
-        k_cache.flatten(0, 1).index_copy_(0, slots, k)
-        v_cache.flatten(0, 1).index_copy_(0, slots, v)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norms: HeadNorms | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Queries (T, heads, head_dim) as attend() wants them, of a projection (T, (heads + 2 kv_heads) * head_dim).
+
+        Its query and key heads are normalised, if there are norms, and rotated by RotaryEmbedding's tables; keys and
+        values go to their places (T,) in the pool. `qkv` may be overwritten, and the result may be a view of it.
+        """
+        kv_heads, head_dim = k_cache.shape[2:]
+        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split(
+            [qkv.shape[1] // head_dim - 2 * kv_heads, kv_heads, kv_heads], dim=1
+        )
+        if norms is not None:
+            q = rms_norm(q, norms.query, norms.eps, q.dtype)
+            k = rms_norm(k, norms.key, norms.eps, k.dtype)
+        self.store_kv(apply_rope(k, cos, sin), v, k_cache, v_cache, slots)
+        return apply_rope(q, cos, sin)
 
 
 @dataclass(frozen=True)
@@ -87,6 +124,17 @@ class TorchAttention(AttentionBackend):
     block_multiple = 1
     default_block_size = 16
     supports_graph = False
+
+    def store_kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        k_cache.flatten(0, 1).index_copy_(0, slots, k)
+        v_cache.flatten(0, 1).index_copy_(0, slots, v)
 
     def plan(self, metadata: AttentionMetadata) -> tuple[list[_DecodeBucket], list[_Chunk], int]:
         chunks = []
@@ -157,8 +205,116 @@ class TorchAttention(AttentionBackend):
         return out
 
 
-def choose_backend(name: str) -> AttentionBackend:
-    """The backend for an `attention` setting, one of auto and torch; ValueError for another."""
-    if name in ("auto", "torch"):
+class CpuAttention(AttentionBackend):
+    """phalanx's own kernels. A block's keys and values stand as their products read them (kernels/cpu/kernels.h)."""
+
+    name = "cpu"
+    block_multiple = cpu.PANEL
+    default_block_size = 32
+    supports_graph = False
+
+    def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        return metadata
+
+    def store_kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        self._store(torch.cat((k, v), dim=1).flatten(1), 0, 0, None, k_cache, v_cache, slots)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norms: HeadNorms | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        self._store(qkv, cos.data_ptr(), sin.data_ptr(), norms, k_cache, v_cache, slots)
+        kv_heads, head_dim = k_cache.shape[2:]
+        return qkv.unflatten(-1, (-1, head_dim))[:, : qkv.shape[1] // head_dim - 2 * kv_heads]
+
+    def _store(
+        self,
+        qkv: torch.Tensor,
+        cos: int,
+        sin: int,
+        norms: HeadNorms | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        _, block_size, kv_heads, head_dim = k_cache.shape
+        cpu.native.rope(
+            qkv.data_ptr(),
+            qkv.stride(0),
+            cos,
+            sin,
+            norms.query.data_ptr() if norms else 0,
+            norms.key.data_ptr() if norms else 0,
+            norms.eps if norms else 0.0,
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots.data_ptr(),
+            qkv.shape[0],
+            qkv.shape[1] // head_dim - 2 * kv_heads,
+            kv_heads,
+            head_dim,
+            block_size,
+            cpu.DTYPES[qkv.dtype],
+        )
+
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionMetadata
+    ) -> torch.Tensor:
+        _, block_size, kv_heads, head_dim = k_cache.shape
+        out = torch.empty(q.shape, dtype=q.dtype)
+        cpu.native.attention(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            plan.block_table.data_ptr(),
+            plan.block_table.stride(0),
+            plan.cu_q.data_ptr(),
+            plan.seqused_k.data_ptr(),
+            len(plan.query_lengths),
+            q.shape[1],
+            kv_heads,
+            head_dim,
+            block_size,
+            head_dim**-0.5,
+            out.data_ptr(),
+            cpu.DTYPES[q.dtype],
+        )
+        return out
+
+
+def choose_backend(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
+) -> AttentionBackend:
+    """The backend for an `attention` setting, one of auto, cpu and torch, and what it is to compute with.
+
+    `block_size` is the one asked for, None if any will do. Raises ValueError for another name, and for a backend that
+    cannot serve these.
+    """
+    if name not in ("auto", "cpu", "torch"):
+        raise ValueError(f"attention={name!r} is not one of auto, cpu, torch")
+    if name == "torch":
         return TorchAttention()
-    raise ValueError(f"attention={name!r} is not one of auto, torch")
+    fits = head_dim % cpu.PANEL == 0 and (block_size or cpu.PANEL) % cpu.PANEL == 0
+    if fits and cpu.usable(device, dtype):
+        return CpuAttention()
+    if name == "cpu":
+        raise ValueError(
+            f"attention=cpu needs phalanx's C++ kernels, a CPU, dtype bfloat16 or float32, and a head size and "
+            f"block_size that are multiples of {cpu.PANEL}; here are {device.type}, {dtype}, heads of {head_dim}, "
+            f"block_size={block_size} and kernels that are {'built' if cpu.native else 'not built'}: set attention=auto"
+        )
+    return TorchAttention()

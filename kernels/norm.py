@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32, returned in x's dtype."""
-    return torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+from . import cpu
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (rms_norm(x + residual) in x's dtype, x + residual). The float32 `residual` becomes the sum."""
-    total = residual.add_(x)
-    return torch.nn.functional.rms_norm(total, (x.shape[-1],), weight, eps).to(x.dtype), total
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32, returned in `dtype`."""
+    if x.dtype == torch.float32 and x.ndim == 2 and cpu.usable(x.device, dtype):
+        out = torch.empty(x.shape, dtype=dtype)
+        cpu.native.norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), *x.shape, cpu.DTYPES[dtype])
+        return out
+    return torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(dtype)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
 
+from ..kernels.linear import PackedWeight, row_multiple
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
 
@@ -29,13 +30,30 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.name, self.rows, self.vocab_size = name, rows, vocab_size
         self.collectives = collectives
-        self.weight = nn.Parameter(torch.empty(len(rows), hidden_size, dtype=dtype, device=device), requires_grad=False)
+        multiple = row_multiple(hidden_size, dtype, device)
+        self._can_pack = multiple > 1 and len(rows) > 0
+        padded = -(-len(rows) // multiple) * multiple
+        self.weight = nn.Parameter(torch.empty(padded, hidden_size, dtype=dtype, device=device), requires_grad=False)
+        self._packed: PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Lay the table out for logits(), in its own memory; forward() then picks rows out of that."""
+        if self._can_pack:
+            self._packed = PackedWeight(self.weight.detach(), len(self.rows))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The table as a tied head: (T, hidden_size) -> float32 (T, rows of this rank)."""
+        if self._packed is not None:
+            return self._packed.linear_float(x)
+        return linear(x, self.weight[: len(self.rows)]).float()
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 (T,) -> (T, hidden_size), the same on every rank."""
+        local = token_ids - self.rows.start
+        if self._packed is not None:
+            return self.collectives.all_reduce(self._packed.look_up(local))
         if self.collectives.size == 1:
             return embedding(token_ids, self.weight)
-        local = token_ids - self.rows.start
         elsewhere = (local < 0) | (local >= len(self.rows))
         found = embedding(local.masked_fill_(elsewhere, 0), self.weight)
         return self.collectives.all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0))
@@ -47,5 +65,5 @@ class VocabParallelEmbedding(nn.Module):
             f"{prefix}{self.name}.weight",
             (self.vocab_size, hidden),
             (slice(self.rows.start, self.rows.stop), slice(0, hidden)),
-            self.weight,
+            self.weight[: len(self.rows)],
         )

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..kernels.activation import silu_mul
-from ..kernels.linear import PackedWeight, can_pack
+from ..kernels.linear import PackedWeight, row_multiple
+from ..kernels.norm import rms_norm
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
 
@@ -30,26 +31,28 @@ class Part:
 
 
 class Linear(nn.Module):
-    """This rank's part of a weight, (rows, columns). pack() may replace it by a faster layout, once it is loaded."""
+    """This rank's part of a weight, (rows, columns). pack() may lay it out anew, once it is loaded.
 
-    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    Its rows stand in `pieces` of equal size, each padded to what packing needs.
+    """
+
+    def __init__(self, rows: int, columns: int, *, pieces: int = 1, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = _parameter(rows, columns, dtype=dtype, device=device)
+        self.rows = rows
+        multiple = row_multiple(columns, dtype, device)
+        self._padded_piece = -(-(rows // pieces) // multiple) * multiple
+        self._can_pack = multiple > 1 and rows > 0
+        self.weight = _parameter(pieces * self._padded_piece, columns, dtype=dtype, device=device)
         self._packed: PackedWeight | None = None
 
     def pack(self) -> None:
-        """Lay the weight out for this machine's kernels, if they have a layout of their own. The plain one goes."""
-        if can_pack(self.weight):
-            self.lay_out()
-            self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
-
-    def lay_out(self) -> None:
-        """Make the packed form of the weight."""
-        self._packed = PackedWeight(self.weight)
+        """Lay the weight out for this machine's kernels, in its own memory, if they have a layout of their own."""
+        if self._can_pack:
+            self._packed = PackedWeight(self.weight.detach(), self.rows)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, columns) -> (T, rows)."""
-        return linear(x, self.weight, bias) if self._packed is None else self._packed.linear(x, bias)
+        return linear(x, self.weight[: self.rows], bias) if self._packed is None else self._packed.linear(x, bias)
 
 
 class ColumnParallelLinear(Linear):
@@ -59,10 +62,17 @@ class ColumnParallelLinear(Linear):
     """
 
     def __init__(
-        self, in_features: int, parts: Sequence[Part], *, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        pieces: int = 1,
     ) -> None:
         rows = sum(len(part.rows) for part in parts)
-        super().__init__(rows, in_features, dtype=dtype, device=device)
+        super().__init__(rows, in_features, pieces=pieces, dtype=dtype, device=device)
         self.parts = tuple(parts)
         self.bias = _parameter(rows, dtype=dtype, device=device) if bias else None
 
@@ -74,37 +84,44 @@ class ColumnParallelLinear(Linear):
         """What to read from the checkpoint, and where it goes."""
         first = 0
         for part in self.parts:
-            last = first + len(part.rows)
+            count = len(part.rows)
             rows = slice(part.rows.start, part.rows.stop)
             in_features = self.weight.shape[1]
+            place = self.place(first)
             yield WeightSlice(
                 f"{prefix}{part.name}.weight",
                 (part.total_rows, in_features),
                 (rows, slice(0, in_features)),
-                self.weight[first:last],
+                self.weight[place : place + count],
             )
             if self.bias is not None:
-                yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), self.bias[first:last])
-            first = last
+                bias = self.bias[first : first + count]
+                yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), bias)
+            first += count
+
+    def place(self, row: int) -> int:
+        """Where output feature `row` stands in the weight."""
+        return row
 
 
 class GatedLinear(ColumnParallelLinear):
     """silu(x Wg^T + bg) * (x Wu^T + bu), as in SwiGLU (arXiv:2002.05202): two parts of equal rows, gate and up."""
 
-    _halves: tuple[PackedWeight, PackedWeight] | None = None
+    def __init__(
+        self, in_features: int, parts: Sequence[Part], *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(in_features, parts, bias=bias, dtype=dtype, device=device, pieces=2)
 
-    def lay_out(self) -> None:
-        """Each half by itself, so that activation and product are part of the multiplications."""
-        gate, up = self.weight.chunk(2)
-        self._halves = PackedWeight(gate), PackedWeight(up)
+    def place(self, row: int) -> int:
+        """Where output feature `row` stands in the weight: each half is padded by itself."""
+        half = self.rows // 2
+        return row if row < half else row - half + self._padded_piece
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in_features) -> (T, rows of one part)."""
-        if self._halves is None:
-            return silu_mul(self.multiply(x, self.bias))
-        gate, up = self._halves
-        gate_bias, up_bias = (None, None) if self.bias is None else self.bias.chunk(2)
-        return up.times(x, up_bias, gate.silu(x, gate_bias))
+        if self._packed is not None:
+            return self._packed.silu_mul(x, self.bias)
+        return silu_mul(self.multiply(x, self.bias))
 
 
 class RowParallelLinear(Linear):
@@ -127,31 +144,49 @@ class RowParallelLinear(Linear):
         self.collectives = collectives
         self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, columns) -> (T, out_features), the same on every rank."""
-        y = self.collectives.all_reduce(self.multiply(x, None))
-        return y if self.bias is None else y.add_(self.bias)
+    def forward(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the result for x (T, columns) to the float32 `total` (T, out_features), the same on every rank."""
+        if self._packed is not None and self.collectives.size == 1:
+            self._packed.add_to(total, x, self.bias)
+            return
+        total.add_(self.collectives.all_reduce(self.multiply(x, None)))
+        if self.bias is not None:
+            total.add_(self.bias)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""
-        out_features = self.weight.shape[0]
         yield WeightSlice(
             f"{prefix}{self.name}.weight",
-            (out_features, self.total_columns),
-            (slice(0, out_features), slice(self.columns.start, self.columns.stop)),
-            self.weight,
+            (self.rows, self.total_columns),
+            (slice(0, self.rows), slice(self.columns.start, self.columns.stop)),
+            self.weight[: self.rows],
         )
         if self.bias is not None:
-            yield WeightSlice(f"{prefix}{self.name}.bias", (out_features,), (slice(0, out_features),), self.bias)
+            yield WeightSlice(f"{prefix}{self.name}.bias", (self.rows,), (slice(0, self.rows),), self.bias)
+
+
+class LogitsLinear(ColumnParallelLinear):
+    """The head: one part, the vocabulary, without a bias, to float32."""
+
+    def __init__(self, in_features: int, vocab: Part, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in_features) -> float32 (T, rows)."""
+        return self.multiply(x, None).float() if self._packed is None else self._packed.linear_float(x)
 
 
 class ReplicatedNorm(nn.Module):
     """An RMSNorm weight, held whole by every rank, in float32."""
 
-    def __init__(self, name: str, size: int, eps: float, device: torch.device) -> None:
+    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.name, self.eps = name, eps
+        self.name, self.eps, self.dtype = name, eps, dtype
         self.weight = _parameter(size, dtype=torch.float32, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, size) -> the same in the model's dtype."""
+        return rms_norm(x, self.weight, self.eps, self.dtype)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""

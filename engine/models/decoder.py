@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.attention import AttentionBackend
-from ...kernels.norm import add_rms_norm, rms_norm
-from ...kernels.rope import RotaryEmbedding, apply_rope
+from ...kernels.attention import AttentionBackend, HeadNorms
+from ...kernels.norm import rms_norm
+from ...kernels.rope import RotaryEmbedding
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
 from ...parallel.embedding import VocabParallelEmbedding
-from ...parallel.linear import ColumnParallelLinear, GatedLinear, Linear, Part, ReplicatedNorm, RowParallelLinear
+from ...parallel.linear import (
+    ColumnParallelLinear,
+    GatedLinear,
+    Linear,
+    LogitsLinear,
+    Part,
+    ReplicatedNorm,
+    RowParallelLinear,
+)
 from ...parallel.partition import RankShare
 from ..batch import ForwardBatch
 from ..kv_cache import KVCache
@@ -39,7 +47,7 @@ class Build:
         return {"dtype": self.dtype, "device": self.device}
 
     def norm(self, name: str, size: int) -> ReplicatedNorm:
-        return ReplicatedNorm(name, size, self.spec.rms_norm_eps, self.device)
+        return ReplicatedNorm(name, size, self.spec.rms_norm_eps, self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,7 @@ class Attention(nn.Module):
         spec, share, dim = build.spec, build.share, build.spec.head_dim
         query_rows, kv_rows = _features(share.query_heads, dim), _features(share.kv_heads, dim)
         query_size, kv_size = spec.num_query_heads * dim, spec.num_kv_heads * dim
-        self.backend, self.head_dim = build.attention, dim
-        self.widths = [len(query_rows), len(kv_rows), len(kv_rows)]
+        self.backend = build.attention
         parts = [
             Part("q_proj", query_rows, query_size),
             Part("k_proj", kv_rows, kv_size),
@@ -78,15 +85,16 @@ class Attention(nn.Module):
         self.q_norm = build.norm("q_norm", dim) if spec.qk_norm else None
         self.k_norm = build.norm("k_norm", dim) if spec.qk_norm else None
 
-    def forward(self, x: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.widths, dim=-1))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> None:
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm.weight, self.q_norm.eps)
-            k = rms_norm(k, self.k_norm.weight, self.k_norm.eps)
-        q, k = apply_rope(q, step.cos, step.sin), apply_rope(k, step.cos, step.sin)
-        self.backend.store_kv(k, v, k_cache, v_cache, step.slots)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        qkv = self.qkv(x)
+        q = self.backend.rotate_and_store(qkv, step.cos, step.sin, norms, k_cache, v_cache, step.slots)
         attended = self.backend.attend(q, k_cache, v_cache, step.attention_plan)
-        return self.output(attended.flatten(1))  # type: ignore[no-any-return]
+        self.output(attended.flatten(1), residual)
 
 
 class MLP(nn.Module):
@@ -105,8 +113,8 @@ class MLP(nn.Module):
             **build.placement,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up(x))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+        self.down(self.gate_up(x), residual)
 
 
 class DecoderLayer(nn.Module):
@@ -117,14 +125,10 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = build.norm("post_attention_layernorm", build.spec.hidden_size)
         self.mlp = MLP(build)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` is the last block's output, not yet added to `residual`; returns the same pair one layer on."""
-        x, residual = add_rms_norm(x, residual, self.input_norm.weight, self.input_norm.eps)
-        x = self.attention(x, step, k_cache, v_cache)
-        x, residual = add_rms_norm(x, residual, self.mlp_norm.weight, self.mlp_norm.eps)
-        return self.mlp(x), residual
+    def forward(self, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Adds what attention and MLP make of the float32 `residual` (T, hidden_size) to it, one after the other."""
+        self.attention(self.input_norm(residual), residual, step, k_cache, v_cache)
+        self.mlp(self.mlp_norm(residual), residual)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         yield from self.input_norm.weight_slices(prefix)
@@ -152,12 +156,8 @@ class CausalLM(nn.Module):
         )
         self.layers = nn.ModuleList(DecoderLayer(build) for _ in range(spec.num_layers))
         self.norm = build.norm("norm", spec.hidden_size)
-        head = [Part("lm_head", share.vocab, spec.vocab_size)]
-        self.head = (
-            None
-            if spec.tied_embeddings
-            else ColumnParallelLinear(spec.hidden_size, head, bias=False, **build.placement)
-        )
+        head = Part("lm_head", share.vocab, spec.vocab_size)
+        self.head = None if spec.tied_embeddings else LogitsLinear(spec.hidden_size, head, **build.placement)
         self.backend = build.attention
         self.rope = RotaryEmbedding(
             head_dim=spec.head_dim,
@@ -171,28 +171,25 @@ class CausalLM(nn.Module):
         """Hidden states (T, hidden_size) after the final norm; writes this step's keys and values to `cache`."""
         cos, sin = self.rope(batch.positions, batch.lengths)
         step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
-        x = self.embedding(batch.token_ids)
         # float32: the sum over all layers is where bfloat16 would lose most.
-        residual = torch.zeros_like(x, dtype=torch.float32)
+        residual = self.embedding(batch.token_ids).float()
         for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, residual = layer(x, residual, step, k_cache, v_cache)
-        return add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
+            layer(residual, step, k_cache, v_cache)
+        hidden: torch.Tensor = self.norm(residual)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
-        if self.head is None:
-            return torch.nn.functional.linear(hidden, self.embedding.weight).float()
-        logits: torch.Tensor = self.head(hidden)
-        return logits.float()
+        logits: torch.Tensor = self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+        return logits
 
     def pack(self) -> None:
-        """Once the weights are loaded: lay them out for this machine's kernels, one at a time.
-
-        A tied head stays plain: its rows are looked up too, and a second copy of the table is not worth its memory.
-        """
+        """Once the weights are loaded: lay them out for this machine's kernels, each in its own memory."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        if self.head is None:
+            self.embedding.pack()
 
     def weight_slices(self) -> Iterator[WeightSlice]:
         """Everything this rank reads from a checkpoint, in the order of the forward pass."""

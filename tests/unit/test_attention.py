@@ -1,13 +1,21 @@
-"""The torch attention backend against the definition of attention, over paged caches of any shape."""
+"""The attention backends against the definition of attention, over paged caches of any shape."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from phalanx.kernels.attention import AttentionMetadata, TorchAttention, choose_backend
+from phalanx.kernels import cpu
+from phalanx.kernels.attention import AttentionBackend, AttentionMetadata, CpuAttention, TorchAttention, choose_backend
 from phalanx.kernels.reference import paged_attention
+
+INSTRUCTION_SETS = [
+    name for name in ("avx512_bf16", "avx512", "avx2", "portable") if cpu.native and cpu.native.can_run(name)
+]
 
 
 def _metadata(
@@ -30,6 +38,51 @@ def _metadata(
     )
 
 
+def _check(
+    backend: AttentionBackend,
+    decode_keys: list[int],
+    chunks: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    seed: int,
+    stale: float,
+) -> None:
+    """Rows of one query and of several (queries, keys before them), in a pool whose other places hold `stale`."""
+    query_lengths = [1] * len(decode_keys) + [queries for queries, _ in chunks]
+    key_lengths = decode_keys + [queries + before for queries, before in chunks]
+    if not query_lengths:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    widest = max(-(-keys // block_size) for keys in key_lengths)
+    blocks = widest * len(key_lengths) + 3
+    table = torch.randperm(blocks, generator=generator)[: widest * len(key_lengths)].view(len(key_lengths), widest)
+    tokens = sum(query_lengths)
+    q = torch.randn(tokens, kv_heads * group, head_dim, generator=generator).to(dtype)
+    plain = [torch.zeros(blocks, block_size, kv_heads, head_dim) for _ in range(2)]
+    caches = [torch.full((blocks, block_size, kv_heads, head_dim), stale, dtype=dtype) for _ in range(2)]
+    # As an engine would: the older tokens of all rows first, then the step's own.
+    for first, last in ((0, 1), (1, 2)):
+        lengths = [(keys - queries, keys) for queries, keys in zip(query_lengths, key_lengths, strict=True)]
+        slots = torch.tensor(
+            [
+                int(table[row, place // block_size]) * block_size + place % block_size
+                for row, ends in enumerate(lengths)
+                for place in range((0, *ends)[first], (0, *ends)[last])
+            ],
+            dtype=torch.int64,
+        )
+        k, v = (torch.randn(len(slots), kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+        backend.store_kv(k, v, caches[0], caches[1], slots)
+        plain[0].flatten(0, 1)[slots], plain[1].flatten(0, 1)[slots] = k.float(), v.float()
+    metadata = _metadata(table, query_lengths, key_lengths, block_size)
+    out = backend.attend(q, caches[0], caches[1], backend.plan(metadata))
+    expected = paged_attention(q, plain[0], plain[1], table, query_lengths, key_lengths)
+    torch.testing.assert_close(out.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
 @given(
     decode_keys=st.lists(st.integers(1, 70), max_size=6),
     chunks=st.lists(st.tuples(st.integers(2, 20), st.integers(0, 40)), max_size=3),
@@ -41,7 +94,7 @@ def _metadata(
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=40, deadline=None)
-def test_it_computes_attention_for_any_mix_of_decodes_and_chunks(
+def test_torch_computes_attention_for_any_mix_of_decodes_and_chunks(
     decode_keys: list[int],
     chunks: list[tuple[int, int]],
     kv_heads: int,
@@ -51,29 +104,61 @@ def test_it_computes_attention_for_any_mix_of_decodes_and_chunks(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    query_lengths = [1] * len(decode_keys) + [queries for queries, _ in chunks]
-    key_lengths = decode_keys + [queries + before for queries, before in chunks]
-    if not query_lengths:
-        return
-    generator = torch.Generator().manual_seed(seed)
-    widest = max(-(-keys // block_size) for keys in key_lengths)
-    blocks = widest * len(key_lengths) + 3
-    table = torch.randperm(blocks, generator=generator)[: widest * len(key_lengths)].view(len(key_lengths), widest)
-    shape = (blocks, block_size, kv_heads, head_dim)
-    k_cache, v_cache = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    tokens = sum(query_lengths)
-    q = torch.randn(tokens, kv_heads * group, head_dim, generator=generator).to(dtype)
-    k, v = (torch.randn(tokens, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    _check(TorchAttention(), decode_keys, chunks, kv_heads, group, head_dim, block_size, dtype, seed, 1.0)
 
-    backend, metadata = TorchAttention(), _metadata(table, query_lengths, key_lengths, block_size)
-    backend.store_kv(k, v, k_cache, v_cache, metadata.slots)
-    out = backend.attend(q, k_cache, v_cache, backend.plan(metadata))
 
-    assert torch.equal(k_cache.flatten(0, 1)[metadata.slots], k)
-    expected = paged_attention(q, k_cache, v_cache, table, query_lengths, key_lengths)
-    torch.testing.assert_close(out.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    chosen = cpu.native.kernels()
+    cpu.native.use_kernels(request.param)
+    yield request.param
+    cpu.native.use_kernels(chosen)
+
+
+@given(
+    decode_keys=st.lists(st.one_of(st.integers(1, 70), st.integers(1000, 2100)), max_size=5),
+    chunks=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 150)), max_size=3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 5, 6, 7, 8, 13]),
+    head_dim=st.sampled_from([16, 48, 64, 80, 128]),
+    block_size=st.sampled_from([16, 32, 48, 128, 256]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_kernels_compute_attention_for_any_mix_of_decodes_and_chunks(
+    instructions: str,
+    decode_keys: list[int],
+    chunks: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    threads: int,
+    seed: int,
+) -> None:
+    cpu.set_threads(threads)
+    # A block's last owner may have left NaN: nobody else may see it.
+    _check(CpuAttention(), decode_keys, chunks, kv_heads, group, head_dim, block_size, dtype, seed, torch.nan)
+
+
+def _choose(name: str, **changes: Any) -> AttentionBackend:
+    fits = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "head_dim": 64, "block_size": None}
+    return choose_backend(name, **{**fits, **changes})
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="auto, torch"):
-        choose_backend("magic")
+    with pytest.raises(ValueError, match="auto, cpu, torch"):
+        _choose("magic")
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the C++ kernels are not built")
+def test_the_kernels_are_chosen_where_they_can_serve() -> None:
+    assert _choose("auto").name == _choose("cpu").name == _choose("auto", block_size=64).name == "cpu"
+    assert _choose("torch").name == "torch"
+    for change in ({"block_size": 4}, {"head_dim": 24}, {"dtype": torch.float16}, {"device": torch.device("cuda")}):
+        assert _choose("auto", **change).name == "torch"
+        with pytest.raises(ValueError, match=r"attention=cpu needs .*set attention=auto"):
+            _choose("cpu", **change)

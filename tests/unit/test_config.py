@@ -19,7 +19,7 @@ from phalanx import ConfigError, EngineConfig, SamplingParams
         ("dtype", "int7", "auto, bfloat16, float16, float32"),
         ("device", "tpu", "auto, cpu, cuda"),
         ("collectives", "mpi", "auto, gloo, nccl"),
-        ("attention", "magic", "auto, torch"),
+        ("attention", "magic", "auto, cpu, torch"),
         ("quantization", "int1", "none"),
         ("load_format", "pickle", "auto, safetensors, dummy"),
         ("ranks", 0, "at least 1"),

@@ -1,0 +1,54 @@
+"""phalanx's own kernels for CPUs: a C++ extension without torch, to which tensors are passed as addresses.
+
+The extension is optional. Where it was not built, torch's operations serve instead, and warn_if_missing says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+try:
+    from . import _native as _module
+except ImportError as error:
+    native: Any = None
+    _reason = str(error)
+else:
+    native = _module
+    _reason = ""
+
+__all__ = ["DTYPES", "native", "set_threads", "usable", "warn_if_missing"]
+
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+"""That the kernels compute with, and their names there."""
+
+PANEL = 16
+"""Rows of a weight that stand together once it is packed, and keys of a cache block."""
+
+_log = logging.getLogger("phalanx")
+_warned = False
+
+
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are here and compute with tensors of this dtype on this device."""
+    return native is not None and device.type == "cpu" and dtype in DTYPES
+
+
+def warn_if_missing() -> None:
+    """Log once, if the extension is missing, that slower operations serve instead, and why."""
+    global _warned
+    if native is None and not _warned:
+        _warned = True
+        _log.warning(
+            "phalanx's C++ kernels are not built (%s): torch's operations are used instead, which are slower. "
+            "Install again where a C++17 compiler is found",
+            _reason,
+        )
+
+
+def set_threads(count: int) -> None:
+    """Let later operations of this process run on `count` threads, the caller's included."""
+    if native is not None:
+        native.set_threads(count)

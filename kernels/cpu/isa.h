@@ -1,0 +1,52 @@
+// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _BF16 and _ROWS, and
+// turns the instructions on before it includes this, but after common.h.
+
+namespace phalanx {
+namespace PHALANX_ISA_NAME {
+
+constexpr int kMaxRows = PHALANX_ISA_ROWS;
+
+#include "vectors.h"
+#include "multiply.h"
+#include "attend.h"
+#include "rows.h"
+
+template <class F>
+INLINE void by_type(DType dtype, F&& f) {
+    dtype == DType::kFloat32 ? f(float{}) : f(bf16{});
+}
+
+void pack_x(const Linear& job, int block, uint32_t* to, float*) {
+    by_type(job.dtype, [&](auto t) { pack_rows<decltype(t)>(job, block, to); });
+}
+void linear(const Linear& job, int task) {
+    by_type(job.dtype, [&](auto t) { linear_task<decltype(t)>(job, task); });
+}
+void attention(const Attention& job, int task) {
+    by_type(job.dtype, [&](auto t) { attention_task<decltype(t)>(job, task); });
+}
+void merge(const Attention& job, int row, int kv_head, int splits, int partial) {
+    by_type(job.dtype, [&](auto t) { merge_partials<decltype(t)>(job, row, kv_head, splits, partial); });
+}
+void norm(const Norm& job, int row) {
+    by_type(job.dtype, [&](auto t) { norm_row<decltype(t)>(job, row); });
+}
+void rope(const Rope& job, int token) {
+    by_type(job.dtype, [&](auto t) { rope_token<decltype(t)>(job, token); });
+}
+
+}  // namespace PHALANX_ISA_NAME
+
+#define PHALANX_STRING_(x) #x
+#define PHALANX_STRING(x) PHALANX_STRING_(x)
+
+const Kernels PHALANX_ISA_TABLE = {
+    PHALANX_STRING(PHALANX_ISA_NAME), PHALANX_ISA_ROWS,
+    PHALANX_ISA_NAME::pack_x,         PHALANX_ISA_NAME::linear,
+    PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,
+    PHALANX_ISA_NAME::norm,           PHALANX_ISA_NAME::rope,
+    PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::sum_all,
+    PHALANX_ISA_NAME::multiply_adds,
+};
+
+}  // namespace phalanx

@@ -1,0 +1,19 @@
+#include "common.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,bmi2")
+#endif
+#include <immintrin.h>
+#define PHALANX_ISA_NAME avx2
+#define PHALANX_ISA_TABLE kAvx2
+#define PHALANX_ISA_AVX512 0
+#define PHALANX_ISA_BF16 0
+#define PHALANX_ISA_ROWS 3
+#include "isa.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

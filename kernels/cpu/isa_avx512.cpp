@@ -1,0 +1,19 @@
+#include "common.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,bmi2")
+#endif
+#include <immintrin.h>
+#define PHALANX_ISA_NAME avx512
+#define PHALANX_ISA_TABLE kAvx512
+#define PHALANX_ISA_AVX512 1
+#define PHALANX_ISA_BF16 0
+#define PHALANX_ISA_ROWS 12
+#include "isa.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

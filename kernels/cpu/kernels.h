@@ -1,0 +1,118 @@
+// What one operation computes, and the functions that compute its tasks, one set for each instruction set.
+//
+// Elements are bfloat16 (T = bf16) or float (T = float). Everything that is multiplied stands in *words* of 32 bits: two
+// bfloat16 that follow each other along the summed dimension, or one float. A *panel* holds 16 columns of a matrix B
+// that is multiplied from the left: for each word along the summed dimension the 16 words of its columns, 64 bytes.
+//   weight (N, K):        [N / 16][K words][16]
+//   keys of a block:      [kv head][block_size / 16][head_dim words][16 keys]
+//   values of a block:    [kv head][head_dim / 16][block_size words][16 dimensions]
+#pragma once
+
+#include <cstdint>
+
+namespace phalanx {
+
+constexpr int kPanel = 16;  // columns of a panel
+
+struct bf16 {
+    uint16_t bits;
+};
+
+enum class DType : int { kBFloat16 = 0, kFloat32 = 1 };
+
+enum class Output : int {
+    kStore = 0,       // out (M, N) in the element type
+    kStoreFloat = 1,  // out (M, N) in float
+    kAddFloat = 2,    // out (M, N) in float, added to
+    kSiluMul = 3,     // out (M, N / 2): silu of the first half of the columns times the second half
+};
+
+enum class WeightKind : int { kPlain = 0, kInt8 = 1, kInt4 = 2, kW8A8 = 3 };
+
+struct Linear {
+    DType dtype;
+    WeightKind kind;
+    Output output;
+    const void* x;        // (m, k) of dtype, rows ldx elements apart
+    int64_t ldx;
+    int m, k, n;          // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
+    int words;            // of k
+    const void* weight;   // panels
+    const float* scales;  // quantized: kInt8, kW8A8 (n,), kInt4 (panels, k / group, 16)
+    int group;            // kInt4: elements of k that share a scale
+    const void* bias;     // (n,) of dtype, or null
+    void* out;
+    int64_t ldo;
+    // The plan of its tasks, see linear_plan().
+    const uint32_t* packed;  // x, packed: row blocks [k words][rows of the block]
+    const float* x_scales;   // kW8A8: (m,)
+    int row_blocks, m_tiles, n_units, units_per_task, n_tasks;
+    int word_block;          // words of k that are multiplied in one go
+};
+
+struct Attention {
+    DType dtype;
+    const void* q;  // (tokens, heads, head_dim), tokens ldq elements apart
+    int64_t ldq;
+    const void* keys;  // the pool
+    const void* values;
+    const int64_t* block_table;  // (rows, table_stride)
+    int64_t table_stride;
+    const int32_t* cu_q;        // (rows + 1,)
+    const int32_t* seqused_k;   // (rows,)
+    int heads, kv_heads, head_dim, block_size;
+    float scale;
+    void* out;  // (tokens, heads, head_dim)
+    const int32_t* tasks;  // (tasks, 6): row, kv head, first token, tokens, first key tile, partial (or -1)
+    float* partials;       // per partial and query row: head_dim sums, maximum, denominator
+};
+
+constexpr int kKeyTile = 128;       // keys whose scores are held at once
+constexpr int kQueryRows = 48;      // query rows (tokens x heads of a group) of a task
+constexpr int kSplitKeys = 1024;    // a decode row longer than this is cut into tasks of so many keys
+constexpr int kTaskFields = 6;
+
+struct Norm {
+    DType dtype;
+    const float* x;  // (m, size)
+    const float* weight;
+    float eps;
+    void* out;  // (m, size) of dtype
+    int m, size;
+};
+
+struct Rope {
+    DType dtype;
+    void* qkv;  // (tokens, heads + 2 kv_heads, head_dim), tokens ld elements apart; queries are rotated in place
+    int64_t ld;
+    const void* cos;  // (tokens, head_dim) of dtype, of which the first half is read; null: nothing is rotated
+    const void* sin;
+    const float* q_norm;  // (head_dim,) or null
+    const float* k_norm;
+    float eps;
+    void* keys;  // the pool
+    void* values;
+    const int64_t* slots;  // (tokens,)
+    int tokens, heads, kv_heads, head_dim, block_size;
+};
+
+struct Kernels {
+    const char* name;
+    int max_rows;  // rows of x that the micro-kernel takes
+    void (*pack_x)(const Linear&, int row_block, uint32_t* to, float* scales);
+    void (*linear)(const Linear&, int task);
+    void (*attention)(const Attention&, int task);
+    void (*merge)(const Attention&, int row, int kv_head, int splits, int partial);
+    void (*norm)(const Norm&, int row);
+    void (*rope)(const Rope&, int token);
+    int64_t (*argmax)(const float* row, int64_t size, float* value);
+    float (*sum)(const float* from, int64_t size);
+    float (*multiply_add)(int64_t steps);  // as many multiply-adds of registers: the arithmetic limit
+};
+
+// Rows m0..m1 of block `i` when m rows are cut into `blocks` even ones.
+inline int block_start(int64_t m, int64_t blocks, int64_t i) { return static_cast<int>(m * i / blocks); }
+
+extern const Kernels kAvx512Bf16, kAvx512, kAvx2, kPortable;
+
+}  // namespace phalanx

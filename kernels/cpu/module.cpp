@@ -1,0 +1,116 @@
+// Python's view: tensors come as addresses, their shapes as numbers. The caller has checked both.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "operations.h"
+#include "pool.h"
+
+namespace py = pybind11;
+using namespace phalanx;
+
+namespace {
+
+template <class T = const void*>
+T at(uintptr_t address) {
+    return reinterpret_cast<T>(address);
+}
+
+void linear(uintptr_t x, int64_t ldx, int m, uintptr_t weight, int n, int k, uintptr_t bias, uintptr_t out,
+            int64_t ldo, int output, int dtype) {
+    py::gil_scoped_release release;
+    Linear job{};
+    job.dtype = static_cast<DType>(dtype);
+    job.output = static_cast<Output>(output);
+    job.x = at(x);
+    job.ldx = ldx;
+    job.m = m;
+    job.k = k;
+    job.n = n;
+    job.words = job.dtype == DType::kFloat32 ? k : k / 2;
+    job.weight = at(weight);
+    job.bias = at(bias);
+    job.out = at<void*>(out);
+    job.ldo = ldo;
+    run_linear(job);
+}
+
+void attention(uintptr_t q, int64_t ldq, uintptr_t keys, uintptr_t values,
+               uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows,
+               int heads, int kv_heads, int head_dim, int block_size, float scale, uintptr_t out, int dtype) {
+    py::gil_scoped_release release;
+    Attention job{};
+    job.dtype = static_cast<DType>(dtype);
+    job.q = at(q);
+    job.ldq = ldq;
+    job.keys = at(keys);
+    job.values = at(values);
+    job.block_table = at<const int64_t*>(block_table);
+    job.table_stride = table_stride;
+    job.cu_q = at<const int32_t*>(cu_q);
+    job.seqused_k = at<const int32_t*>(seqused_k);
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.head_dim = head_dim;
+    job.block_size = block_size;
+    job.scale = scale;
+    job.out = at<void*>(out);
+    run_attention(job, plan_attention(job.cu_q, job.seqused_k, rows, heads, kv_heads));
+}
+
+void norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int m, int size, int dtype) {
+    py::gil_scoped_release release;
+    run_norm({static_cast<DType>(dtype), at<const float*>(x), at<const float*>(weight), eps, at<void*>(out), m, size});
+}
+
+void rope(uintptr_t qkv, int64_t ld, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm, float eps,
+          uintptr_t keys, uintptr_t values, uintptr_t slots, int tokens, int heads, int kv_heads, int head_dim,
+          int block_size, int dtype) {
+    py::gil_scoped_release release;
+    run_rope({static_cast<DType>(dtype), at<void*>(qkv), ld, at(cos), at(sin), at<const float*>(q_norm),
+              at<const float*>(k_norm), eps, at<void*>(keys), at<void*>(values), at<const int64_t*>(slots), tokens,
+              heads, kv_heads, head_dim, block_size});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "phalanx's arithmetic on CPUs";
+    m.def("linear", &linear);
+    m.def("attention", &attention);
+    m.def("norm", &norm);
+    m.def("rope", &rope);
+    m.def("pack_weight", [](uintptr_t weight, int64_t n, int64_t k, int dtype) {
+        py::gil_scoped_release release;
+        pack_weight(static_cast<DType>(dtype), at<void*>(weight), n, k);
+    });
+    m.def("look_up", [](uintptr_t weight, int64_t n, int64_t k, uintptr_t rows, int64_t count, uintptr_t out, int dtype) {
+        py::gil_scoped_release release;
+        look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
+    });
+    m.def("argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t values, uintptr_t places) {
+        py::gil_scoped_release release;
+        run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(places));
+    });
+    m.def("set_threads", [](int count) {
+        py::gil_scoped_release release;
+        set_threads(count);
+    });
+    m.def("threads", &threads);
+    m.def("kernels", [] { return std::string(kernels().name); });
+    m.def("use_kernels", [](const std::string& name) {
+        const Kernels* found = find_kernels(name.c_str());
+        if (found == nullptr) throw py::value_error("this processor cannot run the kernels " + name);
+        use_kernels(found);
+    });
+    m.def("can_run", [](const std::string& name) { return find_kernels(name.c_str()) != nullptr; });
+    m.def("read_rate", [](int64_t bytes, int repeats) {
+        py::gil_scoped_release release;
+        return read_rate(bytes, repeats);
+    });
+    m.def("multiply_rate", [](int64_t steps) {
+        py::gil_scoped_release release;
+        return multiply_rate(steps);
+    });
+}

@@ -1,0 +1,243 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string_view>
+
+#include "pool.h"
+
+namespace phalanx {
+namespace {
+
+// Words of k multiplied in one go: two panels of so many bfloat16 stay in the first cache; fewer floats are summed up at
+// once, for precision.
+constexpr int kWordBlock = 512, kFloatWordBlock = 64;
+constexpr int kTileRows = 96;       // rows of x whose packed words stay in the second cache
+constexpr int kChunkRows = 768;     // rows of x that are packed at once
+constexpr int kTasksPerThread = 6;  // so that a thread which is held up costs little
+
+const Kernels* best_kernels() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    for (const Kernels* each : {&kAvx512Bf16, &kAvx512, &kAvx2}) {
+        if (find_kernels(each->name)) return each;
+    }
+#endif
+    return &kPortable;
+}
+
+const Kernels* current = nullptr;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+void run_chunk(Linear& job, int rows_each) {
+    const Kernels& k = kernels();
+    job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
+    job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kTileRows));
+    int passes = static_cast<int>(ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock));
+    job.word_block = static_cast<int>(ceil_div(job.words, passes));
+    int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
+    job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
+    int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
+    job.units_per_task = static_cast<int>(std::max<int64_t>(1, job.n_units / wanted));
+    job.n_tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
+
+    if (job.m == 1 && job.kind == WeightKind::kPlain) {
+        job.packed = static_cast<const uint32_t*>(job.x);
+    } else {
+        auto* packed = static_cast<uint32_t*>(scratch(3, static_cast<int64_t>(job.m) * job.words * 4));
+        auto pack = [&](int block) { k.pack_x(job, block, packed, nullptr); };
+        if (static_cast<int64_t>(job.m) * job.words < 16384) {
+            for (int block = 0; block < job.row_blocks; ++block) pack(block);
+        } else {
+            parallel(job.row_blocks, pack);
+        }
+        job.packed = packed;
+    }
+    auto body = [&](int task) { k.linear(job, task); };
+    parallel(job.n_tasks, body);
+}
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+    std::string_view wanted(name);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (bf16 && wanted == kAvx512Bf16.name) return &kAvx512Bf16;
+    if (avx512 && wanted == kAvx512.name) return &kAvx512;
+    if (avx2 && wanted == kAvx2.name) return &kAvx2;
+#endif
+    return wanted == kPortable.name ? &kPortable : nullptr;
+}
+
+void use_kernels(const Kernels* kernels) { current = kernels; }
+
+const Kernels& kernels() {
+    if (current == nullptr) current = best_kernels();
+    return *current;
+}
+
+void run_linear(Linear job) {
+    int64_t out_bytes =
+        job.output == Output::kStoreFloat || job.output == Output::kAddFloat ? 4 : element_bytes(job.dtype);
+    const char* x = static_cast<const char*>(job.x);
+    char* out = static_cast<char*>(job.out);
+    // Even chunks, so that none is too small for all threads.
+    int chunks = static_cast<int>(ceil_div(job.m, kChunkRows)), m = job.m;
+    for (int i = 0; i < chunks; ++i) {
+        int first = block_start(m, chunks, i);
+        job.m = block_start(m, chunks, i + 1) - first;
+        job.x = x + first * job.ldx * element_bytes(job.dtype);
+        job.out = out + first * job.ldo * out_bytes;
+        run_chunk(job, kernels().max_rows);
+    }
+}
+
+void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
+    int64_t words = k * element_bytes(dtype) / 4;
+    auto* panels = static_cast<uint32_t*>(weight);
+    auto body = [&](int panel) {
+        auto* rows = static_cast<uint32_t*>(scratch(4, words * kPanel * 4));
+        uint32_t* to = panels + panel * words * kPanel;
+        std::memcpy(rows, to, words * kPanel * 4);
+        for (int64_t first = 0; first < words; first += 16) {
+            int64_t last = std::min(words, first + 16);
+            for (int row = 0; row < kPanel; ++row)
+                for (int64_t w = first; w < last; ++w) to[w * kPanel + row] = rows[row * words + w];
+        }
+    };
+    parallel(static_cast<int>(n / kPanel), body);
+}
+
+void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out) {
+    int64_t words = k * element_bytes(dtype) / 4;
+    const auto* panels = static_cast<const uint32_t*>(weight);
+    auto* to = static_cast<uint32_t*>(out);
+    auto body = [&](int i) {
+        int64_t row = rows[i];
+        uint32_t* target = to + i * words;
+        if (row < 0 || row >= n) {
+            std::memset(target, 0, words * 4);
+            return;
+        }
+        const uint32_t* from = panels + row / kPanel * words * kPanel + row % kPanel;
+        for (int64_t w = 0; w < words; ++w) target[w] = from[w * kPanel];
+    };
+    parallel(static_cast<int>(count), body);
+}
+
+AttentionPlan plan_attention(const int32_t* cu_q, const int32_t* seqused_k, int rows, int heads, int kv_heads) {
+    AttentionPlan plan;
+    const int group = heads / kv_heads, most = std::max(1, kQueryRows / group);
+    for (int row = 0; row < rows; ++row) {
+        int queries = cu_q[row + 1] - cu_q[row], keys = seqused_k[row];
+        if (queries == 0) continue;
+        int tiles = static_cast<int>(ceil_div(queries, most));
+        int splits = tiles == 1 && group <= kQueryRows ? static_cast<int>(ceil_div(keys, kSplitKeys)) : 1;
+        for (int head = 0; head < kv_heads; ++head) {
+            if (splits > 1) {
+                plan.merges.insert(plan.merges.end(), {row, head, splits, plan.partials});
+                for (int s = 0; s < splits; ++s)
+                    plan.tasks.insert(plan.tasks.end(), {row, head, 0, queries, s * kSplitKeys, plan.partials++});
+                continue;
+            }
+            // The last tile sees the most keys: long tasks first.
+            for (int tile = tiles - 1; tile >= 0; --tile) {
+                int first = block_start(queries, tiles, tile), last = block_start(queries, tiles, tile + 1);
+                plan.tasks.insert(plan.tasks.end(), {row, head, first, last - first, 0, -1});
+            }
+        }
+    }
+    return plan;
+}
+
+void run_attention(Attention job, const AttentionPlan& plan) {
+    const Kernels& k = kernels();
+    job.tasks = plan.tasks.data();
+    job.partials = static_cast<float*>(
+        scratch(5, static_cast<int64_t>(plan.partials) * kQueryRows * (job.head_dim + 2) * sizeof(float)));
+    auto body = [&](int task) { k.attention(job, task); };
+    parallel(static_cast<int>(plan.tasks.size()) / kTaskFields, body);
+    auto merge = [&](int i) {
+        const int32_t* m = &plan.merges[4 * i];
+        k.merge(job, m[0], m[1], m[2], m[3]);
+    };
+    parallel(static_cast<int>(plan.merges.size()) / 4, merge);
+}
+
+// Few rows are done by the caller: waking others would take longer.
+template <class F>
+void run_rows(int rows, int64_t elements_each, F&& body) {
+    constexpr int64_t kLeast = 16384;
+    int64_t each = std::max<int64_t>(1, kLeast / std::max<int64_t>(1, elements_each));
+    int64_t tasks = std::min<int64_t>(ceil_div(rows, each), static_cast<int64_t>(threads()) * kTasksPerThread);
+    auto piece = [&](int task) {
+        for (int row = block_start(rows, tasks, task); row < block_start(rows, tasks, task + 1); ++row) body(row);
+    };
+    parallel(static_cast<int>(tasks), piece);
+}
+
+void run_norm(const Norm& job) {
+    const Kernels& k = kernels();
+    run_rows(job.m, job.size, [&](int row) { k.norm(job, row); });
+}
+
+void run_rope(const Rope& job) {
+    const Kernels& k = kernels();
+    int64_t elements = static_cast<int64_t>(job.heads + 2 * job.kv_heads) * job.head_dim;
+    run_rows(job.tokens, 2 * elements, [&](int token) { k.rope(job, token); });
+}
+
+void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places) {
+    const Kernels& k = kernels();
+    run_rows(static_cast<int>(count), size, [&](int row) { places[row] = k.argmax(rows + row * size, size, values + row); });
+}
+
+double read_rate(int64_t bytes, int repeats) {
+    const Kernels& k = kernels();
+    int64_t count = bytes / 4, pieces = static_cast<int64_t>(threads()) * 64;
+    std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(4096, ceil_div(bytes, 4096) * 4096)),
+                                                        &std::free);
+    if (!memory) throw std::bad_alloc();
+    auto start_of = [&](int64_t i) { return count * i / pieces; };
+    auto touch = [&](int i) { std::memset(memory.get() + start_of(i), 0, (start_of(i + 1) - start_of(i)) * 4); };
+    parallel(static_cast<int>(pieces), touch);
+    double best = 0;
+    std::vector<float> sums(pieces);
+    auto read = [&](int i) { sums[i] = k.sum(memory.get() + start_of(i), start_of(i + 1) - start_of(i)); };
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+        auto begin = std::chrono::steady_clock::now();
+        parallel(static_cast<int>(pieces), read);
+        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+        best = std::max(best, count * 4.0 / seconds.count());
+    }
+    return best;
+}
+
+double multiply_rate(int64_t steps) {
+    const Kernels& k = kernels();
+    int pieces = threads() * 16;
+    std::vector<float> sums(pieces);
+    auto body = [&](int i) { sums[i] = k.multiply_add(steps); };
+    double best = 0;
+    for (int repeat = 0; repeat < 3; ++repeat) {
+        auto begin = std::chrono::steady_clock::now();
+        parallel(pieces, body);
+        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+        best = std::max(best, 2.0 * 32 * 12 * steps * pieces / seconds.count());
+    }
+    return best;
+}
+
+}  // namespace phalanx

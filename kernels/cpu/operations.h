@@ -1,0 +1,39 @@
+// Whole operations: they plan the tasks of a job and run them on the pool.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace phalanx {
+
+// The best set of kernels this processor runs, or the one named. Null if there is none of that name or it cannot run it.
+const Kernels* find_kernels(const char* name);
+void use_kernels(const Kernels* kernels);
+const Kernels& kernels();
+
+void run_linear(Linear job);
+
+// Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels.
+void pack_weight(DType dtype, void* weight, int64_t n, int64_t k);
+
+// Rows of a packed weight (row numbers below 0 or from n on are zero) to out (count, k).
+void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out);
+
+struct AttentionPlan {
+    std::vector<int32_t> tasks;   // kTaskFields each
+    std::vector<int32_t> merges;  // row, kv head, splits, first partial
+    int partials = 0;
+};
+AttentionPlan plan_attention(const int32_t* cu_q, const int32_t* seqused_k, int rows, int heads, int kv_heads);
+void run_attention(Attention job, const AttentionPlan& plan);
+
+void run_norm(const Norm& job);
+void run_rope(const Rope& job);
+void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places);
+
+// Bytes a second of memory that is read once, by all threads; and multiply-adds a second of bfloat16, counted as two.
+double read_rate(int64_t bytes, int repeats);
+double multiply_rate(int64_t steps);
+
+}  // namespace phalanx

@@ -1,0 +1,26 @@
+// A pool of threads that share the tasks of one operation at a time; the caller is one of them.
+#pragma once
+
+#include <cstdint>
+
+namespace phalanx {
+
+using Task = void (*)(void* context, int task);
+
+// Threads that later operations use, the caller included; at least 1. Waits for an operation that is under way.
+void set_threads(int threads);
+int threads();
+
+// Run task(context, i) for each i below `tasks`, in any order, on all threads; returns when all are done.
+// Called by two threads at once, the second runs its tasks by itself.
+void run_tasks(int tasks, Task task, void* context);
+
+template <class F>
+void parallel(int tasks, F& body) {
+    run_tasks(tasks, [](void* context, int task) { (*static_cast<F*>(context))(task); }, &body);
+}
+
+// Memory of the calling thread, at least `bytes`, aligned to 64; good until this thread asks for the same slot again.
+void* scratch(int slot, int64_t bytes);
+
+}  // namespace phalanx

@@ -1,0 +1,134 @@
+// What is done row by row: norms, rotary embedding with the cache's stores, the largest of a row. Included inside an
+// instruction set's namespace.
+
+// x / sqrt(mean(x^2) + eps) * weight of one row (arXiv:1910.07467).
+template <class From, class To>
+INLINE void normalise(const From* x, const float* weight, float eps, int size, To* out) {
+    vf squares{};
+    for (int i = 0; i < size; i += 16) {
+        vf v = load_up_to(x + i, size - i);
+        squares += v * v;
+    }
+    float factor = 1.0f / std::sqrt(sum_of(squares) / size + eps);
+    for (int i = 0; i < size; i += 16)
+        store_up_to(out + i, load_up_to(x + i, size - i) * factor * load_up_to(weight + i, size - i), size - i);
+}
+
+template <class T>
+void norm_row(const Norm& job, int row) {
+    int64_t start = static_cast<int64_t>(row) * job.size;
+    normalise(job.x + start, job.weight, job.eps, job.size, static_cast<T*>(job.out) + start);
+}
+
+// One head, rotated: the halves are the pairs' components (arXiv:2104.09864, in the order of Hugging Face's checkpoints).
+template <class T>
+INLINE void rotate(const T* x, const T* cos, const T* sin, int dim, T* out) {
+    if (!cos) {
+        std::memmove(out, x, dim * sizeof(T));
+        return;
+    }
+    int half = dim / 2;
+    for (int i = 0; i < half; i += 16) {
+        int count = half - i;
+        vf c = load_up_to(cos + i, count), s = load_up_to(sin + i, count);
+        vf a = load_up_to(x + i, count), b = load_up_to(x + half + i, count);
+        store_up_to(out + i, a * c - b * s, count);
+        store_up_to(out + half + i, b * c + a * s, count);
+    }
+}
+
+INLINE void put(float* words, int64_t word, int, float value, bool) { words[word] = value; }
+
+// The first of a pair clears the second, unless that is about to be written, maybe by another thread: what a block held
+// before must not reach a product, not even times zero.
+INLINE void put(bf16* halves, int64_t word, int half, bf16 value, bool clear) {
+    halves[2 * word + half] = value;
+    if (half == 0 && clear) halves[2 * word + 1].bits = 0;
+}
+
+template <class T>
+void rope_token(const Rope& job, int token) {
+    const int dim = job.head_dim, words = dim / kPerWord<T>;
+    T* row = static_cast<T*>(job.qkv) + token * job.ld;
+    const T* cos = job.cos ? static_cast<const T*>(job.cos) + static_cast<int64_t>(token) * dim : nullptr;
+    const T* sin = static_cast<const T*>(job.sin) + static_cast<int64_t>(token) * dim;
+    T* buffer = static_cast<T*>(scratch(2, 2 * dim * sizeof(T)));
+    T* rotated = buffer + dim;
+    for (int h = 0; h < job.heads; ++h) {
+        T* head = row + static_cast<int64_t>(h) * dim;
+        if (job.q_norm) normalise(head, job.q_norm, job.eps, dim, head);
+        rotate(head, cos, sin, dim, head);
+    }
+    const int64_t block = job.slots[token] / job.block_size;
+    const int place = static_cast<int>(job.slots[token] % job.block_size);
+    const bool is_last = token + 1 == job.tokens || job.slots[token + 1] != job.slots[token] + 1;
+    const int64_t head_words = static_cast<int64_t>(job.block_size) * words;
+    for (int h = 0; h < job.kv_heads; ++h) {
+        const T* k = row + static_cast<int64_t>(job.heads + h) * dim;
+        const T* v = k + static_cast<int64_t>(job.kv_heads) * dim;
+        if (job.k_norm) {
+            normalise(k, job.k_norm, job.eps, dim, buffer);
+            k = buffer;
+        }
+        rotate(k, cos, sin, dim, rotated);
+        const int64_t start = (block * job.kv_heads + h) * head_words;
+        uint32_t* to = static_cast<uint32_t*>(job.keys) + start + static_cast<int64_t>(place / 16) * 16 * words + place % 16;
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(rotated);
+        for (int w = 0; w < words; ++w) to[w * 16] = from[w];
+        T* values = reinterpret_cast<T*>(static_cast<uint32_t*>(job.values) + start);
+        const int block_words = job.block_size / kPerWord<T>;
+        for (int i = 0; i < dim; ++i)
+            put(values, static_cast<int64_t>(i / 16) * 16 * block_words + place / kPerWord<T> * 16 + i % 16,
+                place % kPerWord<T>, v[i], is_last);
+    }
+}
+
+// The first place of the largest value; a NaN counts as larger than everything, as torch has it.
+inline int64_t largest(const float* row, int64_t size, float* value) {
+    float most = -std::numeric_limits<float>::infinity();
+    bool is_nan = false;
+    int64_t i = 0;
+    vf high = splat(most);
+    vi odd{};
+    for (; i + 16 <= size; i += 16) {
+        vf v = load(row + i);
+        odd |= v != v;
+        high = larger(high, v);
+    }
+    most = max_of(high);
+    for (int lane = 0; lane < 16; ++lane) is_nan |= odd[lane] != 0;
+    for (; i < size; ++i) {
+        is_nan |= row[i] != row[i];
+        most = row[i] > most ? row[i] : most;
+    }
+    for (i = 0; i < size; ++i) {
+        if (is_nan ? row[i] != row[i] : row[i] == most) break;
+    }
+    *value = row[i];
+    return i;
+}
+
+inline float sum_all(const float* from, int64_t size) {
+    vf sums[8] = {};
+    int64_t i = 0;
+    for (; i + 128 <= size; i += 128)
+        for (int j = 0; j < 8; ++j) sums[j] += load(from + i + 16 * j);
+    vf sum{};
+    for (auto& part : sums) sum += part;
+    return sum_of(sum);
+}
+
+// As many times 24 multiply-adds of vectors of bfloat16 words; nothing but registers is used.
+inline float multiply_adds(int64_t steps) {
+    vf sums[12] = {};
+    for (int j = 0; j < 12; ++j) sums[j] = splat(static_cast<float>(j));
+    vu x = splat(uint32_t{0x3f803f80}), w = splat(uint32_t{0x38803880});
+    for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 12
+        for (int j = 0; j < 12; ++j) sums[j] = multiply_add<bf16>(sums[j], x, w);
+        asm volatile("" : "+r"(i));
+    }
+    vf sum{};
+    for (auto& part : sums) sum += part;
+    return sum_of(sum);
+}

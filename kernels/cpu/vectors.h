@@ -1,0 +1,136 @@
+// Vectors of 16 lanes in the compiler's own notation; the instruction set of the including file decides what they become.
+// Included inside that file's namespace, after PHALANX_ISA_* says what there is.
+
+typedef float vf __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
+INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vu splat(uint32_t x) { return x - vu{}; }
+
+INLINE vf bits_to_float(vu v) { return reinterpret_cast<vf>(v); }
+INLINE vu float_to_bits(vf v) { return reinterpret_cast<vu>(v); }
+
+INLINE vf widen(vh v) { return bits_to_float(__builtin_convertvector(v, vu) << 16); }
+
+// Rounded to nearest, ties to even; a NaN stays one.
+INLINE vh narrow(vf v) {
+#if PHALANX_ISA_BF16
+    return reinterpret_cast<vh>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
+    vu bits = float_to_bits(v);
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v == v ? rounded : splat(uint32_t{0x7fc0}), vh);
+#endif
+}
+
+INLINE float to_float(bf16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE float to_float(float x) { return x; }
+
+INLINE vf load_as_float(const bf16* p) { return widen(*reinterpret_cast<const vh_any*>(p)); }
+INLINE vf load_as_float(const float* p) { return load(p); }
+INLINE void store_as(bf16* p, vf v) { *reinterpret_cast<vh_any*>(p) = narrow(v); }
+INLINE void store_as(float* p, vf v) { store(p, v); }
+
+// The first `count` of 16 lanes.
+template <class T>
+INLINE vf load_some(const T* p, int64_t count) {
+    T lanes[16] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+    return load_as_float(lanes);
+}
+template <class T>
+INLINE void store_some(T* p, vf v, int64_t count) {
+    T lanes[16];
+    store_as(lanes, v);
+    for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+template <class T>
+INLINE vf load_up_to(const T* p, int64_t count) { return count >= 16 ? load_as_float(p) : load_some(p, count); }
+template <class T>
+INLINE void store_up_to(T* p, vf v, int64_t count) { count >= 16 ? store_as(p, v) : store_some(p, v, count); }
+
+INLINE float sum_of(vf v) {
+#if PHALANX_ISA_AVX512
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+    float lanes[16];
+    store(lanes, v);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+#endif
+}
+
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+
+INLINE float max_of(vf v) {
+#if PHALANX_ISA_AVX512
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    float lanes[16];
+    store(lanes, v);
+    float most = lanes[0];
+    for (int i = 1; i < 16; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+#endif
+}
+
+constexpr float kLeastExponent = -87.0f;
+
+// e^x, within 2 units of the last place; 0 below -87, and the value at 88 above it (Cody and Waite's reduction, Taylor).
+INLINE vf exponential(vf x) {
+    vf bounded = x < 88.0f ? x : splat(88.0f);
+    vf shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded product
+    vf n = shifted - 12582912.0f;
+    vf r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
+    vf p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vf value = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+    return x > kLeastExponent ? value : vf{};
+}
+
+INLINE vf silu(vf x) { return x / (1.0f + exponential(-x)); }
+
+// What a word holds of an element type, and sum + x * w of two vectors of words.
+template <class T>
+constexpr int kPerWord = 4 / sizeof(T);
+
+template <class T>
+INLINE vf multiply_add(vf sum, vu x, vu w);
+
+template <>
+INLINE vf multiply_add<float>(vf sum, vu x, vu w) {
+    return bits_to_float(x) * bits_to_float(w) + sum;
+}
+
+template <>
+INLINE vf multiply_add<bf16>(vf sum, vu x, vu w) {
+#if PHALANX_ISA_BF16
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x),
+                                                 reinterpret_cast<__m512bh>(w)));
+#else
+    sum = bits_to_float(x << 16) * bits_to_float(w << 16) + sum;
+    return bits_to_float(x & 0xffff0000u) * bits_to_float(w & 0xffff0000u) + sum;
+#endif
+}

@@ -1,0 +1,238 @@
+"""The C++ kernels against what they stand for, over random shapes, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from phalanx.kernels import cpu
+from phalanx.kernels.attention import CpuAttention, HeadNorms, TorchAttention
+from phalanx.kernels.linear import PackedWeight, row_multiple
+from phalanx.kernels.norm import rms_norm
+
+if cpu.native is None:
+    pytest.skip("the C++ kernels are not built", allow_module_level=True)
+
+INSTRUCTION_SETS = [name for name in ("avx512_bf16", "avx512", "avx2", "portable") if cpu.native.can_run(name)]
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+checked = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    chosen, threads = cpu.native.kernels(), cpu.native.threads()
+    cpu.native.use_kernels(request.param)
+    yield request.param
+    cpu.native.use_kernels(chosen)
+    cpu.set_threads(threads)
+
+
+def _random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _padded(weight: torch.Tensor, pieces: int = 1) -> torch.Tensor:
+    """With rows of NaN between and after the pieces: nothing of them may show."""
+    parts = []
+    for piece in weight.chunk(pieces) if pieces > 1 else [weight]:
+        missing = -len(piece) % cpu.PANEL
+        parts += [piece, torch.full((missing, weight.shape[1]), torch.nan, dtype=weight.dtype)]
+    return torch.cat(parts).contiguous()
+
+
+def _close(value: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(value.double(), expected, atol=TOLERANCE[dtype] * max(scale, 1e-3), rtol=0)
+
+
+@given(
+    rows=st.one_of(st.integers(1, 40), st.sampled_from([97, 800])),
+    n=st.integers(1, 90),
+    k=st.one_of(st.integers(1, 40), st.sampled_from([300, 1024, 1500])),
+    dtype=DTYPES,
+    bias=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@checked
+def test_a_packed_weight_multiplies_like_the_plain_one(
+    instructions: str, rows: int, n: int, k: int, dtype: torch.dtype, bias: bool, threads: int, seed: int
+) -> None:
+    cpu.set_threads(threads)
+    k += k % 2 if dtype == torch.bfloat16 else 0
+    weight, x = _random(n, k, dtype=dtype, seed=seed) / k**0.5, _random(rows, k + 6, dtype=dtype, seed=seed + 1)[:, :k]
+    b = _random(n, dtype=dtype, seed=seed + 2) if bias else None
+    packed = PackedWeight(_padded(weight), n)
+    product = x.double() @ weight.double().T
+    expected = product if b is None else product + b.double()
+    _close(packed.linear(x, b), expected, dtype)
+    _close(packed.linear_float(x), product, torch.float32)
+    total = _random(rows, n, dtype=torch.float32, seed=seed + 3)
+    expected_total = total.double() + expected
+    packed.add_to(total, x, b)
+    _close(total, expected_total, torch.float32)
+
+
+@given(
+    rows=st.integers(1, 40), half=st.integers(1, 70), k=st.integers(1, 80), dtype=DTYPES, bias=st.booleans(),
+    threads=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+@checked
+def test_a_gated_layer_is_silu_of_one_half_times_the_other(
+    instructions: str, rows: int, half: int, k: int, dtype: torch.dtype, bias: bool, threads: int, seed: int
+) -> None:
+    cpu.set_threads(threads)
+    k += k % 2 if dtype == torch.bfloat16 else 0
+    weight, x = _random(2 * half, k, dtype=dtype, seed=seed), _random(rows, k, dtype=dtype, seed=seed + 1)
+    b = _random(2 * half, dtype=dtype, seed=seed + 2) if bias else None
+    product = x.double() @ weight.double().T + (0 if b is None else b.double())
+    gate, up = product.chunk(2, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    _close(PackedWeight(_padded(weight, 2), 2 * half).silu_mul(x, b), expected, dtype)
+
+
+@given(rows=st.integers(1, 70), n=st.integers(1, 70), k=st.integers(1, 40), dtype=DTYPES, seed=st.integers(0, 99))
+@checked
+def test_rows_are_looked_up_in_a_packed_weight(
+    instructions: str, rows: int, n: int, k: int, dtype: torch.dtype, seed: int
+) -> None:
+    k *= 2
+    weight = _random(n, k, dtype=dtype, seed=seed)
+    numbers = torch.randint(-3, n + 3, (rows,), generator=torch.Generator().manual_seed(seed))
+    inside = (numbers >= 0) & (numbers < n)
+    expected = torch.where(inside.unsqueeze(1), weight[numbers.clamp(0, n - 1)], 0)
+    assert torch.equal(PackedWeight(_padded(weight), n).look_up(numbers), expected)
+
+
+def test_a_products_bits_depend_on_its_own_row_alone(instructions: str) -> None:
+    weight, x = _random(200, 700, dtype=torch.bfloat16, seed=0), _random(75, 700, dtype=torch.bfloat16, seed=1)
+    packed = PackedWeight(_padded(weight), 200)
+    whole = packed.linear_float(x)
+    for count in (1, 2, 7, 13, 40):
+        cpu.set_threads(1 + count % 3)
+        assert torch.equal(packed.linear_float(x[10 : 10 + count]), whole[10 : 10 + count])
+
+
+@given(rows=st.integers(1, 40), size=st.integers(1, 200), dtype=DTYPES, seed=st.integers(0, 99))
+@checked
+def test_rms_norm_is_its_definition(instructions: str, rows: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight = _random(rows, size, dtype=torch.float32, seed=seed), _random(size, dtype=torch.float32, seed=seed + 1)
+    expected = torch.nn.functional.rms_norm(x.double(), (size,), weight.double(), 1e-5)
+    _close(rms_norm(x, weight, 1e-5, dtype), expected, dtype)
+
+
+@given(
+    tokens=st.integers(1, 40), heads=st.integers(1, 9), kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 48, 64, 128]), block_size=st.sampled_from([16, 48]), dtype=DTYPES,
+    normed=st.booleans(), threads=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+@checked
+def test_heads_are_normalised_rotated_and_stored_as_torch_does_it(
+    instructions: str, tokens: int, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype,
+    normed: bool, threads: int, seed: int,
+) -> None:  # fmt: skip
+    cpu.set_threads(threads)
+    heads *= kv_heads
+    qkv = _random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=seed)
+    angles = torch.outer(torch.arange(tokens) * 3.0, 0.7 ** torch.arange(head_dim // 2)).unsqueeze(1)
+    cos, sin = (torch.cat((t, s * t), -1).to(dtype) for t, s in ((angles.cos(), 1), (angles.sin(), -1)))
+    norms = None
+    if normed:
+        weights = (_random(head_dim, dtype=torch.float32, seed=seed + i) for i in (1, 2))
+        norms = HeadNorms(*weights, 1e-6)
+    blocks = -(-tokens // block_size) + 1
+    slots = torch.arange(tokens) + block_size  # block 0 stays empty
+    ours, theirs = ([torch.zeros(blocks, block_size, kv_heads, head_dim, dtype=dtype) for _ in range(2)] for _ in "ab")
+    expected = TorchAttention().rotate_and_store(qkv.clone(), cos, sin, norms, *theirs, slots)
+    # Keys and values stand in an order of our own; stored plainly, what torch made stands in the same.
+    again = [torch.zeros_like(cache) for cache in ours]
+    CpuAttention().store_kv(theirs[0].flatten(0, 1)[slots], theirs[1].flatten(0, 1)[slots], *again, slots)
+    q = CpuAttention().rotate_and_store(qkv, cos, sin, norms, *ours, slots)
+    for value, wanted in ((q, expected), *zip(ours, again, strict=True)):
+        # torch rounds to bfloat16 after each of its operations.
+        torch.testing.assert_close(value, wanted, atol=1e-5 if dtype == torch.float32 else 6e-2, rtol=1e-2)
+
+
+@given(rows=st.integers(1, 20), size=st.integers(1, 300), seed=st.integers(0, 99), nan=st.booleans())
+@checked
+def test_argmax_is_torchs(instructions: str, rows: int, size: int, seed: int, nan: bool) -> None:
+    x = _random(rows, size, dtype=torch.float32, seed=seed).mul(3).round()  # many ties: the first wins
+    if nan:
+        x[0, size // 2] = torch.nan
+    x[-1] = -torch.inf
+    values, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    cpu.native.argmax(x.data_ptr(), rows, size, values.data_ptr(), places.data_ptr())
+    for row in range(rows):
+        first = int(x[row].isnan().nonzero()[0]) if x[row].isnan().any() else int((x[row] == x[row].max()).nonzero()[0])
+        assert int(places[row]) == first
+        assert torch.equal(values[row].isnan(), x[row, first].isnan())
+
+
+def test_several_threads_may_compute_at_once(instructions: str) -> None:
+    cpu.set_threads(3)
+    packed = PackedWeight(_random(256, 64, dtype=torch.float32, seed=0), 256)
+    x = _random(50, 64, dtype=torch.float32, seed=1)
+    expected = packed.linear(x, None)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            if not torch.equal(packed.linear(x, None), expected):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def _compute_in_child(results: multiprocessing.SimpleQueue) -> None:  # type: ignore[type-arg]
+    x = torch.ones(4, 64)
+    results.put(float(PackedWeight(torch.ones(512, 64), 512).linear(x, None).sum()))
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    cpu.set_threads(2)
+    PackedWeight(torch.ones(512, 64), 512).linear(torch.ones(4, 64), None)  # the parent's threads run
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_compute_in_child, args=(results,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert results.get() == 4 * 512 * 64
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    device = torch.device("cpu")
+    assert row_multiple(64, torch.bfloat16, device) == cpu.PANEL
+    assert row_multiple(63, torch.bfloat16, device) == row_multiple(64, torch.float16, device) == 1
+    with pytest.raises(ValueError, match="multiple of 16 rows"):
+        PackedWeight(torch.ones(17, 4), 17)
+    with pytest.raises(ValueError, match=r"x is \(2, 5\)"):
+        PackedWeight(torch.ones(16, 4), 16).linear(torch.ones(2, 5), None)
+    with pytest.raises(ValueError, match="cannot run the kernels magic"):
+        cpu.native.use_kernels("magic")
+
+
+def test_missing_kernels_are_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setattr(cpu, "_warned", False)
+    with caplog.at_level(logging.WARNING, logger="phalanx"):
+        cpu.warn_if_missing()
+        cpu.warn_if_missing()
+    assert len(caplog.records) == 1
+    assert "C++ kernels are not built" in caplog.text
+    assert not cpu.usable(torch.device("cpu"), torch.bfloat16)
+    assert row_multiple(64, torch.bfloat16, torch.device("cpu")) == 1
+    cpu.set_threads(2)
