@@ -22,7 +22,7 @@ PACKAGES = [
 
 
 def extensions() -> list[Extension]:
-    """The C++ parts: arithmetic on CPUs, and collectives in shared memory. Each processor's instructions are chosen at run time."""
+    """The C++ parts: arithmetic on CPUs, and collectives in shared memory."""
     if not sys.platform.startswith("linux"):
         return []
     try:

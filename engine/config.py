@@ -14,7 +14,7 @@ from .params import SEED_LIMIT, SamplingParams
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "cpu", "torch")
-QUANTIZATIONS = ("none",)
+QUANTIZATIONS = ("none", "int8", "w8a8", "int4")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 COLLECTIVES = ("auto", "gloo", "nccl")
 
@@ -48,7 +48,7 @@ class EngineConfig:
     max_queue: int = 16384
     """Requests that may wait; more are refused with CapacityExceeded."""
     block_size: int | None = None
-    """Tokens of one KV block; None lets the attention backend choose (16 for torch)."""
+    """Tokens of one KV block; None lets the attention backend choose (32 for cpu, 16 for torch)."""
     kv_memory: float = 0.9
     """KV cache of one rank: bytes if above 1, else the fraction of a GPU's memory the engine may use in all.
     On a CPU a fraction is of the memory free once the weights are loaded, and the cache is never larger
@@ -56,9 +56,11 @@ class EngineConfig:
     prefix_cache: bool = True
     """Reuse the KV blocks of equal prompt beginnings."""
     attention: str = "auto"
-    """Attention backend: auto or torch."""
+    """Attention backend: auto, cpu (phalanx's own kernels) or torch."""
     quantization: str = "none"
-    """Weight format: none (as in the checkpoint)."""
+    """Weights as computed with: none (as in dtype); or, on a CPU, rounded while a bfloat16 checkpoint loads: int8 (8 bits
+    and a scale for each output), w8a8 (activations of 8 bits too), int4 (4 bits and a scale for each 64 inputs). The
+    head, and an embedding tied to it, keep at least 8 bits."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
     seed: int = 0

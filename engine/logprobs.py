@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..kernels.largest import block_maxima, largest
 from ..parallel.collectives.base import Collectives
 from .plan import TokenLogprobs
 
@@ -42,6 +43,9 @@ def top_keys(values: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
     that come after every token's.
     """
     size = values.shape[1]
+    if count == 1 and size:
+        most, places = largest(values)
+        return token_keys(most, places + first_id).unsqueeze(1)
     if size > 2 * count * _BLOCK:
         positions = _leading_blocks(values, count)
         keys = token_keys(values.gather(1, positions.clamp(max=size - 1)), positions + first_id)
@@ -137,11 +141,7 @@ def _leading_blocks(values: torch.Tensor, count: int) -> torch.Tensor:
     Each of the `count` blocks with the first maxima holds at least one key before any key of the other blocks, so
     those hold none of the first `count`. One vectorised pass, where a selection over the row takes several times that.
     """
-    size = values.shape[1]
-    whole = size // _BLOCK * _BLOCK
-    maxima = values[:, :whole].view(len(values), -1, _BLOCK).amax(dim=2)
-    if whole < size:
-        maxima = torch.cat((maxima, values[:, whole:].amax(dim=1, keepdim=True)), dim=1)
+    maxima = block_maxima(values, _BLOCK)
     keys = token_keys(maxima, torch.arange(maxima.shape[1], device=values.device))
     blocks = key_token_ids(keys.topk(count, dim=1).values)
     return (blocks.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)

@@ -16,7 +16,7 @@ import torch
 
 from ..kernels import cpu
 from ..kernels.attention import AttentionBackend, choose_backend
-from ..parallel.checkpoint import LoadError, LoadReport, load_weights
+from ..parallel.checkpoint import LoadError, LoadReport, Packing, load_weights
 from ..parallel.dummy import fill_dummy
 from ..parallel.group import Group
 from ..parallel.partition import Partition, PartitionError, partition
@@ -65,9 +65,7 @@ class Worker:
         def make_model() -> tuple[CausalLM, LoadReport]:
             with torch.inference_mode():
                 model = CausalLM(build, self.max_model_len)
-                report = _load(model, config, folder, on_progress)
-                model.pack()
-            return model, report
+                return model, _load(model, config, folder, on_progress)
 
         self._model, self.load_report = _on_own_thread(make_model) if group.device.type == "cpu" else make_model()
         token_bytes = 2 * spec.num_layers * len(share.kv_heads) * spec.head_dim * self.dtype.itemsize
@@ -163,12 +161,15 @@ def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
 
 def _load(model: CausalLM, config: EngineConfig, folder: Path, on_progress: Progress | None) -> LoadReport:
     slices = list(model.weight_slices())
-    if config.load_format == "dummy":
-        return fill_dummy(slices, config.seed)
+    packing = Packing(slices, config.quantization)
     try:
-        return load_weights(folder, slices, ignore=model.may_be_left_over, progress=on_progress)
+        if config.load_format == "dummy":
+            return fill_dummy(slices, config.seed, filled=packing.filled)
+        return load_weights(folder, slices, ignore=model.may_be_left_over, progress=on_progress, filled=packing.filled)
     except LoadError as error:
         raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _on_own_thread(work: Callable[[], T]) -> T:
@@ -205,6 +206,11 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     if device.type == "cpu":
         cpu.warn_if_missing()
+    if config.quantization != "none" and not (cpu.usable(device, dtype) and dtype == torch.bfloat16):
+        raise ConfigError(
+            f"quantization={config.quantization} needs phalanx's C++ kernels, a CPU and dtype=bfloat16; here are "
+            f"{device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set quantization=none"
+        )
     try:
         return choose_backend(
             config.attention, device=device, dtype=dtype, head_dim=spec.head_dim, block_size=config.block_size

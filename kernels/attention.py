@@ -43,7 +43,8 @@ class HeadNorms:
 class AttentionBackend(ABC):
     """Causal attention over a paged KV cache, keys and values (blocks, block_size, kv_heads, head_dim) per layer.
 
-    How a block's elements stand inside it is the backend's own affair. Queries of a row sit at the end of its keys. Query heads are grouped: head h reads KV head h // (heads / kv_heads).
+    How a block's elements stand inside it is the backend's own affair. Queries of a row sit at the end of its keys.
+    Query heads are grouped: head h reads KV head h // (heads / kv_heads).
     """
 
     name: str
@@ -87,9 +88,8 @@ class AttentionBackend(ABC):
         values go to their places (T,) in the pool. `qkv` may be overwritten, and the result may be a view of it.
         """
         kv_heads, head_dim = k_cache.shape[2:]
-        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split(
-            [qkv.shape[1] // head_dim - 2 * kv_heads, kv_heads, kv_heads], dim=1
-        )
+        all_heads = qkv.shape[1] // head_dim
+        q, k, v = qkv.view(-1, all_heads, head_dim).split([all_heads - 2 * kv_heads, kv_heads, kv_heads], dim=1)
         if norms is not None:
             q = rms_norm(q, norms.query, norms.eps, q.dtype)
             k = rms_norm(k, norms.key, norms.eps, k.dtype)
@@ -238,7 +238,8 @@ class CpuAttention(AttentionBackend):
     ) -> torch.Tensor:
         self._store(qkv, cos.data_ptr(), sin.data_ptr(), norms, k_cache, v_cache, slots)
         kv_heads, head_dim = k_cache.shape[2:]
-        return qkv.unflatten(-1, (-1, head_dim))[:, : qkv.shape[1] // head_dim - 2 * kv_heads]
+        all_heads = qkv.shape[1] // head_dim
+        return qkv.view(-1, all_heads, head_dim)[:, : all_heads - 2 * kv_heads]
 
     def _store(
         self,

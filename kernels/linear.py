@@ -15,17 +15,62 @@ def row_multiple(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return cpu.PANEL if even and columns > 0 and cpu.usable(device, dtype) else 1
 
 
-class PackedWeight:
-    """A weight in panels of 16 rows: what is read together while multiplying stands together (kernels/cpu/kernels.h)."""
+def head_quantization(quantization: str) -> str:
+    """What becomes of the head, and of a table tied to it: never less than 8 bits of weight and 16 of x."""
+    return "none" if quantization == "none" else "int8"
 
-    def __init__(self, weight: torch.Tensor, rows: int) -> None:
-        """Packs `weight` (padded rows, columns) in its own memory; `rows` of them count. See row_multiple."""
-        padded, self._columns = weight.shape
+
+class PackedWeight:
+    """A weight laid out in panels of 16 rows, as kernels/cpu/kernels.h has it: what is multiplied together stands so.
+
+    `quantization` is one of KINDS. int8 and w8a8 keep 8 bits of each number and a float32 scale for each row, w8a8
+    rounds x to 8 bits too, with a scale for each of its rows; int4 keeps 4 bits and a scale for each GROUP columns. All
+    are symmetric: a number stands for itself times its scale.
+    """
+
+    KINDS = ("none", "int8", "int4", "w8a8")
+    GROUP = 64
+
+    def __init__(self, weight: torch.Tensor, rows: int, quantization: str = "none") -> None:
+        """Of `weight` (padded rows, columns), the first `rows` count; see row_multiple.
+
+        Without quantization the weight is packed in its own memory; with it, it is only read. Raises ValueError.
+        """
+        self._padded, self._columns = padded, columns = weight.shape
         if padded % cpu.PANEL or not weight.is_contiguous():
             raise ValueError(f"a weight of shape {tuple(weight.shape)} must be contiguous, of a multiple of 16 rows")
-        self._weight, self._rows, self._padded = weight, rows, padded
+        self._rows, self._kind = rows, self.KINDS.index(quantization)
         self._dtype, self._code = weight.dtype, cpu.DTYPES[weight.dtype]
-        cpu.native.pack_weight(weight.data_ptr(), padded, self._columns, self._code)
+        self._weight = weight
+        self._scales = self._sums = torch.empty(0)
+        if quantization == "none":
+            cpu.native.pack_weight(weight.data_ptr(), padded, columns, self._code)
+            return
+        multiple = 8 if quantization == "int4" else 4
+        if weight.dtype != torch.bfloat16 or columns % multiple:
+            raise ValueError(
+                f"quantization={quantization} needs bfloat16 weights whose columns are a multiple of {multiple}, "
+                f"not {columns} columns of {weight.dtype}: set dtype=bfloat16, or quantization=none"
+            )
+        if quantization == "int4":
+            self._weight = torch.empty(padded, columns // 2, dtype=torch.uint8)
+            self._scales = torch.empty(padded, -(-columns // self.GROUP))
+            cpu.native.quantize_int4(
+                weight.data_ptr(), padded, columns, self.GROUP, self._weight.data_ptr(), self._scales.data_ptr()
+            )
+            return
+        self._together = 4 if quantization == "w8a8" else 2
+        self._weight = torch.empty(padded, columns, dtype=torch.int8)
+        self._scales, self._sums = torch.empty(padded), torch.empty(padded)
+        cpu.native.quantize_int8(
+            weight.data_ptr(),
+            padded,
+            columns,
+            self._together,
+            self._weight.data_ptr(),
+            self._scales.data_ptr(),
+            self._sums.data_ptr(),
+        )
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), summed up in float32 and rounded once."""
@@ -47,17 +92,19 @@ class PackedWeight:
         return self._multiply(x, bias, out, _SILU_MUL)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight by their int64 numbers (T,) -> (T, columns); zeros for a number that is none of a row."""
+        """Rows of the weight by their int64 numbers (T,) -> (T, columns); zeros for a number that is none of a row.
+
+        Raises ValueError for a weight of int4.
+        """
         out = torch.empty(rows.shape[0], self._columns, dtype=self._dtype)
-        cpu.native.look_up(
-            self._weight.data_ptr(),
-            self._rows,
-            self._columns,
-            rows.data_ptr(),
-            rows.shape[0],
-            out.data_ptr(),
-            self._code,
-        )
+        places = rows.data_ptr(), rows.shape[0], out.data_ptr()
+        if self._kind == 0:
+            cpu.native.look_up(self._weight.data_ptr(), self._rows, self._columns, *places, self._code)
+        elif self._sums.numel():
+            stored = self._weight.data_ptr(), self._scales.data_ptr()
+            cpu.native.look_up_int8(*stored, self._rows, self._columns, self._together, *places)
+        else:
+            raise ValueError("rows of a weight of 4 bits are not looked up")
         return out
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, output: int) -> torch.Tensor:
@@ -71,6 +118,10 @@ class PackedWeight:
             x.stride(0),
             x.shape[0],
             self._weight.data_ptr(),
+            self._kind,
+            self._scales.data_ptr(),
+            self._sums.data_ptr(),
+            self.GROUP,
             self._rows,
             self._columns,
             0 if bias is None else bias.data_ptr(),

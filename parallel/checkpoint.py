@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from .safetensors_files import LoadError, StoredTensor, locate_tensors, name_some
 
-__all__ = ["LoadError", "LoadReport", "Progress", "WeightSlice", "load_weights"]
+__all__ = ["LoadError", "LoadReport", "Packing", "Progress", "WeightSlice", "load_weights"]
 
 CHUNK_BYTES = 32 * 2**20
 """Of the rows of one read, so that what is copied on the way stays small."""
@@ -37,6 +38,8 @@ class WeightSlice:
     """The part: a contiguous slice for each dimension."""
     destination: torch.Tensor
     """Where the part goes, shaped like it; filled in place, with a conversion of dtype and device."""
+    owner: Any = None
+    """The layer whose weight this is, which is packed as soon as all its slices are filled (see Packing)."""
 
     def __post_init__(self) -> None:
         part = tuple(index.stop - index.start for index in self.index)
@@ -46,6 +49,20 @@ class WeightSlice:
                 f"{self.name}: {self.index} of shape {self.shape} does not fit a destination of shape "
                 f"{tuple(self.destination.shape)}"
             )
+
+
+class Packing:
+    """Calls pack(quantization) of each slice's owner that has one, once all the slices of that owner are filled."""
+
+    def __init__(self, slices: Sequence[WeightSlice], quantization: str) -> None:
+        self._quantization = quantization
+        self._missing = Counter(id(part.owner) for part in slices)
+
+    def filled(self, part: WeightSlice) -> None:
+        """Note that a slice holds its values."""
+        self._missing[id(part.owner)] -= 1
+        if not self._missing[id(part.owner)] and hasattr(part.owner, "pack"):
+            part.owner.pack(self._quantization)
 
 
 @dataclass(frozen=True)
@@ -72,8 +89,9 @@ def load_weights(
     *,
     ignore: Callable[[str], bool] = is_rotary_buffer,
     progress: Progress | None = None,
+    filled: Callable[[WeightSlice], None] = lambda part: None,
 ) -> LoadReport:
-    """Fill every slice's destination from the safetensors files of `folder`.
+    """Fill every slice's destination from the safetensors files of `folder`, and call `filled` after each.
 
     Names, shapes, dtypes and file sizes are checked from the headers of all files before anything is read, so every
     rank finds the same faults. `ignore` names tensors that may be left over. Besides the destinations, memory stays
@@ -91,6 +109,7 @@ def load_weights(
             done += reader.read(tensor, chunk)
             if progress is not None:
                 progress(done, total)
+        filled(part)
     files = {tensor.file for tensor in stored.values()}
     return LoadReport(bytes_read=done, shard_bytes=total, seconds=time.monotonic() - started, files=len(files))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,8 +18,15 @@ CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
 """Made at a time: on a CPU as many as stay in its cache."""
 
 
-def fill_dummy(slices: Sequence[WeightSlice], seed: int, deviation: float = STANDARD_DEVIATION) -> LoadReport:
+def fill_dummy(
+    slices: Sequence[WeightSlice],
+    seed: int,
+    deviation: float = STANDARD_DEVIATION,
+    filled: Callable[[WeightSlice], None] = lambda part: None,
+) -> LoadReport:
     """Fill every slice with uniform random numbers of mean 0 (norm weights: 1) and standard deviation `deviation`.
+
+    `filled` is called after each.
 
     The hashes of an element's row and of its column, made odd, are multiplied modulo 2^64, and the product's high bits
     are the number (Dietzfelbinger et al., A Reliable Randomized Algorithm for the Closest-Pair Problem, 1997: such a
@@ -28,6 +35,7 @@ def fill_dummy(slices: Sequence[WeightSlice], seed: int, deviation: float = STAN
     started = time.monotonic()
     for part in slices:
         _fill(part, seed, deviation)
+        filled(part)
     return LoadReport(bytes_read=0, shard_bytes=0, seconds=time.monotonic() - started, files=0)
 
 

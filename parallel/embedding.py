@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, linear
 
-from ..kernels.linear import PackedWeight, row_multiple
+from ..kernels.linear import PackedWeight, head_quantization, row_multiple
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
 
@@ -24,22 +24,29 @@ class VocabParallelEmbedding(nn.Module):
         hidden_size: int,
         *,
         collectives: Collectives,
+        tied: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`tied`: logits() will be asked for."""
         super().__init__()
         self.name, self.rows, self.vocab_size = name, rows, vocab_size
         self.collectives = collectives
-        multiple = row_multiple(hidden_size, dtype, device)
+        multiple = row_multiple(hidden_size, dtype, device) if tied else 1
         self._can_pack = multiple > 1 and len(rows) > 0
         padded = -(-len(rows) // multiple) * multiple
         self.weight = nn.Parameter(torch.empty(padded, hidden_size, dtype=dtype, device=device), requires_grad=False)
+        self.weight[len(rows) :].zero_()
         self._packed: PackedWeight | None = None
 
-    def pack(self) -> None:
-        """Lay the table out for logits(), in its own memory; forward() then picks rows out of that."""
-        if self._can_pack:
-            self._packed = PackedWeight(self.weight.detach(), len(self.rows))
+    def pack(self, quantization: str) -> None:
+        """Lay a tied table out for logits(), as the head is; forward() then picks rows out of that."""
+        if not self._can_pack:
+            return
+        quantization = head_quantization(quantization)
+        self._packed = PackedWeight(self.weight.detach(), len(self.rows), quantization)
+        if quantization != "none":
+            self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The table as a tied head: (T, hidden_size) -> float32 (T, rows of this rank)."""
@@ -66,4 +73,5 @@ class VocabParallelEmbedding(nn.Module):
             (self.vocab_size, hidden),
             (slice(self.rows.start, self.rows.stop), slice(0, hidden)),
             self.weight[: len(self.rows)],
+            self,
         )

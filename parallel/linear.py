@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..kernels.activation import silu_mul
-from ..kernels.linear import PackedWeight, row_multiple
+from ..kernels.linear import PackedWeight, head_quantization, row_multiple
 from ..kernels.norm import rms_norm
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
@@ -43,12 +43,19 @@ class Linear(nn.Module):
         self._padded_piece = -(-(rows // pieces) // multiple) * multiple
         self._can_pack = multiple > 1 and rows > 0
         self.weight = _parameter(pieces * self._padded_piece, columns, dtype=dtype, device=device)
+        for piece in self.weight.split(max(1, self._padded_piece)):
+            piece[rows // pieces :].zero_()
         self._packed: PackedWeight | None = None
 
-    def pack(self) -> None:
-        """Lay the weight out for this machine's kernels, in its own memory, if they have a layout of their own."""
-        if self._can_pack:
-            self._packed = PackedWeight(self.weight.detach(), self.rows)
+    def pack(self, quantization: str) -> None:
+        """Lay the loaded weight out for this machine's kernels, if they have a layout of their own: in its own memory,
+        or, quantized, in less. Raises ValueError if it cannot be quantized.
+        """
+        if not self._can_pack:
+            return
+        self._packed = PackedWeight(self.weight.detach(), self.rows, quantization)
+        if quantization != "none":
+            self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, columns) -> (T, rows)."""
@@ -93,10 +100,11 @@ class ColumnParallelLinear(Linear):
                 (part.total_rows, in_features),
                 (rows, slice(0, in_features)),
                 self.weight[place : place + count],
+                self,
             )
             if self.bias is not None:
                 bias = self.bias[first : first + count]
-                yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), bias)
+                yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), bias, self)
             first += count
 
     def place(self, row: int) -> int:
@@ -160,9 +168,10 @@ class RowParallelLinear(Linear):
             (self.rows, self.total_columns),
             (slice(0, self.rows), slice(self.columns.start, self.columns.stop)),
             self.weight[: self.rows],
+            self,
         )
         if self.bias is not None:
-            yield WeightSlice(f"{prefix}{self.name}.bias", (self.rows,), (slice(0, self.rows),), self.bias)
+            yield WeightSlice(f"{prefix}{self.name}.bias", (self.rows,), (slice(0, self.rows),), self.bias, self)
 
 
 class LogitsLinear(ColumnParallelLinear):
@@ -170,6 +179,10 @@ class LogitsLinear(ColumnParallelLinear):
 
     def __init__(self, in_features: int, vocab: Part, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
+
+    def pack(self, quantization: str) -> None:
+        """As Linear.pack, but never below 8 bits of weight and 16 of x: the head decides between tokens."""
+        super().pack(head_quantization(quantization))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in_features) -> float32 (T, rows)."""

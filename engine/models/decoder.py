@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ...kernels.attention import AttentionBackend, HeadNorms
-from ...kernels.norm import rms_norm
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
@@ -152,6 +151,7 @@ class CausalLM(nn.Module):
             spec.vocab_size,
             spec.hidden_size,
             collectives=build.collectives,
+            tied=spec.tied_embeddings,
             **build.placement,
         )
         self.layers = nn.ModuleList(DecoderLayer(build) for _ in range(spec.num_layers))
@@ -182,14 +182,6 @@ class CausalLM(nn.Module):
         """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
         logits: torch.Tensor = self.embedding.logits(hidden) if self.head is None else self.head(hidden)
         return logits
-
-    def pack(self) -> None:
-        """Once the weights are loaded: lay them out for this machine's kernels, each in its own memory."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-        if self.head is None:
-            self.embedding.pack()
 
     def weight_slices(self) -> Iterator[WeightSlice]:
         """Everything this rank reads from a checkpoint, in the order of the forward pass."""

@@ -5,19 +5,17 @@ The extension is optional. Where it was not built, torch's operations serve inst
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
 import torch
 
 try:
-    from . import _native as _module
-except ImportError as error:
-    native: Any = None
-    _reason = str(error)
-else:
-    native = _module
+    native: Any = importlib.import_module("._native", __package__)
     _reason = ""
+except ImportError as error:
+    native, _reason = None, str(error)
 
 __all__ = ["DTYPES", "native", "set_threads", "usable", "warn_if_missing"]
 

@@ -8,6 +8,8 @@ constexpr int kMaxRows = PHALANX_ISA_ROWS;
 
 #include "vectors.h"
 #include "multiply.h"
+#include "quantized.h"
+#include "linear.h"
 #include "attend.h"
 #include "rows.h"
 
@@ -16,11 +18,28 @@ INLINE void by_type(DType dtype, F&& f) {
     dtype == DType::kFloat32 ? f(float{}) : f(bf16{});
 }
 
-void pack_x(const Linear& job, int block, uint32_t* to, float*) {
-    by_type(job.dtype, [&](auto t) { pack_rows<decltype(t)>(job, block, to); });
+void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
+    by_type(job.dtype, [&](auto t) {
+        using T = decltype(t);
+        switch (job.kind) {
+            case WeightKind::kW8A8: return pack_numbers<T, uint8_t, 127, 128>(job, block, to, scales);
+            case WeightKind::kInt8: return pack_numbers<T, int16_t, 32767, 0>(job, block, to, scales);
+            default: return pack_rows<T>(job, block, to);
+        }
+    });
 }
 void linear(const Linear& job, int task) {
-    by_type(job.dtype, [&](auto t) { linear_task<decltype(t)>(job, task); });
+    by_type(job.dtype, [&](auto t) {
+        using T = decltype(t);
+        switch (job.kind) {
+            case WeightKind::kW8A8: return linear_task_of_numbers<T, Bytes>(job, task);
+            case WeightKind::kInt8: return linear_task_of_numbers<T, Shorts>(job, task);
+            case WeightKind::kInt4:
+                if (job.m <= kFewRows) return linear_task_of_nibbles(job, task);
+                [[fallthrough]];
+            default: return linear_task<T>(job, task);
+        }
+    });
 }
 void attention(const Attention& job, int task) {
     by_type(job.dtype, [&](auto t) { attention_task<decltype(t)>(job, task); });
@@ -45,8 +64,9 @@ const Kernels PHALANX_ISA_TABLE = {
     PHALANX_ISA_NAME::pack_x,         PHALANX_ISA_NAME::linear,
     PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,
     PHALANX_ISA_NAME::norm,           PHALANX_ISA_NAME::rope,
-    PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::sum_all,
-    PHALANX_ISA_NAME::multiply_adds,
+    PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::block_maxima,
+    PHALANX_ISA_NAME::sum_all,
+    PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::choose_scale,
 };
 
 }  // namespace phalanx

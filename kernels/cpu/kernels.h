@@ -36,16 +36,18 @@ struct Linear {
     const void* x;        // (m, k) of dtype, rows ldx elements apart
     int64_t ldx;
     int m, k, n;          // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
-    int words;            // of k
+    int words;            // of k in packed x
+    int words_per_stored; // words of x for a word of the weight: 4 for kInt4, else 1
     const void* weight;   // panels
-    const float* scales;  // quantized: kInt8, kW8A8 (n,), kInt4 (panels, k / group, 16)
-    int group;            // kInt4: elements of k that share a scale
+    const float* scales;  // kInt8, kW8A8: (padded n,); kInt4: (panels, groups, 16)
+    const float* sums;    // kInt8, kW8A8: (padded n,) of the weight's numbers along k
+    int groups;           // kInt4: of word_block words each
     const void* bias;     // (n,) of dtype, or null
     void* out;
     int64_t ldo;
     // The plan of its tasks, see linear_plan().
     const uint32_t* packed;  // x, packed: row blocks [k words][rows of the block]
-    const float* x_scales;   // kW8A8: (m,)
+    const float* x_scales;   // kInt8, kW8A8: (m,)
     int row_blocks, m_tiles, n_units, units_per_task, n_tasks;
     int word_block;          // words of k that are multiplied in one go
 };
@@ -106,8 +108,10 @@ struct Kernels {
     void (*norm)(const Norm&, int row);
     void (*rope)(const Rope&, int token);
     int64_t (*argmax)(const float* row, int64_t size, float* value);
+    void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
     float (*sum)(const float* from, int64_t size);
     float (*multiply_add)(int64_t steps);  // as many multiply-adds of registers: the arithmetic limit
+    float (*choose_scale)(const bf16* from, int64_t count, float limit, int steps);
 };
 
 // Rows m0..m1 of block `i` when m rows are cut into `blocks` even ones.

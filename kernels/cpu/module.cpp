@@ -17,11 +17,12 @@ T at(uintptr_t address) {
     return reinterpret_cast<T>(address);
 }
 
-void linear(uintptr_t x, int64_t ldx, int m, uintptr_t weight, int n, int k, uintptr_t bias, uintptr_t out,
-            int64_t ldo, int output, int dtype) {
+void linear(uintptr_t x, int64_t ldx, int m, uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, int group,
+            int n, int k, uintptr_t bias, uintptr_t out, int64_t ldo, int output, int dtype) {
     py::gil_scoped_release release;
     Linear job{};
     job.dtype = static_cast<DType>(dtype);
+    job.kind = static_cast<WeightKind>(kind);
     job.output = static_cast<Output>(output);
     job.x = at(x);
     job.ldx = ldx;
@@ -29,7 +30,16 @@ void linear(uintptr_t x, int64_t ldx, int m, uintptr_t weight, int n, int k, uin
     job.k = k;
     job.n = n;
     job.words = job.dtype == DType::kFloat32 ? k : k / 2;
+    job.words_per_stored = job.kind == WeightKind::kInt4 ? 4 : 1;
+    if (job.kind == WeightKind::kInt8) job.words = k / 2;
+    if (job.kind == WeightKind::kW8A8) job.words = k / 4;
+    if (job.kind == WeightKind::kInt4) {
+        job.word_block = group / 2;
+        job.groups = (k + group - 1) / group;
+    }
     job.weight = at(weight);
+    job.scales = at<const float*>(scales);
+    job.sums = at<const float*>(sums);
     job.bias = at(bias);
     job.out = at<void*>(out);
     job.ldo = ldo;
@@ -89,9 +99,27 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
     });
+    m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, uintptr_t numbers,
+                              uintptr_t scales, uintptr_t sums) {
+        py::gil_scoped_release release;
+        quantize_int8(at(weight), n, k, together, at<void*>(numbers), at<float*>(scales), at<float*>(sums));
+    });
+    m.def("quantize_int4", [](uintptr_t weight, int64_t n, int64_t k, int64_t group, uintptr_t numbers, uintptr_t scales) {
+        py::gil_scoped_release release;
+        quantize_int4(at(weight), n, k, group, at<void*>(numbers), at<float*>(scales));
+    });
+    m.def("look_up_int8", [](uintptr_t numbers, uintptr_t scales, int64_t n, int64_t k, int together,
+                             uintptr_t rows, int64_t count, uintptr_t out) {
+        py::gil_scoped_release release;
+        look_up_int8(at(numbers), at<const float*>(scales), n, k, together, at<const int64_t*>(rows), count, at<void*>(out));
+    });
     m.def("argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t values, uintptr_t places) {
         py::gil_scoped_release release;
         run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(places));
+    });
+    m.def("block_maxima", [](uintptr_t rows, int64_t count, int64_t size, int64_t block, uintptr_t out) {
+        py::gil_scoped_release release;
+        run_block_maxima(at<const float*>(rows), count, size, block, at<float*>(out));
     });
     m.def("set_threads", [](int count) {
         py::gil_scoped_release release;

@@ -1,10 +1,11 @@
 // The micro-kernel, and linear layers made of it. Included inside an instruction set's namespace.
 
 // C (R rows, 32 columns) = or += A B (summed up by itself first: a sum of sums is more precise than one long sum), for R rows of A and two panels of B of `words` each. A's words stand row_stride
-// apart in a row, step apart from one word to the next; C's rows ldc apart. While it multiplies it fetches `ahead`.
+// apart in a row, step apart from one word to the next; C's rows ldc apart. The sums are scaled by column where there are
+// scales. While it multiplies it fetches `ahead`.
 template <class T, int R, int Step, int RowStride>
 INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words, float* c,
-                          int64_t ldc, bool add, const char* ahead, int ahead_step) {
+                          int64_t ldc, bool add, const float* const* scales, const char* ahead, int ahead_step) {
     vf c0[R], c1[R];
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
     for (int64_t k = 0; k < words; ++k) {
@@ -20,6 +21,13 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
             c1[r] = multiply_add<T>(c1[r], x, w1);
         }
     }
+    if (scales) {
+        vf s0 = load(scales[0]), s1 = load(scales[1]);
+        for (int r = 0; r < R; ++r) {
+            c0[r] *= s0;
+            c1[r] *= s1;
+        }
+    }
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
         store(to, add ? load(to) + c0[r] : c0[r]);
@@ -29,11 +37,12 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
 
 template <class T, int R>
 __attribute__((noinline)) void multiply_packed(const uint32_t* a, const uint32_t* b0, const uint32_t* b1,
-                                               int64_t words, float* c, int64_t ldc, bool add, const char* ahead) {
+                                               int64_t words, float* c, int64_t ldc, bool add,
+                                               const float* const* scales, const char* ahead) {
     if (ahead) {
-        multiply_rows<T, R, R, 1>(a, b0, b1, words, c, ldc, add, ahead, 64);
+        multiply_rows<T, R, R, 1>(a, b0, b1, words, c, ldc, add, scales, ahead, 64);
     } else {
-        multiply_rows<T, R, R, 1>(a, b0, b1, words, c, ldc, add, ahead, 0);
+        multiply_rows<T, R, R, 1>(a, b0, b1, words, c, ldc, add, scales, ahead, 0);
     }
 }
 
@@ -48,7 +57,7 @@ INLINE void with_rows(int rows, F&& f) {
 
 template <class T>
 using Multiply = void (*)(const uint32_t*, const uint32_t*, const uint32_t*, int64_t, float*, int64_t, bool,
-                          const char*);
+                          const float* const*, const char*);
 
 template <class T, int... I>
 constexpr std::array<Multiply<T>, sizeof...(I)> multiply_table(std::integer_sequence<int, I...>) {
@@ -115,34 +124,22 @@ INLINE Panels panels_of(const Linear& job, int64_t unit) {
     return {2 * unit, 2 * unit + 1 > last ? last : 2 * unit + 1};
 }
 
-template <class T>
-void linear_task(const Linear& job, int task) {
-    int64_t n_task = task / job.m_tiles, m_tile = task % job.m_tiles;
-    int first_block = block_start(job.row_blocks, job.m_tiles, m_tile);
-    int last_block = block_start(job.row_blocks, job.m_tiles, m_tile + 1);
-    int64_t first_row = block_start(job.m, job.row_blocks, first_block);
-    int64_t rows = block_start(job.m, job.row_blocks, last_block) - first_row;
-    float* sums = static_cast<float*>(scratch(0, rows * 32 * sizeof(float)));
-    const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
-    int64_t panel_words = static_cast<int64_t>(job.words) * kPanel;
-    int64_t last_unit = std::min<int64_t>(job.n_units, (n_task + 1) * job.units_per_task);
-    for (int64_t unit = n_task * job.units_per_task; unit < last_unit; ++unit) {
-        Panels panels = panels_of(job, unit), next = panels_of(job, std::min<int64_t>(unit + 1, job.n_units - 1));
-        for (int64_t k = 0; k < job.words; k += job.word_block) {
-            int64_t words = std::min<int64_t>(job.word_block, job.words - k);
-            for (int block = first_block; block < last_block; ++block) {
-                int64_t row = block_start(job.m, job.row_blocks, block);
-                int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
-                // Each of the first two row blocks fetches one of the next unit's panels while it computes.
-                int64_t ahead = block == first_block ? next.first : next.second;
-                bool fetch = last_block - first_block > 1 && block < first_block + 2;
-                kMultiply<T>[block_rows - 1](
-                    job.packed + row * job.words + k * block_rows, weight + panels.first * panel_words + k * kPanel,
-                    weight + panels.second * panel_words + k * kPanel, words, sums + (row - first_row) * 32, 32, k > 0,
-                    fetch ? reinterpret_cast<const char*>(weight + ahead * panel_words + k * kPanel) : nullptr);
-            }
-        }
-        for (int64_t r = 0; r < rows; ++r)
-            finish_row<T>(job, first_row + r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
-    }
+// What one task of a linear layer computes.
+struct Tile {
+    int first_block, last_block;    // of x's rows
+    int64_t first_row, rows;
+    int64_t first_unit, last_unit;  // of the columns
+};
+
+INLINE Tile tile_of(const Linear& job, int task) {
+    Tile t;
+    int64_t column = task / job.m_tiles, row = task % job.m_tiles;
+    t.first_block = block_start(job.row_blocks, job.m_tiles, row);
+    t.last_block = block_start(job.row_blocks, job.m_tiles, row + 1);
+    t.first_row = block_start(job.m, job.row_blocks, t.first_block);
+    t.rows = block_start(job.m, job.row_blocks, t.last_block) - t.first_row;
+    t.first_unit = column * job.units_per_task;
+    t.last_unit = std::min<int64_t>(job.n_units, t.first_unit + job.units_per_task);
+    return t;
 }
+

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string_view>
@@ -40,25 +42,29 @@ void run_chunk(Linear& job, int rows_each) {
     const Kernels& k = kernels();
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
     job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kTileRows));
-    int passes = static_cast<int>(ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock));
-    job.word_block = static_cast<int>(ceil_div(job.words, passes));
+    if (job.kind != WeightKind::kInt4) {
+        int64_t passes = ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock);
+        job.word_block = static_cast<int>(ceil_div(job.words, passes));
+    }
     int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
     job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
     int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
     job.units_per_task = static_cast<int>(std::max<int64_t>(1, job.n_units / wanted));
     job.n_tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
 
-    if (job.m == 1 && job.kind == WeightKind::kPlain) {
+    if (job.m == 1 && (job.kind == WeightKind::kPlain || job.kind == WeightKind::kInt4)) {
         job.packed = static_cast<const uint32_t*>(job.x);
     } else {
         auto* packed = static_cast<uint32_t*>(scratch(3, static_cast<int64_t>(job.m) * job.words * 4));
-        auto pack = [&](int block) { k.pack_x(job, block, packed, nullptr); };
+        auto* scales = static_cast<float*>(scratch(7, job.m * sizeof(float)));
+        auto pack = [&](int block) { k.pack_x(job, block, packed, scales); };
         if (static_cast<int64_t>(job.m) * job.words < 16384) {
             for (int block = 0; block < job.row_blocks; ++block) pack(block);
         } else {
             parallel(job.row_blocks, pack);
         }
         job.packed = packed;
+        job.x_scales = scales;
     }
     auto body = [&](int task) { k.linear(job, task); };
     parallel(job.n_tasks, body);
@@ -118,6 +124,85 @@ void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
         }
     };
     parallel(static_cast<int>(n / kPanel), body);
+}
+
+namespace {
+
+float float_of(const uint16_t* bits) {
+    uint32_t word = static_cast<uint32_t>(*bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+float round_between(float least, float value, float most) {
+    float rounded = value + 12582912.0f - 12582912.0f;  // 1.5 * 2^23: the sum has no digits behind the point
+    return std::min(most, std::max(least, rounded));
+}
+
+}  // namespace
+
+void quantize_int8(const void* weight, int64_t n, int64_t k, int together, void* numbers, float* scales, float* sums) {
+    const auto* rows = static_cast<const uint16_t*>(weight);
+    auto* to = static_cast<int8_t*>(numbers);
+    auto body = [&](int row) {
+        const uint16_t* from = rows + row * k;
+        const float scale = scales[row] = kernels().choose_scale(reinterpret_cast<const bf16*>(from), k, 127, 1);
+        const float inverse = 1.0f / scale;
+        float sum = 0;
+        int8_t* panel = to + row / kPanel * k * kPanel;
+        for (int64_t i = 0; i < k; ++i) {
+            float number = round_between(-127, float_of(from + i) * inverse, 127);
+            sum += number;
+            panel[(i / together * kPanel + row % kPanel) * together + i % together] = static_cast<int8_t>(number);
+        }
+        sums[row] = sum;
+    };
+    parallel(static_cast<int>(n), body);
+}
+
+void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales) {
+    const auto* rows = static_cast<const uint16_t*>(weight);
+    auto* to = static_cast<uint32_t*>(numbers);
+    int64_t groups = ceil_div(k, group);
+    auto body = [&](int row) {
+        const uint16_t* from = rows + row * k;
+        uint32_t* panel = to + row / kPanel * k / 8 * kPanel;
+        for (int64_t g = 0; g < groups; ++g) {
+            int64_t first = g * group, last = std::min(k, first + group);
+            const float scale = kernels().choose_scale(reinterpret_cast<const bf16*>(from + first), last - first, 7, 16);
+            const float inverse = 1.0f / scale;
+            scales[(row / kPanel * groups + g) * kPanel + row % kPanel] = scale;
+            for (int64_t i = first; i < last; i += 8) {
+                uint32_t word = 0;
+                for (int64_t j = 0; j < 8; ++j) {
+                    float number = round_between(-8, float_of(from + i + j) * inverse, 7);
+                    word |= static_cast<uint32_t>(static_cast<int>(number) + 8) << (4 * (j / 2) + 16 * (j % 2));
+                }
+                panel[i / 8 * kPanel + row % kPanel] = word;
+            }
+        }
+    };
+    parallel(static_cast<int>(n), body);
+}
+
+void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, const int64_t* rows,
+                  int64_t count, void* out) {
+    const auto* from = static_cast<const int8_t*>(numbers);
+    auto* to = static_cast<uint16_t*>(out);
+    auto body = [&](int i) {
+        int64_t row = rows[i];
+        bool there = row >= 0 && row < n;
+        const int8_t* panel = there ? from + row / kPanel * k * kPanel : nullptr;
+        for (int64_t j = 0; j < k; ++j) {
+            int64_t place = (j / together * kPanel + row % kPanel) * together + j % together;
+            float value = there ? panel[place] * scales[row] : 0.0f;
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            to[i * k + j] = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    };
+    parallel(static_cast<int>(count), body);
 }
 
 void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out) {
@@ -202,6 +287,13 @@ void run_rope(const Rope& job) {
 void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places) {
     const Kernels& k = kernels();
     run_rows(static_cast<int>(count), size, [&](int row) { places[row] = k.argmax(rows + row * size, size, values + row); });
+}
+
+void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out) {
+    const Kernels& k = kernels();
+    const int64_t blocks = ceil_div(size, block);
+    run_rows(static_cast<int>(count), size,
+             [&](int row) { k.block_maxima(rows + row * size, size, block, out + row * blocks); });
 }
 
 double read_rate(int64_t bytes, int repeats) {

@@ -17,6 +17,15 @@ void run_linear(Linear job);
 // Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels.
 void pack_weight(DType dtype, void* weight, int64_t n, int64_t k);
 
+// A bfloat16 weight of n rows, a multiple of 16, to panels of 8 bits, `together` (2 or 4) numbers of a row side by
+// side, with a scale and the sum of the numbers for each row; k is a multiple of 4. And to panels of 4 bits, with a scale for each `group` of k, a multiple of 8, as k is.
+void quantize_int8(const void* weight, int64_t n, int64_t k, int together, void* numbers, float* scales, float* sums);
+void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales);
+
+// As look_up(), to bfloat16.
+void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, const int64_t* rows,
+                  int64_t count, void* out);
+
 // Rows of a packed weight (row numbers below 0 or from n on are zero) to out (count, k).
 void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out);
 
@@ -31,6 +40,8 @@ void run_attention(Attention job, const AttentionPlan& plan);
 void run_norm(const Norm& job);
 void run_rope(const Rope& job);
 void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places);
+
+void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out);
 
 // Bytes a second of memory that is read once, by all threads; and multiply-adds a second of bfloat16, counted as two.
 double read_rate(int64_t bytes, int repeats);

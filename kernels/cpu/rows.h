@@ -108,6 +108,29 @@ inline int64_t largest(const float* row, int64_t size, float* value) {
     return i;
 }
 
+// The largest of each `block` of a row, a multiple of 16; NaN if there is one.
+inline void block_maxima(const float* row, int64_t size, int64_t block, float* out) {
+    for (int64_t first = 0; first < size; first += block, ++out) {
+        const int64_t last = std::min(size, first + block);
+        vf high = splat(-std::numeric_limits<float>::infinity());
+        vi odd{};
+        int64_t i = first;
+        for (; i + 16 <= last; i += 16) {
+            vf v = load(row + i);
+            odd |= v != v;
+            high = larger(high, v);
+        }
+        float most = max_of(high);
+        bool is_nan = false;
+        for (; i < last; ++i) {
+            is_nan |= row[i] != row[i];
+            most = row[i] > most ? row[i] : most;
+        }
+        for (int lane = 0; lane < 16; ++lane) is_nan |= odd[lane] != 0;
+        *out = is_nan ? std::numeric_limits<float>::quiet_NaN() : most;
+    }
+}
+
 inline float sum_all(const float* from, int64_t size) {
     vf sums[8] = {};
     int64_t i = 0;

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from phalanx.kernels import cpu
 from phalanx.kernels.attention import CpuAttention, HeadNorms, TorchAttention
+from phalanx.kernels.largest import block_maxima, largest
 from phalanx.kernels.linear import PackedWeight, row_multiple
 from phalanx.kernels.norm import rms_norm
 
@@ -162,13 +163,18 @@ def test_heads_are_normalised_rotated_and_stored_as_torch_does_it(
 
 @given(rows=st.integers(1, 20), size=st.integers(1, 300), seed=st.integers(0, 99), nan=st.booleans())
 @checked
-def test_argmax_is_torchs(instructions: str, rows: int, size: int, seed: int, nan: bool) -> None:
+def test_the_largest_of_rows_and_of_their_blocks_are_torchs(
+    instructions: str, rows: int, size: int, seed: int, nan: bool
+) -> None:
     x = _random(rows, size, dtype=torch.float32, seed=seed).mul(3).round()  # many ties: the first wins
     if nan:
         x[0, size // 2] = torch.nan
     x[-1] = -torch.inf
-    values, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    cpu.native.argmax(x.data_ptr(), rows, size, values.data_ptr(), places.data_ptr())
+    values, places = largest(x)
+    padded = torch.nn.functional.pad(x, (0, -size % 32), value=-torch.inf)
+    torch.testing.assert_close(
+        block_maxima(x, 32), padded.view(rows, -1, 32).amax(dim=2), equal_nan=True, rtol=0, atol=0
+    )
     for row in range(rows):
         first = int(x[row].isnan().nonzero()[0]) if x[row].isnan().any() else int((x[row] == x[row].max()).nonzero()[0])
         assert int(places[row]) == first
@@ -236,3 +242,58 @@ def test_missing_kernels_are_named_once(monkeypatch: pytest.MonkeyPatch, caplog:
     assert not cpu.usable(torch.device("cpu"), torch.bfloat16)
     assert row_multiple(64, torch.bfloat16, torch.device("cpu")) == 1
     cpu.set_threads(2)
+
+
+@given(
+    rows=st.one_of(st.integers(1, 30), st.just(110)), n=st.integers(1, 70), k=st.integers(1, 180),
+    kind=st.sampled_from(["int8", "w8a8", "int4"]), bias=st.booleans(), threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@checked
+def test_a_quantized_weight_is_near_the_plain_one_and_multiplies_as_what_it_became(
+    instructions: str, rows: int, n: int, k: int, kind: str, bias: bool, threads: int, seed: int
+) -> None:
+    cpu.set_threads(threads)
+    k *= 8
+    weight, x = _random(n, k, dtype=torch.bfloat16, seed=seed), _random(rows, k, dtype=torch.bfloat16, seed=seed + 1)
+    b = _random(n, dtype=torch.bfloat16, seed=seed + 2) if bias else None
+    padded = _padded(weight)
+    padded[n:] = 0
+    packed = PackedWeight(padded, n, kind)
+    assert torch.equal(padded[:n], weight)
+    became = packed.linear_float(torch.eye(k, dtype=torch.bfloat16)).T.double()
+    if kind == "int4":
+        step = weight.double().abs().amax() / 7
+        assert (became - weight.double()).abs().mean() <= 0.15 * weight.double().abs().mean()
+    else:
+        step = weight.double().abs().amax(dim=1, keepdim=True) / 127
+    assert ((became - weight.double()).abs() <= (0.501 if kind != "int4" else 4) * step).all()
+    product = x.double() @ became.T
+    # x keeps 16 bits, 8 in w8a8; its largest element sets the step.
+    loss = {"int8": 1e-3, "w8a8": 2e-2, "int4": 1e-5}[kind]
+    size = float((x.double().norm(dim=1).max() * became.norm(dim=1).max()))
+    assert (packed.linear_float(x).double() - product).abs().max() <= loss * size
+    total = torch.ones(rows, n)
+    packed.add_to(total, x, b)
+    expected = 1 + product + (0 if b is None else b.double())
+    assert (total.double() - expected).abs().max() <= loss * size + 1e-5
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_rows_are_looked_up_in_a_weight_of_8_bits(instructions: str, kind: str) -> None:
+    weight = _random(40, 24, dtype=torch.bfloat16, seed=3)
+    padded = _padded(weight)
+    padded[40:] = 0
+    found = PackedWeight(padded, 40, kind).look_up(torch.tensor([39, -1, 0, 40, 7]))
+    step = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    assert not found[[1, 3]].any()
+    places = [39, 0, 7]
+    assert ((found[[0, 2, 4]].float() - weight[places].float()).abs() <= 0.5 * step[places] + 0.02).all()
+
+
+def test_what_cannot_be_quantized_is_refused_with_the_setting() -> None:
+    for weight, kind in ((torch.ones(16, 6, dtype=torch.bfloat16), "int8"), (torch.ones(16, 8), "int4")):
+        with pytest.raises(ValueError, match=rf"quantization={kind} needs bfloat16.*quantization=none"):
+            PackedWeight(weight, 16, kind)
+    with pytest.raises(ValueError, match="4 bits"):
+        PackedWeight(torch.ones(16, 8, dtype=torch.bfloat16), 16, "int4").look_up(torch.tensor([0]))

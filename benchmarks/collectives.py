@@ -1,0 +1,169 @@
+"""How long an all-reduce between processes of one host takes, as called from Python: shared memory against a peer.
+
+    python benchmarks/collectives.py ranks=2 sizes=2048,8192,65536,1048576 peer=gloo
+
+The ranks are processes of their own, each with one thread. For every size they measure both in alternation, batch by
+batch: some calls that do not count, a barrier, and calls whose time is divided by their number. The figures are medians
+over the batches, of the slowest rank; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import statistics
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("bfloat16", "float32", "float16")
+TIMEOUT_S = 120.0
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    ranks: int = 2
+    sizes: str = "2048,8192,65536,1048576"  # bytes of a message, by commas
+    peer: str = "gloo"
+    dtype: str = "bfloat16"
+    repeats: int = 11  # batches of each, in alternation
+    batch_s: float = 0.05  # how long a batch should last
+    pin: bool = False  # rank r to core r, where there are enough
+    out: str | None = None  # a file for the JSON line
+
+
+def measure_rank(rank: int, options: Options, sizes: list[int], store: str) -> dict[str, dict[str, list[float]]]:
+    """Microseconds a call, by size, for each of the two: one figure a batch."""
+    import torch
+    import torch.distributed as dist
+    from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
+    from phalanx.parallel.collectives.shared_memory import SharedMemoryCollectives
+
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    if options.pin and len(cores) >= options.ranks:
+        os.sched_setaffinity(0, {cores[rank]})
+    dist.init_process_group(options.peer, init_method=f"file://{store}", rank=rank, world_size=options.ranks)
+    world = dist.group.WORLD
+    assert world is not None
+    peer = ProcessGroupCollectives(world, torch.device("cpu"))
+    shared = SharedMemoryCollectives.connect(peer, TIMEOUT_S)
+    results: dict[str, dict[str, list[float]]] = {}
+    for size in sizes:
+        x = torch.zeros(size, dtype=torch.uint8).view(getattr(torch, options.dtype))
+
+        def batch(collectives: Any, calls: int, x: torch.Tensor = x) -> float:
+            for _ in range(calls // 2):
+                collectives.all_reduce(x)
+            shared.barrier()
+            started = time.perf_counter()
+            for _ in range(calls):
+                collectives.all_reduce(x)
+            return (time.perf_counter() - started) / calls * 1e6
+
+        both = {"shared_memory": shared, options.peer: peer}
+        # All ranks must do the same number of calls, so rank 0's guess holds for all.
+        guesses = torch.tensor([batch(collectives, 20) for collectives in both.values()])
+        calls = [max(5, int(options.batch_s * 1e6 / guess)) for guess in shared.broadcast(guesses).tolist()]
+        times: dict[str, list[float]] = {name: [] for name in both}
+        for _ in range(options.repeats):
+            for (name, collectives), count in zip(both.items(), calls, strict=True):
+                times[name].append(batch(collectives, count))
+        results[str(size)] = times
+    shared.close()
+    dist.destroy_process_group()
+    return results
+
+
+def enter(rank: int, options: Options, sizes: list[int], store: str, results: Any) -> None:
+    """A rank's process."""
+    try:
+        results.put((rank, measure_rank(rank, options, sizes, store), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def run_ranks(options: Options, sizes: list[int], store: str) -> list[dict[str, dict[str, list[float]]]]:
+    """Every rank's figures. Raises ConfigError if a rank fails."""
+    from phalanx.engine.errors import ConfigError
+
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    processes = [
+        context.Process(target=enter, args=(rank, options, sizes, store, results), daemon=True)
+        for rank in range(options.ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = {}
+    try:
+        for _ in processes:
+            rank, figures, failure = results.get(timeout=10 * TIMEOUT_S)
+            if failure is not None:
+                raise ConfigError(f"rank {rank} of {options.ranks} failed:\n{failure}")
+            found[rank] = figures
+        for process in processes:
+            process.join()
+    except queue.Empty:
+        raise ConfigError(f"the ranks did not finish in {10 * TIMEOUT_S:.0f} s") from None
+    finally:
+        for process in processes:
+            process.kill()
+    return [found[rank] for rank in range(options.ranks)]
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run, and say how it goes."""
+    import tempfile
+
+    sizes = check(options)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(options, sizes, str(Path(folder) / "store"))
+    print(f"{'bytes':>9} {'shared memory':>14} {options.peer:>12} {'ratio':>7}   us a call, median of the slowest rank")
+    rows = []
+    for size in sizes:
+        medians = {
+            name: max(statistics.median(figures[str(size)][name]) for figures in ranks)
+            for name in ("shared_memory", options.peer)
+        }
+        ours, theirs = medians["shared_memory"], medians[options.peer]
+        best = {f"{name}_best_us": round(min(min(f[str(size)][name]) for f in ranks), 2) for name in medians}
+        times = {f"{name}_us": round(value, 2) for name, value in medians.items()}
+        rows.append({"bytes": size, **times, **best, "ratio": round(theirs / ours, 1)})
+        print(f"{size:>9} {ours:>14.2f} {theirs:>12.2f} {theirs / ours:>7.1f}", flush=True)
+    return {"benchmark": "collectives", "all_reduce": rows}
+
+
+def check(options: Options) -> list[int]:
+    """The sizes, if all options can be used. Raises ConfigError."""
+    from phalanx.engine.errors import ConfigError
+    from phalanx.parallel.collectives.shared_memory import unavailable
+
+    if (reason := unavailable()) is not None:
+        raise ConfigError(f"no shared memory here: {reason}")
+    if options.ranks < 2:
+        raise ConfigError(f"ranks={options.ranks} must be at least 2")
+    if options.repeats < 1:
+        raise ConfigError(f"repeats={options.repeats} must be at least 1")
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"dtype={options.dtype!r} must be one of {', '.join(DTYPES)}")
+    if options.peer != "gloo":
+        raise ConfigError(f"peer={options.peer!r} must be gloo, torch.distributed's backend for tensors on a CPU")
+    try:
+        sizes = [int(size) for size in options.sizes.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or any(size < 4 or size % 4 for size in sizes):
+        raise ConfigError(f"sizes={options.sizes!r} must be multiples of 4 bytes, by commas")
+    return sizes
+
+
+if __name__ == "__main__":
+    from phalanx.benchmarks.common import run
+
+    run(Options, measure)

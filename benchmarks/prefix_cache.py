@@ -1,0 +1,150 @@
+"""What the prefix cache costs where nothing is shared, and what it saves where a prompt's beginning is.
+
+    python benchmarks/prefix_cache.py random=qwen2_5_0_5b prompt_tokens=1024 shared=0.9
+
+Two engines, one with the cache and one without, take turns on the same prompts. Wanted: at most 1 % slower without any
+hits, and a TTFT at least 8 times lower on prompts of 1,024 tokens of which 90 % are shared. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx import LLM, SamplingParams
+from phalanx.benchmarks.common import model_folder, random_prompts, run
+from phalanx.engine.errors import ConfigError
+from phalanx.engine.models.spec import read_config
+
+NAMES = ("cache", "no_cache")
+
+
+@dataclass
+class Options:
+    """What to run. The cost is of `requests` prompts of `cost_prompt_tokens`, at once; the saving of one prompt."""
+
+    model: str | None = None  # a folder; without one the random checkpoint of `random`
+    random: str = "qwen2_5_0_5b"  # a preset of configs/models
+    prompt_tokens: int = 1024
+    shared: float = 0.9  # of the prompt
+    requests: int = 16
+    cost_prompt_tokens: int = 128
+    cost_new_tokens: int = 32
+    repeats: int = 7
+    ranks: int = 1
+    dtype: str = "bfloat16"
+    threads: int = 0
+    out: str | None = None  # a file for the JSON line
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        for name in ("prompt_tokens", "requests", "cost_prompt_tokens", "cost_new_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.shared < 1:
+            raise ConfigError(f"shared={self.shared} must be between 0 and 1")
+
+
+Engines = dict[str, LLM]
+Prompts = list[list[int]]
+
+
+def open_engines(options: Options, folder: Path, stack: ExitStack) -> Engines:
+    """The two engines, alike but for the cache; each holds the prompts of the whole run."""
+    longest = max(options.prompt_tokens + 1, options.cost_prompt_tokens + options.cost_new_tokens)
+    fields: dict[str, Any] = {
+        "ranks": options.ranks,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "tokenizer": "none",
+        "max_model_len": longest,
+        "max_num_batched_tokens": 1024,
+    }
+    return {name: stack.enter_context(LLM(str(folder), prefix_cache=name == "cache", **fields)) for name in NAMES}
+
+
+def seconds_of(llm: LLM, prompts: Prompts, new_tokens: int) -> float:
+    """Until all prompts are answered."""
+    started = time.monotonic()
+    llm.generate(list(prompts), SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True))
+    return time.monotonic() - started
+
+
+def alternate(
+    engines: Engines, repeats: int, prompts: Callable[[int], Prompts], new_tokens: int, before: Callable[[int], Prompts]
+) -> dict[str, list[float]]:
+    """Seconds of every round by each engine, which begin in turn. What `before` gives is answered first, unmeasured."""
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    for number in range(repeats + 1):
+        for name in NAMES if number % 2 else reversed(NAMES):
+            if first := before(number):
+                seconds_of(engines[name], first, 1)
+            taken = seconds_of(engines[name], prompts(number), new_tokens)
+            if number:  # the first round pays for set-up
+                seconds[name].append(taken)
+    return seconds
+
+
+def hit_prompts(options: Options, vocab_size: int, number: int) -> tuple[Prompts, Prompts]:
+    """Of a round: the prompt whose beginning the cache has to know, and the one that shares it."""
+    [whole, other] = random_prompts(2, options.prompt_tokens, vocab_size, seed=1000 + number)
+    shared = int(options.prompt_tokens * options.shared)
+    return [whole], [whole[:shared] + other[shared:]]
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """Median of the ratios of the rounds: what disturbs the machine for long disturbs both of a round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run, and say how it goes."""
+    options.check()
+    folder = model_folder(options.model, options.random)
+    vocab_size = int(read_config(folder)["vocab_size"])
+    with ExitStack() as stack:
+        engines = open_engines(options, folder, stack)
+        cost = alternate(
+            engines,
+            options.repeats,
+            lambda number: random_prompts(options.requests, options.cost_prompt_tokens, vocab_size, seed=number),
+            options.cost_new_tokens,
+            lambda _: [],
+        )
+        hits_without_sharing = engines["cache"].status().prefix_hits
+        saving = alternate(
+            engines,
+            options.repeats,
+            lambda number: hit_prompts(options, vocab_size, number)[1],
+            1,
+            lambda number: hit_prompts(options, vocab_size, number)[0],
+        )
+        hits = engines["cache"].status().prefix_hits - hits_without_sharing
+    slower = median_ratio(cost["cache"], cost["no_cache"])
+    faster = median_ratio(saving["no_cache"], saving["cache"])
+    print(f"without hits: {slower:.4f} times the seconds (wanted: at most 1.01)")
+    print(f"{options.shared:.0%} shared: TTFT {faster:.2f} times lower (wanted: at least 8)", flush=True)
+    return {
+        "benchmark": "prefix_cache",
+        "seconds_ratio_without_hits": round(slower, 4),
+        "ttft_times_lower": round(faster, 2),
+        "ttft_s": {name: round(statistics.median(values), 4) for name, values in saving.items()},
+        "seconds_without_hits": {name: round(statistics.median(values), 4) for name, values in cost.items()},
+        "runs_seconds_without_hits": _rounded(cost),
+        "runs_ttft_s": _rounded(saving),
+        "hit_tokens_without_sharing": hits_without_sharing,
+        "hit_tokens_of_each_prompt": round(hits / (options.repeats + 1), 1),
+    }
+
+
+def _rounded(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 4) for value in values] for name, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    run(Options, measure)

@@ -1,0 +1,99 @@
+// A linear layer's tasks. Included inside an instruction set's namespace.
+
+constexpr int kFewRows = kMaxRows < 4 ? kMaxRows : 4;
+
+// From a unit's panels to those of the next.
+INLINE int64_t panels_step(const Linear& job) { return job.output == Output::kSiluMul ? 1 : 2; }
+
+inline void linear_task_of_nibbles(const Linear& job, int task) {
+    const Tile tile = tile_of(job, task);
+    const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / job.words_per_stored;
+    const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
+    float sums[kFewRows * 32];
+    for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
+        const Panels panels = panels_of(job, unit);
+        with_rows<kFewRows>(job.m, [&](auto R) {
+            multiply_nibbles<R>(job, job.packed, weight + panels.first * panel_words, weight + panels.second * panel_words,
+                                scales_of(job, panels.first, 0), scales_of(job, panels.second, 0),
+                                (panels.first == panels.second ? 0 : panels_step(job)) * panel_words, sums);
+        });
+        for (int r = 0; r < job.m; ++r) finish_row<bf16>(job, r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
+    }
+}
+
+template <class T>
+void linear_task(const Linear& job, int task) {
+    const Tile tile = tile_of(job, task);
+    const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / job.words_per_stored;
+    float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
+    const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
+    const bool plain = job.kind == WeightKind::kPlain;
+    uint32_t* decoded = plain ? nullptr : static_cast<uint32_t*>(scratch(6, 2 * 64 * job.word_block));
+    for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
+        const Panels panels = panels_of(job, unit);
+        const Panels next = panels_of(job, std::min<int64_t>(unit + 1, job.n_units - 1));
+        for (int64_t k = 0; k < job.words; k += job.word_block) {
+            const int64_t words = std::min<int64_t>(job.word_block, job.words - k), at = k * kPanel / job.words_per_stored;
+            const uint32_t* b0 = weight + panels.first * panel_words + at;
+            const uint32_t* b1 = weight + panels.second * panel_words + at;
+            const float* scales[2];
+            if (!plain) {
+                scales[0] = scales_of(job, panels.first, k);
+                scales[1] = scales_of(job, panels.second, k);
+                decode(b0, words, (next.first - panels.first) * panel_words, decoded);
+                decode(b1, words, (next.second - panels.second) * panel_words, decoded + words * kPanel);
+                b0 = decoded;
+                b1 = decoded + words * kPanel;
+            }
+            for (int block = tile.first_block; block < tile.last_block; ++block) {
+                const int64_t row = block_start(job.m, job.row_blocks, block);
+                const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
+                // Each of the first two row blocks fetches one of the next unit's panels while it computes.
+                const int64_t ahead = block == tile.first_block ? next.first : next.second;
+                const bool fetch = plain && tile.last_block - tile.first_block > 1 && block < tile.first_block + 2;
+                kMultiply<T>[block_rows - 1](
+                    job.packed + row * job.words + k * block_rows, b0, b1, words, sums + (row - tile.first_row) * 32, 32,
+                    k > 0, plain ? nullptr : scales,
+                    fetch ? reinterpret_cast<const char*>(weight + ahead * panel_words + at) : nullptr);
+            }
+        }
+        for (int64_t r = 0; r < tile.rows; ++r)
+            finish_row<T>(job, tile.first_row + r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
+    }
+}
+
+// The same of numbers: N says how many of x and of the weight are multiplied in a word.
+template <class T, class N>
+void linear_task_of_numbers(const Linear& job, int task) {
+    const Tile tile = tile_of(job, task);
+    const int64_t panel_bytes = static_cast<int64_t>(job.words) * N::kWeightBytes;
+    const char* weight = static_cast<const char*>(job.weight);
+    float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
+    const int64_t passes = (job.words + N::kWords - 1) / N::kWords;
+    for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
+        const Panels panels = panels_of(job, unit);
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            const int64_t k = block_start(job.words, passes, pass), words = block_start(job.words, passes, pass + 1) - k;
+            const char* b0 = weight + panels.first * panel_bytes + k * N::kWeightBytes;
+            const char* b1 = weight + panels.second * panel_bytes + k * N::kWeightBytes;
+            for (int block = tile.first_block; block < tile.last_block; ++block) {
+                const int64_t row = block_start(job.m, job.row_blocks, block);
+                const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
+                with_rows(block_rows, [&](auto R) {
+                    multiply_numbers<N, R>(job.packed + row * job.words + k * R, b0, b1, words,
+                                           sums + (row - tile.first_row) * 32, pass > 0);
+                });
+            }
+        }
+        const vf s0 = load(job.scales + panels.first * kPanel), s1 = load(job.scales + panels.second * kPanel);
+        // What x's offset added to a column's sum is 128 times the sum of its weights.
+        const float offset = job.kind == WeightKind::kW8A8 ? 128.0f : 0.0f;
+        const vf o0 = load(job.sums + panels.first * kPanel) * offset, o1 = load(job.sums + panels.second * kPanel) * offset;
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const int64_t row = tile.first_row + r;
+            const float scale = job.x_scales[row];
+            finish_row<T>(job, row, unit, (load(sums + r * 32) - o0) * s0 * scale,
+                          (load(sums + r * 32 + 16) - o1) * s1 * scale);
+        }
+    }
+}

@@ -1,0 +1,213 @@
+// Weights of 8 and 4 bits. Included inside an instruction set's namespace.
+//
+// kInt4: a word of a panel holds 8 numbers n + 8 of one column; those of its low half belong to the first places of four
+// words of bfloat16, those of its high half to their second places. The numbers become bfloat16 exactly; the scale of a
+// group is applied to its sums, in float.
+// kInt8: two numbers of a column stand together, and are multiplied with x rounded to 16 bits, a scale for each row: finer
+// than bfloat16 where x is large, and far finer than the weight. The sums are integers, and exact.
+// kW8A8: four numbers of a column stand together, and x has 8 bits as well.
+
+INLINE vf to_floats(vi v) { return __builtin_convertvector(v, vf); }
+
+// Two words of bfloat16, of floats that are bfloat16 already.
+INLINE vu join(vf low, vf high) { return float_to_bits(low) >> 16 | (float_to_bits(high) & 0xffff0000u); }
+
+// The j-th of the four words of bfloat16 that a vector of words of 4-bit numbers stands for.
+struct Nibbles {
+#if PHALANX_ISA_AVX512
+    __m512i table;
+
+    INLINE Nibbles() {
+        alignas(64) uint16_t numbers[32];  // twice: the lookup takes five bits, of which only four are the number's
+        for (int i = 0; i < 32; ++i) {
+            float value = static_cast<float>(i % 16 - 8);
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            numbers[i] = static_cast<uint16_t>(bits >> 16);
+        }
+        table = _mm512_load_si512(numbers);
+    }
+
+    INLINE vu operator()(vu v, int j) const {
+        return reinterpret_cast<vu>(
+            _mm512_permutexvar_epi16(_mm512_srli_epi16(reinterpret_cast<__m512i>(v), 4 * j), table));
+    }
+#else
+    INLINE vu operator()(vu v, int j) const {
+        vi bits = reinterpret_cast<vi>(v >> (4 * j));
+        return join(to_floats((bits & 15) - 8), to_floats((bits >> 16 & 15) - 8));
+    }
+#endif
+};
+
+// Meanwhile it fetches what stands `ahead` words further on: a panel is too short for the processor to foresee the next.
+INLINE void decode(const uint32_t* from, int64_t words, int64_t ahead, uint32_t* to) {
+    const Nibbles nibbles;
+    for (int64_t k = 0; k < words; k += 4, from += 16, to += 64) {
+        __builtin_prefetch(from + ahead, 0, 2);
+        for (int j = 0; j < 4; ++j) *reinterpret_cast<vu_any*>(to + 16 * j) = nibbles(load(from), j);
+    }
+}
+
+// Of the 16 columns of a panel, for the words from k on.
+INLINE const float* scales_of(const Linear& job, int64_t panel, int64_t k) {
+    return job.scales + (panel * job.groups + k / job.word_block) * kPanel;
+}
+
+// As multiply_rows, of a whole row of panels of 4 bits: for few rows, which leave no time to store what is decoded.
+template <int R>
+INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_t* b0, const uint32_t* b1,
+                             const float* s0, const float* s1, int64_t ahead, float* c) {
+    const Nibbles nibbles;
+    vf t0[R], t1[R];
+    for (int r = 0; r < R; ++r) t0[r] = t1[r] = vf{};
+    for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
+        const int64_t last = std::min<int64_t>(job.words, first + job.word_block);
+        vf c0[R], c1[R];
+        for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
+        for (int64_t k = first; k < last; k += 4, b0 += kPanel, b1 += kPanel) {
+            const vu v0 = load(b0), v1 = load(b1);
+            __builtin_prefetch(b0 + ahead, 0, 2);
+            __builtin_prefetch(b1 + ahead, 0, 2);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                const vu w0 = nibbles(v0, j), w1 = nibbles(v1, j);
+                for (int r = 0; r < R; ++r) {
+                    const vu x = splat(a[(k + j) * R + r]);
+                    c0[r] = multiply_add<bf16>(c0[r], x, w0);
+                    c1[r] = multiply_add<bf16>(c1[r], x, w1);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            t0[r] += c0[r] * load(s0);
+            t1[r] += c1[r] * load(s1);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        store(c + r * 32, t0[r]);
+        store(c + r * 32 + 16, t1[r]);
+    }
+}
+
+// The scale of `count` numbers that are rounded to -limit - 1..limit: the largest one's, or of a few below that the one
+// with the least squared error, which few bits gain by.
+inline float choose_scale(const bf16* from, int64_t count, float limit, int steps) {
+    vf most{};
+    for (int64_t i = 0; i < count; i += 16) {
+        vf v = load_up_to(from + i, count - i);
+        most = larger(most, larger(v, -v));
+    }
+    const float first = max_of(most) / limit;
+    if (!(first > 0)) return 1.0f;
+    float best = first, least = std::numeric_limits<float>::infinity();
+    for (int step = 0; steps > 1 && step < steps; ++step) {
+        const float scale = first * (1.0f - 0.5f * step / steps), inverse = 1.0f / scale;
+        vf errors{};
+        for (int64_t i = 0; i < count; i += 16) {
+            vf v = load_up_to(from + i, count - i);
+            vf number = v * inverse + 12582912.0f - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest
+            number = number > limit ? splat(limit) : number < -limit - 1 ? splat(-limit - 1) : number;
+            vf error = v - number * scale;
+            errors += error * error;
+        }
+        if (float error = sum_of(errors); error < least) {
+            least = error;
+            best = scale;
+        }
+    }
+    return best;
+}
+
+// x as numbers of `Number` plus `Offset`, those of a word side by side; each row has a scale of its own.
+template <class T, class Number, int Most, int Offset>
+void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
+    constexpr int kNumbers = 4 / sizeof(Number);
+    int first = block_start(job.m, job.row_blocks, block), last = block_start(job.m, job.row_blocks, block + 1);
+    int rows = last - first;
+    Number* numbers = reinterpret_cast<Number*>(to + static_cast<int64_t>(first) * job.words);
+    for (int r = 0; r < rows; ++r) {
+        const T* x = static_cast<const T*>(job.x) + (first + r) * job.ldx;
+        vf most{};
+        for (int64_t k = 0; k < job.k; k += 16) {
+            vf v = load_up_to(x + k, job.k - k);
+            most = larger(most, larger(v, -v));
+        }
+        const float largest = max_of(most), scale = largest > 0 ? largest / Most : 1.0f, inverse = 1.0f / scale;
+        scales[first + r] = scale;
+        for (int64_t k = 0; k < job.k; k += 16) {
+            vf v = load_up_to(x + k, job.k - k) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest
+            alignas(64) int32_t lanes[16];
+            *reinterpret_cast<vi*>(lanes) = __builtin_convertvector(v - 12582912.0f, vi) + Offset;
+            for (int64_t i = 0; i < std::min<int64_t>(16, job.k - k); ++i)
+                numbers[((k + i) / kNumbers * rows + r) * kNumbers + (k + i) % kNumbers] = static_cast<Number>(lanes[i]);
+        }
+    }
+}
+
+// What is multiplied in one word: 16-bit numbers of x and 8-bit ones of a weight, two of each; or 8-bit ones, four.
+struct Shorts {
+    static constexpr int kWeightBytes = 32;  // for a word of 16 columns
+    // 512 products of 15 and 7 bits: their sum does not leave 32 bits.
+    static constexpr int64_t kWords = 256;
+
+    static INLINE vu load_weight(const char* from) {
+#if PHALANX_ISA_AVX512
+        return reinterpret_cast<vu>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#else
+        vh pairs = *reinterpret_cast<const vh_any*>(from);
+        vi both = reinterpret_cast<vi>(__builtin_convertvector(pairs, vu));
+        return reinterpret_cast<vu>((both << 24 >> 24) & 0xffff) | reinterpret_cast<vu>(both << 16 >> 24 << 16);
+#endif
+    }
+
+    static INLINE vi multiply_add(vi sum, vu x, vu w) {
+#if PHALANX_ISA_BF16
+        return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
+                                                        reinterpret_cast<__m512i>(w)));
+#else
+        vi a = reinterpret_cast<vi>(x), b = reinterpret_cast<vi>(w);
+        return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+    }
+};
+
+struct Bytes {
+    static constexpr int kWeightBytes = 64;
+    static constexpr int64_t kWords = 1 << 14;  // 65,536 products of 8 and 7 bits
+
+    static INLINE vu load_weight(const char* from) { return *reinterpret_cast<const vu_any*>(from); }
+
+    static INLINE vi multiply_add(vi sum, vu x, vu w) {
+#if PHALANX_ISA_BF16
+        return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
+                                                        reinterpret_cast<__m512i>(w)));
+#else
+        for (int shift = 0; shift < 32; shift += 8)
+            sum += reinterpret_cast<vi>((x >> shift) & 255) * (reinterpret_cast<vi>(w) << (24 - shift) >> 24);
+        return sum;
+#endif
+    }
+};
+
+// As multiply_rows, of numbers; the sums become floats.
+template <class N, int R>
+__attribute__((noinline)) void multiply_numbers(const uint32_t* a, const char* b0, const char* b1, int64_t words,
+                                                float* c, bool add) {
+    vi c0[R], c1[R];
+    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
+    for (int64_t k = 0; k < words; ++k) {
+        vu w0 = N::load_weight(b0 + k * N::kWeightBytes), w1 = N::load_weight(b1 + k * N::kWeightBytes);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            vu x = splat(a[k * R + r]);
+            c0[r] = N::multiply_add(c0[r], x, w0);
+            c1[r] = N::multiply_add(c1[r], x, w1);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        float* to = c + r * 32;
+        store(to, add ? load(to) + to_floats(c0[r]) : to_floats(c0[r]));
+        store(to + 16, add ? load(to + 16) + to_floats(c1[r]) : to_floats(c1[r]));
+    }
+}
