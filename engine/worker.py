@@ -209,7 +209,8 @@ def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device
     if config.quantization != "none" and not (cpu.usable(device, dtype) and dtype == torch.bfloat16):
         raise ConfigError(
             f"quantization={config.quantization} needs phalanx's C++ kernels, a CPU and dtype=bfloat16; here are "
-            f"{device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set quantization=none"
+            f"{device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set "
+            f"quantization=none"
         )
     try:
         return choose_backend(

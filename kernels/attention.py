@@ -89,7 +89,8 @@ class AttentionBackend(ABC):
         """
         kv_heads, head_dim = k_cache.shape[2:]
         all_heads = qkv.shape[1] // head_dim
-        q, k, v = qkv.view(-1, all_heads, head_dim).split([all_heads - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        heads = qkv.view(-1, all_heads, head_dim)
+        q, k, v = heads[:, : -2 * kv_heads], heads[:, -2 * kv_heads : -kv_heads], heads[:, -kv_heads:]
         if norms is not None:
             q = rms_norm(q, norms.query, norms.eps, q.dtype)
             k = rms_norm(k, norms.key, norms.eps, k.dtype)

@@ -43,8 +43,7 @@ class Linear(nn.Module):
         self._padded_piece = -(-(rows // pieces) // multiple) * multiple
         self._can_pack = multiple > 1 and rows > 0
         self.weight = _parameter(pieces * self._padded_piece, columns, dtype=dtype, device=device)
-        for piece in self.weight.split(max(1, self._padded_piece)):
-            piece[rows // pieces :].zero_()
+        self.weight.view(pieces, self._padded_piece, columns)[:, rows // pieces :].zero_()
         self._packed: PackedWeight | None = None
 
     def pack(self, quantization: str) -> None:

@@ -18,7 +18,6 @@ from ...parallel.embedding import VocabParallelEmbedding
 from ...parallel.linear import (
     ColumnParallelLinear,
     GatedLinear,
-    Linear,
     LogitsLinear,
     Part,
     ReplicatedNorm,

@@ -271,7 +271,7 @@ def test_a_quantized_weight_is_near_the_plain_one_and_multiplies_as_what_it_beca
     product = x.double() @ became.T
     # x keeps 16 bits, 8 in w8a8; its largest element sets the step.
     loss = {"int8": 1e-3, "w8a8": 2e-2, "int4": 1e-5}[kind]
-    size = float((x.double().norm(dim=1).max() * became.norm(dim=1).max()))
+    size = float(x.double().norm(dim=1).max() * became.norm(dim=1).max())
     assert (packed.linear_float(x).double() - product).abs().max() <= loss * size
     total = torch.ones(rows, n)
     packed.add_to(total, x, b)

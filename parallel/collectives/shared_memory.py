@@ -1,0 +1,296 @@
+"""Collectives and the control channel in memory that the CPU ranks of one host share; the work is done in C++.
+
+Each rank writes to slots of its own and raises a flag; the others read them. A rank that waits spins for a moment and
+then sleeps. The segment has no name, so nothing of it outlives the last rank, however that ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..control import ControlChannel
+from .base import CollectiveError, Collectives
+
+try:
+    _native: Any = importlib.import_module("._native", __package__)
+    _missing = ""
+except ImportError as error:
+    _native = None
+    _missing = str(error)
+
+_SLOT = 256 * 1024  # bytes of one rank's slot; a longer message goes in pieces
+_RING = 1024 * 1024  # bytes that rank 0 may have sent and others not yet received; a power of two
+_SPIN_US = 2  # how long a waiting rank keeps its core to itself, if there is one for every rank
+_NONCE_BYTES = 8
+# The order is that of Dtype in sum.h.
+_DTYPES = {
+    dtype: code
+    for code, dtype in enumerate(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
+    )
+}
+
+T = TypeVar("T")
+
+
+class SharedMemoryUnavailable(RuntimeError):
+    """These ranks cannot share memory; the message says why. Raised on all of them or on none."""
+
+
+def unavailable() -> str | None:
+    """Why this process could not share memory with any other, or None if it can."""
+    if _native is None:
+        return f"the extension phalanx.parallel.collectives._native cannot be imported ({_missing})"
+    return None if hasattr(os, "memfd_create") else "this system has no memfd_create"
+
+
+class SharedMemoryCollectives(Collectives):
+    """Collectives between the ranks of one host, for CPU tensors. Operations may be mixed in any order.
+
+    all_reduce adds in rank order, 16-bit floats in fp32, and rounds once: the same bits on every rank and in every run.
+    One thread at a time may call. When a rank dies the others' operations raise CollectiveError naming it.
+    """
+
+    def __init__(self, native: Any, rank: int, size: int) -> None:
+        self._native = native
+        self.rank = rank
+        self.size = size
+
+    @classmethod
+    def connect(cls, host: Collectives, timeout_s: float) -> SharedMemoryCollectives:
+        """Called by all ranks of `host`, which then share one segment. No operation waits longer than timeout_s.
+
+        Raises SharedMemoryUnavailable, on all ranks, if they are not all on one host.
+        """
+        rank, size = host.rank, host.size
+
+        def attach(fd: int) -> Any:
+            return _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, _spin(size))
+
+        return cls(_connect(host, lambda: int(_native.Collectives.segment_bytes(size, _SLOT)), attach), rank, size)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, of float32, bfloat16, float16, float64, int32 or int64. In place where `x` is contiguous."""
+        code = _DTYPES.get(x.dtype)
+        if code is None:
+            raise ValueError(
+                f"all_reduce of {x.dtype}; shared memory sums {', '.join(str(dtype) for dtype in _DTYPES)}"
+            )
+        x = _contiguous(x)
+        try:
+            self._native.all_reduce(x.data_ptr(), x.numel(), code)
+        except _failure() as error:
+            raise CollectiveError(str(error)) from None
+        return x
+
+    def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        x = _contiguous(x)
+        self._check_rank("dst", dst)
+        parts = x.new_empty((self.size, *x.shape)) if self.rank == dst else None
+        try:
+            self._native.gather(x.data_ptr(), x.nbytes, 0 if parts is None else parts.data_ptr(), dst)
+        except _failure() as error:
+            raise CollectiveError(str(error)) from None
+        return None if parts is None else list(parts.unbind(0))
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        x = _contiguous(x)
+        self._check_rank("src", src)
+        try:
+            self._native.broadcast(x.data_ptr(), x.nbytes, src)
+        except _failure() as error:
+            raise CollectiveError(str(error)) from None
+        return x
+
+    def barrier(self) -> None:
+        try:
+            self._native.barrier()
+        except _failure() as error:
+            raise CollectiveError(str(error)) from None
+
+    def close(self) -> None:
+        """Leave the group: the others' operations that still need this rank raise. Closing again does nothing."""
+        self._native.close()
+
+    def _check_rank(self, name: str, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"{name}={rank} must be a rank of this group, 0 to {self.size - 1}")
+
+
+class SharedMemoryControl(ControlChannel):
+    """Control messages through a ring in shared memory: rank 0 may be 1 MiB ahead; ranks that wait sleep."""
+
+    def __init__(self, native: Any, rank: int) -> None:
+        self._native = native
+        self._rank = rank
+
+    @classmethod
+    def connect(cls, host: Collectives, timeout_s: float) -> SharedMemoryControl:
+        """Called by all ranks of `host`. Raises SharedMemoryUnavailable, on all, if they are not all on one host."""
+        rank, size = host.rank, host.size
+
+        def attach(fd: int) -> Any:
+            return _native.Ring(fd, rank, size, _RING, timeout_s, _spin(size))
+
+        return cls(_connect(host, lambda: int(_native.Ring.segment_bytes(size, _RING)), attach), rank)
+
+    def send(self, data: bytes) -> None:
+        if self._rank != 0:
+            raise RuntimeError(f"rank {self._rank} cannot send control messages; rank 0 does")
+        try:
+            self._native.send(data)
+        except _failure() as error:
+            raise CollectiveError(str(error)) from None
+
+    def receive(self) -> bytes:
+        if self._rank == 0:
+            raise RuntimeError("rank 0 sends control messages; it receives none")
+        try:
+            return bytes(self._native.receive())
+        except _failure() as error:
+            raise CollectiveError(str(error)) from None
+
+    def close(self) -> None:
+        """Leave: messages not yet received are lost to this rank only. Closing again does nothing."""
+        self._native.close()
+
+
+def _failure() -> type[RuntimeError]:
+    failure: type[RuntimeError] = _native.Failure
+    return failure
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    if not x.is_cpu:
+        raise ValueError(f"a tensor on {x.device}; shared memory carries tensors on cpu")
+    return x.contiguous()
+
+
+def _spin(size: int) -> int:
+    return _SPIN_US if size <= len(os.sched_getaffinity(0)) else 0
+
+
+def _one_shot_bytes(size: int) -> int:
+    return _SLOT if size == 2 else _SLOT // 4
+
+
+def _connect(host: Collectives, segment_bytes: Callable[[], int], attach: Callable[[int], T]) -> T:
+    """`attach` of one segment's file descriptor, on every rank; what it returns owns the descriptor."""
+    _agree(host, unavailable() or "")
+    fd = _open_segment(host, segment_bytes())
+    try:
+        attached, problem = _attempt(lambda: attach(fd))
+        _agree(host, problem)
+    except BaseException:
+        os.close(fd)
+        raise
+    assert attached is not None
+    return attached
+
+
+def _open_segment(host: Collectives, length: int) -> int:
+    """The same file of zeros in the memory of all ranks' host; no folder names it once all have it."""
+    process = os.stat("/proc/self/ns/pid").st_ino << 22 | os.getpid()  # a pid has at most 22 bits
+    rows = _exchange(host, [_boot(), process, os.getpid(), secrets.randbits(62)])
+    hosts = [row[0] for row in rows]
+    if len(set(hosts)) > 1:
+        other = next(rank for rank in range(host.size) if hosts[rank] != hosts[0])
+        raise SharedMemoryUnavailable(f"rank {other} of {host.size} is on another host than rank 0")
+    if len({row[1] for row in rows}) < host.size:
+        raise SharedMemoryUnavailable("several ranks are threads of one process")
+    _, _, pid, nonce = rows[0]
+    fd = _open_by_process(host, length, pid, nonce)
+    return _open_by_name(host, length, nonce) if fd is None else fd
+
+
+def _open_by_process(host: Collectives, length: int, pid: int, nonce: int) -> int | None:
+    """A nameless file that rank 0 holds and the others take from /proc; None if one may not, as in some containers."""
+    fd, problem = _attempt(lambda: _fill(os.memfd_create("phalanx"), length, nonce)) if host.rank == 0 else (None, "")
+    _agree(host, problem)
+    [number], *_ = _exchange(host, [fd or 0])
+    if host.rank != 0:
+        fd, problem = _attempt(lambda: _recognise(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR), nonce))
+    refused = any(row[0] for row in _exchange(host, [int(bool(problem))]))
+    if refused and fd is not None:
+        os.close(fd)
+    return None if refused else fd
+
+
+def _open_by_name(host: Collectives, length: int, nonce: int) -> int:
+    """A file in /dev/shm, whose name goes as soon as every rank has opened it."""
+    path = f"/dev/shm/phalanx-{nonce:016x}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    fd, problem = _attempt(lambda: _fill(os.open(path, flags, 0o600), length, nonce)) if host.rank == 0 else (None, "")
+    try:
+        _agree(host, problem)
+        if host.rank != 0:
+            fd, problem = _attempt(lambda: _recognise(os.open(path, os.O_RDWR), nonce))
+        _agree(host, problem)
+    except BaseException:
+        if fd is not None:
+            os.close(fd)
+        raise
+    finally:
+        if host.rank == 0:
+            Path(path).unlink(missing_ok=True)
+    assert fd is not None
+    return fd
+
+
+def _fill(fd: int, length: int, nonce: int) -> int:
+    try:
+        os.posix_fallocate(fd, 0, length)  # memory that is lacking is an error here, not a SIGBUS later
+        os.pwrite(fd, nonce.to_bytes(_NONCE_BYTES, "little"), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _recognise(fd: int, nonce: int) -> int:
+    if os.pread(fd, _NONCE_BYTES, 0) != nonce.to_bytes(_NONCE_BYTES, "little"):
+        os.close(fd)
+        raise OSError("the file opened is not rank 0's segment")
+    return fd
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """The result, or what went wrong: the other ranks have to hear of it before this one may raise."""
+    try:
+        return action(), ""
+    except (OSError, RuntimeError) as error:
+        return None, str(error)
+
+
+def _agree(host: Collectives, problem: str) -> None:
+    """Raises SharedMemoryUnavailable on every rank if any has a problem, naming the first."""
+    text = problem.encode()
+    for rank, (length,) in enumerate(_exchange(host, [len(text)])):
+        if length:
+            said = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
+            said = host.broadcast(said, src=rank)
+            raise SharedMemoryUnavailable(f"rank {rank} of {host.size}: {bytes(said.tolist()).decode()}")
+
+
+def _exchange(host: Collectives, values: Sequence[int]) -> list[list[int]]:
+    """Every rank's values, on every rank."""
+    table = torch.zeros(host.size, len(values), dtype=torch.int64)
+    table[host.rank] = torch.tensor(values)
+    rows: list[list[int]] = host.all_reduce(table).tolist()
+    return rows
+
+
+def _boot() -> int:
+    """60 bits of what names this boot of this machine."""
+    return int(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:15], 16)
