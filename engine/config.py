@@ -16,7 +16,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "cpu", "torch")
 QUANTIZATIONS = ("none", "int8", "w8a8", "int4")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-COLLECTIVES = ("auto", "gloo", "nccl")
+COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class EngineConfig:
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     collectives: str = "auto"
-    """auto (nccl on cuda, gloo on cpu), gloo or nccl."""
+    """How ranks talk: auto (nccl on cuda; on cpu shared memory within a host, gloo across hosts or where memory cannot
+    be shared), shared_memory, gloo or nccl."""
     threads: int = 0
     """CPU threads of each rank; 0 divides the cores of this host among its ranks."""
     max_model_len: int | None = None
@@ -113,6 +114,11 @@ class EngineConfig:
                 f"rank_weights={weights!r} must be {self.ranks} positive numbers, one for each of ranks={self.ranks}"
             )
         object.__setattr__(self, "rank_weights", tuple(map(float, weights)))
+
+    @property
+    def shared_memory(self) -> bool | None:
+        """Whether ranks of one host share memory: True if they must, False if not, None if it is tried."""
+        return {"shared_memory": True, "gloo": False}.get(self.collectives)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

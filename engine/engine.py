@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ class Engine:
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
         """Work until the engine is told to stop; returns the stop's payload. Rank 0's must have been started."""
-        if self.coordinator is None:
-            return follow(self.worker, self.group)
-        self.coordinator.run(payload)
-        return b""
+        with _one_torch_thread() if self.worker.uses_kernels else nullcontext():
+            if self.coordinator is None:
+                return follow(self.worker, self.group)
+            self.coordinator.run(payload)
+            return b""
 
     def _coordinator(
         self, spec: ModelSpec, tokenizer: Tokenizer | None, generation_config: dict[str, Any], transport: Transport
@@ -143,6 +145,23 @@ def run_rank(
 def set_threads(config: EngineConfig, local_size: int) -> None:
     """Give this process its share of the host's cores, for ranks in processes of their own."""
     torch.set_num_threads(threads_of(config, local_size))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch's own threads out of what the calling thread does: after each operation they spin for milliseconds,
+    on the cores that phalanx's kernels compute on. Other threads of the process are not affected.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That was also the number which threads take that have not used torch yet: it is put back from another thread.
+    others = threading.Thread(target=torch.set_num_threads, args=(before,))
+    others.start()
+    others.join()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer | None:

@@ -35,7 +35,13 @@ class GroupLLM:
         self._config = EngineConfig.from_dict({"model": model, "ranks": size, **config})
         on_cuda = dist.get_backend(process_group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        self._group = adopt_group(process_group, device=device, local_size=size, timeout_s=self._config.timeout_s)
+        self._group = adopt_group(
+            process_group,
+            device=device,
+            local_size=size,
+            shared_memory=self._config.shared_memory,
+            timeout_s=self._config.timeout_s,
+        )
         link = InProcess() if self._group.rank == 0 else None
         self._engine = Engine(self._config, self._group, link.transport if link else None)
         self._llm = LLM.paused(self._engine, link) if link else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from ..kernels.memory import LEAST_BYTES, empty
 from .config import EngineConfig
 from .errors import ConfigError
 
@@ -41,10 +40,9 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros are pages the system has not handed out yet: a large pool costs nothing until it is used.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    # Large memory on a CPU is zero by itself, and costs nothing until it is used.
+    pool = empty(shape, dtype, device)
+    return pool if device.type == "cpu" and pool.nbytes >= LEAST_BYTES else pool.zero_()
 
 
 def count_blocks(config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int, available: int) -> int:

@@ -57,6 +57,7 @@ class Worker:
         self.threads = threads_of(config, group.local_size)
         cpu.set_threads(self.threads)
         self.backend = _attention(config, spec, self.dtype, group.device)
+        self.uses_kernels = cpu.usable(group.device, self.dtype)
         self.max_model_len = resolve_max_model_len(config, spec)
         block_size = _block_size(config, self.backend)
         share = share_out(config, spec, group.size).shares[group.rank]

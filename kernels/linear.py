@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import cpu
+from .memory import empty
 
 _STORE, _STORE_FLOAT, _ADD_FLOAT, _SILU_MUL = range(4)
 
@@ -53,14 +54,14 @@ class PackedWeight:
                 f"not {columns} columns of {weight.dtype}: set dtype=bfloat16, or quantization=none"
             )
         if quantization == "int4":
-            self._weight = torch.empty(padded, columns // 2, dtype=torch.uint8)
+            self._weight = empty((padded, columns // 2), torch.uint8, weight.device)
             self._scales = torch.empty(padded, -(-columns // self.GROUP))
             cpu.native.quantize_int4(
                 weight.data_ptr(), padded, columns, self.GROUP, self._weight.data_ptr(), self._scales.data_ptr()
             )
             return
         self._together = 4 if quantization == "w8a8" else 2
-        self._weight = torch.empty(padded, columns, dtype=torch.int8)
+        self._weight = empty((padded, columns), torch.int8, weight.device)
         self._scales, self._sums = torch.empty(padded), torch.empty(padded)
         cpu.native.quantize_int8(
             weight.data_ptr(),

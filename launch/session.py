@@ -13,6 +13,7 @@ from ..engine.errors import ConfigError, EngineStopped, PhalanxError
 from ..engine.llm import LLM
 from ..engine.transport import InProcess
 from ..engine.worker import Progress
+from ..parallel.collectives.shared_memory import SharedMemoryUnavailable
 from ..parallel.group import Group, join_group
 from .place import Place
 
@@ -24,20 +25,23 @@ def join(config: EngineConfig, place: Place) -> Group:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch finds no GPU here: set device=cpu, or install a CUDA build of torch")
-    backend = config.collectives
-    if backend == "auto":
-        backend = "nccl" if device == "cuda" else "gloo"
-    if backend == "nccl" and device == "cpu":
-        raise ConfigError("collectives=nccl needs device=cuda; with device=cpu set collectives=gloo")
-    return join_group(
-        rank=place.rank,
-        size=place.size,
-        local_rank=place.local_rank,
-        local_size=place.local_size,
-        device=device,
-        backend=backend,
-        timeout_s=config.timeout_s,
-    )
+    if config.collectives == "nccl" and device == "cpu":
+        raise ConfigError("collectives=nccl needs device=cuda; with device=cpu set collectives=auto")
+    if config.collectives == "shared_memory" and device == "cuda":
+        raise ConfigError("collectives=shared_memory needs device=cpu; with device=cuda set collectives=auto")
+    try:
+        return join_group(
+            rank=place.rank,
+            size=place.size,
+            local_rank=place.local_rank,
+            local_size=place.local_size,
+            device=device,
+            backend="nccl" if device == "cuda" and config.collectives != "gloo" else "gloo",
+            shared_memory=config.shared_memory,
+            timeout_s=config.timeout_s,
+        )
+    except SharedMemoryUnavailable as error:
+        raise ConfigError(f"collectives=shared_memory: {error}; set collectives=auto") from error
 
 
 def follow(config: EngineConfig, place: Place) -> None:

@@ -23,6 +23,10 @@ class ControlChannel(ABC):
     def receive(self) -> bytes:
         """Wait for the next message. Raises CollectiveError if rank 0 has gone or stays silent for timeout_s."""
 
+    def close(self) -> None:
+        """Release what this object made; it is not used any more."""
+        return
+
 
 class LocalControl(ControlChannel):
     """A group of one has nobody to tell."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 
 from ..kernels.linear import PackedWeight, head_quantization, row_multiple
+from ..kernels.memory import empty
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
 
@@ -35,7 +36,7 @@ class VocabParallelEmbedding(nn.Module):
         multiple = row_multiple(hidden_size, dtype, device) if tied else 1
         self._can_pack = multiple > 1 and len(rows) > 0
         padded = -(-len(rows) // multiple) * multiple
-        self.weight = nn.Parameter(torch.empty(padded, hidden_size, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(empty((padded, hidden_size), dtype, device), requires_grad=False)
         self.weight[len(rows) :].zero_()
         self._packed: PackedWeight | None = None
 

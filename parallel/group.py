@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ import torch.distributed as dist
 from .collectives.base import Collectives
 from .collectives.local import LocalCollectives
 from .collectives.process_group import ProcessGroupCollectives
+from .collectives.shared_memory import SharedMemoryCollectives, SharedMemoryControl, SharedMemoryUnavailable
 from .control import BroadcastControl, ControlChannel, LocalControl
+
+_log = logging.getLogger("phalanx")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Group:
     def close(self) -> None:
         """Release what was made for this group; a process group passed in by the caller stays."""
         self.collectives.close()
+        self.control.close()
         self.host.close()
         self._destroy()
 
@@ -47,11 +52,21 @@ def local_group(device: torch.device) -> Group:
 
 
 def join_group(
-    *, rank: int, size: int, local_rank: int, local_size: int, device: str, backend: str, timeout_s: float
+    *,
+    rank: int,
+    size: int,
+    local_rank: int,
+    local_size: int,
+    device: str,
+    backend: str,
+    shared_memory: bool | None,
+    timeout_s: float,
 ) -> Group:
     """Join the ranks that torchrun started (its env:// rendezvous). `device` is cpu or cuda, `backend` gloo or nccl.
 
-    A CUDA rank takes card local_rank (modulo the cards there are). Size 1 starts no process group.
+    `shared_memory` says whether ranks of one host reach each other through it: True insists, and raises
+    SharedMemoryUnavailable; None takes `backend` where it cannot be; False never tries. On CUDA it carries the plans
+    alone. A CUDA rank takes card local_rank (modulo the cards there are). Size 1 starts no process group.
     """
     where = torch.device("cpu")
     if device == "cuda":
@@ -62,24 +77,34 @@ def join_group(
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s))
     world = dist.group.WORLD
     assert world is not None
-    return _group_of(world, where, local_size, timeout_s, destroy=dist.destroy_process_group)
+    return _group_of(world, where, local_size, shared_memory, timeout_s, destroy=dist.destroy_process_group)
 
 
-def adopt_group(process_group: dist.ProcessGroup, *, device: torch.device, local_size: int, timeout_s: float) -> Group:
-    """A group over somebody else's process group; called by all its ranks. Only a gloo group of its own is added."""
+def adopt_group(
+    process_group: dist.ProcessGroup,
+    *,
+    device: torch.device,
+    local_size: int,
+    shared_memory: bool | None,
+    timeout_s: float,
+) -> Group:
+    """A group over somebody else's process group; called by all its ranks. Only a gloo group of its own is added, and
+    shared memory as in join_group.
+    """
     if dist.get_world_size(process_group) == 1:
         return local_group(device)
-    return _group_of(process_group, device, local_size, timeout_s)
+    return _group_of(process_group, device, local_size, shared_memory, timeout_s)
 
 
 def _group_of(
     process_group: dist.ProcessGroup,
     device: torch.device,
     local_size: int,
+    shared_memory: bool | None,
     timeout_s: float,
     destroy: Callable[[], None] | None = None,
 ) -> Group:
-    collectives = ProcessGroupCollectives(process_group, device)
+    collectives: Collectives = ProcessGroupCollectives(process_group, device)
     # Plans and small CPU tensors travel apart from the model's collectives, never over NCCL. The group for them is made
     # by hand: torch.distributed.new_group names groups by how many a rank has seen, which the caller's ranks need not
     # agree on.
@@ -87,7 +112,18 @@ def _group_of(
     dist.broadcast_object_list(name, group_src=0, group=process_group)
     store = torch._C._distributed_c10d.PrefixStore(f"phalanx/{name[0]}", dist.distributed_c10d._get_default_store())
     gloo = dist.ProcessGroupGloo(store, collectives.rank, collectives.size, datetime.timedelta(seconds=timeout_s))
-    host = ProcessGroupCollectives(gloo, torch.device("cpu"))
+    host: Collectives = ProcessGroupCollectives(gloo, torch.device("cpu"))
+    control: ControlChannel = BroadcastControl(host)
+    if shared_memory is not False:
+        try:
+            control = SharedMemoryControl.connect(host, timeout_s)
+            if device.type == "cpu":
+                collectives = SharedMemoryCollectives.connect(host, timeout_s)
+        except SharedMemoryUnavailable as reason:
+            if shared_memory:
+                raise
+            if collectives.rank == 0:
+                _log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
     return Group(
         collectives.rank,
         collectives.size,
@@ -95,6 +131,6 @@ def _group_of(
         device,
         collectives,
         host,
-        BroadcastControl(host),
+        control,
         destroy or (lambda: None),
     )

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from ..kernels.activation import silu_mul
 from ..kernels.linear import PackedWeight, head_quantization, row_multiple
+from ..kernels.memory import empty
 from ..kernels.norm import rms_norm
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
@@ -207,4 +208,4 @@ class ReplicatedNorm(nn.Module):
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+    return nn.Parameter(empty(shape, dtype, device), requires_grad=False)

@@ -133,7 +133,7 @@ void attention_task(const Attention& job, int number) {
                 int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
                 kMultiply<T>[end - start - 1](q + static_cast<int64_t>(start) * words, b0, b1, words,
                                               scores + static_cast<int64_t>(start) * kKeyTile + k, kKeyTile, false,
-                                              nullptr, nullptr);
+                                              nullptr, nullptr, 0);
             }
         }
         for (int r = 0; r < rows; ++r) {

@@ -36,6 +36,10 @@ void linear_task(const Linear& job, int task) {
             const int64_t words = std::min<int64_t>(job.word_block, job.words - k), at = k * kPanel / job.words_per_stored;
             const uint32_t* b0 = weight + panels.first * panel_words + at;
             const uint32_t* b1 = weight + panels.second * panel_words + at;
+            const bool same = k + job.word_block < job.words;
+            const int64_t after = same ? at + static_cast<int64_t>(job.word_block) * kPanel : 0;
+            const uint32_t* after0 = weight + (same ? panels : next).first * panel_words + after;
+            const uint32_t* after1 = weight + (same ? panels : next).second * panel_words + after;
             const float* scales[2];
             if (!plain) {
                 scales[0] = scales_of(job, panels.first, k);
@@ -48,13 +52,13 @@ void linear_task(const Linear& job, int task) {
             for (int block = tile.first_block; block < tile.last_block; ++block) {
                 const int64_t row = block_start(job.m, job.row_blocks, block);
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
-                // Each of the first two row blocks fetches one of the next unit's panels while it computes.
-                const int64_t ahead = block == tile.first_block ? next.first : next.second;
-                const bool fetch = plain && tile.last_block - tile.first_block > 1 && block < tile.first_block + 2;
+                // Each of the first two row blocks fetches one of the panels that come next, an only one both.
+                const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
+                const char* ahead[2] = {reinterpret_cast<const char*>(nth == 0 ? after0 : after1),
+                                        reinterpret_cast<const char*>(after1)};
                 kMultiply<T>[block_rows - 1](
                     job.packed + row * job.words + k * block_rows, b0, b1, words, sums + (row - tile.first_row) * 32, 32,
-                    k > 0, plain ? nullptr : scales,
-                    fetch ? reinterpret_cast<const char*>(weight + ahead * panel_words + at) : nullptr);
+                    k > 0, plain ? nullptr : scales, ahead, !plain || nth > 1 ? 0 : blocks == 1 ? 2 : 1);
             }
         }
         for (int64_t r = 0; r < tile.rows; ++r)
@@ -81,6 +85,7 @@ void linear_task_of_numbers(const Linear& job, int task) {
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
                 with_rows(block_rows, [&](auto R) {
                     multiply_numbers<N, R>(job.packed + row * job.words + k * R, b0, b1, words,
+                                           block == tile.first_block ? panels_step(job) * panel_bytes : 0,
                                            sums + (row - tile.first_row) * 32, pass > 0);
                 });
             }

@@ -2,18 +2,16 @@
 
 // C (R rows, 32 columns) = or += A B (summed up by itself first: a sum of sums is more precise than one long sum), for R rows of A and two panels of B of `words` each. A's words stand row_stride
 // apart in a row, step apart from one word to the next; C's rows ldc apart. The sums are scaled by column where there are
-// scales. While it multiplies it fetches `ahead`.
-template <class T, int R, int Step, int RowStride>
+// scales. While it multiplies it fetches what Lines pointers of `ahead` show, as long as the panels.
+template <class T, int R, int Step, int RowStride, int Lines>
 INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words, float* c,
-                          int64_t ldc, bool add, const float* const* scales, const char* ahead, int ahead_step) {
+                          int64_t ldc, bool add, const float* const* scales, const char* const* ahead) {
     vf c0[R], c1[R];
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
     for (int64_t k = 0; k < words; ++k) {
         vu w0 = load(b0 + k * 16), w1 = load(b1 + k * 16);
-        if (ahead_step) {
-            __builtin_prefetch(ahead, 0, 2);
-            ahead += ahead_step;
-        }
+        if constexpr (Lines > 0) __builtin_prefetch(ahead[0] + k * 64, 0, 2);
+        if constexpr (Lines > 1) __builtin_prefetch(ahead[1] + k * 64, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             vu x = splat(a[k * Step + r * RowStride]);
@@ -38,11 +36,13 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
 template <class T, int R>
 __attribute__((noinline)) void multiply_packed(const uint32_t* a, const uint32_t* b0, const uint32_t* b1,
                                                int64_t words, float* c, int64_t ldc, bool add,
-                                               const float* const* scales, const char* ahead) {
-    if (ahead) {
-        multiply_rows<T, R, R, 1>(a, b0, b1, words, c, ldc, add, scales, ahead, 64);
+                                               const float* const* scales, const char* const* ahead, int lines) {
+    if (lines == 2) {
+        multiply_rows<T, R, R, 1, 2>(a, b0, b1, words, c, ldc, add, scales, ahead);
+    } else if (lines == 1) {
+        multiply_rows<T, R, R, 1, 1>(a, b0, b1, words, c, ldc, add, scales, ahead);
     } else {
-        multiply_rows<T, R, R, 1>(a, b0, b1, words, c, ldc, add, scales, ahead, 0);
+        multiply_rows<T, R, R, 1, 0>(a, b0, b1, words, c, ldc, add, scales, ahead);
     }
 }
 
@@ -57,7 +57,7 @@ INLINE void with_rows(int rows, F&& f) {
 
 template <class T>
 using Multiply = void (*)(const uint32_t*, const uint32_t*, const uint32_t*, int64_t, float*, int64_t, bool,
-                          const float* const*, const char*);
+                          const float* const*, const char* const*, int);
 
 template <class T, int... I>
 constexpr std::array<Multiply<T>, sizeof...(I)> multiply_table(std::integer_sequence<int, I...>) {
@@ -68,12 +68,37 @@ constexpr std::array<Multiply<T>, sizeof...(I)> multiply_table(std::integer_sequ
 template <class T>
 constexpr auto kMultiply = multiply_table<T>(std::make_integer_sequence<int, kMaxRows>{});
 
+#if PHALANX_ISA_AVX512
+// One of four steps of transposing 16 rows of 16 words: bit S of the row's number changes places with bit S of the lane's.
+template <int S, int... L>
+INLINE void transpose_step(vu* rows, std::integer_sequence<int, L...>) {
+    for (int i = 0; i < 16; ++i) {
+        if (i & S) continue;
+        vu a = rows[i], b = rows[i + S];
+        rows[i] = __builtin_shufflevector(a, b, (L & S ? 16 + (L ^ S) : L)...);
+        rows[i + S] = __builtin_shufflevector(a, b, (L & S ? 16 + L : L ^ S)...);
+    }
+}
+#endif
+
 // Rows of words, interleaved: to[k * rows + r] = from[r][k].
 INLINE void interleave(const uint32_t* const* from, int rows, int64_t words, uint32_t* to) {
-    for (int r = 0; r < rows; ++r) {
-        const uint32_t* row = from[r];
-        for (int64_t k = 0; k < words; ++k) to[k * rows + r] = row[k];
+    int64_t k = 0;
+#if PHALANX_ISA_AVX512
+    constexpr auto kLanes = std::make_integer_sequence<int, 16>{};
+    // A whole vector is stored each time, and the next one overwrites what is not its own; so the last are done below.
+    for (; k + 32 <= words; k += 16) {
+        vu v[16] = {};
+        for (int r = 0; r < rows; ++r) v[r] = load(from[r] + k);
+        transpose_step<1>(v, kLanes);
+        transpose_step<2>(v, kLanes);
+        transpose_step<4>(v, kLanes);
+        transpose_step<8>(v, kLanes);
+        for (int i = 0; i < 16; ++i) *reinterpret_cast<vu_any*>(to + (k + i) * rows) = v[i];
     }
+#endif
+    for (; k < words; ++k)
+        for (int r = 0; r < rows; ++r) to[k * rows + r] = from[r][k];
 }
 
 template <class T>

@@ -20,7 +20,7 @@ namespace {
 constexpr int kWordBlock = 512, kFloatWordBlock = 64;
 constexpr int kTileRows = 96;       // rows of x whose packed words stay in the second cache
 constexpr int kChunkRows = 768;     // rows of x that are packed at once
-constexpr int kTasksPerThread = 6;  // so that a thread which is held up costs little
+constexpr int kTasksPerThread = 16;  // of many rows: so that a thread which is held up costs little
 
 const Kernels* best_kernels() {
 #if defined(__x86_64__)
@@ -48,8 +48,9 @@ void run_chunk(Linear& job, int rows_each) {
     }
     int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
     job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
+    // Of many rows a task does several units, for which it finds its rows in the second cache.
     int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
-    job.units_per_task = static_cast<int>(std::max<int64_t>(1, job.n_units / wanted));
+    job.units_per_task = job.m_tiles > 1 ? static_cast<int>(std::max<int64_t>(1, job.n_units / wanted)) : 1;
     job.n_tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
 
     if (job.m == 1 && (job.kind == WeightKind::kPlain || job.kind == WeightKind::kInt4)) {

@@ -21,7 +21,7 @@
 namespace phalanx {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50-100 us: longer than Python takes between the operations of a layer
+constexpr int kSpins = 10000;  // some 200 us: longer than Python takes between the operations of a layer
 constexpr int kSpinsBeforeYield = 1 << 14;
 
 inline void relax() {
@@ -40,38 +40,56 @@ void futex_wake(std::atomic<uint32_t>& word) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
+// Tasks that one thread takes from the front and others, when they have none left, from the back: neighbouring tasks
+// read neighbouring memory. One word, so that either is a compare-and-swap: the first task and the one past the last.
+struct alignas(64) Share {
+    std::atomic<uint64_t> range{0};
+
+    // A task of this share, or -1.
+    int take(bool from_front) {
+        uint64_t seen = range.load(std::memory_order_acquire);
+        while (true) {
+            uint32_t first = static_cast<uint32_t>(seen), last = static_cast<uint32_t>(seen >> 32);
+            if (first >= last) return -1;
+            uint64_t left = from_front ? pack(first + 1, last) : pack(first, last - 1);
+            if (range.compare_exchange_weak(seen, left, std::memory_order_acq_rel, std::memory_order_acquire))
+                return static_cast<int>(from_front ? first : last - 1);
+        }
+    }
+
+    static uint64_t pack(uint32_t first, uint32_t last) { return static_cast<uint64_t>(last) << 32 | first; }
+};
+
+constexpr int kMaxThreads = 256;
+
 struct Pool {
-    // Tasks not yet taken, in the low half, under the operation's number. Taking one is a compare-and-swap of both, so
-    // a thread that slept through an operation cannot take part in it with the fields of the next.
-    alignas(64) std::atomic<uint64_t> open{0};
+    Share shares[kMaxThreads];
     alignas(64) std::atomic<int> unfinished{0};
     alignas(64) std::atomic<uint32_t> operation{0};
     std::atomic<int> sleepers{0};
     std::atomic<bool> stopping{false};
     Task task = nullptr;
     void* context = nullptr;
-    int total = 0;
     std::mutex busy;
     std::vector<std::thread> workers;
     int wanted = 1;
 
-    bool take_one() {
-        uint64_t seen = open.load(std::memory_order_acquire);
-        while (static_cast<uint32_t>(seen) != 0) {
-            if (open.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-                task(context, total - static_cast<int>(static_cast<uint32_t>(seen)));
+    // The operation's fields are read after a task was taken: they stay as they are until that task is done. Whoever
+    // slept through an operation finds its shares empty, or those of the next one, which it may take from as well.
+    void take_all(int self) {
+        for (int offset = 0; offset < wanted; ++offset) {
+            int owner = (self + offset) % wanted, number;
+            while ((number = shares[owner].take(offset == 0)) >= 0) {
+                task(context, number);
                 unfinished.fetch_sub(1, std::memory_order_release);
-                return true;
             }
         }
-        return false;
     }
 
-    void work() {
+    void work(int self) {
         uint32_t seen = operation.load(std::memory_order_acquire);
         while (!stopping.load(std::memory_order_relaxed)) {
-            while (take_one()) {
-            }
+            take_all(self);
             int spins = 0;
             while (operation.load(std::memory_order_acquire) == seen && ++spins < kSpins) relax();
             if (operation.load(std::memory_order_acquire) == seen) {
@@ -89,7 +107,10 @@ struct Pool {
     }
 
     void start() {
-        while (static_cast<int>(workers.size()) < wanted - 1) workers.emplace_back([this] { work(); });
+        while (static_cast<int>(workers.size()) < wanted - 1) {
+            int self = static_cast<int>(workers.size()) + 1;
+            workers.emplace_back([this, self] { work(self); });
+        }
     }
 
     void stop() {
@@ -104,13 +125,11 @@ struct Pool {
         start();
         task = body;
         context = with;
-        total = tasks;
         unfinished.store(tasks, std::memory_order_relaxed);
-        uint64_t number = static_cast<uint64_t>(operation.load(std::memory_order_relaxed)) + 1;
-        open.store(number << 32 | static_cast<uint32_t>(tasks), std::memory_order_release);
+        for (int64_t i = 0; i < wanted; ++i)
+            shares[i].range.store(Share::pack(tasks * i / wanted, tasks * (i + 1) / wanted), std::memory_order_release);
         announce();
-        while (take_one()) {
-        }
+        take_all(0);
         int spins = 0;
         while (unfinished.load(std::memory_order_acquire) != 0) {
             if (++spins < kSpinsBeforeYield) {
@@ -145,7 +164,7 @@ Pool& the_pool() {
 void set_threads(int threads) {
     Pool& current = the_pool();
     std::lock_guard<std::mutex> lock(current.busy);
-    threads = std::max(1, threads);
+    threads = std::min(kMaxThreads, std::max(1, threads));
     if (threads < current.wanted) current.stop();
     current.wanted = threads;
 }

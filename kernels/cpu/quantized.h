@@ -193,11 +193,15 @@ struct Bytes {
 // As multiply_rows, of numbers; the sums become floats.
 template <class N, int R>
 __attribute__((noinline)) void multiply_numbers(const uint32_t* a, const char* b0, const char* b1, int64_t words,
-                                                float* c, bool add) {
+                                                int64_t ahead, float* c, bool add) {
     vi c0[R], c1[R];
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
     for (int64_t k = 0; k < words; ++k) {
         vu w0 = N::load_weight(b0 + k * N::kWeightBytes), w1 = N::load_weight(b1 + k * N::kWeightBytes);
+        if (ahead) {
+            __builtin_prefetch(b0 + k * N::kWeightBytes + ahead, 0, 2);
+            __builtin_prefetch(b1 + k * N::kWeightBytes + ahead, 0, 2);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             vu x = splat(a[k * R + r]);

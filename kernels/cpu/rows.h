@@ -134,8 +134,12 @@ inline void block_maxima(const float* row, int64_t size, int64_t block, float* o
 inline float sum_all(const float* from, int64_t size) {
     vf sums[8] = {};
     int64_t i = 0;
-    for (; i + 128 <= size; i += 128)
-        for (int j = 0; j < 8; ++j) sums[j] += load(from + i + 16 * j);
+    for (; i + 128 <= size; i += 128) {
+        for (int j = 0; j < 8; ++j) {
+            __builtin_prefetch(from + i + 16 * j + 8192, 0, 2);
+            sums[j] += load(from + i + 16 * j);
+        }
+    }
     vf sum{};
     for (auto& part : sums) sum += part;
     return sum_of(sum);

@@ -16,15 +16,16 @@ from phalanx.parallel.collectives.base import CollectiveError
 from phalanx.parallel.group import Group, adopt_group
 
 
-def _group(size: int, timeout_s: float = 60.0) -> Group:
+def _group(size: int, shared_memory: bool | None = None, timeout_s: float = 60.0) -> Group:
     world = dist.group.WORLD
     assert world is not None
-    return adopt_group(world, device=torch.device("cpu"), local_size=size, timeout_s=timeout_s)
+    device = torch.device("cpu")
+    return adopt_group(world, device=device, local_size=size, shared_memory=shared_memory, timeout_s=timeout_s)
 
 
-def exchange(rank: int, size: int) -> dict[str, object]:
+def exchange(rank: int, size: int, shared_memory: bool) -> dict[str, object]:
     """Every operation once, for several dtypes and sizes."""
-    group = _group(size)
+    group = _group(size, shared_memory)
     collectives = group.collectives
     results: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -43,9 +44,9 @@ def exchange(rank: int, size: int) -> dict[str, object]:
     return results
 
 
-def control(rank: int, size: int, messages: list[bytes]) -> list[bytes]:
+def control(rank: int, size: int, messages: list[bytes], shared_memory: bool) -> list[bytes]:
     """What each rank heard of the messages that rank 0 sent."""
-    group = _group(size)
+    group = _group(size, shared_memory)
     heard = []
     for message in messages:
         if rank == 0:
@@ -56,9 +57,9 @@ def control(rank: int, size: int, messages: list[bytes]) -> list[bytes]:
     return heard
 
 
-def lose_a_rank(rank: int, size: int, folder: str) -> str:
+def lose_a_rank(rank: int, size: int, folder: str, shared_memory: bool) -> str:
     """The last rank leaves without a word; the others say what they saw. Never returns through the group again."""
-    group = _group(size, timeout_s=20.0)
+    group = _group(size, shared_memory, timeout_s=20.0)
     group.collectives.barrier()
     if rank == size - 1:
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Collectives and the control channel between real processes, over gloo."""
+"""Collectives and the control channel between real processes, over gloo and in shared memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ from phalanx.tests.ranks import _enter, free_port
 RunRanks = Callable[..., list[Any]]
 
 
+@pytest.mark.parametrize("shared_memory", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_operation_gives_every_rank_what_it_promises(run_ranks: RunRanks, size: int) -> None:
-    results = run_ranks(size, programs.exchange)
+def test_every_operation_gives_every_rank_what_it_promises(run_ranks: RunRanks, size: int, shared_memory: bool) -> None:
+    results = run_ranks(size, programs.exchange, shared_memory)
     assert [result["gathered"] for result in results[:-1]] == [None] * (size - 1)
     assert results[-1]["gathered"] == [[rank, 2**40 + rank] for rank in range(size)]
     assert all(result["broadcast"] == [size - 1.0] * 3 for result in results)
 
 
-def test_control_messages_of_any_length_arrive_whole_and_in_order(run_ranks: RunRanks) -> None:
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_control_messages_of_any_length_arrive_whole_and_in_order(run_ranks: RunRanks, shared_memory: bool) -> None:
     messages = [b"", b"x", bytes(range(256)) * 64, bytes(16384), bytes(16385), b"long" * 100_000, b"end"]
-    assert run_ranks(3, programs.control, messages) == [[], messages, messages]
+    assert run_ranks(3, programs.control, messages, shared_memory) == [[], messages, messages]
 
 
-def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_path: Path, shared_memory: bool) -> None:
     context = multiprocessing.get_context("spawn")
     port, results = free_port(), context.Queue()
     processes = [
-        context.Process(target=_enter, args=(rank, 3, port, results, programs.lose_a_rank, (str(tmp_path),)))
+        context.Process(
+            target=_enter, args=(rank, 3, port, results, programs.lose_a_rank, (str(tmp_path), shared_memory))
+        )
         for rank in range(3)
     ]
     for process in processes:

@@ -18,7 +18,7 @@ from phalanx import ConfigError, EngineConfig, SamplingParams
         ("tokenizer", 3, "a folder"),
         ("dtype", "int7", "auto, bfloat16, float16, float32"),
         ("device", "tpu", "auto, cpu, cuda"),
-        ("collectives", "mpi", "auto, gloo, nccl"),
+        ("collectives", "mpi", "auto, shared_memory, gloo, nccl"),
         ("attention", "magic", "auto, cpu, torch"),
         ("quantization", "int1", "none"),
         ("load_format", "pickle", "auto, safetensors, dummy"),
