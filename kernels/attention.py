@@ -214,8 +214,15 @@ class CpuAttention(AttentionBackend):
     default_block_size = 32
     supports_graph = False
 
-    def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        return metadata
+    def plan(self, metadata: AttentionMetadata) -> Any:
+        """Good as long as the metadata's tensors."""
+        return cpu.native.AttentionPlan(
+            metadata.block_table.data_ptr(),
+            metadata.block_table.stride(0),
+            metadata.cu_q.data_ptr(),
+            metadata.seqused_k.data_ptr(),
+            len(metadata.query_lengths),
+        )
 
     def store_kv(
         self,
@@ -272,26 +279,19 @@ class CpuAttention(AttentionBackend):
             cpu.DTYPES[qkv.dtype],
         )
 
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionMetadata
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
         _, block_size, kv_heads, head_dim = k_cache.shape
         out = torch.empty(q.shape, dtype=q.dtype)
         cpu.native.attention(
-            q.data_ptr(),
-            q.stride(0),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            plan.block_table.data_ptr(),
-            plan.block_table.stride(0),
-            plan.cu_q.data_ptr(),
-            plan.seqused_k.data_ptr(),
-            len(plan.query_lengths),
+            plan,
             q.shape[1],
             kv_heads,
             head_dim,
             block_size,
-            head_dim**-0.5,
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
             out.data_ptr(),
             cpu.DTYPES[q.dtype],
         )

@@ -37,41 +37,48 @@ class PackedWeight:
 
         Without quantization the weight is packed in its own memory; with it, it is only read. Raises ValueError.
         """
-        self._padded, self._columns = padded, columns = weight.shape
+        padded, columns = weight.shape
+        self._columns = columns
         if padded % cpu.PANEL or not weight.is_contiguous():
             raise ValueError(f"a weight of shape {tuple(weight.shape)} must be contiguous, of a multiple of 16 rows")
         self._rows, self._kind = rows, self.KINDS.index(quantization)
         self._dtype, self._code = weight.dtype, cpu.DTYPES[weight.dtype]
         self._weight = weight
         self._scales = self._sums = torch.empty(0)
+        self._together = 4 if quantization == "w8a8" else 2
         if quantization == "none":
             cpu.native.pack_weight(weight.data_ptr(), padded, columns, self._code)
-            return
+        else:
+            self._quantize(weight, quantization)
+        self.native = cpu.native.Weight(
+            self._weight.data_ptr(),
+            self._kind,
+            self._scales.data_ptr(),
+            self._sums.data_ptr(),
+            self.GROUP,
+            rows,
+            columns,
+            self._code,
+        )
+
+    def _quantize(self, weight: torch.Tensor, quantization: str) -> None:
+        padded, columns = weight.shape
         multiple = 8 if quantization == "int4" else 4
         if weight.dtype != torch.bfloat16 or columns % multiple:
             raise ValueError(
                 f"quantization={quantization} needs bfloat16 weights whose columns are a multiple of {multiple}, "
                 f"not {columns} columns of {weight.dtype}: set dtype=bfloat16, or quantization=none"
             )
+        source = weight.data_ptr(), padded, columns
         if quantization == "int4":
             self._weight = empty((padded, columns // 2), torch.uint8, weight.device)
             self._scales = torch.empty(padded, -(-columns // self.GROUP))
-            cpu.native.quantize_int4(
-                weight.data_ptr(), padded, columns, self.GROUP, self._weight.data_ptr(), self._scales.data_ptr()
-            )
+            cpu.native.quantize_int4(*source, self.GROUP, self._weight.data_ptr(), self._scales.data_ptr())
             return
-        self._together = 4 if quantization == "w8a8" else 2
         self._weight = empty((padded, columns), torch.int8, weight.device)
         self._scales, self._sums = torch.empty(padded), torch.empty(padded)
-        cpu.native.quantize_int8(
-            weight.data_ptr(),
-            padded,
-            columns,
-            self._together,
-            self._weight.data_ptr(),
-            self._scales.data_ptr(),
-            self._sums.data_ptr(),
-        )
+        stored = self._weight.data_ptr(), self._scales.data_ptr(), self._sums.data_ptr()
+        cpu.native.quantize_int8(*source, self._together, *stored)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), summed up in float32 and rounded once."""
@@ -115,20 +122,13 @@ class PackedWeight:
                 f"of {self._dtype} needs rows that are contiguous"
             )
         cpu.native.linear(
+            self.native,
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
-            self._weight.data_ptr(),
-            self._kind,
-            self._scales.data_ptr(),
-            self._sums.data_ptr(),
-            self.GROUP,
-            self._rows,
-            self._columns,
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             out.stride(0),
             output,
-            self._code,
         )
         return out

@@ -45,7 +45,7 @@ class Linear(nn.Module):
         self._can_pack = multiple > 1 and rows > 0
         self.weight = _parameter(pieces * self._padded_piece, columns, dtype=dtype, device=device)
         self.weight.view(pieces, self._padded_piece, columns)[:, rows // pieces :].zero_()
-        self._packed: PackedWeight | None = None
+        self.packed: PackedWeight | None = None
 
     def pack(self, quantization: str) -> None:
         """Lay the loaded weight out for this machine's kernels, if they have a layout of their own: in its own memory,
@@ -53,13 +53,13 @@ class Linear(nn.Module):
         """
         if not self._can_pack:
             return
-        self._packed = PackedWeight(self.weight.detach(), self.rows, quantization)
+        self.packed = PackedWeight(self.weight.detach(), self.rows, quantization)
         if quantization != "none":
             self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, columns) -> (T, rows)."""
-        return linear(x, self.weight[: self.rows], bias) if self._packed is None else self._packed.linear(x, bias)
+        return linear(x, self.weight[: self.rows], bias) if self.packed is None else self.packed.linear(x, bias)
 
 
 class ColumnParallelLinear(Linear):
@@ -127,8 +127,8 @@ class GatedLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in_features) -> (T, rows of one part)."""
-        if self._packed is not None:
-            return self._packed.silu_mul(x, self.bias)
+        if self.packed is not None:
+            return self.packed.silu_mul(x, self.bias)
         return silu_mul(self.multiply(x, self.bias))
 
 
@@ -154,12 +154,29 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: torch.Tensor, total: torch.Tensor) -> None:
         """Add the result for x (T, columns) to the float32 `total` (T, out_features), the same on every rank."""
-        if self._packed is not None and self.collectives.size == 1:
-            self._packed.add_to(total, x, self.bias)
+        if self.packed is not None and self.collectives.size == 1:
+            self.packed.add_to(total, x, self.bias)
+        else:
+            self.reduce(self.multiply(x, None), total)
+
+    def partial(self, total: torch.Tensor) -> torch.Tensor | None:
+        """Room for this rank's part of a result that somebody else computes; None if there are no other parts."""
+        if self.collectives.size == 1:
+            return None
+        return torch.empty(total.shape, dtype=self.weight.dtype, device=total.device)
+
+    def reduce(self, partial: torch.Tensor | None, total: torch.Tensor) -> None:
+        """Add the sum of all ranks' parts (T, out_features), and the bias, to the float32 `total`; nothing for None."""
+        if partial is None:
             return
-        total.add_(self.collectives.all_reduce(self.multiply(x, None)))
+        total.add_(self.collectives.all_reduce(partial))
         if self.bias is not None:
             total.add_(self.bias)
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias, if it is added while multiplying: a sum over ranks must have it once."""
+        return self.bias if self.collectives.size == 1 else None
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""
@@ -186,7 +203,7 @@ class LogitsLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in_features) -> float32 (T, rows)."""
-        return self.multiply(x, None).float() if self._packed is None else self._packed.linear_float(x)
+        return self.multiply(x, None).float() if self.packed is None else self.packed.linear_float(x)
 
 
 class ReplicatedNorm(nn.Module):

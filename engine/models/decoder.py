@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...kernels.attention import AttentionBackend, HeadNorms
+from ...kernels.blocks import attention_block, mlp_block
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         spec, share, dim = build.spec, build.share, build.spec.head_dim
         query_rows, kv_rows = _features(share.query_heads, dim), _features(share.kv_heads, dim)
         query_size, kv_size = spec.num_query_heads * dim, spec.num_kv_heads * dim
-        self.backend = build.attention
+        self.backend, self.heads = build.attention, len(share.query_heads)
         parts = [
             Part("q_proj", query_rows, query_size),
             Part("k_proj", kv_rows, kv_size),
@@ -84,15 +85,32 @@ class Attention(nn.Module):
         self.k_norm = build.norm("k_norm", dim) if spec.qk_norm else None
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
+        self, norm: ReplicatedNorm, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
-        norms = None
+        head_norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        qkv = self.qkv(x)
-        q = self.backend.rotate_and_store(qkv, step.cos, step.sin, norms, k_cache, v_cache, step.slots)
-        attended = self.backend.attend(q, k_cache, v_cache, step.attention_plan)
-        self.output(attended.flatten(1), residual)
+            head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        place = k_cache, v_cache, step.slots
+        if self.qkv.packed is not None and self.output.packed is not None and self.backend.name == "cpu":
+            out = self.output.partial(residual)
+            attention_block(
+                residual,
+                norm.weight,
+                norm.eps,
+                (self.qkv.packed, self.qkv.bias),
+                (self.output.packed, self.output.own_bias),
+                head_norms,
+                self.heads,
+                step.cos,
+                step.sin,
+                *place,
+                step.attention_plan,
+                out,
+            )
+            self.output.reduce(out, residual)
+            return
+        q = self.backend.rotate_and_store(self.qkv(norm(residual)), step.cos, step.sin, head_norms, *place)
+        self.output(self.backend.attend(q, k_cache, v_cache, step.attention_plan).flatten(1), residual)
 
 
 class MLP(nn.Module):
@@ -111,8 +129,15 @@ class MLP(nn.Module):
             **build.placement,
         )
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> None:
-        self.down(self.gate_up(x), residual)
+    def forward(self, norm: ReplicatedNorm, residual: torch.Tensor) -> None:
+        gate_up, down = self.gate_up, self.down
+        if gate_up.packed is not None and down.packed is not None:
+            out = down.partial(residual)
+            projections = (gate_up.packed, gate_up.bias), (down.packed, down.own_bias)
+            mlp_block(residual, norm.weight, norm.eps, *projections, out)
+            down.reduce(out, residual)
+        else:
+            down(gate_up(norm(residual)), residual)
 
 
 class DecoderLayer(nn.Module):
@@ -125,8 +150,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Adds what attention and MLP make of the float32 `residual` (T, hidden_size) to it, one after the other."""
-        self.attention(self.input_norm(residual), residual, step, k_cache, v_cache)
-        self.mlp(self.mlp_norm(residual), residual)
+        self.attention(self.input_norm, residual, step, k_cache, v_cache)
+        self.mlp(self.mlp_norm, residual)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         yield from self.input_norm.weight_slices(prefix)

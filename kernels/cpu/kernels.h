@@ -62,7 +62,7 @@ struct Attention {
     int64_t table_stride;
     const int32_t* cu_q;        // (rows + 1,)
     const int32_t* seqused_k;   // (rows,)
-    int heads, kv_heads, head_dim, block_size;
+    int rows, heads, kv_heads, head_dim, block_size;
     float scale;
     void* out;  // (tokens, heads, head_dim)
     const int32_t* tasks;  // (tasks, 6): row, kv head, first token, tokens, first key tile, partial (or -1)

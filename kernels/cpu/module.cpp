@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <string>
 
 #include "operations.h"
@@ -17,16 +18,10 @@ T at(uintptr_t address) {
     return reinterpret_cast<T>(address);
 }
 
-void linear(uintptr_t x, int64_t ldx, int m, uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, int group,
-            int n, int k, uintptr_t bias, uintptr_t out, int64_t ldo, int output, int dtype) {
-    py::gil_scoped_release release;
+Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, int group, int n, int k, int dtype) {
     Linear job{};
     job.dtype = static_cast<DType>(dtype);
     job.kind = static_cast<WeightKind>(kind);
-    job.output = static_cast<Output>(output);
-    job.x = at(x);
-    job.ldx = ldx;
-    job.m = m;
     job.k = k;
     job.n = n;
     job.words = job.dtype == DType::kFloat32 ? k : k / 2;
@@ -40,33 +35,80 @@ void linear(uintptr_t x, int64_t ldx, int m, uintptr_t weight, int kind, uintptr
     job.weight = at(weight);
     job.scales = at<const float*>(scales);
     job.sums = at<const float*>(sums);
-    job.bias = at(bias);
-    job.out = at<void*>(out);
-    job.ldo = ldo;
-    run_linear(job);
+    return job;
 }
 
-void attention(uintptr_t q, int64_t ldq, uintptr_t keys, uintptr_t values,
-               uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows,
-               int heads, int kv_heads, int head_dim, int block_size, float scale, uintptr_t out, int dtype) {
+void linear(const Linear& weight, uintptr_t x, int64_t ldx, int m, uintptr_t bias, uintptr_t out, int64_t ldo,
+            int output) {
     py::gil_scoped_release release;
+    multiply(weight, at(x), ldx, m, at(bias), static_cast<Output>(output), at<void*>(out), ldo);
+}
+
+// Where the rows of a step stand; the rest of a job is its layer's.
+Attention make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows) {
     Attention job{};
-    job.dtype = static_cast<DType>(dtype);
-    job.q = at(q);
-    job.ldq = ldq;
-    job.keys = at(keys);
-    job.values = at(values);
     job.block_table = at<const int64_t*>(block_table);
     job.table_stride = table_stride;
     job.cu_q = at<const int32_t*>(cu_q);
     job.seqused_k = at<const int32_t*>(seqused_k);
+    job.rows = rows;
+    return job;
+}
+
+void attend(Attention job, int heads, int kv_heads, int head_dim, int block_size, const void* q, int64_t ldq,
+            uintptr_t keys, uintptr_t values, void* out, DType dtype) {
+    job.dtype = dtype;
     job.heads = heads;
     job.kv_heads = kv_heads;
     job.head_dim = head_dim;
     job.block_size = block_size;
-    job.scale = scale;
-    job.out = at<void*>(out);
-    run_attention(job, plan_attention(job.cu_q, job.seqused_k, rows, heads, kv_heads));
+    job.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    job.q = q;
+    job.ldq = ldq;
+    job.keys = at(keys);
+    job.values = at(values);
+    job.out = out;
+    run_attention(job);
+}
+
+void attention(const Attention& plan, int heads, int kv_heads, int head_dim, int block_size, uintptr_t q, int64_t ldq,
+               uintptr_t keys, uintptr_t values, uintptr_t out, int dtype) {
+    py::gil_scoped_release release;
+    attend(plan, heads, kv_heads, head_dim, block_size, at(q), ldq, keys, values, at<void*>(out),
+           static_cast<DType>(dtype));
+}
+
+void attention_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weight, float eps, const Linear& qkv,
+                     uintptr_t qkv_bias, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm,
+                     uintptr_t slots, uintptr_t keys, uintptr_t values, const Attention& plan, int heads, int kv_heads,
+                     int head_dim, int block_size, const Linear& output, uintptr_t output_bias, uintptr_t out) {
+    py::gil_scoped_release release;
+    const int64_t bytes = qkv.dtype == DType::kFloat32 ? 4 : 2, width = static_cast<int64_t>(heads) * head_dim;
+    void* x = scratch(8, bytes * m * hidden);
+    void* projected = scratch(9, bytes * m * qkv.n);
+    void* attended = scratch(10, bytes * m * width);
+    run_norm({qkv.dtype, at<const float*>(residual), at<const float*>(norm_weight), eps, x, m, hidden});
+    multiply(qkv, x, hidden, m, at(qkv_bias), Output::kStore, projected, qkv.n);
+    run_rope({qkv.dtype, projected, qkv.n, at(cos), at(sin), at<const float*>(q_norm), at<const float*>(k_norm), eps,
+              at<void*>(keys), at<void*>(values), at<const int64_t*>(slots), m, heads, kv_heads, head_dim,
+              block_size});
+    attend(plan, heads, kv_heads, head_dim, block_size, projected, qkv.n, keys, values, attended, qkv.dtype);
+    const bool partial = out != 0;  // the other ranks' parts are to be added first
+    multiply(output, attended, width, m, at(output_bias), partial ? Output::kStore : Output::kAddFloat,
+             at<void*>(partial ? out : residual), output.n);
+}
+
+void mlp_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weight, float eps, const Linear& gate_up,
+               uintptr_t gate_up_bias, const Linear& down, uintptr_t down_bias, uintptr_t out) {
+    py::gil_scoped_release release;
+    const int64_t bytes = gate_up.dtype == DType::kFloat32 ? 4 : 2;
+    void* x = scratch(8, bytes * m * hidden);
+    void* product = scratch(9, bytes * m * down.k);
+    run_norm({gate_up.dtype, at<const float*>(residual), at<const float*>(norm_weight), eps, x, m, hidden});
+    multiply(gate_up, x, hidden, m, at(gate_up_bias), Output::kSiluMul, product, down.k);
+    const bool partial = out != 0;
+    multiply(down, product, down.k, m, at(down_bias), partial ? Output::kStore : Output::kAddFloat,
+             at<void*>(partial ? out : residual), down.n);
 }
 
 void norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int m, int size, int dtype) {
@@ -87,7 +129,11 @@ void rope(uintptr_t qkv, int64_t ld, uintptr_t cos, uintptr_t sin, uintptr_t q_n
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "phalanx's arithmetic on CPUs";
+    py::class_<Linear>(m, "Weight").def(py::init(&make_weight));
+    py::class_<Attention>(m, "AttentionPlan").def(py::init(&make_plan));
     m.def("linear", &linear);
+    m.def("attention_block", &attention_block);
+    m.def("mlp_block", &mlp_block);
     m.def("attention", &attention);
     m.def("norm", &norm);
     m.def("rope", &rope);

@@ -111,6 +111,18 @@ void run_linear(Linear job) {
     }
 }
 
+void multiply(Linear weight, const void* x, int64_t ldx, int m, const void* bias, Output output, void* out,
+              int64_t ldo) {
+    weight.x = x;
+    weight.ldx = ldx;
+    weight.m = m;
+    weight.bias = bias;
+    weight.output = output;
+    weight.out = out;
+    weight.ldo = ldo;
+    run_linear(weight);
+}
+
 void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
     int64_t words = k * element_bytes(dtype) / 4;
     auto* panels = static_cast<uint32_t*>(weight);
@@ -223,15 +235,15 @@ void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_
     parallel(static_cast<int>(count), body);
 }
 
-AttentionPlan plan_attention(const int32_t* cu_q, const int32_t* seqused_k, int rows, int heads, int kv_heads) {
+AttentionPlan plan_attention(const Attention& job) {
     AttentionPlan plan;
-    const int group = heads / kv_heads, most = std::max(1, kQueryRows / group);
-    for (int row = 0; row < rows; ++row) {
-        int queries = cu_q[row + 1] - cu_q[row], keys = seqused_k[row];
+    const int group = job.heads / job.kv_heads, most = std::max(1, kQueryRows / group);
+    for (int row = 0; row < job.rows; ++row) {
+        int queries = job.cu_q[row + 1] - job.cu_q[row], keys = job.seqused_k[row];
         if (queries == 0) continue;
         int tiles = static_cast<int>(ceil_div(queries, most));
         int splits = tiles == 1 && group <= kQueryRows ? static_cast<int>(ceil_div(keys, kSplitKeys)) : 1;
-        for (int head = 0; head < kv_heads; ++head) {
+        for (int head = 0; head < job.kv_heads; ++head) {
             if (splits > 1) {
                 plan.merges.insert(plan.merges.end(), {row, head, splits, plan.partials});
                 for (int s = 0; s < splits; ++s)
@@ -248,7 +260,8 @@ AttentionPlan plan_attention(const int32_t* cu_q, const int32_t* seqused_k, int 
     return plan;
 }
 
-void run_attention(Attention job, const AttentionPlan& plan) {
+void run_attention(Attention job) {
+    const AttentionPlan plan = plan_attention(job);
     const Kernels& k = kernels();
     job.tasks = plan.tasks.data();
     job.partials = static_cast<float*>(

@@ -14,6 +14,9 @@ const Kernels& kernels();
 
 void run_linear(Linear job);
 
+// The same for a weight (the fields that describe it) and what it is multiplied with.
+void multiply(Linear weight, const void* x, int64_t ldx, int m, const void* bias, Output output, void* out, int64_t ldo);
+
 // Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels.
 void pack_weight(DType dtype, void* weight, int64_t n, int64_t k);
 
@@ -34,8 +37,8 @@ struct AttentionPlan {
     std::vector<int32_t> merges;  // row, kv head, splits, first partial
     int partials = 0;
 };
-AttentionPlan plan_attention(const int32_t* cu_q, const int32_t* seqused_k, int rows, int heads, int kv_heads);
-void run_attention(Attention job, const AttentionPlan& plan);
+AttentionPlan plan_attention(const Attention& job);
+void run_attention(Attention job);
 
 void run_norm(const Norm& job);
 void run_rope(const Rope& job);

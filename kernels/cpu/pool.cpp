@@ -188,7 +188,7 @@ void* scratch(int slot, int64_t bytes) {
         int64_t size = 0;
         ~Buffer() { std::free(memory); }
     };
-    static thread_local Buffer buffers[8];
+    static thread_local Buffer buffers[16];
     Buffer& buffer = buffers[slot];
     if (buffer.size < bytes) {
         std::free(buffer.memory);
