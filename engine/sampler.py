@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..kernels.largest import noisy_largest
 from ..kernels.noise import gumbel
 from ..parallel.collectives.base import Collectives
 from .errors import ConfigError
@@ -23,7 +24,6 @@ from .logprobs import (
     key_token_ids,
     key_values,
     log_sum_exp,
-    row_chunks,
     token_keys,
     top_keys,
 )
@@ -135,12 +135,14 @@ class Sampler:
         parts = []
         if step.greedy:
             parts.append(top_keys(_take(step.logits, step.greedy), first, 1))
-        if step.noisy:
-            logits, columns = _take(step.logits, step.noisy), step.columns.take(step.noisy)
-            ids = torch.arange(first, self._vocab.stop, device=logits.device)
-            for chunk in row_chunks(logits):
-                scores = _noisy_scores(logits[chunk], ids, columns.take(chunk))
-                parts.append(top_keys(scores, first, 1))
+        if step.noisy and not self._vocab:
+            parts.append(top_keys(_take(step.logits, step.noisy), first, 1))
+        elif step.noisy:
+            columns = step.columns.take(step.noisy)
+            counter = (columns.position << 32) | first
+            logits = _take(step.logits, step.noisy)
+            most, places = noisy_largest(logits, columns.temperature, columns.seed, counter)
+            parts.append(token_keys(most, places + first).unsqueeze(1))
         if step.truncated:
             parts.append(top_keys(_take(step.logits, step.truncated), first, self._width))
         if step.weighed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import cpu
+from .noise import gumbel
 
 
 def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,6 +17,31 @@ def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
     cpu.native.argmax(values.data_ptr(), rows, size, most.data_ptr(), places.data_ptr())
     return most, places
+
+
+def noisy_largest(
+    values: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, counter: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row of values / temperature + Gumbel noise, as largest() of float32 (R, V).
+
+    `temperature` is float32 (R, 1), `seed` int64 (R, 1); the noise of column j is that of counter + j, int64 (R, 1).
+    """
+    rows, size = values.shape
+    if _usable(values):
+        most, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        settings = [column.contiguous() for column in (temperature, seed, counter)]
+        addresses = (column.data_ptr() for column in (*settings, most, places))
+        cpu.native.noisy_argmax(values.data_ptr(), rows, size, *addresses)
+        return most, places
+    # A few rows at a time: within the cache on a CPU, bounded in memory elsewhere.
+    step = max(1, (1 << 18 if values.device.type == "cpu" else 1 << 24) // max(1, size))
+    columns = torch.arange(size, device=values.device)
+    found = []
+    for first in range(0, rows, step):
+        some = slice(first, first + step)
+        noise = gumbel(seed[some], counter[some] + columns)
+        found.append(largest((values[some] / temperature[some]).add_(noise)))
+    return torch.cat([most for most, _ in found]), torch.cat([places for _, places in found])
 
 
 def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:

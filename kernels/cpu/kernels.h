@@ -108,6 +108,8 @@ struct Kernels {
     void (*norm)(const Norm&, int row);
     void (*rope)(const Rope&, int token);
     int64_t (*argmax)(const float* row, int64_t size, float* value);
+    int64_t (*noisy_argmax)(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
+                            float* value);
     void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
     float (*sum)(const float* from, int64_t size);
     float (*multiply_add)(int64_t steps);  // as many multiply-adds of registers: the arithmetic limit

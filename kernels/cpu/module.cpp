@@ -163,6 +163,12 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(places));
     });
+    m.def("noisy_argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t temperatures, uintptr_t seeds,
+                             uintptr_t counters, uintptr_t values, uintptr_t places) {
+        py::gil_scoped_release release;
+        run_noisy_argmax(at<const float*>(rows), count, size, at<const float*>(temperatures), at<const int64_t*>(seeds),
+                         at<const int64_t*>(counters), at<float*>(values), at<int64_t*>(places));
+    });
     m.def("block_maxima", [](uintptr_t rows, int64_t count, int64_t size, int64_t block, uintptr_t out) {
         py::gil_scoped_release release;
         run_block_maxima(at<const float*>(rows), count, size, block, at<float*>(out));

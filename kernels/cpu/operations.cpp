@@ -303,6 +303,14 @@ void run_argmax(const float* rows, int64_t count, int64_t size, float* values, i
     run_rows(static_cast<int>(count), size, [&](int row) { places[row] = k.argmax(rows + row * size, size, values + row); });
 }
 
+void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
+                      const int64_t* counters, float* values, int64_t* places) {
+    const Kernels& k = kernels();
+    run_rows(static_cast<int>(count), size, [&](int row) {
+        places[row] = k.noisy_argmax(rows + row * size, size, temperatures[row], seeds[row], counters[row], values + row);
+    });
+}
+
 void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out) {
     const Kernels& k = kernels();
     const int64_t blocks = ceil_div(size, block);

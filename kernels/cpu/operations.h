@@ -44,6 +44,8 @@ void run_norm(const Norm& job);
 void run_rope(const Rope& job);
 void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places);
 
+void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
+                      const int64_t* counters, float* values, int64_t* places);
 void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out);
 
 // Bytes a second of memory that is read once, by all threads; and multiply-adds a second of bfloat16, counted as two.

@@ -108,6 +108,59 @@ inline int64_t largest(const float* row, int64_t size, float* value) {
     return i;
 }
 
+typedef uint64_t vq __attribute__((vector_size(64)));
+
+// SplitMix64's finaliser (see kernels/noise.py).
+template <class V>
+INLINE V mix_bits(V x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+// kernels/noise.py's uniform number of 64 mixed bits, and the Gumbel noise made of it.
+INLINE float uniform_of(uint64_t bits) {
+    return std::min((static_cast<float>(bits >> 24) + 0.5f) * 0x1p-40f, 1.0f - 0x1p-24f);
+}
+INLINE float gumbel_of(uint64_t bits) { return -std::log(-std::log1p(-uniform_of(bits))); }
+
+// The largest of row / temperature + noise. Noise above g is an exponential number below e^-g, so below that must lie
+// the uniform number it is made of: few do, and the logarithms are for those alone.
+inline int64_t noisy_largest(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
+                             float* value) {
+    constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+    const uint64_t key = mix_bits(seed) + kGolden;
+    auto score = [&](int64_t i) { return row[i] / temperature + gumbel_of(mix_bits(key + (counter + i) * kGolden)); };
+    int64_t best = largest(row, size, value);
+    if (!(std::fabs(*value) < std::numeric_limits<float>::infinity())) return best;
+    float most = score(best);
+    const vq steps = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (int64_t first = 0; first < size; first += 16) {
+        const vf x = load_up_to(row + first, size - first) / temperature;
+        alignas(64) uint64_t bits[16];
+        for (int half = 0; half < 2; ++half) {
+            const vq counters = counter + static_cast<uint64_t>(first + 8 * half) + steps;
+            *reinterpret_cast<vq*>(bits + 8 * half) = mix_bits(key + counters * kGolden);
+        }
+        // The high 32 bits alone, rounded down: the bound is a little generous, never too strict.
+        vu high;
+        for (int i = 0; i < 16; ++i) high[i] = static_cast<uint32_t>(bits[i] >> 32);
+        const vf low = __builtin_convertvector(reinterpret_cast<vi>(high >> 1), vf) * 0x1.fffffep-32f;
+        const vi near = low <= exponential(x - most) * 1.00001f + 0x1p-30f;
+        if (!any_of(near)) continue;
+        for (int64_t i = first; i < std::min(size, first + 16); ++i) {
+            if (!near[i - first]) continue;
+            const float mine = score(i);
+            if (mine > most || (mine == most && i < best)) {
+                most = mine;
+                best = i;
+            }
+        }
+    }
+    *value = most;
+    return best;
+}
+
 // The largest of each `block` of a row, a multiple of 16; NaN if there is one.
 inline void block_maxima(const float* row, int64_t size, int64_t block, float* out) {
     for (int64_t first = 0; first < size; first += block, ++out) {

@@ -90,6 +90,16 @@ INLINE float max_of(vf v) {
 #endif
 }
 
+INLINE bool any_of(vi lanes) {
+#if PHALANX_ISA_AVX512
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512i>(lanes)) != 0;
+#else
+    int32_t any = 0;
+    for (int i = 0; i < 16; ++i) any |= lanes[i];
+    return any != 0;
+#endif
+}
+
 constexpr float kLeastExponent = -87.0f;
 
 // e^x, within 2 units of the last place; 0 below -87, and the value at 88 above it (Cody and Waite's reduction, Taylor).

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from phalanx.kernels import cpu
 from phalanx.kernels.attention import CpuAttention, HeadNorms, TorchAttention
-from phalanx.kernels.largest import block_maxima, largest
+from phalanx.kernels.largest import block_maxima, largest, noisy_largest
 from phalanx.kernels.linear import PackedWeight, row_multiple
+from phalanx.kernels.noise import gumbel
 from phalanx.kernels.norm import rms_norm
 
 if cpu.native is None:
@@ -180,6 +181,28 @@ def test_the_largest_of_rows_and_of_their_blocks_are_torchs(
         first = int(x[row].isnan().nonzero()[0]) if x[row].isnan().any() else int((x[row] == x[row].max()).nonzero()[0])
         assert int(places[row]) == first
         assert torch.equal(values[row].isnan(), x[row, first].isnan())
+
+
+@given(
+    rows=st.integers(1, 12), size=st.integers(1, 700), spread=st.sampled_from([0.1, 3.0, 30.0]), seed=st.integers(0, 99)
+)
+@checked
+def test_the_noisiest_is_the_largest_of_value_and_gumbel_noise(
+    instructions: str, rows: int, size: int, spread: float, seed: int
+) -> None:
+    x = _random(rows, size, dtype=torch.float32, seed=seed) * spread
+    temperature = torch.linspace(0.3, 2.0, rows).unsqueeze(1)
+    seeds = torch.arange(rows).unsqueeze(1) * 2**40 - seed
+    counter = (torch.arange(rows).unsqueeze(1) << 32) | seed
+    scores = x / temperature + gumbel(seeds, counter + torch.arange(size))
+    most, places = noisy_largest(x, temperature, seeds, counter)
+    torch.testing.assert_close(most, scores.amax(dim=1), atol=1e-5, rtol=1e-5)
+    # Another logarithm may be an ulp off, and decide between equals.
+    torch.testing.assert_close(
+        scores.gather(1, places.unsqueeze(1)), scores.amax(dim=1, keepdim=True), atol=1e-5, rtol=1e-5
+    )
+    x[0, size // 2] = torch.nan
+    assert noisy_largest(x, temperature, seeds, counter)[0][0].isnan()
 
 
 def test_several_threads_may_compute_at_once(instructions: str) -> None:
