@@ -49,7 +49,7 @@ class EngineConfig:
     max_queue: int = 16384
     """Requests that may wait; more are refused with CapacityExceeded."""
     block_size: int | None = None
-    """Tokens of one KV block; None lets the attention backend choose (32 for cpu, 16 for torch)."""
+    """Tokens of one KV block; None lets the attention backend choose (16 on a CPU)."""
     kv_memory: float = 0.9
     """KV cache of one rank: bytes if above 1, else the fraction of a GPU's memory the engine may use in all.
     On a CPU a fraction is of the memory free once the weights are loaded, and the cache is never larger

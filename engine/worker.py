@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .errors import CheckpointError, ConfigError
 from .kv_cache import KVCache, count_blocks, kv_budget
 from .models.decoder import Build, CausalLM
 from .models.spec import ModelSpec, dimensions, position_limit
-from .plan import Idle, StepPlan, StepResult, Stop, TokenLogprobs, decode
+from .plan import Idle, SlotSampling, SlotStart, StepPlan, StepResult, Stop, TokenLogprobs, decode
 from .sampler import Sampler
 
 LOGPROB_ROWS = 256
@@ -99,6 +99,31 @@ class Worker:
             return None
         tokens, logprobs = sampled or ([], [])
         return StepResult(tokens, logprobs, prompt_logprobs)
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits of one sequence after each of its tokens, float32 (T, vocabulary rows of this rank), for measuring.
+
+        Every rank calls it, while nothing runs: it takes the first slot and the first blocks for itself.
+        """
+        count = len(token_ids)
+        blocks = list(range(-(-count // self.capacity.block_size)))
+        plan = StepPlan(
+            step=0,
+            starts=[SlotStart(0, count, list(token_ids), SlotSampling())],
+            token_slots=[],
+            token_ids=[],
+            block_slots=[0] * len(blocks),
+            block_indices=blocks,
+            block_ids=blocks,
+            slots=[0],
+            positions=[0],
+            counts=[count],
+            num_decodes=1 if count == 1 else 0,
+            sample_rows=[],
+        )
+        with torch.inference_mode():
+            self._slots.apply(plan)
+            return self._model.logits(self._model(self._slots.batch(plan), self._cache))
 
     def _prompt_logprobs(self, batch: ForwardBatch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         results: dict[int, list[TokenLogprobs]] = {}

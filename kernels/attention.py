@@ -211,7 +211,7 @@ class CpuAttention(AttentionBackend):
 
     name = "cpu"
     block_multiple = cpu.PANEL
-    default_block_size = 32
+    default_block_size = cpu.PANEL
     supports_graph = False
 
     def plan(self, metadata: AttentionMetadata) -> Any:

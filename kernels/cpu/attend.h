@@ -40,24 +40,29 @@ INLINE void soften(float* scores, int visible, int width, float scale, Running& 
     }
 }
 
-// sums (R rows, 32 or 16 columns) += weights (R rows of kKeyTile) times values, which stand in pieces of 16 keys.
+// sums (R rows, 32 or 16 columns) += weights (R rows of kKeyTile) times values, which stand in pieces of 16 keys. Meanwhile
+// it fetches the pieces `ahead`, if there are any.
 template <class T, int R>
-INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, int64_t offset0, int64_t offset1,
-                       int words, float* sums, int ld, bool add) {
+INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, const uint32_t* const* ahead,
+                       int64_t offset0, int64_t offset1, int words, float* sums, int ld, bool add) {
     constexpr int kPieceWords = 16 / kPerWord<T>;
     constexpr int kStride = kKeyTile / kPerWord<T>;
+    const bool both = offset1 >= 0;
     vf c0[R], c1[R];
     for (int r = 0; r < R; ++r) {
         c0[r] = add ? load(sums + r * ld) : vf{};
-        c1[r] = add && offset1 >= 0 ? load(sums + r * ld + 16) : vf{};
+        c1[r] = add && both ? load(sums + r * ld + 16) : vf{};
     }
     const uint32_t* x = weights;
-    for (int done = 0; done < words; done += kPieceWords, ++pieces) {
+    if (offset1 < 0) offset1 = offset0;
+    for (int done = 0; done < words; done += kPieceWords, ++pieces, ++ahead) {
         const uint32_t* v0 = *pieces + offset0;
-        const uint32_t* v1 = *pieces + (offset1 < 0 ? offset0 : offset1);
+        const uint32_t* v1 = *pieces + offset1;
         int count = std::min(kPieceWords, words - done);
         for (int k = 0; k < count; ++k, ++x) {
             vu w0 = load(v0 + k * 16), w1 = load(v1 + k * 16);
+            __builtin_prefetch(*ahead + offset0 + k * 16, 0, 2);
+            __builtin_prefetch(*ahead + offset1 + k * 16, 0, 2);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 vu p = splat(x[r * kStride]);
@@ -68,9 +73,26 @@ INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, i
     }
     for (int r = 0; r < R; ++r) {
         store(sums + r * ld, c0[r]);
-        if (offset1 >= 0) store(sums + r * ld + 16, c1[r]);
+        if (both) store(sums + r * ld + 16, c1[r]);
     }
 }
+
+// Where 16 keys each, and their values, stand: those of the tile that begins at a key. Beyond the last key the pieces are
+// repeated, and count for nothing.
+struct Pieces {
+    const uint32_t* keys[kKeyTile / 16];
+    const uint32_t* values[kKeyTile / 16];
+
+    Pieces(const Attention& job, const int64_t* table, int kv_head, int64_t head_words, int words, int per_word, int key,
+           int last_key) {
+        for (int i = 0; i < kKeyTile / 16; ++i) {
+            const int k = std::min(key + 16 * i, (last_key - 1) / 16 * 16), inside = k % job.block_size;
+            const int64_t start = (table[k / job.block_size] * job.kv_heads + kv_head) * head_words;
+            keys[i] = static_cast<const uint32_t*>(job.keys) + start + static_cast<int64_t>(inside) * words;
+            values[i] = static_cast<const uint32_t*>(job.values) + start + static_cast<int64_t>(inside) / per_word * 16;
+        }
+    }
+};
 
 struct TaskView {
     int row, kv_head, first_token, tokens, first_key, partial;
@@ -87,11 +109,7 @@ void attention_task(const Attention& job, int number) {
     int last_key = keys_before + task.first_token + task.tokens;
     if (task.partial >= 0) last_key = std::min(last_key, task.first_key + kSplitKeys);
     const int64_t head_words = static_cast<int64_t>(job.block_size) * words;
-    const int64_t pool_block = head_words * job.kv_heads, head_offset = head_words * task.kv_head;
     const int64_t* table = job.block_table + task.row * job.table_stride;
-    const uint32_t* keys = static_cast<const uint32_t*>(job.keys);
-    const uint32_t* values = static_cast<const uint32_t*>(job.values);
-
     const int blocks = (rows + kMaxRows - 1) / kMaxRows;
     char* memory = static_cast<char*>(
         scratch(1, rows * (4 * (words + kKeyTile + dim + 2) + sizeof(T) * kKeyTile) + 64 * 8));
@@ -118,22 +136,24 @@ void attention_task(const Attention& job, int number) {
         interleave(from, end - start, words, q + static_cast<int64_t>(start) * words);
     }
 
-    const int groups_of_16 = job.block_size / 16;
+    auto locate = [&](int key) {
+        return Pieces(job, table, task.kv_head, head_words, words, kPerWord<T>, key, last_key);
+    };
+    Pieces pieces = locate(task.first_key);
     for (int key = task.first_key; key < last_key; key += kKeyTile) {
         const bool first = key == task.first_key;
         const int count = std::min(kKeyTile, last_key - key), width = (count + 15) / 16 * 16;
-        auto panel = [&](int k) {  // of the 16 keys from k on
-            return keys + table[k / job.block_size] * pool_block + head_offset +
-                   static_cast<int64_t>(k / 16 % groups_of_16) * 16 * words;
-        };
+        const Pieces next = locate(key + kKeyTile < last_key ? key + kKeyTile : key);
         for (int k = 0; k < width; k += 32) {
-            const uint32_t* b0 = panel(key + k);
-            const uint32_t* b1 = k + 16 < width ? panel(key + k + 16) : b0;
+            const int i = k / 16, second = k + 16 < width ? i + 1 : i;
+            const char* ahead[2] = {reinterpret_cast<const char*>(next.keys[i]),
+                                    reinterpret_cast<const char*>(next.keys[second])};
             for (int b = 0; b < blocks; ++b) {
                 int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
-                kMultiply<T>[end - start - 1](q + static_cast<int64_t>(start) * words, b0, b1, words,
+                kMultiply<T>[end - start - 1](q + static_cast<int64_t>(start) * words, pieces.keys[i],
+                                              pieces.keys[second], words,
                                               scores + static_cast<int64_t>(start) * kKeyTile + k, kKeyTile, false,
-                                              nullptr, nullptr, 0);
+                                              nullptr, ahead, b == 0 ? 2 : 0);
             }
         }
         for (int r = 0; r < rows; ++r) {
@@ -141,10 +161,6 @@ void attention_task(const Attention& job, int number) {
             soften<T>(scores + static_cast<int64_t>(r) * kKeyTile, visible, width, job.scale, running, r, dim, first,
                       weights + static_cast<int64_t>(r) * kKeyTile);
         }
-        const uint32_t* value_pieces[kKeyTile / 16];
-        for (int k = 0; k < width; k += 16)
-            value_pieces[k / 16] = values + table[(key + k) / job.block_size] * pool_block + head_offset +
-                                   static_cast<int64_t>((key + k) % job.block_size) / kPerWord<T> * 16;
         const int value_words = (count + kPerWord<T> - 1) / kPerWord<T>;
         for (int b = 0; b < blocks; ++b) {
             int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
@@ -153,11 +169,12 @@ void attention_task(const Attention& job, int number) {
                 int64_t offset0 = static_cast<int64_t>(d) * block_words;
                 int64_t offset1 = d + 16 < dim ? offset0 + 16 * block_words : -1;
                 with_rows(end - start, [&](auto R) {
-                    add_values<T, R>(p, value_pieces, offset0, offset1, value_words, running.sums + static_cast<int64_t>(start) * dim + d, dim,
-                                     !first);
+                    add_values<T, R>(p, pieces.values, next.values, offset0, offset1, value_words,
+                                     running.sums + static_cast<int64_t>(start) * dim + d, dim, !first);
                 });
             }
         }
+        pieces = next;
     }
 
     if (task.partial >= 0) {
