@@ -2,8 +2,9 @@
 
     python benchmarks/quantization.py model=models/smollm2-135m quantizations=int8,w8a8,int4
 
-The text is what Python's own `help()` says of the language. For each token: whether the likeliest next token is the same
-(top-1 agreement), and KL(bfloat16 || quantized) in nats; the perplexity of the text under each. The last line is JSON.
+The text is what Python's own `help()` says of the language. For each token: whether the likeliest next token is the
+same (top-1 agreement), and KL(bfloat16 || quantized) in nats; the perplexity of the text under each. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ def measure(options: Options) -> dict[str, Any]:
         reference = plain.score(window).log_softmax(dim=1)
         following = torch.tensor(window[1:]).unsqueeze(1)
         count, scored = count + len(window), scored + len(following)
-        for name in sums:
+        for name, entry in sums.items():
             found = reference if name == "none" else workers[name].score(window).log_softmax(dim=1)
-            entry = sums[name]
             entry["agree"] += int((found.argmax(dim=1) == reference.argmax(dim=1)).sum())
             entry["kl"] += float((reference.exp() * (reference - found)).sum(dtype=torch.float64))
             entry["loss"] -= float(found[:-1].gather(1, following).sum(dtype=torch.float64))

@@ -60,8 +60,8 @@ class EngineConfig:
     """Attention backend: auto, cpu (phalanx's own kernels) or torch."""
     quantization: str = "none"
     """Weights as computed with: none (as in dtype); or, on a CPU, rounded while a bfloat16 checkpoint loads: int8 (8
-    bits and a scale for each output), w8a8 (activations of 8 bits too), int4 (4 bits and a scale for each 64 inputs).
-    The head, and an embedding tied to it, keep at least 8 bits."""
+    bits and a scale for each 32 inputs), w8a8 (8 bits and a scale for each output; activations of 8 bits too), int4 (4
+    bits and a scale for each 64 inputs). The head, and an embedding tied to it, keep at least 8 bits."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
     seed: int = 0

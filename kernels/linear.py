@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from . import cpu
@@ -24,13 +26,13 @@ def head_quantization(quantization: str) -> str:
 class PackedWeight:
     """A weight laid out in panels of 16 rows, as kernels/cpu/kernels.h has it: what is multiplied together stands so.
 
-    `quantization` is one of KINDS. int8 and w8a8 keep 8 bits of each number and a float32 scale for each row, w8a8
-    rounds x to 8 bits too, with a scale for each of its rows; int4 keeps 4 bits and a scale for each GROUP columns. All
-    are symmetric: a number stands for itself times its scale.
+    `quantization` is one of KINDS. int8 keeps 8 bits of each number and a float32 scale for each 32 columns of a row,
+    int4 keeps 4 bits and a scale for each 64; w8a8 keeps 8 bits and a scale for each row, and rounds x to 8 bits too,
+    with a scale for each of its rows. All are symmetric: a number stands for itself times its scale.
     """
 
     KINDS = ("none", "int8", "int4", "w8a8")
-    GROUP = 64
+    GROUPS: ClassVar[dict[str, int]] = {"int8": 32, "int4": 64}
 
     def __init__(self, weight: torch.Tensor, rows: int, quantization: str = "none") -> None:
         """Of `weight` (padded rows, columns), the first `rows` count; see row_multiple.
@@ -46,6 +48,7 @@ class PackedWeight:
         self._weight = weight
         self._scales = self._sums = torch.empty(0)
         self._together = 4 if quantization == "w8a8" else 2
+        self._group = self.GROUPS.get(quantization, columns)
         if quantization == "none":
             cpu.native.pack_weight(weight.data_ptr(), padded, columns, self._code)
         else:
@@ -55,7 +58,7 @@ class PackedWeight:
             self._kind,
             self._scales.data_ptr(),
             self._sums.data_ptr(),
-            self.GROUP,
+            self._group,
             rows,
             columns,
             self._code,
@@ -70,15 +73,15 @@ class PackedWeight:
                 f"not {columns} columns of {weight.dtype}: set dtype=bfloat16, or quantization=none"
             )
         source = weight.data_ptr(), padded, columns
+        self._scales = torch.empty(padded, -(-columns // self._group))
         if quantization == "int4":
             self._weight = empty((padded, columns // 2), torch.uint8, weight.device)
-            self._scales = torch.empty(padded, -(-columns // self.GROUP))
-            cpu.native.quantize_int4(*source, self.GROUP, self._weight.data_ptr(), self._scales.data_ptr())
+            cpu.native.quantize_int4(*source, self._group, self._weight.data_ptr(), self._scales.data_ptr())
             return
         self._weight = empty((padded, columns), torch.int8, weight.device)
-        self._scales, self._sums = torch.empty(padded), torch.empty(padded)
+        self._sums = torch.empty(padded)
         stored = self._weight.data_ptr(), self._scales.data_ptr(), self._sums.data_ptr()
-        cpu.native.quantize_int8(*source, self._together, *stored)
+        cpu.native.quantize_int8(*source, self._together, self._group, *stored)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), summed up in float32 and rounded once."""
@@ -110,7 +113,8 @@ class PackedWeight:
             cpu.native.look_up(self._weight.data_ptr(), self._rows, self._columns, *places, self._code)
         elif self._sums.numel():
             stored = self._weight.data_ptr(), self._scales.data_ptr()
-            cpu.native.look_up_int8(*stored, self._rows, self._columns, self._together, *places)
+            shape = self._rows, self._columns, self._together, self._group
+            cpu.native.look_up_int8(*stored, *shape, *places)
         else:
             raise ValueError("rows of a weight of 4 bits are not looked up")
         return out

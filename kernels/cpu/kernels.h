@@ -39,9 +39,9 @@ struct Linear {
     int words;            // of k in packed x
     int words_per_stored; // words of x for a word of the weight: 4 for kInt4, else 1
     const void* weight;   // panels
-    const float* scales;  // kInt8, kW8A8: (padded n,); kInt4: (panels, groups, 16)
-    const float* sums;    // kInt8, kW8A8: (padded n,) of the weight's numbers along k
-    int groups;           // kInt4: of word_block words each
+    const float* scales;  // quantized: (panels, groups, 16)
+    const float* sums;    // kInt8, kW8A8: (padded n,) of the weights along k
+    int groups;           // quantized: of word_block words each
     const void* bias;     // (n,) of dtype, or null
     void* out;
     int64_t ldo;

@@ -73,32 +73,24 @@ void linear_task_of_numbers(const Linear& job, int task) {
     const int64_t panel_bytes = static_cast<int64_t>(job.words) * N::kWeightBytes;
     const char* weight = static_cast<const char*>(job.weight);
     float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
-    const int64_t passes = (job.words + N::kWords - 1) / N::kWords;
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
-        for (int64_t pass = 0; pass < passes; ++pass) {
-            const int64_t k = block_start(job.words, passes, pass), words = block_start(job.words, passes, pass + 1) - k;
-            const char* b0 = weight + panels.first * panel_bytes + k * N::kWeightBytes;
-            const char* b1 = weight + panels.second * panel_bytes + k * N::kWeightBytes;
-            for (int block = tile.first_block; block < tile.last_block; ++block) {
-                const int64_t row = block_start(job.m, job.row_blocks, block);
-                const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
-                with_rows(block_rows, [&](auto R) {
-                    multiply_numbers<N, R>(job.packed + row * job.words + k * R, b0, b1, words,
-                                           block == tile.first_block ? panels_step(job) * panel_bytes : 0,
-                                           sums + (row - tile.first_row) * 32, pass > 0);
-                });
-            }
+        for (int block = tile.first_block; block < tile.last_block; ++block) {
+            const int64_t row = block_start(job.m, job.row_blocks, block);
+            const int64_t ahead = block == tile.first_block ? panels_step(job) * panel_bytes : 0;
+            with_rows(block_start(job.m, job.row_blocks, block + 1) - row, [&](auto R) {
+                multiply_numbers<N, R>(job, job.packed + row * job.words, weight + panels.first * panel_bytes,
+                                       weight + panels.second * panel_bytes, scales_of(job, panels.first, 0),
+                                       scales_of(job, panels.second, 0), ahead, sums + (row - tile.first_row) * 32);
+            });
         }
-        const vf s0 = load(job.scales + panels.first * kPanel), s1 = load(job.scales + panels.second * kPanel);
         // What x's offset added to a column's sum is 128 times the sum of its weights.
         const float offset = job.kind == WeightKind::kW8A8 ? 128.0f : 0.0f;
         const vf o0 = load(job.sums + panels.first * kPanel) * offset, o1 = load(job.sums + panels.second * kPanel) * offset;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t row = tile.first_row + r;
             const float scale = job.x_scales[row];
-            finish_row<T>(job, row, unit, (load(sums + r * 32) - o0) * s0 * scale,
-                          (load(sums + r * 32 + 16) - o1) * s1 * scale);
+            finish_row<T>(job, row, unit, (load(sums + r * 32) - o0) * scale, (load(sums + r * 32 + 16) - o1) * scale);
         }
     }
 }

@@ -28,8 +28,8 @@ Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums,
     job.words_per_stored = job.kind == WeightKind::kInt4 ? 4 : 1;
     if (job.kind == WeightKind::kInt8) job.words = k / 2;
     if (job.kind == WeightKind::kW8A8) job.words = k / 4;
-    if (job.kind == WeightKind::kInt4) {
-        job.word_block = group / 2;
+    if (job.kind != WeightKind::kPlain) {
+        job.word_block = job.words * static_cast<int64_t>(group) / k;
         job.groups = (k + group - 1) / group;
     }
     job.weight = at(weight);
@@ -145,19 +145,20 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
     });
-    m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, uintptr_t numbers,
+    m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, int64_t group, uintptr_t numbers,
                               uintptr_t scales, uintptr_t sums) {
         py::gil_scoped_release release;
-        quantize_int8(at(weight), n, k, together, at<void*>(numbers), at<float*>(scales), at<float*>(sums));
+        quantize_int8(at(weight), n, k, together, group, at<void*>(numbers), at<float*>(scales), at<float*>(sums));
     });
     m.def("quantize_int4", [](uintptr_t weight, int64_t n, int64_t k, int64_t group, uintptr_t numbers, uintptr_t scales) {
         py::gil_scoped_release release;
         quantize_int4(at(weight), n, k, group, at<void*>(numbers), at<float*>(scales));
     });
-    m.def("look_up_int8", [](uintptr_t numbers, uintptr_t scales, int64_t n, int64_t k, int together,
+    m.def("look_up_int8", [](uintptr_t numbers, uintptr_t scales, int64_t n, int64_t k, int together, int64_t group,
                              uintptr_t rows, int64_t count, uintptr_t out) {
         py::gil_scoped_release release;
-        look_up_int8(at(numbers), at<const float*>(scales), n, k, together, at<const int64_t*>(rows), count, at<void*>(out));
+        look_up_int8(at(numbers), at<const float*>(scales), n, k, together, group, at<const int64_t*>(rows), count,
+                     at<void*>(out));
     });
     m.def("argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t values, uintptr_t places) {
         py::gil_scoped_release release;

@@ -42,7 +42,7 @@ void run_chunk(Linear& job, int rows_each) {
     const Kernels& k = kernels();
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
     job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kTileRows));
-    if (job.kind != WeightKind::kInt4) {
+    if (job.kind == WeightKind::kPlain) {
         int64_t passes = ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock);
         job.word_block = static_cast<int>(ceil_div(job.words, passes));
     }
@@ -155,19 +155,25 @@ float round_between(float least, float value, float most) {
 
 }  // namespace
 
-void quantize_int8(const void* weight, int64_t n, int64_t k, int together, void* numbers, float* scales, float* sums) {
+void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64_t group, void* numbers, float* scales,
+                   float* sums) {
     const auto* rows = static_cast<const uint16_t*>(weight);
     auto* to = static_cast<int8_t*>(numbers);
+    const int64_t groups = ceil_div(k, group);
     auto body = [&](int row) {
         const uint16_t* from = rows + row * k;
-        const float scale = scales[row] = kernels().choose_scale(reinterpret_cast<const bf16*>(from), k, 127, 1);
-        const float inverse = 1.0f / scale;
-        float sum = 0;
         int8_t* panel = to + row / kPanel * k * kPanel;
-        for (int64_t i = 0; i < k; ++i) {
-            float number = round_between(-127, float_of(from + i) * inverse, 127);
-            sum += number;
-            panel[(i / together * kPanel + row % kPanel) * together + i % together] = static_cast<int8_t>(number);
+        float sum = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t first = g * group, last = std::min(k, first + group);
+            const float scale = kernels().choose_scale(reinterpret_cast<const bf16*>(from + first), last - first, 127, 1);
+            const float inverse = 1.0f / scale;
+            scales[(row / kPanel * groups + g) * kPanel + row % kPanel] = scale;
+            for (int64_t i = first; i < last; ++i) {
+                float number = round_between(-127, float_of(from + i) * inverse, 127);
+                sum += number * scale;
+                panel[(i / together * kPanel + row % kPanel) * together + i % together] = static_cast<int8_t>(number);
+            }
         }
         sums[row] = sum;
     };
@@ -199,17 +205,21 @@ void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void
     parallel(static_cast<int>(n), body);
 }
 
-void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, const int64_t* rows,
-                  int64_t count, void* out) {
+void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
+                  const int64_t* rows, int64_t count, void* out) {
     const auto* from = static_cast<const int8_t*>(numbers);
     auto* to = static_cast<uint16_t*>(out);
+    const int64_t groups = ceil_div(k, group);
     auto body = [&](int i) {
         int64_t row = rows[i];
         bool there = row >= 0 && row < n;
-        const int8_t* panel = there ? from + row / kPanel * k * kPanel : nullptr;
         for (int64_t j = 0; j < k; ++j) {
-            int64_t place = (j / together * kPanel + row % kPanel) * together + j % together;
-            float value = there ? panel[place] * scales[row] : 0.0f;
+            float value = 0.0f;
+            if (there) {
+                int64_t place = (j / together * kPanel + row % kPanel) * together + j % together;
+                float scale = scales[(row / kPanel * groups + j / group) * kPanel + row % kPanel];
+                value = from[row / kPanel * k * kPanel + place] * scale;
+            }
             uint32_t bits;
             std::memcpy(&bits, &value, 4);
             to[i * k + j] = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);

@@ -20,14 +20,16 @@ void multiply(Linear weight, const void* x, int64_t ldx, int m, const void* bias
 // Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels.
 void pack_weight(DType dtype, void* weight, int64_t n, int64_t k);
 
-// A bfloat16 weight of n rows, a multiple of 16, to panels of 8 bits, `together` (2 or 4) numbers of a row side by
-// side, with a scale and the sum of the numbers for each row; k is a multiple of 4. And to panels of 4 bits, with a scale for each `group` of k, a multiple of 8, as k is.
-void quantize_int8(const void* weight, int64_t n, int64_t k, int together, void* numbers, float* scales, float* sums);
+// A bfloat16 weight of n rows, a multiple of 16, to panels of 8 bits, `together` (2 or 4) numbers of a row side by side,
+// with a scale for each `group` of k and the sum of what each row became; k is a multiple of 4. And to panels of 4 bits,
+// where k and the group are multiples of 8.
+void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64_t group, void* numbers, float* scales,
+                   float* sums);
 void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales);
 
 // As look_up(), to bfloat16.
-void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, const int64_t* rows,
-                  int64_t count, void* out);
+void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
+                  const int64_t* rows, int64_t count, void* out);
 
 // Rows of a packed weight (row numbers below 0 or from n on are zero) to out (count, k).
 void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out);

@@ -4,8 +4,9 @@
 // words of bfloat16, those of its high half to their second places. The numbers become bfloat16 exactly; the scale of a
 // group is applied to its sums, in float.
 // kInt8: two numbers of a column stand together, and are multiplied with x rounded to 16 bits, a scale for each row: finer
-// than bfloat16 where x is large, and far finer than the weight. The sums are integers, and exact.
-// kW8A8: four numbers of a column stand together, and x has 8 bits as well.
+// than bfloat16 where x is large, and far finer than the weight. The sums of a group (at most 512 elements, or they would
+// leave 32 bits) are integers, and exact.
+// kW8A8: four numbers of a column stand together, and x has 8 bits as well; the whole column is one group.
 
 INLINE vf to_floats(vi v) { return __builtin_convertvector(v, vf); }
 
@@ -148,8 +149,6 @@ void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
 // What is multiplied in one word: 16-bit numbers of x and 8-bit ones of a weight, two of each; or 8-bit ones, four.
 struct Shorts {
     static constexpr int kWeightBytes = 32;  // for a word of 16 columns
-    // 512 products of 15 and 7 bits: their sum does not leave 32 bits.
-    static constexpr int64_t kWords = 256;
 
     static INLINE vu load_weight(const char* from) {
 #if PHALANX_ISA_AVX512
@@ -174,7 +173,6 @@ struct Shorts {
 
 struct Bytes {
     static constexpr int kWeightBytes = 64;
-    static constexpr int64_t kWords = 1 << 14;  // 65,536 products of 8 and 7 bits
 
     static INLINE vu load_weight(const char* from) { return *reinterpret_cast<const vu_any*>(from); }
 
@@ -190,28 +188,34 @@ struct Bytes {
     }
 };
 
-// As multiply_rows, of numbers; the sums become floats.
+// As multiply_rows, of numbers: the sums of each group become floats by its scales.
 template <class N, int R>
-__attribute__((noinline)) void multiply_numbers(const uint32_t* a, const char* b0, const char* b1, int64_t words,
-                                                int64_t ahead, float* c, bool add) {
-    vi c0[R], c1[R];
-    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
-    for (int64_t k = 0; k < words; ++k) {
-        vu w0 = N::load_weight(b0 + k * N::kWeightBytes), w1 = N::load_weight(b1 + k * N::kWeightBytes);
-        if (ahead) {
-            __builtin_prefetch(b0 + k * N::kWeightBytes + ahead, 0, 2);
-            __builtin_prefetch(b1 + k * N::kWeightBytes + ahead, 0, 2);
-        }
+__attribute__((noinline)) void multiply_numbers(const Linear& job, const uint32_t* a, const char* b0, const char* b1,
+                                                const float* s0, const float* s1, int64_t ahead, float* c) {
+    for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
+        const int64_t last = std::min<int64_t>(job.words, first + job.word_block);
+        vi c0[R], c1[R];
+        for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
+        for (int64_t k = first; k < last; ++k) {
+            const char *w0_at = b0 + k * N::kWeightBytes, *w1_at = b1 + k * N::kWeightBytes;
+            const vu w0 = N::load_weight(w0_at), w1 = N::load_weight(w1_at);
+            if (ahead) {
+                __builtin_prefetch(w0_at + ahead, 0, 2);
+                __builtin_prefetch(w1_at + ahead, 0, 2);
+            }
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            vu x = splat(a[k * R + r]);
-            c0[r] = N::multiply_add(c0[r], x, w0);
-            c1[r] = N::multiply_add(c1[r], x, w1);
+            for (int r = 0; r < R; ++r) {
+                const vu x = splat(a[k * R + r]);
+                c0[r] = N::multiply_add(c0[r], x, w0);
+                c1[r] = N::multiply_add(c1[r], x, w1);
+            }
         }
-    }
-    for (int r = 0; r < R; ++r) {
-        float* to = c + r * 32;
-        store(to, add ? load(to) + to_floats(c0[r]) : to_floats(c0[r]));
-        store(to + 16, add ? load(to + 16) + to_floats(c1[r]) : to_floats(c1[r]));
+        const vf scale0 = load(s0), scale1 = load(s1);
+        for (int r = 0; r < R; ++r) {
+            float* to = c + r * 32;
+            const vf sum0 = to_floats(c0[r]) * scale0, sum1 = to_floats(c1[r]) * scale1;
+            store(to, first ? load(to) + sum0 : sum0);
+            store(to + 16, first ? load(to + 16) + sum1 : sum1);
+        }
     }
 }

@@ -1,0 +1,82 @@
+"""An engine on phalanx's own kernels beside one without them, and with quantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from phalanx import LLM, EngineConfig, SamplingParams
+from phalanx.engine.errors import ConfigError
+from phalanx.engine.models.spec import read_config, spec_from_config
+from phalanx.engine.tokenizer import Tokenizer
+from phalanx.engine.worker import Worker
+from phalanx.kernels import cpu
+from phalanx.parallel.group import local_group
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the C++ kernels are not built")
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+TEXT = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text()
+
+
+def _answers(folder: Path, prompts: list[list[int]], **config: Any) -> list[list[int]]:
+    with LLM(str(folder), max_model_len=128, max_num_seqs=8, **config) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+
+
+def _worker(folder: Path, **config: Any) -> Worker:
+    spec = spec_from_config(read_config(folder), str(folder))
+    settings = EngineConfig(model=str(folder), max_model_len=512, max_num_seqs=1, **config)
+    return Worker(settings, spec, folder, local_group(torch.device("cpu")))
+
+
+def test_an_engine_answers_the_same_without_the_kernels(qwq_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[3 + i * j for j in range(1, 5 + 7 * i)] for i in range(6)]
+    expected = _answers(qwq_tiny, prompts, dtype="float32")
+    monkeypatch.setattr(cpu, "native", None)
+    assert _answers(qwq_tiny, prompts, dtype="float32") == expected
+
+
+@pytest.mark.parametrize(("quantization", "agreement"), [("int8", 0.95), ("w8a8", 0.8), ("int4", 0.55)])
+def test_quantized_weights_agree_with_bfloat16_on_real_text(smollm2: Path, quantization: str, agreement: float) -> None:
+    tokens = Tokenizer(smollm2).encode(TEXT)[:500]
+    plain = _worker(smollm2, dtype="bfloat16").score(tokens)
+    quantized = _worker(smollm2, dtype="bfloat16", quantization=quantization).score(tokens)
+    assert float((plain.argmax(dim=1) == quantized.argmax(dim=1)).float().mean()) >= agreement
+
+
+@pytest.mark.parametrize("quantization", ["int8", "w8a8", "int4"])
+def test_a_quantized_model_still_knows_the_capital_of_france(smollm2: Path, quantization: str) -> None:
+    with LLM(str(smollm2), dtype="bfloat16", quantization=quantization, max_model_len=256) as llm:
+        (answer,) = llm.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0.0))
+    assert answer.outputs[0].text.startswith(" Paris")
+
+
+def test_quantized_weights_are_the_same_at_two_ranks(smollm2: Path) -> None:
+    prompts = ["The capital of France is", "Water boils at"]
+    config: dict[str, Any] = {"dtype": "bfloat16", "quantization": "int8", "max_model_len": 256}
+    texts = []
+    for ranks in (1, 2):
+        with LLM(str(smollm2), ranks=ranks, **config) as llm:
+            texts.append(
+                [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(max_tokens=6, temperature=0.0))]
+            )
+    assert texts[0] == texts[1]
+
+
+def test_quantization_needs_bfloat16_and_says_so(smollm2: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quantization=int8 needs .*dtype=bfloat16.*float32.*set quantization=none"):
+        LLM(str(smollm2), dtype="float32", quantization="int8")
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_the_setting(smollm2: Path) -> None:
+    with pytest.raises(ConfigError, match=r"attention=cpu needs .*block_size=24.*set attention=auto"):
+        LLM(str(smollm2), attention="cpu", block_size=24)
+
+
+def test_the_report_says_threads_and_backend(qwq_tiny: Path) -> None:
+    with LLM(str(qwq_tiny), threads=1, max_model_len=64) as llm:
+        assert "1 thread(s) each" in llm.status().report[0]
+        assert "attention=cpu" in llm.status().report[0]
