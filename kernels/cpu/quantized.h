@@ -138,8 +138,15 @@ void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
         scales[first + r] = scale;
         for (int64_t k = 0; k < job.k; k += 16) {
             vf v = load_up_to(x + k, job.k - k) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest
+            vi rounded = __builtin_convertvector(v - 12582912.0f, vi) + Offset;
+            if (rows == 1 && k + 16 <= job.k) {
+                typedef Number vn __attribute__((vector_size(16 * sizeof(Number))));
+                vn narrowed = __builtin_convertvector(rounded, vn);
+                std::memcpy(numbers + k, &narrowed, sizeof(narrowed));
+                continue;
+            }
             alignas(64) int32_t lanes[16];
-            *reinterpret_cast<vi*>(lanes) = __builtin_convertvector(v - 12582912.0f, vi) + Offset;
+            *reinterpret_cast<vi*>(lanes) = rounded;
             for (int64_t i = 0; i < std::min<int64_t>(16, job.k - k); ++i)
                 numbers[((k + i) / kNumbers * rows + r) * kNumbers + (k + i) % kNumbers] = static_cast<Number>(lanes[i]);
         }
@@ -199,7 +206,7 @@ __attribute__((noinline)) void multiply_numbers(const Linear& job, const uint32_
         for (int64_t k = first; k < last; ++k) {
             const char *w0_at = b0 + k * N::kWeightBytes, *w1_at = b1 + k * N::kWeightBytes;
             const vu w0 = N::load_weight(w0_at), w1 = N::load_weight(w1_at);
-            if (ahead) {
+            if (ahead && k * N::kWeightBytes % 64 == 0) {
                 __builtin_prefetch(w0_at + ahead, 0, 2);
                 __builtin_prefetch(w1_at + ahead, 0, 2);
             }
