@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,11 @@ class Options:
             raise ConfigError(f"shared={self.shared} must be between 0 and 1")
 
 
-Engines = dict[str, LLM]
 Prompts = list[list[int]]
 
 
-def open_engines(options: Options, folder: Path, stack: ExitStack) -> Engines:
-    """The two engines, alike but for the cache; each holds the prompts of the whole run."""
+def open_engine(options: Options, folder: Path, name: str) -> LLM:
+    """One of the two engines, which are alike but for the cache."""
     longest = max(options.prompt_tokens + 1, options.cost_prompt_tokens + options.cost_new_tokens)
     fields: dict[str, Any] = {
         "ranks": options.ranks,
@@ -65,7 +64,7 @@ def open_engines(options: Options, folder: Path, stack: ExitStack) -> Engines:
         "max_model_len": longest,
         "max_num_batched_tokens": 1024,
     }
-    return {name: stack.enter_context(LLM(str(folder), prefix_cache=name == "cache", **fields)) for name in NAMES}
+    return LLM(str(folder), prefix_cache=name == "cache", **fields)
 
 
 def seconds_of(llm: LLM, prompts: Prompts, new_tokens: int) -> float:
@@ -75,19 +74,34 @@ def seconds_of(llm: LLM, prompts: Prompts, new_tokens: int) -> float:
     return time.monotonic() - started
 
 
-def alternate(
-    engines: Engines, repeats: int, prompts: Callable[[int], Prompts], new_tokens: int, before: Callable[[int], Prompts]
-) -> dict[str, list[float]]:
-    """Seconds of every round by each engine, which begin in turn. What `before` gives is answered first, unmeasured."""
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    for number in range(repeats + 1):
-        for name in NAMES if number % 2 else reversed(NAMES):
-            if first := before(number):
-                seconds_of(engines[name], first, 1)
-            taken = seconds_of(engines[name], prompts(number), new_tokens)
-            if number:  # the first round pays for set-up
-                seconds[name].append(taken)
-    return seconds
+@dataclass
+class Rounds:
+    """Of both engines in turns, which begin in turn."""
+
+    seconds: dict[str, list[float]]
+    hits: int = 0  # tokens found in the cache
+
+    @classmethod
+    def run(
+        cls,
+        engine: Callable[[str], AbstractContextManager[LLM]],
+        repeats: int,
+        prompts: Callable[[int], Prompts],
+        new_tokens: int,
+        before: Callable[[int], Prompts],
+    ) -> Rounds:
+        """What `before` gives is answered first, unmeasured."""
+        rounds = cls({name: [] for name in NAMES})
+        for number in range(repeats + 1):
+            for name in NAMES if number % 2 else reversed(NAMES):
+                with engine(name) as llm:
+                    hits = llm.status().prefix_hits
+                    seconds_of(llm, before(number), 1)
+                    taken = seconds_of(llm, prompts(number), new_tokens)
+                    rounds.hits += llm.status().prefix_hits - hits
+                if number:  # the first round pays for set-up
+                    rounds.seconds[name].append(taken)
+        return rounds
 
 
 def hit_prompts(options: Options, vocab_size: int, number: int) -> tuple[Prompts, Prompts]:
@@ -107,24 +121,25 @@ def measure(options: Options) -> dict[str, Any]:
     options.check()
     folder = model_folder(options.model, options.random)
     vocab_size = int(read_config(folder)["vocab_size"])
+    # Engines of their own for each measurement: where an engine's weights happen to lie in memory decides over several
+    # percent, for as long as it lives.
+    costs = Rounds.run(
+        lambda name: open_engine(options, folder, name),
+        options.repeats,
+        lambda number: random_prompts(options.requests, options.cost_prompt_tokens, vocab_size, seed=number),
+        options.cost_new_tokens,
+        lambda _: [[1]],
+    )
     with ExitStack() as stack:
-        engines = open_engines(options, folder, stack)
-        cost = alternate(
-            engines,
-            options.repeats,
-            lambda number: random_prompts(options.requests, options.cost_prompt_tokens, vocab_size, seed=number),
-            options.cost_new_tokens,
-            lambda _: [],
-        )
-        hits_without_sharing = engines["cache"].status().prefix_hits
-        saving = alternate(
-            engines,
+        engines = {name: stack.enter_context(open_engine(options, folder, name)) for name in NAMES}
+        savings = Rounds.run(
+            lambda name: nullcontext(engines[name]),
             options.repeats,
             lambda number: hit_prompts(options, vocab_size, number)[1],
             1,
             lambda number: hit_prompts(options, vocab_size, number)[0],
         )
-        hits = engines["cache"].status().prefix_hits - hits_without_sharing
+    cost, saving = costs.seconds, savings.seconds
     slower = median_ratio(cost["cache"], cost["no_cache"])
     faster = median_ratio(saving["no_cache"], saving["cache"])
     print(f"without hits: {slower:.4f} times the seconds (wanted: at most 1.01)")
@@ -137,8 +152,8 @@ def measure(options: Options) -> dict[str, Any]:
         "seconds_without_hits": {name: round(statistics.median(values), 4) for name, values in cost.items()},
         "runs_seconds_without_hits": _rounded(cost),
         "runs_ttft_s": _rounded(saving),
-        "hit_tokens_without_sharing": hits_without_sharing,
-        "hit_tokens_of_each_prompt": round(hits / (options.repeats + 1), 1),
+        "hit_tokens_without_sharing": costs.hits,
+        "hit_tokens_of_each_prompt": round(savings.hits / (options.repeats + 1), 1),
     }
 
 
