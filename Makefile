@@ -31,6 +31,7 @@ test-all: setup
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp parallel/collectives/*.h parallel/collectives/*.cpp
 	mkdir -p $(VENV)/typecheck && ln -sfn "$(CURDIR)" $(VENV)/typecheck/phalanx
 	cd $(VENV)/typecheck && ../bin/mypy phalanx/engine phalanx/parallel phalanx/launch
 

@@ -82,6 +82,14 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "psutil>=5"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "pre-commit>=4",
+            "psutil>=5",
+            "clang-format==23.1.5",
+        ],
     },
 )

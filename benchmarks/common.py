@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import random
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -50,14 +49,6 @@ def model_folder(model: str | None, preset: str) -> Path:
     from phalanx.launch.random_model import make_random_model
 
     return make_random_model(ROOT / "models" / preset.replace("_", "-"), load_shape(preset))
-
-
-def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of seeded random token ids from 100 to 20000, or within a vocabulary that is smaller."""
-    draw = random.Random(seed)
-    high = min(20000, vocab_size - 1)
-    low = min(100, high)
-    return [[draw.randint(low, high) for _ in range(tokens)] for _ in range(requests)]
 
 
 def percentiles(values: Sequence[float], digits: int) -> dict[str, float] | None:

@@ -8,7 +8,6 @@ The last line is JSON. The functions let every other benchmark state its share o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -179,9 +178,12 @@ def matmul_rate(kind: str, seconds: float) -> float | None:
     """GFLOP/s of torch's best large multiplication of `kind` bf16 or int8; None if it has none on this processor."""
     rates = []
     for m, n, k in SHAPES:
-        for work in _multiplications(kind, m, n, k):
-            with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
-                rates.append(2.0 * m * n * k / best_s(work, seconds / (2 * len(SHAPES))))
+        for name, prepare in _multiplications(kind, m, n, k).items():
+            try:
+                rates.append(2.0 * m * n * k / best_s(prepare(), seconds / (2 * len(SHAPES))))
+            except (RuntimeError, AttributeError, NotImplementedError) as error:
+                reason = str(error).partition("\n")[0]
+                print(f"{kind} multiplication by {name} is left out, torch cannot do it here: {reason}", flush=True)
     return round(max(rates) / 1e9, 1) if rates else None
 
 
@@ -221,19 +223,21 @@ def context_switch_us(switches: int = SWITCHES) -> float:
     return round(1e6 * seconds / switches, 2)
 
 
-def _multiplications(kind: str, m: int, n: int, k: int) -> list[Callable[[], Any]]:
+def _multiplications(kind: str, m: int, n: int, k: int) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """By name what prepares a multiplication, where torch has it, and returns it."""
     if kind == "bf16":
         a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
-        return [lambda: torch.nn.functional.linear(a, b)]
+        return {"linear": lambda: lambda: torch.nn.functional.linear(a, b)}
     x, w = (torch.randint(-127, 127, (rows, k), dtype=torch.int8) for rows in (m, n))
-    found: list[Callable[[], Any]] = [lambda: torch._int_mm(x, w.T)]
-    with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
+
+    def onednn() -> Callable[[], Any]:
         packed = torch.ops.onednn.qlinear_prepack(w, [m, k])
         unsigned, scales, zeros = x.view(torch.uint8), torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
         linear = torch.ops.onednn.qlinear_pointwise
         options: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-        found.append(lambda: linear(unsigned, 0.01, 0, packed, scales, zeros, *options))
-    return found
+        return lambda: linear(unsigned, 0.01, 0, packed, scales, zeros, *options)
+
+    return {"_int_mm": lambda: lambda: torch._int_mm(x, w.T), "onednn.qlinear_pointwise": onednn}
 
 
 def _native_rates(name: str, threads: int, *arguments: int) -> list[float]:

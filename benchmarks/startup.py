@@ -66,7 +66,8 @@ def start_once(config: dict[str, Any], prompt: list[int]) -> dict[str, float | N
 
 def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
-    from phalanx.benchmarks.common import model_folder, random_prompts
+    from phalanx.benchmarks.common import model_folder
+    from phalanx.benchmarks.peers.program import random_prompts
     from phalanx.engine.errors import ConfigError
     from phalanx.engine.models.spec import read_config
 

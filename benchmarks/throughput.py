@@ -13,18 +13,23 @@ import itertools
 import queue
 import random
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from phalanx import LLM, EngineConfig, SamplingParams
-from phalanx.benchmarks.common import model_folder, percentiles, random_prompts, run
-from phalanx.benchmarks.transformers_peer import TransformersPeer
+from phalanx.benchmarks.common import model_folder, percentiles, run
+from phalanx.benchmarks.peers.engines import HERE
+from phalanx.benchmarks.peers.process import EngineProcess
+from phalanx.benchmarks.peers.program import Case, random_prompts
 from phalanx.engine.client import to_error
 from phalanx.engine.errors import ConfigError, InvalidRequest
 from phalanx.engine.messages import Delta, Event, Failed, Finished, Submit
@@ -164,23 +169,33 @@ def summarize(seconds: float, requests: list[Seen]) -> dict[str, Any]:
 
 
 def repeat(
-    llm: LLM, peer: TransformersPeer | None, options: Options, submits: list[Submit]
+    llm: LLM, peer: EngineProcess | None, options: Options, submits: list[Submit]
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """The figures of each of phalanx's runs, and the peer's output tokens a second, in turns."""
     runs, peers = [], []
     prompts = [submit.token_ids or [] for submit in submits]
+    case = Case(prompts, options.new_tokens, [0.0] * len(prompts))
     # The first steps pay for set-up that no later ones do.
     llm.generate([1], SamplingParams(max_tokens=2, ignore_eos=True))
     if peer is not None:
-        peer.output_tokens_per_s([[1]], 2)
+        peer.run(Case([[1]], 2, [0.0]))
     for number in range(options.repeats):
         fresh = [msgspec.structs.replace(submit, id=f"{number}:{submit.id}") for submit in submits]
         runs.append(summarize(*Load(llm, options, fresh).run()))
         print(f"phalanx: {runs[-1]['output_tokens_per_s']} output tokens/s", flush=True)
         if peer is not None:
-            peers.append(round(peer.output_tokens_per_s(prompts, options.new_tokens), 1))
+            peers.append(round(peer.run(case)["output_tokens_per_s"], 1))
             print(f"transformers: {peers[-1]} output tokens/s", flush=True)
     return runs, peers
+
+
+@contextmanager
+def transformers_process(folder: Path, dtype: str) -> Iterator[EngineProcess]:
+    """In a process of its own: neither's threads slow the other's. It is idle between its runs."""
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, str(HERE / "run_transformers.py"), str(folder), f"dtype={dtype}"]
+        with closing(EngineProcess("transformers", command, Path(logs) / "transformers.log")) as process:
+            yield process
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -194,7 +209,7 @@ def measure(options: Options) -> dict[str, Any]:
         ready_s = time.monotonic() - started
         status = llm.status()
         print("\n".join([*status.report, f"ready in {ready_s:.1f} s"]), flush=True)
-        peer = stack.enter_context(TransformersPeer(folder, options.dtype)) if options.peer else None
+        peer = stack.enter_context(transformers_process(folder, options.dtype)) if options.peer else None
         runs, peers = repeat(llm, peer, options, submits)
     median = sorted(runs, key=lambda run: run["output_tokens_per_s"])[(len(runs) - 1) // 2]
     result = {

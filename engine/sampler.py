@@ -135,9 +135,7 @@ class Sampler:
         parts = []
         if step.greedy:
             parts.append(top_keys(_take(step.logits, step.greedy), first, 1))
-        if step.noisy and not self._vocab:
-            parts.append(top_keys(_take(step.logits, step.noisy), first, 1))
-        elif step.noisy:
+        if step.noisy:
             columns = step.columns.take(step.noisy)
             counter = (columns.position << 32) | first
             logits = _take(step.logits, step.noisy)

@@ -100,30 +100,20 @@ class Worker:
         tokens, logprobs = sampled or ([], [])
         return StepResult(tokens, logprobs, prompt_logprobs)
 
-    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def score(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
         """Logits of one sequence after each of its tokens, float32 (T, vocabulary rows of this rank), for measuring.
 
-        Every rank calls it, while nothing runs: it takes the first slot and the first blocks for itself.
+        Every rank calls it, while nothing runs: it takes the first slot and the first blocks for itself. The sequence
+        is computed `chunk` tokens a step, None for all at once.
         """
-        count = len(token_ids)
-        blocks = list(range(-(-count // self.capacity.block_size)))
-        plan = StepPlan(
-            step=0,
-            starts=[SlotStart(0, count, list(token_ids), SlotSampling())],
-            token_slots=[],
-            token_ids=[],
-            block_slots=[0] * len(blocks),
-            block_indices=blocks,
-            block_ids=blocks,
-            slots=[0],
-            positions=[0],
-            counts=[count],
-            num_decodes=1 if count == 1 else 0,
-            sample_rows=[],
-        )
-        with torch.inference_mode():
-            self._slots.apply(plan)
-            return self._model.logits(self._model(self._slots.batch(plan), self._cache))
+        parts = []
+        step = chunk or len(token_ids)
+        for first in range(0, len(token_ids), step):
+            plan = _one_sequence(token_ids, first, min(first + step, len(token_ids)), self.capacity.block_size)
+            with torch.inference_mode():
+                self._slots.apply(plan)
+                parts.append(self._model.logits(self._model(self._slots.batch(plan), self._cache)))
+        return torch.cat(parts)
 
     def _prompt_logprobs(self, batch: ForwardBatch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         results: dict[int, list[TokenLogprobs]] = {}
@@ -158,6 +148,26 @@ class Worker:
         )
         everyone = self._group.host.gather(torch.tensor([peak]))
         return tuple(int(value) for value in everyone) if everyone else ()
+
+
+def _one_sequence(token_ids: Sequence[int], first: int, last: int, block_size: int) -> StepPlan:
+    """Computes the tokens first..last of the only sequence there is; nothing is sampled."""
+    blocks = list(range(-(-len(token_ids) // block_size)))
+    return StepPlan(
+        step=first,
+        starts=[] if first else [SlotStart(0, len(token_ids), list(token_ids), SlotSampling())],
+        token_slots=[],
+        token_ids=[],
+        block_slots=[0] * len(blocks),
+        block_indices=blocks,
+        # Last first: whoever takes a block's place in the table for its number is found out.
+        block_ids=blocks[::-1],
+        slots=[0],
+        positions=[first],
+        counts=[last - first],
+        num_decodes=1 if last - first == 1 else 0,
+        sample_rows=[],
+    )
 
 
 def follow(worker: Worker, group: Group) -> bytes:

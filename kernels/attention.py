@@ -52,6 +52,8 @@ class AttentionBackend(ABC):
     """Block sizes must be a multiple of this."""
     default_block_size: int
     supports_graph: bool
+    has_block = False
+    """Whether blocks.attention_block takes this backend's plans."""
 
     @abstractmethod
     def plan(self, metadata: AttentionMetadata) -> Any:
@@ -213,6 +215,7 @@ class CpuAttention(AttentionBackend):
     block_multiple = cpu.PANEL
     default_block_size = cpu.PANEL
     supports_graph = False
+    has_block = True
 
     def plan(self, metadata: AttentionMetadata) -> Any:
         """Good as long as the metadata's tensors."""
@@ -232,52 +235,41 @@ class CpuAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        self._store(torch.cat((k, v), dim=1).flatten(1), 0, 0, None, k_cache, v_cache, slots)
+        self.rotate_and_store(torch.cat((k, v), dim=1).flatten(1), None, None, None, k_cache, v_cache, slots)
 
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
         norms: HeadNorms | None,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         slots: torch.Tensor,
     ) -> torch.Tensor:
-        self._store(qkv, cos.data_ptr(), sin.data_ptr(), norms, k_cache, v_cache, slots)
-        kv_heads, head_dim = k_cache.shape[2:]
-        all_heads = qkv.shape[1] // head_dim
-        return qkv.view(-1, all_heads, head_dim)[:, : all_heads - 2 * kv_heads]
-
-    def _store(
-        self,
-        qkv: torch.Tensor,
-        cos: int,
-        sin: int,
-        norms: HeadNorms | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
+        """Without tables nothing is rotated."""
         _, block_size, kv_heads, head_dim = k_cache.shape
+        all_heads = qkv.shape[1] // head_dim
+        heads = all_heads - 2 * kv_heads
         cpu.native.rope(
             qkv.data_ptr(),
             qkv.stride(0),
-            cos,
-            sin,
-            norms.query.data_ptr() if norms else 0,
-            norms.key.data_ptr() if norms else 0,
+            cpu.address(cos),
+            cpu.address(sin),
+            cpu.address(norms.query if norms else None),
+            cpu.address(norms.key if norms else None),
             norms.eps if norms else 0.0,
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             slots.data_ptr(),
             qkv.shape[0],
-            qkv.shape[1] // head_dim - 2 * kv_heads,
+            heads,
             kv_heads,
             head_dim,
             block_size,
             cpu.DTYPES[qkv.dtype],
         )
+        return qkv.view(-1, all_heads, head_dim)[:, :heads]
 
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
         _, block_size, kv_heads, head_dim = k_cache.shape

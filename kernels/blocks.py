@@ -42,11 +42,11 @@ def attention_block(
         norm_weight.data_ptr(),
         eps,
         qkv[0].native,
-        _address(qkv[1]),
+        cpu.address(qkv[1]),
         cos.data_ptr(),
         sin.data_ptr(),
-        _address(head_norms.query if head_norms else None),
-        _address(head_norms.key if head_norms else None),
+        cpu.address(head_norms.query if head_norms else None),
+        cpu.address(head_norms.key if head_norms else None),
         slots.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
@@ -56,8 +56,8 @@ def attention_block(
         head_dim,
         block_size,
         output[0].native,
-        _address(output[1]),
-        _address(out),
+        cpu.address(output[1]),
+        cpu.address(out),
     )
 
 
@@ -78,12 +78,8 @@ def mlp_block(
         norm_weight.data_ptr(),
         eps,
         gate_up[0].native,
-        _address(gate_up[1]),
+        cpu.address(gate_up[1]),
         down[0].native,
-        _address(down[1]),
-        _address(out),
+        cpu.address(down[1]),
+        cpu.address(out),
     )
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -9,7 +9,12 @@ from .noise import gumbel
 
 
 def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest value and its first column: float32 (R, V) -> float32 (R,), int64 (R,). NaN is the largest."""
+    """Each row's largest value and its first column: float32 (R, V) -> float32 (R,), int64 (R,).
+
+    NaN is larger than all others; without columns it is -inf in column 0.
+    """
+    if not values.shape[1]:
+        return values.new_full((len(values),), -torch.inf), values.new_zeros(len(values), dtype=torch.int64)
     if not _usable(values):
         found = values.max(dim=1)
         return found.values, found.indices
@@ -62,4 +67,4 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _usable(values: torch.Tensor) -> bool:
-    return cpu.usable(values.device, values.dtype) and values.dtype == torch.float32 and values.is_contiguous()
+    return values.dtype == torch.float32 and values.is_contiguous() and cpu.usable(values.device, values.dtype)

@@ -83,6 +83,11 @@ class PackedWeight:
         stored = self._weight.data_ptr(), self._scales.data_ptr(), self._sums.data_ptr()
         cpu.native.quantize_int8(*source, self._together, self._group, *stored)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that multiplying reads of the weight and its scales."""
+        return self._weight.nbytes + self._scales.nbytes
+
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), summed up in float32 and rounded once."""
         out = torch.empty(x.shape[0], self._rows, dtype=self._dtype)
@@ -130,7 +135,7 @@ class PackedWeight:
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
-            0 if bias is None else bias.data_ptr(),
+            cpu.address(bias),
             out.data_ptr(),
             out.stride(0),
             output,

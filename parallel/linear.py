@@ -61,6 +61,10 @@ class Linear(nn.Module):
         """(T, columns) -> (T, rows)."""
         return linear(x, self.weight[: self.rows], bias) if self.packed is None else self.packed.linear(x, bias)
 
+    def multiply_float(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, columns) -> float32 (T, rows)."""
+        return self.multiply(x, None).float() if self.packed is None else self.packed.linear_float(x)
+
 
 class ColumnParallelLinear(Linear):
     """y = x W^T + b over this rank's output features; several checkpoint matrices may be fused, one below the other.
@@ -192,7 +196,7 @@ class RowParallelLinear(Linear):
 
 
 class LogitsLinear(ColumnParallelLinear):
-    """The head: one part, the vocabulary, without a bias, to float32."""
+    """The head: one part, the vocabulary, without a bias. multiply_float() gives logits."""
 
     def __init__(self, in_features: int, vocab: Part, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
@@ -200,10 +204,6 @@ class LogitsLinear(ColumnParallelLinear):
     def pack(self, quantization: str) -> None:
         """As Linear.pack, but never below 8 bits of weight and 16 of x: the head decides between tokens."""
         super().pack(head_quantization(quantization))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, in_features) -> float32 (T, rows)."""
-        return self.multiply(x, None).float() if self.packed is None else self.packed.linear_float(x)
 
 
 class ReplicatedNorm(nn.Module):

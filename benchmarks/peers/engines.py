@@ -9,10 +9,11 @@ from pathlib import Path
 
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
+from phalanx.kernels.linear import PackedWeight
 
 HERE = Path(__file__).resolve().parent
 Q8_0_BYTES = 34 / 32  # of a weight: 32 of one byte share a scale of two
-INT4_BYTES = 18 / 32
+SCALE_BYTES = 4  # phalanx's, of so many weights as PackedWeight.GROUPS says
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def plan_peers(
 
 
 def weight_bytes(fields: Mapping[str, str]) -> float:
-    """Bytes of one weight of phalanx under some fields of EngineConfig."""
+    """Bytes of one weight of phalanx's layers under some fields of EngineConfig; under int4 the head has more."""
     quantization = fields.get("quantization", "none")
     if quantization != "none":
-        return INT4_BYTES if "4" in quantization else Q8_0_BYTES
+        scale = SCALE_BYTES / PackedWeight.GROUPS[quantization] if quantization in PackedWeight.GROUPS else 0.0
+        return (0.5 if quantization == "int4" else 1.0) + scale
     return 4.0 if fields.get("dtype") == "float32" else 2.0

@@ -41,8 +41,8 @@ class EngineProcess:
         try:
             self._process.stdin.write(encode(case))
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # _answer says why
+        except BrokenPipeError as error:
+            raise self._ended() from error
         return self._answer()
 
     def stop(self) -> None:
@@ -83,12 +83,15 @@ class EngineProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-            raise EngineStopped(f"{self.name} ended with exit code {code}; the end of {self._log}:\n{tail}")
+            raise self._ended()
         answer = json.loads(line)
         assert isinstance(answer, dict)
         return answer
+
+    def _ended(self) -> EngineStopped:
+        code = self._process.wait()
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return EngineStopped(f"{self.name} ended with exit code {code}; the end of {self._log}:\n{tail}")
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self._family():

@@ -106,15 +106,20 @@ def note(seen: Seen, tokens: Sequence[int], at_s: float) -> None:
 def read_case(text: str, vocab_size: int = 20001, seed: int = 0) -> Case:
     """The case that REQUESTS,PROMPT,NEW[,RATE] describes; with a rate the requests are a Poisson process.
 
-    Raises ValueError for other text. Prompts are seeded random ids from 100 to 20000, or within a smaller vocabulary.
+    Raises ValueError for other text.
     """
     requests, prompt, new, *rates = text.split(",")
     if len(rates) > 1 or min(int(requests), int(prompt), int(new)) < 1 or (rates and not float(rates[0]) > 0):
         raise ValueError(f"{text!r} must be REQUESTS,PROMPT,NEW[,RATE], all above 0")
+    due_s = arrivals(int(requests), float(rates[0]) if rates else 0.0, seed)
+    return Case(random_prompts(int(requests), int(prompt), vocab_size, seed), int(new), due_s)
+
+
+def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of seeded random token ids from 100 to 20000, or within a vocabulary that is smaller."""
     draw = random.Random(seed)
     high = min(20000, vocab_size - 1)
-    prompts = [[draw.randint(min(100, high), high) for _ in range(int(prompt))] for _ in range(int(requests))]
-    return Case(prompts, int(new), arrivals(int(requests), float(rates[0]) if rates else 0.0, seed))
+    return [[draw.randint(min(100, high), high) for _ in range(tokens)] for _ in range(requests)]
 
 
 def arrivals(requests: int, rate: float, seed: int = 0) -> list[float]:

@@ -1,4 +1,6 @@
-"""transformers' `generate` with torch's own attention: run_transformers.py MODEL [threads=] [CASE ...]; see program.py.
+"""transformers' `generate` with torch's own attention: run_transformers.py MODEL [threads=] [dtype=] [CASE ...]
+
+See program.py.
 
 All prompts are one static batch of equal lengths: it knows no later arrivals.
 """
@@ -26,12 +28,12 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
 
 
 class Transformers:
-    """The model, in bf16."""
+    """The model, in a dtype of its own."""
 
     version = f"transformers {transformers.__version__}"
 
-    def __init__(self, model: str) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16", attn_implementation="sdpa")
+    def __init__(self, model: str, dtype: str) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
 
     def run(self, case: Case) -> list[Seen]:
         """As Engine's. Raises ValueError for requests that are not all due at once."""
@@ -54,7 +56,7 @@ class Transformers:
 def make(model: str, options: dict[str, str]) -> Engine:
     """The model on all cores of this process."""
     torch.set_num_threads(int(options.get("threads", len(cores()))))
-    return Transformers(model)
+    return Transformers(model, options.get("dtype", "bfloat16"))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         place = k_cache, v_cache, step.slots
-        if self.qkv.packed is not None and self.output.packed is not None and self.backend.name == "cpu":
+        if self.backend.has_block and self.qkv.packed is not None and self.output.packed is not None:
             out = self.output.partial(residual)
             attention_block(
                 residual,
@@ -204,8 +204,7 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
-        logits: torch.Tensor = self.embedding.logits(hidden) if self.head is None else self.head(hidden)
-        return logits
+        return (self.embedding if self.head is None else self.head).multiply_float(hidden)
 
     def weight_slices(self) -> Iterator[WeightSlice]:
         """Everything this rank reads from a checkpoint, in the order of the forward pass."""

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     native, _reason = None, str(error)
 
-__all__ = ["DTYPES", "native", "set_threads", "usable", "warn_if_missing"]
+__all__ = ["DTYPES", "PANEL", "address", "native", "set_threads", "usable", "warn_if_missing"]
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 """That the kernels compute with, and their names there."""
@@ -44,6 +44,11 @@ def warn_if_missing() -> None:
             "Install again where a C++17 compiler is found",
             _reason,
         )
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def set_threads(count: int) -> None:

@@ -40,8 +40,8 @@ INLINE void soften(float* scores, int visible, int width, float scale, Running& 
     }
 }
 
-// sums (R rows, 32 or 16 columns) += weights (R rows of kKeyTile) times values, which stand in pieces of 16 keys. Meanwhile
-// it fetches the pieces `ahead`, if there are any.
+// sums (R rows, 32 or 16 columns) += weights (R rows of kKeyTile) times values, which stand in pieces of 16 keys.
+// Meanwhile it fetches the pieces `ahead`, if there are any.
 template <class T, int R>
 INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, const uint32_t* const* ahead,
                        int64_t offset0, int64_t offset1, int words, float* sums, int ld, bool add) {
@@ -77,14 +77,14 @@ INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, c
     }
 }
 
-// Where 16 keys each, and their values, stand: those of the tile that begins at a key. Beyond the last key the pieces are
-// repeated, and count for nothing.
+// Where 16 keys each, and their values, stand: those of the tile that begins at a key. Beyond the last key the pieces
+// are repeated, and count for nothing.
 struct Pieces {
     const uint32_t* keys[kKeyTile / 16];
     const uint32_t* values[kKeyTile / 16];
 
-    Pieces(const Attention& job, const int64_t* table, int kv_head, int64_t head_words, int words, int per_word, int key,
-           int last_key) {
+    Pieces(const Attention& job, const int64_t* table, int kv_head, int64_t head_words, int words, int per_word,
+           int key, int last_key) {
         for (int i = 0; i < kKeyTile / 16; ++i) {
             const int k = std::min(key + 16 * i, (last_key - 1) / 16 * 16), inside = k % job.block_size;
             const int64_t start = (table[k / job.block_size] * job.kv_heads + kv_head) * head_words;
@@ -111,8 +111,8 @@ void attention_task(const Attention& job, int number) {
     const int64_t head_words = static_cast<int64_t>(job.block_size) * words;
     const int64_t* table = job.block_table + task.row * job.table_stride;
     const int blocks = (rows + kMaxRows - 1) / kMaxRows;
-    char* memory = static_cast<char*>(
-        scratch(1, rows * (4 * (words + kKeyTile + dim + 2) + sizeof(T) * kKeyTile) + 64 * 8));
+    char* memory =
+        static_cast<char*>(scratch(1, rows * (4 * (words + kKeyTile + dim + 2) + sizeof(T) * kKeyTile) + 64 * 8));
     auto take = [&memory](int64_t bytes) {
         char* start = memory;
         memory += (bytes + 63) / 64 * 64;
@@ -150,9 +150,9 @@ void attention_task(const Attention& job, int number) {
                                     reinterpret_cast<const char*>(next.keys[second])};
             for (int b = 0; b < blocks; ++b) {
                 int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
-                kMultiply<T>[end - start - 1](q + static_cast<int64_t>(start) * words, pieces.keys[i],
+                kMultiply<T>[end - start - 1](q + static_cast<int64_t>(start)* words, pieces.keys[i],
                                               pieces.keys[second], words,
-                                              scores + static_cast<int64_t>(start) * kKeyTile + k, kKeyTile, false,
+                                              scores + static_cast<int64_t>(start)* kKeyTile + k, kKeyTile, false,
                                               nullptr, ahead, b == 0 ? 2 : 0);
             }
         }
@@ -188,7 +188,8 @@ void attention_task(const Attention& job, int number) {
         int64_t token = first_query + r / group;
         T* out = static_cast<T*>(job.out) + (token * job.heads + task.kv_head * group + r % group) * dim;
         float share = 1.0f / running.weight[r];
-        for (int i = 0; i < dim; i += 16) store_as(out + i, load(running.sums + static_cast<int64_t>(r) * dim + i) * share);
+        for (int i = 0; i < dim; i += 16)
+            store_as(out + i, load(running.sums + static_cast<int64_t>(r) * dim + i) * share);
     }
 }
 

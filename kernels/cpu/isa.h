@@ -22,9 +22,12 @@ void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
     by_type(job.dtype, [&](auto t) {
         using T = decltype(t);
         switch (job.kind) {
-            case WeightKind::kW8A8: return pack_numbers<T, uint8_t, 127, 128>(job, block, to, scales);
-            case WeightKind::kInt8: return pack_numbers<T, int16_t, 32767, 0>(job, block, to, scales);
-            default: return pack_rows<T>(job, block, to);
+            case WeightKind::kW8A8:
+                return pack_numbers<T, uint8_t, 127, 128>(job, block, to, scales);
+            case WeightKind::kInt8:
+                return pack_numbers<T, int16_t, 32767, 0>(job, block, to, scales);
+            default:
+                return pack_rows<T>(job, block, to);
         }
     });
 }
@@ -32,12 +35,15 @@ void linear(const Linear& job, int task) {
     by_type(job.dtype, [&](auto t) {
         using T = decltype(t);
         switch (job.kind) {
-            case WeightKind::kW8A8: return linear_task_of_numbers<T, Bytes>(job, task);
-            case WeightKind::kInt8: return linear_task_of_numbers<T, Shorts>(job, task);
+            case WeightKind::kW8A8:
+                return linear_task_of_numbers<T, Bytes>(job, task);
+            case WeightKind::kInt8:
+                return linear_task_of_numbers<T, Shorts>(job, task);
             case WeightKind::kInt4:
                 if (job.m <= kFewRows) return linear_task_of_nibbles(job, task);
                 [[fallthrough]];
-            default: return linear_task<T>(job, task);
+            default:
+                return linear_task<T>(job, task);
         }
     });
 }
@@ -65,8 +71,7 @@ const Kernels PHALANX_ISA_TABLE = {
     PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,
     PHALANX_ISA_NAME::norm,           PHALANX_ISA_NAME::rope,
     PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::noisy_largest,
-    PHALANX_ISA_NAME::block_maxima,
-    PHALANX_ISA_NAME::sum_all,
+    PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::sum_all,
     PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::choose_scale,
 };
 

@@ -1,14 +1,15 @@
 // What one operation computes, and the functions that compute its tasks, one set for each instruction set.
 //
-// Elements are bfloat16 (T = bf16) or float (T = float). Everything that is multiplied stands in *words* of 32 bits: two
-// bfloat16 that follow each other along the summed dimension, or one float. A *panel* holds 16 columns of a matrix B
-// that is multiplied from the left: for each word along the summed dimension the 16 words of its columns, 64 bytes.
+// Elements are bfloat16 (T = bf16) or float (T = float). Everything that is multiplied stands in *words* of 32 bits:
+// two bfloat16 that follow each other along the summed dimension, or one float. A *panel* holds 16 columns of a matrix
+// B that is multiplied from the left: for each word along the summed dimension the 16 words of its columns, 64 bytes.
 //   weight (N, K):        [N / 16][K words][16]
 //   keys of a block:      [kv head][block_size / 16][head_dim words][16 keys]
 //   values of a block:    [kv head][head_dim / 16][block_size words][16 dimensions]
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace phalanx {
 
@@ -17,6 +18,25 @@ constexpr int kPanel = 16;  // columns of a panel
 struct bf16 {
     uint16_t bits;
 };
+
+inline float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+inline float to_float(float x) { return x; }
+
+// Rounded to nearest, ties to even; a NaN stays one.
+inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return {static_cast<uint16_t>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0)};
+}
+
+// 1.5 * 2^23: a float of less than 2^22 that it is added to and subtracted from again is rounded to the nearest
+// integer.
+constexpr float kRounder = 12582912.0f;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1 };
 
@@ -33,11 +53,10 @@ struct Linear {
     DType dtype;
     WeightKind kind;
     Output output;
-    const void* x;        // (m, k) of dtype, rows ldx elements apart
+    const void* x;  // (m, k) of dtype, rows ldx elements apart
     int64_t ldx;
     int m, k, n;          // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
     int words;            // of k in packed x
-    int words_per_stored; // words of x for a word of the weight: 4 for kInt4, else 1
     const void* weight;   // panels
     const float* scales;  // quantized: (panels, groups, 16)
     const float* sums;    // kInt8, kW8A8: (padded n,) of the weights along k
@@ -45,11 +64,12 @@ struct Linear {
     const void* bias;     // (n,) of dtype, or null
     void* out;
     int64_t ldo;
-    // The plan of its tasks, see linear_plan().
+    // The plan of its tasks, see run_chunk() in operations.cpp: x is cut into row blocks, which the micro-kernel takes,
+    // of which m_tiles are made; the columns into units of two panels. A task is one tile by units_per_task units.
     const uint32_t* packed;  // x, packed: row blocks [k words][rows of the block]
     const float* x_scales;   // kInt8, kW8A8: (m,)
-    int row_blocks, m_tiles, n_units, units_per_task, n_tasks;
-    int word_block;          // words of k that are multiplied in one go
+    int row_blocks, m_tiles, n_units, units_per_task;
+    int word_block;  // words of k that are multiplied in one go
 };
 
 struct Attention {
@@ -60,18 +80,18 @@ struct Attention {
     const void* values;
     const int64_t* block_table;  // (rows, table_stride)
     int64_t table_stride;
-    const int32_t* cu_q;        // (rows + 1,)
-    const int32_t* seqused_k;   // (rows,)
-    int rows, heads, kv_heads, head_dim, block_size;
+    const int32_t* cu_q;       // (rows + 1,)
+    const int32_t* seqused_k;  // (rows,)
+    int heads, kv_heads, head_dim, block_size;
     float scale;
-    void* out;  // (tokens, heads, head_dim)
-    const int32_t* tasks;  // (tasks, 6): row, kv head, first token, tokens, first key tile, partial (or -1)
+    void* out;             // (tokens, heads, head_dim)
+    const int32_t* tasks;  // (tasks, 6): row, kv head, first token, tokens, first key, partial (or -1)
     float* partials;       // per partial and query row: head_dim sums, maximum, denominator
 };
 
-constexpr int kKeyTile = 128;       // keys whose scores are held at once
-constexpr int kQueryRows = 48;      // query rows (tokens x heads of a group) of a task
-constexpr int kSplitKeys = 1024;    // a decode row longer than this is cut into tasks of so many keys
+constexpr int kKeyTile = 128;     // keys whose scores are held at once
+constexpr int kQueryRows = 48;    // query rows (tokens x heads of a group) of a task
+constexpr int kSplitKeys = 1024;  // a decode row longer than this is cut into tasks of so many keys
 constexpr int kTaskFields = 6;
 
 struct Norm {
@@ -116,7 +136,19 @@ struct Kernels {
     float (*choose_scale)(const bf16* from, int64_t count, float limit, int steps);
 };
 
-// Rows m0..m1 of block `i` when m rows are cut into `blocks` even ones.
+// Words of x that a word of the weight stands for.
+inline int words_per_stored(WeightKind kind) { return kind == WeightKind::kInt4 ? 4 : 1; }
+
+// Where the scale of a row's group stands among (panels, groups, 16), and a number among panels that hold `together`
+// numbers of a row side by side, k in all.
+inline int64_t scale_place(int64_t row, int64_t groups, int64_t group) {
+    return (row / kPanel * groups + group) * kPanel + row % kPanel;
+}
+inline int64_t number_place(int64_t row, int64_t k, int64_t i, int together) {
+    return row / kPanel * k * kPanel + (i / together * kPanel + row % kPanel) * together + i % together;
+}
+
+// The first row of block `i` when m rows are cut into `blocks` even ones.
 inline int block_start(int64_t m, int64_t blocks, int64_t i) { return static_cast<int>(m * i / blocks); }
 
 extern const Kernels kAvx512Bf16, kAvx512, kAvx2, kPortable;

@@ -2,20 +2,17 @@
 
 constexpr int kFewRows = kMaxRows < 4 ? kMaxRows : 4;
 
-// From a unit's panels to those of the next.
-INLINE int64_t panels_step(const Linear& job) { return job.output == Output::kSiluMul ? 1 : 2; }
-
 inline void linear_task_of_nibbles(const Linear& job, int task) {
     const Tile tile = tile_of(job, task);
-    const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / job.words_per_stored;
+    const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / words_per_stored(job.kind);
     const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
     float sums[kFewRows * 32];
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
         with_rows<kFewRows>(job.m, [&](auto R) {
-            multiply_nibbles<R>(job, job.packed, weight + panels.first * panel_words, weight + panels.second * panel_words,
-                                scales_of(job, panels.first, 0), scales_of(job, panels.second, 0),
-                                (panels.first == panels.second ? 0 : panels_step(job)) * panel_words, sums);
+            multiply_nibbles<R>(job, job.packed, weight + panels.first * panel_words,
+                                weight + panels.second * panel_words, scales_of(job, panels.first, 0),
+                                scales_of(job, panels.second, 0), panels_step(job) * panel_words, sums);
         });
         for (int r = 0; r < job.m; ++r) finish_row<bf16>(job, r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
     }
@@ -24,41 +21,41 @@ inline void linear_task_of_nibbles(const Linear& job, int task) {
 template <class T>
 void linear_task(const Linear& job, int task) {
     const Tile tile = tile_of(job, task);
-    const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / job.words_per_stored;
+    const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / words_per_stored(job.kind);
     float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
     const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
     const bool plain = job.kind == WeightKind::kPlain;
     uint32_t* decoded = plain ? nullptr : static_cast<uint32_t*>(scratch(6, 2 * 64 * job.word_block));
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
-        const Panels next = panels_of(job, std::min<int64_t>(unit + 1, job.n_units - 1));
         for (int64_t k = 0; k < job.words; k += job.word_block) {
-            const int64_t words = std::min<int64_t>(job.word_block, job.words - k), at = k * kPanel / job.words_per_stored;
+            const int64_t words = std::min<int64_t>(job.word_block, job.words - k);
+            const int64_t at = k * kPanel / words_per_stored(job.kind);
             const uint32_t* b0 = weight + panels.first * panel_words + at;
             const uint32_t* b1 = weight + panels.second * panel_words + at;
-            const bool same = k + job.word_block < job.words;
-            const int64_t after = same ? at + static_cast<int64_t>(job.word_block) * kPanel : 0;
-            const uint32_t* after0 = weight + (same ? panels : next).first * panel_words + after;
-            const uint32_t* after1 = weight + (same ? panels : next).second * panel_words + after;
+            // What comes next: the rest of these panels, or the beginning of the next unit's.
+            const int64_t unit_step = panels_step(job) * panel_words;
+            const int64_t ahead = k + job.word_block < job.words ? job.word_block * kPanel : unit_step - at;
+            const char* next[2] = {reinterpret_cast<const char*>(b0 + ahead),
+                                   reinterpret_cast<const char*>(b1 + ahead)};
             const float* scales[2];
             if (!plain) {
                 scales[0] = scales_of(job, panels.first, k);
                 scales[1] = scales_of(job, panels.second, k);
-                decode(b0, words, (next.first - panels.first) * panel_words, decoded);
-                decode(b1, words, (next.second - panels.second) * panel_words, decoded + words * kPanel);
+                decode(b0, words, unit_step, decoded);
+                decode(b1, words, unit_step, decoded + words * kPanel);
                 b0 = decoded;
                 b1 = decoded + words * kPanel;
             }
             for (int block = tile.first_block; block < tile.last_block; ++block) {
                 const int64_t row = block_start(job.m, job.row_blocks, block);
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
-                // Each of the first two row blocks fetches one of the panels that come next, an only one both.
+                // Of the two panels each of the first two row blocks fetches one, an only row block both.
                 const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
-                const char* ahead[2] = {reinterpret_cast<const char*>(nth == 0 ? after0 : after1),
-                                        reinterpret_cast<const char*>(after1)};
-                kMultiply<T>[block_rows - 1](
-                    job.packed + row * job.words + k * block_rows, b0, b1, words, sums + (row - tile.first_row) * 32, 32,
-                    k > 0, plain ? nullptr : scales, ahead, !plain || nth > 1 ? 0 : blocks == 1 ? 2 : 1);
+                const int lines = !plain || nth > 1 ? 0 : blocks == 1 ? 2 : 1;
+                kMultiply<T>[block_rows - 1](job.packed + row* job.words + k* block_rows, b0, b1, words,
+                                             sums + (row - tile.first_row)* 32, 32, k > 0, plain ? nullptr : scales,
+                                             nth == 1 ? next + 1 : next, lines);
             }
         }
         for (int64_t r = 0; r < tile.rows; ++r)
@@ -86,7 +83,8 @@ void linear_task_of_numbers(const Linear& job, int task) {
         }
         // What x's offset added to a column's sum is 128 times the sum of its weights.
         const float offset = job.kind == WeightKind::kW8A8 ? 128.0f : 0.0f;
-        const vf o0 = load(job.sums + panels.first * kPanel) * offset, o1 = load(job.sums + panels.second * kPanel) * offset;
+        const vf o0 = load(job.sums + panels.first * kPanel) * offset,
+                 o1 = load(job.sums + panels.second * kPanel) * offset;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t row = tile.first_row + r;
             const float scale = job.x_scales[row];

@@ -25,7 +25,6 @@ Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums,
     job.k = k;
     job.n = n;
     job.words = job.dtype == DType::kFloat32 ? k : k / 2;
-    job.words_per_stored = job.kind == WeightKind::kInt4 ? 4 : 1;
     if (job.kind == WeightKind::kInt8) job.words = k / 2;
     if (job.kind == WeightKind::kW8A8) job.words = k / 4;
     if (job.kind != WeightKind::kPlain) {
@@ -44,34 +43,34 @@ void linear(const Linear& weight, uintptr_t x, int64_t ldx, int m, uintptr_t bia
     multiply(weight, at(x), ldx, m, at(bias), static_cast<Output>(output), at<void*>(out), ldo);
 }
 
-// Where the rows of a step stand; the rest of a job is its layer's.
-Attention make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows) {
-    Attention job{};
-    job.block_table = at<const int64_t*>(block_table);
-    job.table_stride = table_stride;
-    job.cu_q = at<const int32_t*>(cu_q);
-    job.seqused_k = at<const int32_t*>(seqused_k);
-    job.rows = rows;
-    return job;
+AttentionPlan make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows) {
+    AttentionPlan plan{};
+    plan.job.block_table = at<const int64_t*>(block_table);
+    plan.job.table_stride = table_stride;
+    plan.job.cu_q = at<const int32_t*>(cu_q);
+    plan.job.seqused_k = at<const int32_t*>(seqused_k);
+    plan.rows = rows;
+    return plan;
 }
 
-void attend(Attention job, int heads, int kv_heads, int head_dim, int block_size, const void* q, int64_t ldq,
+void attend(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, const void* q, int64_t ldq,
             uintptr_t keys, uintptr_t values, void* out, DType dtype) {
-    job.dtype = dtype;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.block_size = block_size;
-    job.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    job.q = q;
-    job.ldq = ldq;
-    job.keys = at(keys);
-    job.values = at(values);
-    job.out = out;
-    run_attention(job);
+    Attention layer{};
+    layer.dtype = dtype;
+    layer.heads = heads;
+    layer.kv_heads = kv_heads;
+    layer.head_dim = head_dim;
+    layer.block_size = block_size;
+    layer.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    layer.q = q;
+    layer.ldq = ldq;
+    layer.keys = at(keys);
+    layer.values = at(values);
+    layer.out = out;
+    run_attention(plan, layer);
 }
 
-void attention(const Attention& plan, int heads, int kv_heads, int head_dim, int block_size, uintptr_t q, int64_t ldq,
+void attention(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, uintptr_t q, int64_t ldq,
                uintptr_t keys, uintptr_t values, uintptr_t out, int dtype) {
     py::gil_scoped_release release;
     attend(plan, heads, kv_heads, head_dim, block_size, at(q), ldq, keys, values, at<void*>(out),
@@ -80,7 +79,7 @@ void attention(const Attention& plan, int heads, int kv_heads, int head_dim, int
 
 void attention_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weight, float eps, const Linear& qkv,
                      uintptr_t qkv_bias, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm,
-                     uintptr_t slots, uintptr_t keys, uintptr_t values, const Attention& plan, int heads, int kv_heads,
+                     uintptr_t slots, uintptr_t keys, uintptr_t values, AttentionPlan& plan, int heads, int kv_heads,
                      int head_dim, int block_size, const Linear& output, uintptr_t output_bias, uintptr_t out) {
     py::gil_scoped_release release;
     const int64_t bytes = qkv.dtype == DType::kFloat32 ? 4 : 2, width = static_cast<int64_t>(heads) * head_dim;
@@ -90,8 +89,7 @@ void attention_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weigh
     run_norm({qkv.dtype, at<const float*>(residual), at<const float*>(norm_weight), eps, x, m, hidden});
     multiply(qkv, x, hidden, m, at(qkv_bias), Output::kStore, projected, qkv.n);
     run_rope({qkv.dtype, projected, qkv.n, at(cos), at(sin), at<const float*>(q_norm), at<const float*>(k_norm), eps,
-              at<void*>(keys), at<void*>(values), at<const int64_t*>(slots), m, heads, kv_heads, head_dim,
-              block_size});
+              at<void*>(keys), at<void*>(values), at<const int64_t*>(slots), m, heads, kv_heads, head_dim, block_size});
     attend(plan, heads, kv_heads, head_dim, block_size, projected, qkv.n, keys, values, attended, qkv.dtype);
     const bool partial = out != 0;  // the other ranks' parts are to be added first
     multiply(output, attended, width, m, at(output_bias), partial ? Output::kStore : Output::kAddFloat,
@@ -130,7 +128,7 @@ void rope(uintptr_t qkv, int64_t ld, uintptr_t cos, uintptr_t sin, uintptr_t q_n
 PYBIND11_MODULE(_native, m) {
     m.doc() = "phalanx's arithmetic on CPUs";
     py::class_<Linear>(m, "Weight").def(py::init(&make_weight));
-    py::class_<Attention>(m, "AttentionPlan").def(py::init(&make_plan));
+    py::class_<AttentionPlan>(m, "AttentionPlan").def(py::init(&make_plan));
     m.def("linear", &linear);
     m.def("attention_block", &attention_block);
     m.def("mlp_block", &mlp_block);
@@ -141,19 +139,21 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         pack_weight(static_cast<DType>(dtype), at<void*>(weight), n, k);
     });
-    m.def("look_up", [](uintptr_t weight, int64_t n, int64_t k, uintptr_t rows, int64_t count, uintptr_t out, int dtype) {
-        py::gil_scoped_release release;
-        look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
-    });
+    m.def("look_up",
+          [](uintptr_t weight, int64_t n, int64_t k, uintptr_t rows, int64_t count, uintptr_t out, int dtype) {
+              py::gil_scoped_release release;
+              look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
+          });
     m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, int64_t group, uintptr_t numbers,
                               uintptr_t scales, uintptr_t sums) {
         py::gil_scoped_release release;
         quantize_int8(at(weight), n, k, together, group, at<void*>(numbers), at<float*>(scales), at<float*>(sums));
     });
-    m.def("quantize_int4", [](uintptr_t weight, int64_t n, int64_t k, int64_t group, uintptr_t numbers, uintptr_t scales) {
-        py::gil_scoped_release release;
-        quantize_int4(at(weight), n, k, group, at<void*>(numbers), at<float*>(scales));
-    });
+    m.def("quantize_int4",
+          [](uintptr_t weight, int64_t n, int64_t k, int64_t group, uintptr_t numbers, uintptr_t scales) {
+              py::gil_scoped_release release;
+              quantize_int4(at(weight), n, k, group, at<void*>(numbers), at<float*>(scales));
+          });
     m.def("look_up_int8", [](uintptr_t numbers, uintptr_t scales, int64_t n, int64_t k, int together, int64_t group,
                              uintptr_t rows, int64_t count, uintptr_t out) {
         py::gil_scoped_release release;

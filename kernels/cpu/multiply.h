@@ -1,9 +1,9 @@
 // The micro-kernel, and linear layers made of it. Included inside an instruction set's namespace.
 
-// C (R rows, 32 columns) = or += A B (summed up by itself first: a sum of sums is more precise than one long sum), for R rows of A and two panels of B of `words` each. A's words stand row_stride
-// apart in a row, step apart from one word to the next; C's rows ldc apart. The sums are scaled by column where there are
-// scales. While it multiplies it fetches what Lines pointers of `ahead` show, as long as the panels.
-template <class T, int R, int Step, int RowStride, int Lines>
+// C (R rows of ldc, 32 columns) = or += A B, for R packed rows of A and two panels of B of `words` each. The product is
+// summed up by itself first: a sum of sums is more precise than one long sum. It is scaled by column where there are
+// scales. Meanwhile what Lines pointers of `ahead` show is fetched, as much as the panels have.
+template <class T, int R, int Lines>
 INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words, float* c,
                           int64_t ldc, bool add, const float* const* scales, const char* const* ahead) {
     vf c0[R], c1[R];
@@ -14,7 +14,7 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
         if constexpr (Lines > 1) __builtin_prefetch(ahead[1] + k * 64, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            vu x = splat(a[k * Step + r * RowStride]);
+            vu x = splat(a[k * R + r]);
             c0[r] = multiply_add<T>(c0[r], x, w0);
             c1[r] = multiply_add<T>(c1[r], x, w1);
         }
@@ -34,15 +34,15 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
 }
 
 template <class T, int R>
-__attribute__((noinline)) void multiply_packed(const uint32_t* a, const uint32_t* b0, const uint32_t* b1,
-                                               int64_t words, float* c, int64_t ldc, bool add,
-                                               const float* const* scales, const char* const* ahead, int lines) {
+__attribute__((noinline)) void multiply_packed(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words,
+                                               float* c, int64_t ldc, bool add, const float* const* scales,
+                                               const char* const* ahead, int lines) {
     if (lines == 2) {
-        multiply_rows<T, R, R, 1, 2>(a, b0, b1, words, c, ldc, add, scales, ahead);
+        multiply_rows<T, R, 2>(a, b0, b1, words, c, ldc, add, scales, ahead);
     } else if (lines == 1) {
-        multiply_rows<T, R, R, 1, 1>(a, b0, b1, words, c, ldc, add, scales, ahead);
+        multiply_rows<T, R, 1>(a, b0, b1, words, c, ldc, add, scales, ahead);
     } else {
-        multiply_rows<T, R, R, 1, 0>(a, b0, b1, words, c, ldc, add, scales, ahead);
+        multiply_rows<T, R, 0>(a, b0, b1, words, c, ldc, add, scales, ahead);
     }
 }
 
@@ -69,7 +69,8 @@ template <class T>
 constexpr auto kMultiply = multiply_table<T>(std::make_integer_sequence<int, kMaxRows>{});
 
 #if PHALANX_ISA_AVX512
-// One of four steps of transposing 16 rows of 16 words: bit S of the row's number changes places with bit S of the lane's.
+// One of four steps of transposing 16 rows of 16 words: bit S of the row's number changes places with bit S of the
+// lane's.
 template <int S, int... L>
 INLINE void transpose_step(vu* rows, std::integer_sequence<int, L...>) {
     for (int i = 0; i < 16; ++i) {
@@ -149,9 +150,12 @@ INLINE Panels panels_of(const Linear& job, int64_t unit) {
     return {2 * unit, 2 * unit + 1 > last ? last : 2 * unit + 1};
 }
 
+// From a unit's panels to those of the next.
+INLINE int64_t panels_step(const Linear& job) { return job.output == Output::kSiluMul ? 1 : 2; }
+
 // What one task of a linear layer computes.
 struct Tile {
-    int first_block, last_block;    // of x's rows
+    int first_block, last_block;  // of x's rows
     int64_t first_row, rows;
     int64_t first_unit, last_unit;  // of the columns
 };
@@ -167,4 +171,3 @@ INLINE Tile tile_of(const Linear& job, int task) {
     t.last_unit = std::min<int64_t>(job.n_units, t.first_unit + job.units_per_task);
     return t;
 }
-

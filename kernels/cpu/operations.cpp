@@ -15,11 +15,11 @@
 namespace phalanx {
 namespace {
 
-// Words of k multiplied in one go: two panels of so many bfloat16 stay in the first cache; fewer floats are summed up at
-// once, for precision.
+// Words of k multiplied in one go: two panels of so many bfloat16 stay in the first cache; fewer floats are summed up
+// at once, for precision.
 constexpr int kWordBlock = 512, kFloatWordBlock = 64;
-constexpr int kTileRows = 96;       // rows of x whose packed words stay in the second cache
-constexpr int kChunkRows = 768;     // rows of x that are packed at once
+constexpr int kTileRows = 96;        // rows of x whose packed words stay in the second cache
+constexpr int kChunkRows = 768;      // rows of x that are packed at once
 constexpr int kTasksPerThread = 16;  // of many rows: so that a thread which is held up costs little
 
 const Kernels* best_kernels() {
@@ -51,7 +51,6 @@ void run_chunk(Linear& job, int rows_each) {
     // Of many rows a task does several units, for which it finds its rows in the second cache.
     int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
     job.units_per_task = job.m_tiles > 1 ? static_cast<int>(std::max<int64_t>(1, job.n_units / wanted)) : 1;
-    job.n_tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
 
     if (job.m == 1 && (job.kind == WeightKind::kPlain || job.kind == WeightKind::kInt4)) {
         job.packed = static_cast<const uint32_t*>(job.x);
@@ -68,7 +67,7 @@ void run_chunk(Linear& job, int rows_each) {
         job.x_scales = scales;
     }
     auto body = [&](int task) { k.linear(job, task); };
-    parallel(job.n_tasks, body);
+    parallel(static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles, body);
 }
 
 }  // namespace
@@ -141,38 +140,29 @@ void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
 
 namespace {
 
-float float_of(const uint16_t* bits) {
-    uint32_t word = static_cast<uint32_t>(*bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
 float round_between(float least, float value, float most) {
-    float rounded = value + 12582912.0f - 12582912.0f;  // 1.5 * 2^23: the sum has no digits behind the point
-    return std::min(most, std::max(least, rounded));
+    return std::min(most, std::max(least, value + kRounder - kRounder));
 }
 
 }  // namespace
 
 void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64_t group, void* numbers, float* scales,
                    float* sums) {
-    const auto* rows = static_cast<const uint16_t*>(weight);
+    const auto* rows = static_cast<const bf16*>(weight);
     auto* to = static_cast<int8_t*>(numbers);
     const int64_t groups = ceil_div(k, group);
     auto body = [&](int row) {
-        const uint16_t* from = rows + row * k;
-        int8_t* panel = to + row / kPanel * k * kPanel;
+        const bf16* from = rows + row * k;
         float sum = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(reinterpret_cast<const bf16*>(from + first), last - first, 127, 1);
+            const float scale = kernels().choose_scale(from + first, last - first, 127, 1);
             const float inverse = 1.0f / scale;
-            scales[(row / kPanel * groups + g) * kPanel + row % kPanel] = scale;
+            scales[scale_place(row, groups, g)] = scale;
             for (int64_t i = first; i < last; ++i) {
-                float number = round_between(-127, float_of(from + i) * inverse, 127);
+                float number = round_between(-127, to_float(from[i]) * inverse, 127);
                 sum += number * scale;
-                panel[(i / together * kPanel + row % kPanel) * together + i % together] = static_cast<int8_t>(number);
+                to[number_place(row, k, i, together)] = static_cast<int8_t>(number);
             }
         }
         sums[row] = sum;
@@ -181,21 +171,21 @@ void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64
 }
 
 void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales) {
-    const auto* rows = static_cast<const uint16_t*>(weight);
+    const auto* rows = static_cast<const bf16*>(weight);
     auto* to = static_cast<uint32_t*>(numbers);
     int64_t groups = ceil_div(k, group);
     auto body = [&](int row) {
-        const uint16_t* from = rows + row * k;
+        const bf16* from = rows + row * k;
         uint32_t* panel = to + row / kPanel * k / 8 * kPanel;
         for (int64_t g = 0; g < groups; ++g) {
             int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(reinterpret_cast<const bf16*>(from + first), last - first, 7, 16);
+            const float scale = kernels().choose_scale(from + first, last - first, 7, 16);
             const float inverse = 1.0f / scale;
-            scales[(row / kPanel * groups + g) * kPanel + row % kPanel] = scale;
+            scales[scale_place(row, groups, g)] = scale;
             for (int64_t i = first; i < last; i += 8) {
                 uint32_t word = 0;
                 for (int64_t j = 0; j < 8; ++j) {
-                    float number = round_between(-8, float_of(from + i + j) * inverse, 7);
+                    float number = round_between(-8, to_float(from[i + j]) * inverse, 7);
                     word |= static_cast<uint32_t>(static_cast<int>(number) + 8) << (4 * (j / 2) + 16 * (j % 2));
                 }
                 panel[i / 8 * kPanel + row % kPanel] = word;
@@ -208,21 +198,15 @@ void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void
 void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
                   const int64_t* rows, int64_t count, void* out) {
     const auto* from = static_cast<const int8_t*>(numbers);
-    auto* to = static_cast<uint16_t*>(out);
+    auto* to = static_cast<bf16*>(out);
     const int64_t groups = ceil_div(k, group);
     auto body = [&](int i) {
-        int64_t row = rows[i];
-        bool there = row >= 0 && row < n;
+        const int64_t row = rows[i];
+        const bool there = row >= 0 && row < n;
         for (int64_t j = 0; j < k; ++j) {
-            float value = 0.0f;
-            if (there) {
-                int64_t place = (j / together * kPanel + row % kPanel) * together + j % together;
-                float scale = scales[(row / kPanel * groups + j / group) * kPanel + row % kPanel];
-                value = from[row / kPanel * k * kPanel + place] * scale;
-            }
-            uint32_t bits;
-            std::memcpy(&bits, &value, 4);
-            to[i * k + j] = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+            const float value =
+                there ? from[number_place(row, k, j, together)] * scales[scale_place(row, groups, j / group)] : 0.0f;
+            to[i * k + j] = to_bf16(value);
         }
     };
     parallel(static_cast<int>(count), body);
@@ -245,15 +229,22 @@ void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_
     parallel(static_cast<int>(count), body);
 }
 
-AttentionPlan plan_attention(const Attention& job) {
-    AttentionPlan plan;
-    const int group = job.heads / job.kv_heads, most = std::max(1, kQueryRows / group);
-    for (int row = 0; row < job.rows; ++row) {
-        int queries = job.cu_q[row + 1] - job.cu_q[row], keys = job.seqused_k[row];
+namespace {
+
+void plan_tasks(AttentionPlan& plan, int heads, int kv_heads) {
+    const Attention& job = plan.job;
+    plan.tasks.clear();
+    plan.merges.clear();
+    plan.partials = 0;
+    plan.heads = heads;
+    plan.kv_heads = kv_heads;
+    const int group = heads / kv_heads, most = std::max(1, kQueryRows / group);
+    for (int row = 0; row < plan.rows; ++row) {
+        const int queries = job.cu_q[row + 1] - job.cu_q[row], keys = job.seqused_k[row];
         if (queries == 0) continue;
-        int tiles = static_cast<int>(ceil_div(queries, most));
-        int splits = tiles == 1 && group <= kQueryRows ? static_cast<int>(ceil_div(keys, kSplitKeys)) : 1;
-        for (int head = 0; head < job.kv_heads; ++head) {
+        const int tiles = static_cast<int>(ceil_div(queries, most));
+        const int splits = tiles == 1 && group <= kQueryRows ? static_cast<int>(ceil_div(keys, kSplitKeys)) : 1;
+        for (int head = 0; head < kv_heads; ++head) {
             if (splits > 1) {
                 plan.merges.insert(plan.merges.end(), {row, head, splits, plan.partials});
                 for (int s = 0; s < splits; ++s)
@@ -267,12 +258,18 @@ AttentionPlan plan_attention(const Attention& job) {
             }
         }
     }
-    return plan;
 }
 
-void run_attention(Attention job) {
-    const AttentionPlan plan = plan_attention(job);
+}  // namespace
+
+void run_attention(AttentionPlan& plan, const Attention& layer) {
     const Kernels& k = kernels();
+    if (plan.heads != layer.heads || plan.kv_heads != layer.kv_heads) plan_tasks(plan, layer.heads, layer.kv_heads);
+    Attention job = layer;
+    job.block_table = plan.job.block_table;
+    job.table_stride = plan.job.table_stride;
+    job.cu_q = plan.job.cu_q;
+    job.seqused_k = plan.job.seqused_k;
     job.tasks = plan.tasks.data();
     job.partials = static_cast<float*>(
         scratch(5, static_cast<int64_t>(plan.partials) * kQueryRows * (job.head_dim + 2) * sizeof(float)));
@@ -310,14 +307,16 @@ void run_rope(const Rope& job) {
 
 void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places) {
     const Kernels& k = kernels();
-    run_rows(static_cast<int>(count), size, [&](int row) { places[row] = k.argmax(rows + row * size, size, values + row); });
+    run_rows(static_cast<int>(count), size,
+             [&](int row) { places[row] = k.argmax(rows + row * size, size, values + row); });
 }
 
 void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
                       const int64_t* counters, float* values, int64_t* places) {
     const Kernels& k = kernels();
     run_rows(static_cast<int>(count), size, [&](int row) {
-        places[row] = k.noisy_argmax(rows + row * size, size, temperatures[row], seeds[row], counters[row], values + row);
+        places[row] =
+            k.noisy_argmax(rows + row * size, size, temperatures[row], seeds[row], counters[row], values + row);
     });
 }
 
@@ -331,11 +330,13 @@ void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t bl
 double read_rate(int64_t bytes, int repeats) {
     const Kernels& k = kernels();
     int64_t count = bytes / 4, pieces = static_cast<int64_t>(threads()) * 64;
-    std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(4096, ceil_div(bytes, 4096) * 4096)),
-                                                        &std::free);
+    std::unique_ptr<float, decltype(&std::free)> memory(
+        static_cast<float*>(std::aligned_alloc(4096, ceil_div(bytes, 4096) * 4096)), &std::free);
     if (!memory) throw std::bad_alloc();
     auto start_of = [&](int64_t i) { return count * i / pieces; };
-    auto touch = [&](int i) { std::memset(memory.get() + start_of(i), 0, (start_of(i + 1) - start_of(i)) * 4); };
+    auto touch = [&](int i) {  // no two pages alike: a host may keep those once
+        for (int64_t at = start_of(i); at < start_of(i + 1); ++at) memory.get()[at] = static_cast<float>(at);
+    };
     parallel(static_cast<int>(pieces), touch);
     double best = 0;
     std::vector<float> sums(pieces);

@@ -72,7 +72,7 @@ struct Pool {
     void* context = nullptr;
     std::mutex busy;
     std::vector<std::thread> workers;
-    int wanted = 1;
+    std::atomic<int> wanted{1};
 
     // The operation's fields are read after a task was taken: they stay as they are until that task is done. Whoever
     // slept through an operation finds its shares empty, or those of the next one, which it may take from as well.

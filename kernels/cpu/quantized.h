@@ -1,12 +1,11 @@
 // Weights of 8 and 4 bits. Included inside an instruction set's namespace.
 //
-// kInt4: a word of a panel holds 8 numbers n + 8 of one column; those of its low half belong to the first places of four
-// words of bfloat16, those of its high half to their second places. The numbers become bfloat16 exactly; the scale of a
-// group is applied to its sums, in float.
-// kInt8: two numbers of a column stand together, and are multiplied with x rounded to 16 bits, a scale for each row: finer
-// than bfloat16 where x is large, and far finer than the weight. The sums of a group (at most 512 elements, or they would
-// leave 32 bits) are integers, and exact.
-// kW8A8: four numbers of a column stand together, and x has 8 bits as well; the whole column is one group.
+// kInt4: a word of a panel holds 8 numbers n + 8 of one column; those of its low half belong to the first places of
+// four words of bfloat16, those of its high half to their second places. The numbers become bfloat16 exactly; the scale
+// of a group is applied to its sums, in float. kInt8: two numbers of a column stand together, and are multiplied with x
+// rounded to 16 bits, a scale for each row: finer than bfloat16 where x is large, and far finer than the weight. The
+// sums of a group (at most 512 elements, or they would leave 32 bits) are integers, and exact. kW8A8: four numbers of a
+// column stand together, and x has 8 bits as well; the whole column is one group.
 
 INLINE vf to_floats(vi v) { return __builtin_convertvector(v, vf); }
 
@@ -19,13 +18,8 @@ struct Nibbles {
     __m512i table;
 
     INLINE Nibbles() {
-        alignas(64) uint16_t numbers[32];  // twice: the lookup takes five bits, of which only four are the number's
-        for (int i = 0; i < 32; ++i) {
-            float value = static_cast<float>(i % 16 - 8);
-            uint32_t bits;
-            std::memcpy(&bits, &value, 4);
-            numbers[i] = static_cast<uint16_t>(bits >> 16);
-        }
+        alignas(64) bf16 numbers[32];  // twice: the lookup takes five bits, of which only four are the number's
+        for (int i = 0; i < 32; ++i) numbers[i] = to_bf16(static_cast<float>(i % 16 - 8));
         table = _mm512_load_si512(numbers);
     }
 
@@ -41,7 +35,8 @@ struct Nibbles {
 #endif
 };
 
-// Meanwhile it fetches what stands `ahead` words further on: a panel is too short for the processor to foresee the next.
+// Meanwhile it fetches what stands `ahead` words further on: a panel is too short for the processor to foresee the
+// next.
 INLINE void decode(const uint32_t* from, int64_t words, int64_t ahead, uint32_t* to) {
     const Nibbles nibbles;
     for (int64_t k = 0; k < words; k += 4, from += 16, to += 64) {
@@ -107,7 +102,7 @@ inline float choose_scale(const bf16* from, int64_t count, float limit, int step
         vf errors{};
         for (int64_t i = 0; i < count; i += 16) {
             vf v = load_up_to(from + i, count - i);
-            vf number = v * inverse + 12582912.0f - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest
+            vf number = v * inverse + kRounder - kRounder;
             number = number > limit ? splat(limit) : number < -limit - 1 ? splat(-limit - 1) : number;
             vf error = v - number * scale;
             errors += error * error;
@@ -120,7 +115,8 @@ inline float choose_scale(const bf16* from, int64_t count, float limit, int step
     return best;
 }
 
-// x as numbers of `Number` plus `Offset`, those of a word side by side; each row has a scale of its own.
+// x as numbers of `Number` plus `Offset`, those of a word side by side; each row has a scale of its own, which is NaN
+// if an element is not finite: no number says so.
 template <class T, class Number, int Most, int Offset>
 void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
     constexpr int kNumbers = 4 / sizeof(Number);
@@ -129,16 +125,17 @@ void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
     Number* numbers = reinterpret_cast<Number*>(to + static_cast<int64_t>(first) * job.words);
     for (int r = 0; r < rows; ++r) {
         const T* x = static_cast<const T*>(job.x) + (first + r) * job.ldx;
-        vf most{};
+        vf most{}, nothing{};
         for (int64_t k = 0; k < job.k; k += 16) {
             vf v = load_up_to(x + k, job.k - k);
             most = larger(most, larger(v, -v));
+            nothing += v - v;
         }
         const float largest = max_of(most), scale = largest > 0 ? largest / Most : 1.0f, inverse = 1.0f / scale;
-        scales[first + r] = scale;
+        scales[first + r] = scale + sum_of(nothing);
         for (int64_t k = 0; k < job.k; k += 16) {
-            vf v = load_up_to(x + k, job.k - k) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest
-            vi rounded = __builtin_convertvector(v - 12582912.0f, vi) + Offset;
+            vf v = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
+            vi rounded = __builtin_convertvector(v, vi) + Offset;
             if (rows == 1 && k + 16 <= job.k) {
                 typedef Number vn __attribute__((vector_size(16 * sizeof(Number))));
                 vn narrowed = __builtin_convertvector(rounded, vn);
@@ -148,7 +145,8 @@ void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
             alignas(64) int32_t lanes[16];
             *reinterpret_cast<vi*>(lanes) = rounded;
             for (int64_t i = 0; i < std::min<int64_t>(16, job.k - k); ++i)
-                numbers[((k + i) / kNumbers * rows + r) * kNumbers + (k + i) % kNumbers] = static_cast<Number>(lanes[i]);
+                numbers[((k + i) / kNumbers * rows + r) * kNumbers + (k + i) % kNumbers] =
+                    static_cast<Number>(lanes[i]);
         }
     }
 }

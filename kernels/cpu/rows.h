@@ -20,7 +20,8 @@ void norm_row(const Norm& job, int row) {
     normalise(job.x + start, job.weight, job.eps, job.size, static_cast<T*>(job.out) + start);
 }
 
-// One head, rotated: the halves are the pairs' components (arXiv:2104.09864, in the order of Hugging Face's checkpoints).
+// One head, rotated: the halves are the pairs' components (arXiv:2104.09864, in the order of Hugging Face's
+// checkpoints).
 template <class T>
 INLINE void rotate(const T* x, const T* cos, const T* sin, int dim, T* out) {
     if (!cos) {
@@ -72,7 +73,8 @@ void rope_token(const Rope& job, int token) {
         }
         rotate(k, cos, sin, dim, rotated);
         const int64_t start = (block * job.kv_heads + h) * head_words;
-        uint32_t* to = static_cast<uint32_t*>(job.keys) + start + static_cast<int64_t>(place / 16) * 16 * words + place % 16;
+        uint32_t* to =
+            static_cast<uint32_t*>(job.keys) + start + static_cast<int64_t>(place / 16) * 16 * words + place % 16;
         const uint32_t* from = reinterpret_cast<const uint32_t*>(rotated);
         for (int w = 0; w < words; ++w) to[w * 16] = from[w];
         T* values = reinterpret_cast<T*>(static_cast<uint32_t*>(job.values) + start);
@@ -100,6 +102,10 @@ inline int64_t largest(const float* row, int64_t size, float* value) {
     for (; i < size; ++i) {
         is_nan |= row[i] != row[i];
         most = row[i] > most ? row[i] : most;
+    }
+    if (size == 0) {
+        *value = most;
+        return 0;
     }
     for (i = 0; i < size; ++i) {
         if (is_nan ? row[i] != row[i] : row[i] == most) break;

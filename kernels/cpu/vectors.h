@@ -1,5 +1,5 @@
-// Vectors of 16 lanes in the compiler's own notation; the instruction set of the including file decides what they become.
-// Included inside that file's namespace, after PHALANX_ISA_* says what there is.
+// Vectors of 16 lanes in the compiler's own notation; the instruction set of the including file decides what they
+// become. Included inside that file's namespace, after PHALANX_ISA_* says what there is.
 
 typedef float vf __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
@@ -33,14 +33,6 @@ INLINE vh narrow(vf v) {
 #endif
 }
 
-INLINE float to_float(bf16 x) {
-    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
-INLINE float to_float(float x) { return x; }
-
 INLINE vf load_as_float(const bf16* p) { return widen(*reinterpret_cast<const vh_any*>(p)); }
 INLINE vf load_as_float(const float* p) { return load(p); }
 INLINE void store_as(bf16* p, vf v) { *reinterpret_cast<vh_any*>(p) = narrow(v); }
@@ -60,9 +52,13 @@ INLINE void store_some(T* p, vf v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 template <class T>
-INLINE vf load_up_to(const T* p, int64_t count) { return count >= 16 ? load_as_float(p) : load_some(p, count); }
+INLINE vf load_up_to(const T* p, int64_t count) {
+    return count >= 16 ? load_as_float(p) : load_some(p, count);
+}
 template <class T>
-INLINE void store_up_to(T* p, vf v, int64_t count) { count >= 16 ? store_as(p, v) : store_some(p, v, count); }
+INLINE void store_up_to(T* p, vf v, int64_t count) {
+    count >= 16 ? store_as(p, v) : store_some(p, v, count);
+}
 
 INLINE float sum_of(vf v) {
 #if PHALANX_ISA_AVX512
@@ -102,11 +98,12 @@ INLINE bool any_of(vi lanes) {
 
 constexpr float kLeastExponent = -87.0f;
 
-// e^x, within 2 units of the last place; 0 below -87, and the value at 88 above it (Cody and Waite's reduction, Taylor).
+// e^x, within 2 units of the last place; 0 below -87, and the value at 88 above it (Cody and Waite's reduction,
+// Taylor).
 INLINE vf exponential(vf x) {
     vf bounded = x < 88.0f ? x : splat(88.0f);
-    vf shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded product
-    vf n = shifted - 12582912.0f;
+    vf shifted = bounded * 1.44269504f + kRounder;  // its low bits are the rounded product
+    vf n = shifted - kRounder;
     vf r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
     vf p = splat(1.0f / 5040);
     p = p * r + 1.0f / 720;
@@ -137,8 +134,8 @@ INLINE vf multiply_add<float>(vf sum, vu x, vu w) {
 template <>
 INLINE vf multiply_add<bf16>(vf sum, vu x, vu w) {
 #if PHALANX_ISA_BF16
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x),
-                                                 reinterpret_cast<__m512bh>(w)));
+    return reinterpret_cast<vf>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));
 #else
     sum = bits_to_float(x << 16) * bits_to_float(w << 16) + sum;
     return bits_to_float(x & 0xffff0000u) * bits_to_float(w & 0xffff0000u) + sum;

@@ -11,244 +11,248 @@
 namespace phalanx {
 namespace {
 
-// Operations in rounds. In round s a rank writes to its slot of parity s, sets its flag to s, and reads others' slots of
-// those whose flag has reached s. It enters round s only when every flag has reached s-1: then every rank is done reading
-// round s-2, whose slots it is about to write. No rank ever waits for others to finish.
+// Operations in rounds. In round s a rank writes to its slot of parity s, sets its flag to s, and reads others' slots
+// of those whose flag has reached s. It enters round s only when every flag has reached s-1: then every rank is done
+// reading round s-2, whose slots it is about to write. No rank ever waits for others to finish.
 class Collectives : public Member {
  public:
-  Collectives(int fd, int rank, int size, size_t slot_bytes, size_t one_shot_bytes, double timeout_s, int spin_us)
-      : Member(fd, rank, size, data_bytes(size, slot_bytes), timeout_s, spin_us), slot_bytes_(slot_bytes),
-        one_shot_bytes_(std::min(one_shot_bytes, slot_bytes)), sources_(size) {}
+    Collectives(int fd, int rank, int size, size_t slot_bytes, size_t one_shot_bytes, double timeout_s, int spin_us)
+        : Member(fd, rank, size, data_bytes(size, slot_bytes), timeout_s, spin_us),
+          slot_bytes_(slot_bytes),
+          one_shot_bytes_(std::min(one_shot_bytes, slot_bytes)),
+          sources_(size) {}
 
-  static size_t data_bytes(int size, size_t slot_bytes) { return 2 * size * slot_bytes; }
-  static size_t segment_bytes(int size, size_t slot_bytes) { return data_offset(size) + data_bytes(size, slot_bytes); }
+    static size_t data_bytes(int size, size_t slot_bytes) { return 2 * size * slot_bytes; }
+    static size_t segment_bytes(int size, size_t slot_bytes) {
+        return data_offset(size) + data_bytes(size, slot_bytes);
+    }
 
-  void all_reduce(uintptr_t address, size_t count, int dtype_code) {
-    const auto dtype = static_cast<Dtype>(dtype_code);
-    const size_t item = item_bytes(dtype);
-    auto* x = reinterpret_cast<char*>(address);
-    run("all_reduce", [&] {
-      if (count * item > kReleaseBytes) release_gil();
-      const bool one_shot = count * item <= one_shot_bytes_;
-      for (size_t done = 0; done < count;) {
-        const size_t chunk = std::min(count - done, slot_bytes_ / item);
-        one_shot ? reduce_once(x, chunk, dtype) : reduce_slices(x + done * item, chunk, dtype);
-        done += chunk;
-      }
-    });
-  }
+    void all_reduce(uintptr_t address, size_t count, int dtype_code) {
+        const auto dtype = static_cast<Dtype>(dtype_code);
+        const size_t item = item_bytes(dtype);
+        auto* x = reinterpret_cast<char*>(address);
+        run("all_reduce", [&] {
+            if (count * item > kReleaseBytes) release_gil();
+            const bool one_shot = count * item <= one_shot_bytes_;
+            for (size_t done = 0; done < count;) {
+                const size_t chunk = std::min(count - done, slot_bytes_ / item);
+                one_shot ? reduce_once(x, chunk, dtype) : reduce_slices(x + done * item, chunk, dtype);
+                done += chunk;
+            }
+        });
+    }
 
-  void gather(uintptr_t address, size_t bytes, uintptr_t out, int dst) {
-    const auto* x = reinterpret_cast<const char*>(address);
-    auto* parts = reinterpret_cast<char*>(out);
-    run("gather", [&] {
-      if (bytes > kReleaseBytes) release_gil();
-      for (size_t done = 0; done < bytes; done += slot_bytes_) {
-        const size_t chunk = std::min(bytes - done, slot_bytes_);
-        begin(kGather, dst, bytes);
-        if (rank_ != dst) std::memcpy(slot(rank_), x + done, chunk);
-        post();
-        for (int peer = 0; rank_ == dst && peer < size_; ++peer) {
-          if (peer != rank_) await(peer);
-          std::memcpy(parts + peer * bytes + done, peer == rank_ ? x + done : slot(peer), chunk);
-        }
-      }
-    });
-  }
+    void gather(uintptr_t address, size_t bytes, uintptr_t out, int dst) {
+        const auto* x = reinterpret_cast<const char*>(address);
+        auto* parts = reinterpret_cast<char*>(out);
+        run("gather", [&] {
+            if (bytes > kReleaseBytes) release_gil();
+            for (size_t done = 0; done < bytes; done += slot_bytes_) {
+                const size_t chunk = std::min(bytes - done, slot_bytes_);
+                begin(kGather, dst, bytes);
+                if (rank_ != dst) std::memcpy(slot(rank_), x + done, chunk);
+                post();
+                for (int peer = 0; rank_ == dst && peer < size_; ++peer) {
+                    if (peer != rank_) await(peer);
+                    std::memcpy(parts + peer * bytes + done, peer == rank_ ? x + done : slot(peer), chunk);
+                }
+            }
+        });
+    }
 
-  void broadcast(uintptr_t address, size_t bytes, int src) {
-    auto* x = reinterpret_cast<char*>(address);
-    run("broadcast", [&] {
-      if (bytes > kReleaseBytes) release_gil();
-      for (size_t done = 0; done < bytes; done += slot_bytes_) {
-        const size_t chunk = std::min(bytes - done, slot_bytes_);
-        begin(kBroadcast, src, bytes);
-        if (rank_ == src) std::memcpy(slot(rank_), x + done, chunk);
-        post();
-        if (rank_ == src) continue;
-        await(src);
-        std::memcpy(x + done, slot(src), chunk);
-      }
-    });
-  }
+    void broadcast(uintptr_t address, size_t bytes, int src) {
+        auto* x = reinterpret_cast<char*>(address);
+        run("broadcast", [&] {
+            if (bytes > kReleaseBytes) release_gil();
+            for (size_t done = 0; done < bytes; done += slot_bytes_) {
+                const size_t chunk = std::min(bytes - done, slot_bytes_);
+                begin(kBroadcast, src, bytes);
+                if (rank_ == src) std::memcpy(slot(rank_), x + done, chunk);
+                post();
+                if (rank_ == src) continue;
+                await(src);
+                std::memcpy(x + done, slot(src), chunk);
+            }
+        });
+    }
 
-  void barrier() {
-    run("barrier", [&] {
-      begin(kBarrier, 0, 0);
-      post();
-      await_all();
-    });
-  }
+    void barrier() {
+        run("barrier", [&] {
+            begin(kBarrier, 0, 0);
+            post();
+            await_all();
+        });
+    }
 
  private:
-  enum Kind : uint64_t { kBarrier, kGather, kBroadcast, kOneShot, kScatter, kCollect };
+    enum Kind : uint64_t { kBarrier, kGather, kBroadcast, kOneShot, kScatter, kCollect };
 
-  void reduce_once(char* x, size_t count, Dtype dtype) {
-    const size_t bytes = count * item_bytes(dtype);
-    begin(kOneShot, int(dtype), bytes);
-    std::memcpy(slot(rank_), x, bytes);
-    post();
-    await_all();
-    for (int peer = 0; peer < size_; ++peer) sources_[peer] = peer == rank_ ? x : slot(peer);
-    sum_(dtype, x, sources_.data(), size_, count);
-  }
-
-  // Each rank sums one slice, then takes the others' sums.
-  void reduce_slices(char* x, size_t count, Dtype dtype) {
-    const size_t item = item_bytes(dtype);
-    const size_t slice = ((count + size_ - 1) / size_ * item + kLine - 1) / kLine * kLine;
-    const auto low = [&](int rank) { return std::min(slice * rank, count * item); };
-    const size_t mine = low(rank_), bytes = low(rank_ + 1) - mine;
-    begin(kScatter, int(dtype), count);
-    std::memcpy(slot(rank_), x, mine);
-    std::memcpy(slot(rank_) + mine + bytes, x + mine + bytes, count * item - mine - bytes);
-    post();
-    await_all();
-    for (int peer = 0; peer < size_; ++peer) sources_[peer] = (peer == rank_ ? x : slot(peer)) + mine;
-    sum_(dtype, x + mine, sources_.data(), size_, bytes / item);
-    begin(kCollect, int(dtype), count);
-    std::memcpy(slot(rank_) + mine, x + mine, bytes);
-    post();
-    for (int step = 1; step < size_; ++step) {
-      const int peer = (rank_ + step) % size_;
-      await(peer);
-      std::memcpy(x + low(peer), slot(peer) + low(peer), low(peer + 1) - low(peer));
+    void reduce_once(char* x, size_t count, Dtype dtype) {
+        const size_t bytes = count * item_bytes(dtype);
+        begin(kOneShot, int(dtype), bytes);
+        std::memcpy(slot(rank_), x, bytes);
+        post();
+        await_all();
+        for (int peer = 0; peer < size_; ++peer) sources_[peer] = peer == rank_ ? x : slot(peer);
+        sum_(dtype, x, sources_.data(), size_, count);
     }
-  }
 
-  char* slot(int rank) const { return data() + (2 * rank + (round_ & 1)) * slot_bytes_; }
+    // Each rank sums one slice, then takes the others' sums.
+    void reduce_slices(char* x, size_t count, Dtype dtype) {
+        const size_t item = item_bytes(dtype);
+        const size_t slice = ((count + size_ - 1) / size_ * item + kLine - 1) / kLine * kLine;
+        const auto low = [&](int rank) { return std::min(slice * rank, count * item); };
+        const size_t mine = low(rank_), bytes = low(rank_ + 1) - mine;
+        begin(kScatter, int(dtype), count);
+        std::memcpy(slot(rank_), x, mine);
+        std::memcpy(slot(rank_) + mine + bytes, x + mine + bytes, count * item - mine - bytes);
+        post();
+        await_all();
+        for (int peer = 0; peer < size_; ++peer) sources_[peer] = (peer == rank_ ? x : slot(peer)) + mine;
+        sum_(dtype, x + mine, sources_.data(), size_, bytes / item);
+        begin(kCollect, int(dtype), count);
+        std::memcpy(slot(rank_) + mine, x + mine, bytes);
+        post();
+        for (int step = 1; step < size_; ++step) {
+            const int peer = (rank_ + step) % size_;
+            await(peer);
+            std::memcpy(x + low(peer), slot(peer) + low(peer), low(peer + 1) - low(peer));
+        }
+    }
 
-  void begin(Kind kind, int detail, size_t length) {
-    ++round_;
-    for (int peer = 0; peer < size_; ++peer)
-      if (peer != rank_) wait(peer, round_ - 1, true);
-    signature_ = kind << 60 | uint64_t(detail) << 52 | length;
-  }
+    char* slot(int rank) const { return data() + (2 * rank + (round_ & 1)) * slot_bytes_; }
 
-  void post() {
-    line(rank_).signatures[round_ & 1] = signature_;
-    publish(round_);
-  }
+    void begin(Kind kind, int detail, size_t length) {
+        ++round_;
+        for (int peer = 0; peer < size_; ++peer)
+            if (peer != rank_) wait(peer, round_ - 1, true);
+        signature_ = kind << 60 | uint64_t(detail) << 52 | length;
+    }
 
-  void await(int peer) {
-    wait(peer, round_, true);
-    if (line(peer).signatures[round_ & 1] != signature_)
-      fail("rank " + std::to_string(peer) + " called another operation, or with another size or dtype");
-  }
+    void post() {
+        line(rank_).signatures[round_ & 1] = signature_;
+        publish(round_);
+    }
 
-  void await_all() {
-    for (int step = 1; step < size_; ++step) await((rank_ + step) % size_);
-  }
+    void await(int peer) {
+        wait(peer, round_, true);
+        if (line(peer).signatures[round_ & 1] != signature_)
+            fail("rank " + std::to_string(peer) + " called another operation, or with another size or dtype");
+    }
 
-  static constexpr size_t kLine = 64;
-  const size_t slot_bytes_, one_shot_bytes_;
-  std::vector<const void*> sources_;
-  const Sum sum_ = fastest_sum();
-  uint32_t round_ = 0;
-  uint64_t signature_ = 0;
+    void await_all() {
+        for (int step = 1; step < size_; ++step) await((rank_ + step) % size_);
+    }
+
+    static constexpr size_t kLine = 64;
+    const size_t slot_bytes_, one_shot_bytes_;
+    std::vector<const void*> sources_;
+    const Sum sum_ = fastest_sum();
+    uint32_t round_ = 0;
+    uint64_t signature_ = 0;
 };
 
 // A stream of bytes from rank 0 to all others. Rank 0's flag counts the bytes written, another's the bytes it has read.
 class Ring : public Member {
  public:
-  Ring(int fd, int rank, int size, size_t capacity, double timeout_s, int spin_us)
-      : Member(fd, rank, size, capacity, timeout_s, spin_us), capacity_(uint32_t(capacity)) {}
+    Ring(int fd, int rank, int size, size_t capacity, double timeout_s, int spin_us)
+        : Member(fd, rank, size, capacity, timeout_s, spin_us), capacity_(uint32_t(capacity)) {}
 
-  static size_t segment_bytes(int size, size_t capacity) { return data_offset(size) + capacity; }
+    static size_t segment_bytes(int size, size_t capacity) { return data_offset(size) + capacity; }
 
-  void send(const py::bytes& message) {
-    char* content = nullptr;
-    Py_ssize_t length = 0;
-    if (PyBytes_AsStringAndSize(message.ptr(), &content, &length) != 0) throw py::error_already_set();
-    const uint64_t header = uint64_t(length);
-    run("send", [&] {
-      if (Clock::now() - looked_ > kTick) {
-        look_around(position_ + 1);  // which no reader can have reached
-        looked_ = Clock::now();
-      }
-      if (header > kReleaseBytes) release_gil();
-      write(reinterpret_cast<const char*>(&header), sizeof(header));
-      write(content, header);
-      publish(position_);
-    });
-  }
-
-  py::bytes receive() {
-    PyObject* message = nullptr;
-    try {
-      run("receive", [&] {
-        uint64_t length = 0;
-        read(reinterpret_cast<char*>(&length), sizeof(length));
-        acquire_gil();
-        message = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(length));
-        if (message == nullptr) throw py::error_already_set();
-        if (length > kReleaseBytes) release_gil();
-        read(PyBytes_AS_STRING(message), length);
-      });
-    } catch (...) {
-      Py_XDECREF(message);
-      throw;
+    void send(const py::bytes& message) {
+        char* content = nullptr;
+        Py_ssize_t length = 0;
+        if (PyBytes_AsStringAndSize(message.ptr(), &content, &length) != 0) throw py::error_already_set();
+        const uint64_t header = uint64_t(length);
+        run("send", [&] {
+            if (Clock::now() - looked_ > kTick) {
+                look_around(position_ + 1);  // which no reader can have reached
+                looked_ = Clock::now();
+            }
+            if (header > kReleaseBytes) release_gil();
+            write(reinterpret_cast<const char*>(&header), sizeof(header));
+            write(content, header);
+            publish(position_);
+        });
     }
-    return py::reinterpret_steal<py::bytes>(message);
-  }
+
+    py::bytes receive() {
+        PyObject* message = nullptr;
+        try {
+            run("receive", [&] {
+                uint64_t length = 0;
+                read(reinterpret_cast<char*>(&length), sizeof(length));
+                acquire_gil();
+                message = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(length));
+                if (message == nullptr) throw py::error_already_set();
+                if (length > kReleaseBytes) release_gil();
+                read(PyBytes_AS_STRING(message), length);
+            });
+        } catch (...) {
+            Py_XDECREF(message);
+            throw;
+        }
+        return py::reinterpret_steal<py::bytes>(message);
+    }
 
  private:
-  void write(const char* from, size_t bytes) {
-    while (bytes > 0) {
-      const uint32_t piece = uint32_t(std::min<size_t>(bytes, capacity_ / 4));
-      const uint32_t target = position_ + piece - capacity_;
-      for (int peer = 1; peer < size_; ++peer) {
-        if (!reached(seen_[peer], target)) publish(position_);
-        wait(peer, target, true);
-      }
-      const uint32_t at = position_ % capacity_, first = std::min(piece, capacity_ - at);
-      std::memcpy(data() + at, from, first);
-      std::memcpy(data(), from + first, piece - first);
-      position_ += piece;
-      from += piece;
-      bytes -= piece;
+    void write(const char* from, size_t bytes) {
+        while (bytes > 0) {
+            const uint32_t piece = uint32_t(std::min<size_t>(bytes, capacity_ / 4));
+            const uint32_t target = position_ + piece - capacity_;
+            for (int peer = 1; peer < size_; ++peer) {
+                if (!reached(seen_[peer], target)) publish(position_);
+                wait(peer, target, true);
+            }
+            const uint32_t at = position_ % capacity_, first = std::min(piece, capacity_ - at);
+            std::memcpy(data() + at, from, first);
+            std::memcpy(data(), from + first, piece - first);
+            position_ += piece;
+            from += piece;
+            bytes -= piece;
+        }
     }
-  }
 
-  void read(char* to, size_t bytes) {
-    while (bytes > 0) {
-      wait(0, position_ + 1, false);
-      const uint32_t piece = uint32_t(std::min<size_t>(bytes, seen_[0] - position_));
-      const uint32_t at = position_ % capacity_, first = std::min(piece, capacity_ - at);
-      std::memcpy(to, data() + at, first);
-      std::memcpy(to + first, data(), piece - first);
-      position_ += piece;
-      to += piece;
-      bytes -= piece;
-      publish(position_);
+    void read(char* to, size_t bytes) {
+        while (bytes > 0) {
+            wait(0, position_ + 1, false);
+            const uint32_t piece = uint32_t(std::min<size_t>(bytes, seen_[0] - position_));
+            const uint32_t at = position_ % capacity_, first = std::min(piece, capacity_ - at);
+            std::memcpy(to, data() + at, first);
+            std::memcpy(to + first, data(), piece - first);
+            position_ += piece;
+            to += piece;
+            bytes -= piece;
+            publish(position_);
+        }
     }
-  }
 
-  const uint32_t capacity_;
-  uint32_t position_ = 0;
-  Clock::time_point looked_ = Clock::now();
+    const uint32_t capacity_;
+    uint32_t position_ = 0;
+    Clock::time_point looked_ = Clock::now();
 };
 
 }  // namespace
 }  // namespace phalanx
 
 PYBIND11_MODULE(_native, module) {
-  namespace py = pybind11;
-  using phalanx::Collectives;
-  using phalanx::Ring;
-  py::register_exception<phalanx::Failure>(module, "Failure", PyExc_RuntimeError);
-  py::class_<Collectives>(module, "Collectives")
-      .def(py::init<int, int, int, size_t, size_t, double, int>())
-      .def_static("segment_bytes", &Collectives::segment_bytes)
-      .def("all_reduce", &Collectives::all_reduce)
-      .def("gather", &Collectives::gather)
-      .def("broadcast", &Collectives::broadcast)
-      .def("barrier", &Collectives::barrier)
-      .def("close", &Collectives::close);
-  py::class_<Ring>(module, "Ring")
-      .def(py::init<int, int, int, size_t, double, int>())
-      .def_static("segment_bytes", &Ring::segment_bytes)
-      .def("send", &Ring::send)
-      .def("receive", &Ring::receive)
-      .def("close", &Ring::close);
+    namespace py = pybind11;
+    using phalanx::Collectives;
+    using phalanx::Ring;
+    py::register_exception<phalanx::Failure>(module, "Failure", PyExc_RuntimeError);
+    py::class_<Collectives>(module, "Collectives")
+        .def(py::init<int, int, int, size_t, size_t, double, int>())
+        .def_static("segment_bytes", &Collectives::segment_bytes)
+        .def("all_reduce", &Collectives::all_reduce)
+        .def("gather", &Collectives::gather)
+        .def("broadcast", &Collectives::broadcast)
+        .def("barrier", &Collectives::barrier)
+        .def("close", &Collectives::close);
+    py::class_<Ring>(module, "Ring")
+        .def(py::init<int, int, int, size_t, double, int>())
+        .def_static("segment_bytes", &Ring::segment_bytes)
+        .def("send", &Ring::send)
+        .def("receive", &Ring::receive)
+        .def("close", &Ring::close);
 }

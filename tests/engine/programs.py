@@ -16,7 +16,7 @@ from phalanx.engine.in_group import GroupLLM
 from phalanx.engine.llm import RequestOutput
 from phalanx.engine.messages import Timings
 from phalanx.engine.params import SamplingParams
-from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
+from phalanx.engine.plan import StepPlan
 
 Calls = list[tuple[list[list[int]], list[SamplingParams]]]
 
@@ -45,8 +45,7 @@ def logits_at_each_size(
         if rank < size:
             llm = GroupLLM(group, folder, **config)
             worker, collectives = llm._engine.worker, llm._group.collectives
-            parts = [_logits(worker, tokens, first, chunk) for first in range(0, len(tokens), chunk)]
-            shard = torch.cat(parts).T.contiguous()
+            shard = worker.score(tokens, chunk).T.contiguous()
             # Shards differ in size; pad them to the largest for the gather, and cut the padding off again.
             widths = collectives.gather(torch.tensor([len(shard)]))
             widest = collectives.broadcast(torch.tensor([max(map(int, widths or [0]))]))
@@ -58,33 +57,6 @@ def logits_at_each_size(
                 results[size] = torch.cat(whole).T.numpy()
             llm.close()
     return results
-
-
-@torch.inference_mode()
-def _logits(worker: Any, tokens: list[int], first: int, chunk: int) -> torch.Tensor:
-    size = worker.capacity.block_size
-    last = min(first + chunk, len(tokens))
-    blocks = -(-len(tokens) // size)
-    start = SlotStart(0, len(tokens), tokens, SlotSampling())
-    plan = StepPlan(
-        step=first,
-        starts=[start] if first == 0 else [],
-        token_slots=[],
-        token_ids=[],
-        block_slots=[0] * blocks,
-        block_indices=list(range(blocks)),
-        # Out of order on purpose: a block table is no identity.
-        block_ids=list(reversed(range(blocks))),
-        slots=[0],
-        positions=[first],
-        counts=[last - first],
-        num_decodes=1 if last - first == 1 else 0,
-        sample_rows=[],
-    )
-    worker._slots.apply(plan)
-    hidden = worker._model(worker._slots.batch(plan), worker._cache)
-    logits: torch.Tensor = worker._model.logits(hidden)
-    return logits
 
 
 def live_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) -> dict[str, Any]:

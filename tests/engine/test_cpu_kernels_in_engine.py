@@ -15,7 +15,7 @@ from phalanx.engine.worker import Worker
 from phalanx.kernels import cpu
 from phalanx.parallel.group import local_group
 
-pytestmark = pytest.mark.skipif(cpu.native is None, reason="the C++ kernels are not built")
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 TEXT = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text()

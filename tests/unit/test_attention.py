@@ -154,7 +154,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         _choose("magic")
 
 
-@pytest.mark.skipif(cpu.native is None, reason="the C++ kernels are not built")
+@pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 def test_the_kernels_are_chosen_where_they_can_serve() -> None:
     assert _choose("auto").name == _choose("cpu").name == _choose("auto", block_size=64).name == "cpu"
     assert _choose("torch").name == "torch"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx.benchmarks.common import percentiles, random_prompts, read_options, settings
+from phalanx.benchmarks.common import percentiles, read_options, settings
+from phalanx.benchmarks.peers.program import random_prompts
 from phalanx.engine.errors import ConfigError
 from phalanx.launch.presets import load_preset
 from phalanx.launch.random_model import make_random_model

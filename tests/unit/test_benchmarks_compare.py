@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from phalanx.benchmarks import limits
 from phalanx.benchmarks.compare import Contest, Options, agreement, curve, judge, sizes_of
 from phalanx.benchmarks.limits import Work
@@ -20,6 +21,8 @@ from phalanx.benchmarks.peers.process import EngineProcess
 from phalanx.benchmarks.peers.program import Case, Seen, Stepping, arrivals, note, outcome, read_case
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.models.spec import ModelSpec, spec_from_config
+from phalanx.kernels import cpu
+from phalanx.kernels.linear import PackedWeight
 from phalanx.launch.presets import load_preset
 from phalanx.launch.random_model import make_random_model
 from phalanx.tests.models import TINY_SHAPE
@@ -223,6 +226,15 @@ def test_an_engine_that_fails_is_out_and_the_others_go_on(fake: list[str], tmp_p
         contest.close()
 
 
+@pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
+@pytest.mark.parametrize("kind", PackedWeight.KINDS)
+def test_a_weights_bytes_are_those_that_the_kernels_read(kind: str) -> None:
+    weight = torch.ones(64, 12800, dtype=torch.bfloat16)
+    expected = weight_bytes({"quantization": kind}) * weight.numel()
+    # w8a8's one scale a row is nothing beside the row.
+    assert PackedWeight(weight, 64, kind).nbytes == pytest.approx(expected, rel=1e-3 if kind == "w8a8" else 1e-9)
+
+
 def test_phalanx_is_planned_for_each_variant_and_number_of_ranks() -> None:
     planned = plan_phalanx(Path("/models/m"), ["", "quantization=int8,threads=1"], [1, 2], SIZES)
     assert [engine.name for engine in planned] == [
@@ -233,7 +245,7 @@ def test_phalanx_is_planned_for_each_variant_and_number_of_ranks() -> None:
     ]
     assert planned[3].command[-5:] == ("/models/m", "ranks=2", "max_model_len=99", "quantization=int8", "threads=1")
     assert all(engine.ours for engine in planned)
-    assert [engine.weight_bytes for engine in planned] == [2, 2, Q8_0_BYTES, Q8_0_BYTES]
+    assert [engine.weight_bytes for engine in planned] == [2, 2, 1 + 4 / 32, 1 + 4 / 32]
     assert weight_bytes({"dtype": "float32"}) == 4
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         plan_phalanx(Path("m"), ["int8"], [1], SIZES)

@@ -18,10 +18,10 @@ from phalanx.kernels.linear import PackedWeight, row_multiple
 from phalanx.kernels.noise import gumbel
 from phalanx.kernels.norm import rms_norm
 
-if cpu.native is None:
-    pytest.skip("the C++ kernels are not built", allow_module_level=True)
-
-INSTRUCTION_SETS = [name for name in ("avx512_bf16", "avx512", "avx2", "portable") if cpu.native.can_run(name)]
+INSTRUCTION_SETS = [
+    name for name in ("avx512_bf16", "avx512", "avx2", "portable") if cpu.native and cpu.native.can_run(name)
+]
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 checked = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -321,3 +321,20 @@ def test_what_cannot_be_quantized_is_refused_with_the_setting() -> None:
             PackedWeight(weight, 16, kind)
     with pytest.raises(ValueError, match="4 bits"):
         PackedWeight(torch.ones(16, 8, dtype=torch.bfloat16), 16, "int4").look_up(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "w8a8", "int4"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_is_not_finite_stays_so_in_its_own_row(instructions: str, kind: str, value: float, rows: int) -> None:
+    packed = PackedWeight(_random(32, 64, dtype=torch.bfloat16, seed=0), 32, kind)
+    x = _random(rows, 64, dtype=torch.bfloat16, seed=1)
+    x[0, 20] = value
+    found = packed.linear_float(x)
+    assert not found[0].isfinite().any()
+    assert found[1:].isfinite().all()
+
+
+def test_without_columns_nothing_is_largest() -> None:
+    for found in (largest(torch.empty(2, 0)), noisy_largest(torch.empty(2, 0), *(torch.ones(2, 1),) * 3)):
+        assert found[0].tolist() == [-torch.inf] * 2
