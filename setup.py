@@ -46,6 +46,7 @@ def extensions() -> list[Extension]:
                 "-Wno-psabi",
                 "-Wno-uninitialized",
                 "-pthread",
+                "-g0",
             ],
             extra_link_args=["-pthread"],
             language="c++",

@@ -9,11 +9,12 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from ..parallel.collectives.shared_memory import SharedMemoryUnavailable
 from ..parallel.group import adopt_group
 from .client import to_error
 from .config import EngineConfig
 from .engine import Engine, EngineThread
-from .errors import EngineStopped, PhalanxError
+from .errors import ConfigError, EngineStopped, PhalanxError
 from .llm import LLM, Messages, Prompt, RequestOutput, as_prompts
 from .messages import Failed
 from .params import SamplingParams
@@ -35,13 +36,16 @@ class GroupLLM:
         self._config = EngineConfig.from_dict({"model": model, "ranks": size, **config})
         on_cuda = dist.get_backend(process_group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        self._group = adopt_group(
-            process_group,
-            device=device,
-            local_size=size,
-            shared_memory=self._config.shared_memory,
-            timeout_s=self._config.timeout_s,
-        )
+        try:
+            self._group = adopt_group(
+                process_group,
+                device=device,
+                local_size=size,
+                shared_memory=self._config.shared_memory,
+                timeout_s=self._config.timeout_s,
+            )
+        except SharedMemoryUnavailable as error:
+            raise ConfigError(f"collectives=shared_memory: {error}; set collectives=auto") from error
         link = InProcess() if self._group.rank == 0 else None
         self._engine = Engine(self._config, self._group, link.transport if link else None)
         self._llm = LLM.paused(self._engine, link) if link else None
