@@ -31,19 +31,19 @@ void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
         }
     });
 }
-void linear(const Linear& job, int task) {
+void linear(const Linear& job, const PackedRows& x, int task) {
     by_type(job.dtype, [&](auto t) {
         using T = decltype(t);
         switch (job.kind) {
             case WeightKind::kW8A8:
-                return linear_task_of_numbers<T, Bytes>(job, task);
+                return linear_task_of_numbers<T, Bytes>(job, x, task);
             case WeightKind::kInt8:
-                return linear_task_of_numbers<T, Shorts>(job, task);
+                return linear_task_of_numbers<T, Shorts>(job, x, task);
             case WeightKind::kInt4:
-                if (job.m <= kFewRows) return linear_task_of_nibbles(job, task);
+                if (job.m <= kFewRows) return linear_task_of_nibbles(job, x, task);
                 [[fallthrough]];
             default:
-                return linear_task<T>(job, task);
+                return linear_task<T>(job, x, task);
         }
     });
 }

@@ -66,10 +66,14 @@ struct Linear {
     int64_t ldo;
     // The plan of its tasks, see run_chunk() in operations.cpp: x is cut into row blocks, which the micro-kernel takes,
     // of which m_tiles are made; the columns into units of two panels. A task is one tile by units_per_task units.
-    const uint32_t* packed;  // x, packed: row blocks [k words][rows of the block]
-    const float* x_scales;   // kInt8, kW8A8: (m,)
     int row_blocks, m_tiles, n_units, units_per_task;
     int word_block;  // words of k that are multiplied in one go
+};
+
+// x as the micro-kernel takes it.
+struct PackedRows {
+    const uint32_t* words;  // row blocks [k words][rows of the block]
+    const float* scales;    // kInt8, kW8A8: (m,)
 };
 
 struct Attention {
@@ -122,7 +126,7 @@ struct Kernels {
     const char* name;
     int max_rows;  // rows of x that the micro-kernel takes
     void (*pack_x)(const Linear&, int row_block, uint32_t* to, float* scales);
-    void (*linear)(const Linear&, int task);
+    void (*linear)(const Linear&, const PackedRows& x, int task);
     void (*attention)(const Attention&, int task);
     void (*merge)(const Attention&, int row, int kv_head, int splits, int partial);
     void (*norm)(const Norm&, int row);

@@ -2,7 +2,7 @@
 
 constexpr int kFewRows = kMaxRows < 4 ? kMaxRows : 4;
 
-inline void linear_task_of_nibbles(const Linear& job, int task) {
+inline void linear_task_of_nibbles(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / words_per_stored(job.kind);
     const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
@@ -10,7 +10,7 @@ inline void linear_task_of_nibbles(const Linear& job, int task) {
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
         with_rows<kFewRows>(job.m, [&](auto R) {
-            multiply_nibbles<R>(job, job.packed, weight + panels.first * panel_words,
+            multiply_nibbles<R>(job, x.words, weight + panels.first * panel_words,
                                 weight + panels.second * panel_words, scales_of(job, panels.first, 0),
                                 scales_of(job, panels.second, 0), panels_step(job) * panel_words, sums);
         });
@@ -19,7 +19,7 @@ inline void linear_task_of_nibbles(const Linear& job, int task) {
 }
 
 template <class T>
-void linear_task(const Linear& job, int task) {
+void linear_task(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / words_per_stored(job.kind);
     float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
@@ -53,7 +53,7 @@ void linear_task(const Linear& job, int task) {
                 // Of the two panels each of the first two row blocks fetches one, an only row block both.
                 const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
                 const int lines = !plain || nth > 1 ? 0 : blocks == 1 ? 2 : 1;
-                kMultiply<T>[block_rows - 1](job.packed + row* job.words + k* block_rows, b0, b1, words,
+                kMultiply<T>[block_rows - 1](x.words + row* job.words + k* block_rows, b0, b1, words,
                                              sums + (row - tile.first_row)* 32, 32, k > 0, plain ? nullptr : scales,
                                              nth == 1 ? next + 1 : next, lines);
             }
@@ -65,7 +65,7 @@ void linear_task(const Linear& job, int task) {
 
 // The same of numbers: N says how many of x and of the weight are multiplied in a word.
 template <class T, class N>
-void linear_task_of_numbers(const Linear& job, int task) {
+void linear_task_of_numbers(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_bytes = static_cast<int64_t>(job.words) * N::kWeightBytes;
     const char* weight = static_cast<const char*>(job.weight);
@@ -76,7 +76,7 @@ void linear_task_of_numbers(const Linear& job, int task) {
             const int64_t row = block_start(job.m, job.row_blocks, block);
             const int64_t ahead = block == tile.first_block ? panels_step(job) * panel_bytes : 0;
             with_rows(block_start(job.m, job.row_blocks, block + 1) - row, [&](auto R) {
-                multiply_numbers<N, R>(job, job.packed + row * job.words, weight + panels.first * panel_bytes,
+                multiply_numbers<N, R>(job, x.words + row * job.words, weight + panels.first * panel_bytes,
                                        weight + panels.second * panel_bytes, scales_of(job, panels.first, 0),
                                        scales_of(job, panels.second, 0), ahead, sums + (row - tile.first_row) * 32);
             });
@@ -87,7 +87,7 @@ void linear_task_of_numbers(const Linear& job, int task) {
                  o1 = load(job.sums + panels.second * kPanel) * offset;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t row = tile.first_row + r;
-            const float scale = job.x_scales[row];
+            const float scale = x.scales[row];
             finish_row<T>(job, row, unit, (load(sums + r * 32) - o0) * scale, (load(sums + r * 32 + 16) - o1) * scale);
         }
     }

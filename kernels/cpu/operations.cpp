@@ -1,6 +1,7 @@
 #include "operations.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -20,6 +21,10 @@ namespace {
 constexpr int kWordBlock = 512, kFloatWordBlock = 64;
 constexpr int kTileRows = 96;        // rows of x whose packed words stay in the second cache
 constexpr int kChunkRows = 768;      // rows of x that are packed at once
+// Each thread packs x for itself, which costs it as much as some 8 columns do, as long as the columns are many and the
+// copies fit into a cache: to write lines that another core has read costs more, if that core is far away.
+constexpr int64_t kOwnPackedBytes = 16 << 20;
+constexpr int kOwnPackedColumns = 64;  // for each thread
 constexpr int kTasksPerThread = 16;  // of many rows: so that a thread which is held up costs little
 
 const Kernels* best_kernels() {
@@ -38,6 +43,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+PackedRows packed_rows(int64_t bytes, int m) {
+    return {static_cast<uint32_t*>(scratch(3, bytes)), static_cast<float*>(scratch(7, m * sizeof(float)))};
+}
+
 void run_chunk(Linear& job, int rows_each) {
     const Kernels& k = kernels();
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
@@ -52,22 +61,31 @@ void run_chunk(Linear& job, int rows_each) {
     int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
     job.units_per_task = job.m_tiles > 1 ? static_cast<int>(std::max<int64_t>(1, job.n_units / wanted)) : 1;
 
+    const int tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
+    const int64_t bytes = static_cast<int64_t>(job.m) * job.words * 4;
+    auto pack = [&](int block, PackedRows x) {
+        k.pack_x(job, block, const_cast<uint32_t*>(x.words), const_cast<float*>(x.scales));
+    };
     if (job.m == 1 && (job.kind == WeightKind::kPlain || job.kind == WeightKind::kInt4)) {
-        job.packed = static_cast<const uint32_t*>(job.x);
+        const PackedRows x{static_cast<const uint32_t*>(job.x), nullptr};
+        parallel(tasks, [&](int task) { k.linear(job, x, task); });
+    } else if (bytes * threads() <= kOwnPackedBytes && job.n >= kOwnPackedColumns * threads()) {
+        static std::atomic<uint64_t> jobs{0};
+        const uint64_t number = ++jobs;
+        parallel(tasks, [&](int task) {
+            static thread_local uint64_t packed = 0;
+            const PackedRows x = packed_rows(bytes, job.m);
+            if (packed != number) {
+                for (int block = 0; block < job.row_blocks; ++block) pack(block, x);
+                packed = number;
+            }
+            k.linear(job, x, task);
+        });
     } else {
-        auto* packed = static_cast<uint32_t*>(scratch(3, static_cast<int64_t>(job.m) * job.words * 4));
-        auto* scales = static_cast<float*>(scratch(7, job.m * sizeof(float)));
-        auto pack = [&](int block) { k.pack_x(job, block, packed, scales); };
-        if (static_cast<int64_t>(job.m) * job.words < 16384) {
-            for (int block = 0; block < job.row_blocks; ++block) pack(block);
-        } else {
-            parallel(job.row_blocks, pack);
-        }
-        job.packed = packed;
-        job.x_scales = scales;
+        const PackedRows x = packed_rows(bytes, job.m);
+        parallel(job.row_blocks, [&](int block) { pack(block, x); });
+        parallel(tasks, [&](int task) { k.linear(job, x, task); });
     }
-    auto body = [&](int task) { k.linear(job, task); };
-    parallel(static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles, body);
 }
 
 }  // namespace
