@@ -18,6 +18,10 @@ def row_multiple(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return cpu.PANEL if even and columns > 0 and cpu.usable(device, dtype) else 1
 
 
+LARGEST_COMPRESSED = 0.85
+"""Of what it takes uncompressed, so much may a weight take that is kept compressed."""
+
+
 def head_quantization(quantization: str) -> str:
     """What becomes of the head, and of a table tied to it: never less than 8 bits of weight and 16 of x."""
     return "none" if quantization == "none" else "int8"
@@ -26,18 +30,22 @@ def head_quantization(quantization: str) -> str:
 class PackedWeight:
     """A weight laid out in panels of 16 rows, as kernels/cpu/kernels.h has it: what is multiplied together stands so.
 
-    `quantization` is one of KINDS. int8 keeps 8 bits of each number and a float32 scale for each 32 columns of a row,
+    `quantization` is one of KINDS. With none, bfloat16 numbers are kept bit for bit, but in 12 bits each where the
+    kernels are fast at that and the numbers allow it (kernels/cpu/compressed.h). int8 keeps 8 bits of each number and a float32 scale for each 32 columns of a row,
     int4 keeps 4 bits and a scale for each 64; w8a8 keeps 8 bits and a scale for each row, and rounds x to 8 bits too,
     with a scale for each of its rows. All are symmetric: a number stands for itself times its scale.
     """
 
     KINDS = ("none", "int8", "int4", "w8a8")
     GROUPS: ClassVar[dict[str, int]] = {"int8": 32, "int4": 64}
+    _COMPRESSED = len(KINDS)
+    _GROUP_BYTES = 4096  # of a group that is not compressed, of 128 columns and 16 rows
 
     def __init__(self, weight: torch.Tensor, rows: int, quantization: str = "none") -> None:
         """Of `weight` (padded rows, columns), the first `rows` count; see row_multiple.
 
-        Without quantization the weight is packed in its own memory; with it, it is only read. Raises ValueError.
+        Without quantization the weight is packed in its own memory; with it, it is only read. `in_place` says whether
+        that memory is needed from then on. Raises ValueError.
         """
         padded, columns = weight.shape
         self._columns = columns
@@ -46,11 +54,12 @@ class PackedWeight:
         self._rows, self._kind = rows, self.KINDS.index(quantization)
         self._dtype, self._code = weight.dtype, cpu.DTYPES[weight.dtype]
         self._weight = weight
-        self._scales = self._sums = torch.empty(0)
+        self._scales = self._sums = self._apart = torch.empty(0)
         self._together = 4 if quantization == "w8a8" else 2
         self._group = self.GROUPS.get(quantization, columns)
         if quantization == "none":
             cpu.native.pack_weight(weight.data_ptr(), padded, columns, self._code)
+            self._compress(weight)
         else:
             self._quantize(weight, quantization)
         self.native = cpu.native.Weight(
@@ -58,11 +67,29 @@ class PackedWeight:
             self._kind,
             self._scales.data_ptr(),
             self._sums.data_ptr(),
+            self._apart.data_ptr(),
             self._group,
             rows,
             columns,
             self._code,
         )
+
+    def _compress(self, packed: torch.Tensor) -> None:
+        """Keep a packed bfloat16 weight in 12 bits a number, unless that is slow or saves too little."""
+        padded, columns = packed.shape
+        if packed.dtype != torch.bfloat16 or columns % 8 or not cpu.compresses():
+            return
+        firsts = torch.empty(padded // cpu.PANEL, dtype=torch.int64)
+        source = packed.data_ptr(), padded, columns
+        apart = cpu.native.compress_weight(*source, 0, 0, firsts.data_ptr()) * self._GROUP_BYTES
+        size = cpu.native.compressed_bytes(padded, columns)
+        if size + apart > LARGEST_COMPRESSED * packed.nbytes:
+            return
+        self._kind = self._COMPRESSED
+        self._weight = empty((size,), torch.uint8, packed.device)
+        self._apart = empty((apart,), torch.uint8, packed.device)
+        stored = self._weight.data_ptr(), self._apart.data_ptr(), firsts.data_ptr()
+        cpu.native.compress_weight(*source, *stored)
 
     def _quantize(self, weight: torch.Tensor, quantization: str) -> None:
         padded, columns = weight.shape
@@ -86,7 +113,12 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that multiplying reads of the weight and its scales."""
-        return self._weight.nbytes + self._scales.nbytes
+        return self._weight.nbytes + self._apart.nbytes + self._scales.nbytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the weight stands where it stood before it was packed."""
+        return self._kind == 0
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), summed up in float32 and rounded once."""
@@ -116,6 +148,9 @@ class PackedWeight:
         places = rows.data_ptr(), rows.shape[0], out.data_ptr()
         if self._kind == 0:
             cpu.native.look_up(self._weight.data_ptr(), self._rows, self._columns, *places, self._code)
+        elif self._kind == self._COMPRESSED:
+            stored = self._weight.data_ptr(), self._apart.data_ptr()
+            cpu.native.look_up_compressed(*stored, self._rows, self._columns, *places)
         elif self._sums.numel():
             stored = self._weight.data_ptr(), self._scales.data_ptr()
             shape = self._rows, self._columns, self._together, self._group

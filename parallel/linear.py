@@ -49,12 +49,12 @@ class Linear(nn.Module):
 
     def pack(self, quantization: str) -> None:
         """Lay the loaded weight out for this machine's kernels, if they have a layout of their own: in its own memory,
-        or, quantized, in less. Raises ValueError if it cannot be quantized.
+        or in less. Raises ValueError if it cannot be quantized.
         """
         if not self._can_pack:
             return
         self.packed = PackedWeight(self.weight.detach(), self.rows, quantization)
-        if quantization != "none":
+        if not self.packed.in_place:
             self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     native, _reason = None, str(error)
 
-__all__ = ["DTYPES", "PANEL", "address", "native", "set_threads", "usable", "warn_if_missing"]
+__all__ = ["DTYPES", "PANEL", "address", "compresses", "native", "set_threads", "usable", "warn_if_missing"]
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 """That the kernels compute with, and their names there."""
@@ -32,6 +32,11 @@ _warned = False
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels are here and compute with tensors of this dtype on this device."""
     return native is not None and device.type == "cpu" and dtype in DTYPES
+
+
+def compresses() -> bool:
+    """Whether the kernels in use expand compressed weights as fast as they multiply: with AVX-512."""
+    return native is not None and native.kernels().startswith("avx512")
 
 
 def warn_if_missing() -> None:

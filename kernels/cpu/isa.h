@@ -9,6 +9,7 @@ constexpr int kMaxRows = PHALANX_ISA_ROWS;
 #include "vectors.h"
 #include "multiply.h"
 #include "quantized.h"
+#include "compressed.h"
 #include "linear.h"
 #include "attend.h"
 #include "rows.h"
@@ -39,6 +40,8 @@ void linear(const Linear& job, const PackedRows& x, int task) {
                 return linear_task_of_numbers<T, Bytes>(job, x, task);
             case WeightKind::kInt8:
                 return linear_task_of_numbers<T, Shorts>(job, x, task);
+            case WeightKind::kCompressed:
+                return linear_task_of_compressed(job, x, task);
             case WeightKind::kInt4:
                 if (job.m <= kFewRows) return linear_task_of_nibbles(job, x, task);
                 [[fallthrough]];
@@ -72,7 +75,8 @@ const Kernels PHALANX_ISA_TABLE = {
     PHALANX_ISA_NAME::norm,           PHALANX_ISA_NAME::rope,
     PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::noisy_largest,
     PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::sum_all,
-    PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::choose_scale,
+    PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::compress,
+    PHALANX_ISA_NAME::choose_scale,
 };
 
 }  // namespace phalanx

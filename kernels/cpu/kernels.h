@@ -47,7 +47,7 @@ enum class Output : int {
     kSiluMul = 3,     // out (M, N / 2): silu of the first half of the columns times the second half
 };
 
-enum class WeightKind : int { kPlain = 0, kInt8 = 1, kInt4 = 2, kW8A8 = 3 };
+enum class WeightKind : int { kPlain = 0, kInt8 = 1, kInt4 = 2, kW8A8 = 3, kCompressed = 4 };
 
 struct Linear {
     DType dtype;
@@ -58,6 +58,7 @@ struct Linear {
     int m, k, n;          // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
     int words;            // of k in packed x
     const void* weight;   // panels
+    const uint32_t* apart;  // kCompressed: the groups that are not, (groups, kGroupWords, 16)
     const float* scales;  // quantized: (panels, groups, 16)
     const float* sums;    // kInt8, kW8A8: (padded n,) of the weights along k
     int groups;           // quantized: of word_block words each
@@ -137,8 +138,18 @@ struct Kernels {
     void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
     float (*sum)(const float* from, int64_t size);
     float (*multiply_add)(int64_t steps);  // as many multiply-adds of registers: the arithmetic limit
+    int64_t (*compress)(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number);
     float (*choose_scale)(const bf16* from, int64_t count, float limit, int steps);
 };
+
+// kCompressed: a panel is cut into groups of so many words, or what is left; see compressed.h.
+constexpr int kGroupWords = 64, kTableBytes = 16, kQuadBytes = 192;
+
+// Of a panel's tables, and of the whole panel.
+inline int64_t tables_bytes(int64_t words) {
+    return ((words + kGroupWords - 1) / kGroupWords * kTableBytes + 63) / 64 * 64;
+}
+inline int64_t compressed_bytes(int64_t words) { return tables_bytes(words) + words / 4 * kQuadBytes; }
 
 // Words of x that a word of the weight stands for.
 inline int words_per_stored(WeightKind kind) { return kind == WeightKind::kInt4 ? 4 : 1; }

@@ -18,6 +18,58 @@ inline void linear_task_of_nibbles(const Linear& job, const PackedRows& x, int t
     }
 }
 
+constexpr int kRowsThatWait = 4;  // so many leave the processor time to fetch what it does not foresee
+
+inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, int task) {
+    const Tile tile = tile_of(job, task);
+    const int64_t panel_bytes = compressed_bytes(job.words);
+    const auto* weight = static_cast<const uint8_t*>(job.weight);
+    float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
+    const int64_t ahead = job.m < kRowsThatWait ? 0 : panels_step(job) * panel_bytes;
+    for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
+        const Panels panels = panels_of(job, unit);
+        const uint8_t *first = weight + panels.first * panel_bytes, *second = weight + panels.second * panel_bytes;
+        for (int64_t k = 0, words; k < job.words; k += words) {
+            const int64_t table = k / kGroupWords * kTableBytes, quad = tables_bytes(job.words) + k / 4 * kQuadBytes;
+            const uint8_t* tables[2] = {first + table, second + table};
+            const uint8_t* quads[2] = {first + quad, second + quad};
+            // A group that stands apart is multiplied by itself, whatever the row: so a row's sum is always the same.
+            const auto apart = [&](int64_t i) {
+                return stands_apart(tables[0] + i * kTableBytes) || stands_apart(tables[1] + i * kTableBytes);
+            };
+            const int64_t left = std::min<int64_t>(job.word_block, job.words - k);
+            words = std::min<int64_t>(left, kGroupWords);
+            uint32_t expanded[2 * kGroupWords * kPanel];
+            const bool is_apart = apart(0);
+            if (is_apart) {
+                expand_group(tables[0], quads[0], job.apart, words, expanded);
+                expand_group(tables[1], quads[1], job.apart, words, expanded + words * kPanel);
+            } else {
+                while (words < left && !apart(words / kGroupWords)) words = std::min(left, words + kGroupWords);
+            }
+            for (int block = tile.first_block; block < tile.last_block; ++block) {
+                const int64_t row = block_start(job.m, job.row_blocks, block);
+                const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
+                const uint32_t* a = x.words + row * job.words + k * block_rows;
+                float* to = sums + (row - tile.first_row) * 32;
+                // Of the panels that come next the first two row blocks fetch one each, an only row block both.
+                const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
+                with_rows(block_rows, [&](auto R) {
+                    if (is_apart) {
+                        multiply_rows<bf16, R, 0>(a, expanded, expanded + words * kPanel, words, to, 32, k > 0, nullptr,
+                                                  nullptr);
+                    } else {
+                        multiply_compressed<R>(a, tables, quads, words, to, k > 0, nth == 0 ? ahead : 0,
+                                               nth == 1 || blocks == 1 ? ahead : 0);
+                    }
+                });
+            }
+        }
+        for (int64_t r = 0; r < tile.rows; ++r)
+            finish_row<bf16>(job, tile.first_row + r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
+    }
+}
+
 template <class T>
 void linear_task(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);

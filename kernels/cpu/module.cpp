@@ -18,7 +18,8 @@ T at(uintptr_t address) {
     return reinterpret_cast<T>(address);
 }
 
-Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, int group, int n, int k, int dtype) {
+Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, uintptr_t apart, int group, int n,
+                   int k, int dtype) {
     Linear job{};
     job.dtype = static_cast<DType>(dtype);
     job.kind = static_cast<WeightKind>(kind);
@@ -27,13 +28,14 @@ Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums,
     job.words = job.dtype == DType::kFloat32 ? k : k / 2;
     if (job.kind == WeightKind::kInt8) job.words = k / 2;
     if (job.kind == WeightKind::kW8A8) job.words = k / 4;
-    if (job.kind != WeightKind::kPlain) {
+    if (job.kind != WeightKind::kPlain && job.kind != WeightKind::kCompressed) {
         job.word_block = job.words * static_cast<int64_t>(group) / k;
         job.groups = (k + group - 1) / group;
     }
     job.weight = at(weight);
     job.scales = at<const float*>(scales);
     job.sums = at<const float*>(sums);
+    job.apart = at<const uint32_t*>(apart);
     return job;
 }
 
@@ -144,6 +146,17 @@ PYBIND11_MODULE(_native, m) {
               py::gil_scoped_release release;
               look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
           });
+    m.def("compressed_bytes", [](int64_t n, int64_t k) { return n / kPanel * compressed_bytes(k / 2); });
+    m.def("compress_weight",
+          [](uintptr_t weight, int64_t n, int64_t k, uintptr_t to, uintptr_t apart, uintptr_t firsts) {
+              py::gil_scoped_release release;
+              return compress_weight(at(weight), n, k, at<void*>(to), at<void*>(apart), at<int64_t*>(firsts));
+          });
+    m.def("look_up_compressed", [](uintptr_t weight, uintptr_t apart, int64_t n, int64_t k, uintptr_t rows,
+                                   int64_t count, uintptr_t out) {
+        py::gil_scoped_release release;
+        look_up_compressed(at(weight), at(apart), n, k, at<const int64_t*>(rows), count, at<void*>(out));
+    });
     m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, int64_t group, uintptr_t numbers,
                               uintptr_t scales, uintptr_t sums) {
         py::gil_scoped_release release;

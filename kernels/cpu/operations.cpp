@@ -51,9 +51,9 @@ void run_chunk(Linear& job, int rows_each) {
     const Kernels& k = kernels();
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
     job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kTileRows));
-    if (job.kind == WeightKind::kPlain) {
+    if (job.kind == WeightKind::kPlain || job.kind == WeightKind::kCompressed) {
         int64_t passes = ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock);
-        job.word_block = static_cast<int>(ceil_div(job.words, passes));
+        job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
     }
     int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
     job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
@@ -66,7 +66,7 @@ void run_chunk(Linear& job, int rows_each) {
     auto pack = [&](int block, PackedRows x) {
         k.pack_x(job, block, const_cast<uint32_t*>(x.words), const_cast<float*>(x.scales));
     };
-    if (job.m == 1 && (job.kind == WeightKind::kPlain || job.kind == WeightKind::kInt4)) {
+    if (job.m == 1 && job.kind != WeightKind::kInt8 && job.kind != WeightKind::kW8A8) {
         const PackedRows x{static_cast<const uint32_t*>(job.x), nullptr};
         parallel(tasks, [&](int task) { k.linear(job, x, task); });
     } else if (bytes * threads() <= kOwnPackedBytes && job.n >= kOwnPackedColumns * threads()) {
@@ -154,6 +154,61 @@ void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
         }
     };
     parallel(static_cast<int>(n / kPanel), body);
+}
+
+int64_t compress_weight(const void* weight, int64_t n, int64_t k, void* to, void* apart, int64_t* firsts) {
+    const int64_t panels = n / kPanel, words = k / 2;
+    const auto* from = static_cast<const uint32_t*>(weight);
+    auto body = [&](int panel) {
+        uint8_t* there = to ? static_cast<uint8_t*>(to) + panel * compressed_bytes(words) : nullptr;
+        const int64_t found = kernels().compress(from + panel * words * kPanel, words, there,
+                                                 static_cast<uint32_t*>(apart), to ? firsts[panel] : 0);
+        if (!to) firsts[panel] = found;
+    };
+    parallel(static_cast<int>(panels), body);
+    int64_t all = 0;
+    if (!to) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t found = firsts[panel];
+            firsts[panel] = all;
+            all += found;
+        }
+    }
+    return all;
+}
+
+void look_up_compressed(const void* weight, const void* apart, int64_t n, int64_t k, const int64_t* rows, int64_t count,
+                        void* out) {
+    const int64_t words = k / 2;
+    auto* to = static_cast<uint32_t*>(out);
+    auto body = [&](int i) {
+        const int64_t row = rows[i], lane = row % kPanel;
+        uint32_t* target = to + i * words;
+        if (row < 0 || row >= n) {
+            std::memset(target, 0, words * 4);
+            return;
+        }
+        const auto* panel = static_cast<const uint8_t*>(weight) + row / kPanel * compressed_bytes(words);
+        const auto* groups = static_cast<const uint32_t*>(apart);
+        for (int64_t w = 0; w < words; ++w) {
+            const uint8_t* table = panel + w / kGroupWords * kTableBytes;
+            if (table[0] > table[1]) {  // as stands_apart()
+                uint32_t number;
+                std::memcpy(&number, table + 4, sizeof(number));
+                target[w] = groups[(static_cast<int64_t>(number) * kGroupWords + w % kGroupWords) * kPanel + lane];
+                continue;
+            }
+            const uint8_t* quad = panel + tables_bytes(words) + w / 4 * kQuadBytes;
+            const int64_t second = w % 4 / 2, place = lane / 4 * 16 + w % 2 * 8 + lane % 4 * 2;
+            uint32_t word = 0;
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t upper = table[quad[place + half] >> (4 * second) & 15];
+                word |= (quad[64 * (1 + second) + place + half] | upper << 8) << (16 * half);
+            }
+            target[w] = word;
+        }
+    };
+    parallel(static_cast<int>(count), body);
 }
 
 namespace {

@@ -33,6 +33,13 @@ void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void
 void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
                   const int64_t* rows, int64_t count, void* out);
 
+// A weight of bfloat16 panels, of n rows (a multiple of 16) and k columns (a multiple of 8), to compressed_bytes(k / 2)
+// for each panel at `to`, and to the groups that stand apart. `firsts` (n / 16) says where each panel's are. Without a
+// `to` it only fills in `firsts`; returns how many groups stand apart.
+int64_t compress_weight(const void* weight, int64_t n, int64_t k, void* to, void* apart, int64_t* firsts);
+void look_up_compressed(const void* weight, const void* apart, int64_t n, int64_t k, const int64_t* rows, int64_t count,
+                        void* out);
+
 // Rows of a packed weight (row numbers below 0 or from n on are zero) to out (count, k).
 void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out);
 

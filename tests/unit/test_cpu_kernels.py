@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from phalanx.kernels import cpu
+from phalanx.kernels import cpu, linear
 from phalanx.kernels.attention import CpuAttention, HeadNorms, TorchAttention
 from phalanx.kernels.largest import block_maxima, largest, noisy_largest
 from phalanx.kernels.linear import PackedWeight, row_multiple
@@ -112,6 +112,57 @@ def test_rows_are_looked_up_in_a_packed_weight(
     inside = (numbers >= 0) & (numbers < n)
     expected = torch.where(inside.unsqueeze(1), weight[numbers.clamp(0, n - 1)], 0)
     assert torch.equal(PackedWeight(_padded(weight), n).look_up(numbers), expected)
+
+
+def _compressed(weight: torch.Tensor, rows: int, whether: bool) -> PackedWeight:
+    """However slow the kernels are at it and little it saves, or not at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "compresses", lambda: whether)
+        patch.setattr(linear, "LARGEST_COMPRESSED", 100.0)
+        packed = PackedWeight(weight.clone(), rows)
+    assert packed.in_place == (not whether)
+    return packed
+
+
+@given(
+    rows=st.one_of(st.integers(1, 40), st.sampled_from([97, 300])), n=st.integers(1, 90), k=st.integers(1, 180),
+    apart=st.sampled_from([0.0, 0.2, 1.0]), threads=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+@checked
+def test_compressing_a_weight_changes_no_bit(
+    instructions: str, rows: int, n: int, k: int, apart: float, threads: int, seed: int
+) -> None:
+    cpu.set_threads(threads)
+    k *= 8
+    weight, x = _random(n, k, dtype=torch.bfloat16, seed=seed), _random(rows, k, dtype=torch.bfloat16, seed=seed + 1)
+    random = torch.Generator().manual_seed(seed)
+    # Some groups of 128 columns have numbers of every size, zeros and what is nearly zero among them.
+    wild = torch.rand(k // 128 + 1, generator=random).repeat_interleave(128)[:k] < apart
+    sizes = torch.exp2(torch.randint(-60, 1, (n, k), generator=random).float())
+    weight = torch.where(wild, weight * sizes, weight.float()).bfloat16()
+    weight[0, ::7], weight[-1, ::5] = 0.0, 1e-39
+    packed, plain = (_compressed(_padded(weight), n, whether) for whether in (True, False))
+    everything = torch.arange(-1, n + 1)
+    assert torch.equal(packed.look_up(everything).view(torch.int16), plain.look_up(everything).view(torch.int16))
+    assert torch.equal(packed.look_up(everything)[1:-1], weight)
+    found, expected = packed.linear_float(x), plain.linear_float(x)
+    if packed.nbytes == cpu.native.compressed_bytes(-(-n // 16) * 16, k):  # none stands apart
+        assert torch.equal(found, expected)
+    # A group that stands apart is summed up by itself: the sum is rounded elsewhere, the same for every row.
+    size = float(x.float().norm(dim=1).max() * weight.float().norm(dim=1).max())
+    assert (found - expected).abs().max() <= 1e-6 * size
+    assert torch.equal(packed.linear_float(x[: rows // 2 + 1]), found[: rows // 2 + 1])
+
+
+def test_a_compressed_weight_takes_12_bits_a_number_unless_that_does_not_pay() -> None:
+    weight = _random(64, 1280, dtype=torch.bfloat16, seed=0)
+    assert _compressed(weight, 64, True).nbytes == 64 * 1280 * 1.5 + 4 * 192  # 10 tables of 16 bytes, in whole lines
+    if not cpu.compresses():
+        assert PackedWeight(weight.clone(), 64).in_place
+        return
+    assert PackedWeight(weight.clone(), 64).nbytes < 0.76 * weight.nbytes
+    sizes = torch.exp2(torch.randint(-60, 1, (64, 1280), generator=torch.Generator().manual_seed(0)).float())
+    assert PackedWeight((weight * sizes).bfloat16(), 64).in_place
 
 
 def test_a_products_bits_depend_on_its_own_row_alone(instructions: str) -> None:

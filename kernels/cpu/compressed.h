@@ -1,0 +1,164 @@
+// A bfloat16 weight in 12 bits a number, of which nothing is lost. Included inside an instruction set's namespace.
+//
+// The upper bytes of a trained model's numbers (sign and most of the exponent) are few: of a group, 64 words of a panel,
+// hardly ever more than 16. So a group has a table of them, and in it each number has a place, of 4 bits; its lower byte
+// stands as it is. A panel is the tables of its groups, 16 bytes each, and for each four words 64 bytes of places and
+// twice 64 lower bytes. A group with more than 16 upper bytes stands apart, uncompressed; its table tells where. (That
+// the exponents say so little is DFloat11's observation, arXiv:2504.11651; codes of one length are what a vector can
+// look up.)
+
+INLINE bool stands_apart(const uint8_t* table) { return table[0] > table[1]; }
+
+INLINE const uint32_t* words_apart(const uint8_t* table, const uint32_t* apart) {
+    uint32_t number;
+    std::memcpy(&number, table + 4, sizeof(number));
+    return apart + static_cast<int64_t>(number) * kGroupWords * kPanel;
+}
+
+// The vectors of words 2 J and 2 J + 1 of the four that 192 bytes stand for.
+struct Expander {
+#if PHALANX_ISA_AVX512
+    __m512i table, mask;
+
+    INLINE explicit Expander(const uint8_t* group)
+        : table(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)))),
+          mask(_mm512_set1_epi8(15)) {}
+
+    template <int J>
+    INLINE void operator()(const uint8_t* quad, vu& first, vu& second) const {
+        __m512i places = _mm512_loadu_si512(quad), lower = _mm512_loadu_si512(quad + 64 * (1 + J));
+        if (J) places = _mm512_srli_epi16(places, 4);
+        const __m512i upper = _mm512_shuffle_epi8(table, _mm512_and_si512(places, mask));
+        first = reinterpret_cast<vu>(_mm512_unpacklo_epi8(lower, upper));
+        second = reinterpret_cast<vu>(_mm512_unpackhi_epi8(lower, upper));
+    }
+#else
+    const uint8_t* table;
+
+    INLINE explicit Expander(const uint8_t* group) : table(group) {}
+
+    template <int J>
+    INLINE void operator()(const uint8_t* quad, vu& first, vu& second) const {
+        uint16_t numbers[64];
+        for (int i = 0; i < 64; ++i) {
+            const int upper = table[quad[i] >> (4 * J) & 15];
+            numbers[i % 16 / 8 * 32 + i / 16 * 8 + i % 8] =
+                static_cast<uint16_t>(quad[64 * (1 + J) + i] | upper << 8);
+        }
+        first = load(reinterpret_cast<const uint32_t*>(numbers));
+        second = load(reinterpret_cast<const uint32_t*>(numbers + 32));
+    }
+#endif
+};
+
+// The words of a group, `words` of them.
+inline void expand_group(const uint8_t* table, const uint8_t* quad, const uint32_t* apart, int64_t words,
+                         uint32_t* to) {
+    if (stands_apart(table)) {
+        std::memcpy(to, words_apart(table, apart), words * kPanel * 4);
+        return;
+    }
+    const Expander expand(table);
+    for (int64_t k = 0; k < words; k += 4, quad += kQuadBytes, to += 4 * kPanel) {
+        vu w[4];
+        expand.template operator()<0>(quad, w[0], w[1]);
+        expand.template operator()<1>(quad, w[2], w[3]);
+        for (int i = 0; i < 4; ++i) *reinterpret_cast<vu_any*>(to + i * kPanel) = w[i];
+    }
+}
+
+// As multiply_rows, of two compressed panels: their tables and four-word pieces, from a whole group on, of which none
+// stands apart. Expanding hides behind the products, so every row block does it anew. So many bytes further on as
+// `ahead0` and `ahead1` say stands what is needed next; 0 fetches nothing.
+template <int R>
+__attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint8_t* const* tables,
+                                                   const uint8_t* const* quads, int64_t words, float* c, bool add,
+                                                   int64_t ahead0, int64_t ahead1) {
+    vf c0[R], c1[R];
+    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
+    const uint8_t *t0 = tables[0], *t1 = tables[1], *q0 = quads[0], *q1 = quads[1];
+    while (words > 0) {
+        const Expander expand0(t0), expand1(t1);
+        const auto pair = [&](auto J) __attribute__((always_inline)) {
+            vu w0[2], w1[2];
+            expand0.template operator()<J>(q0, w0[0], w0[1]);
+            expand1.template operator()<J>(q1, w1[0], w1[1]);
+            for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    const vu x = splat(a[(2 * J + i) * R + r]);
+                    c0[r] = multiply_add<bf16>(c0[r], x, w0[i]);
+                    c1[r] = multiply_add<bf16>(c1[r], x, w1[i]);
+                }
+            }
+        };
+        const int64_t count = words < kGroupWords ? words : kGroupWords;
+        for (int64_t k = 0; k < count; k += 4) {
+            for (int line = 0; ahead0 && line < kQuadBytes; line += 64) __builtin_prefetch(q0 + ahead0 + line, 0, 2);
+            for (int line = 0; ahead1 && line < kQuadBytes; line += 64) __builtin_prefetch(q1 + ahead1 + line, 0, 2);
+            pair(std::integral_constant<int, 0>{});
+            pair(std::integral_constant<int, 1>{});
+            a += 4 * R;
+            q0 += kQuadBytes;
+            q1 += kQuadBytes;
+        }
+        words -= count;
+        t0 += kTableBytes;
+        t1 += kTableBytes;
+    }
+    for (int r = 0; r < R; ++r) {
+        float* to = c + r * 32;
+        store(to, add ? load(to) + c0[r] : c0[r]);
+        store(to + 16, add ? load(to + 16) + c1[r] : c1[r]);
+    }
+}
+
+// A group of a packed panel to its table and its pieces, or, with too many upper bytes, to place `number` of `apart`.
+// Without a `table` nothing is written. Returns whether the group stands apart.
+inline bool compress_group(const uint32_t* words, int64_t count, uint8_t* table, uint8_t* quad, uint32_t* apart,
+                           uint32_t number) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(words);
+    bool seen[256] = {};
+    for (int64_t i = 0; i < count * kPanel * 2; ++i) seen[bytes[2 * i + 1]] = true;
+    uint8_t places[256], found[256];
+    int different = 0;
+    for (int i = 0; i < 256; ++i) {
+        found[different] = static_cast<uint8_t>(i);
+        places[i] = static_cast<uint8_t>(different);
+        different += seen[i];
+    }
+    const bool apart_too = different > kTableBytes;
+    if (table == nullptr) return apart_too;
+    if (apart_too) {
+        std::memset(table, 0, kTableBytes);
+        table[0] = 1;
+        std::memcpy(table + 4, &number, sizeof(number));
+        std::memset(quad, 0, count / 4 * kQuadBytes);
+        std::memcpy(apart + static_cast<int64_t>(number) * kGroupWords * kPanel, words, count * kPanel * 4);
+        return true;
+    }
+    for (int i = 0; i < kTableBytes; ++i) table[i] = found[std::min(i, different - 1)];
+    for (int64_t k = 0; k < count; k += 4, bytes += 256, quad += kQuadBytes) {
+        for (int i = 0; i < 64; ++i) {
+            // Of two words the 16-byte lanes alternate: the lower half is of the first, the upper half of the second.
+            const uint8_t *first = bytes + 2 * (i % 16 / 8 * 32 + i / 16 * 8 + i % 8), *second = first + 128;
+            quad[i] = static_cast<uint8_t>(places[first[1]] | places[second[1]] << 4);
+            quad[64 + i] = first[0];
+            quad[128 + i] = second[0];
+        }
+    }
+    return false;
+}
+
+// A panel to `to`, its groups that stand apart from place `number` on. Returns how many these are; they are only
+// counted if there is no `to`.
+inline int64_t compress(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number) {
+    int64_t found = 0;
+    for (int64_t k = 0; k < words; k += kGroupWords) {
+        uint8_t* table = to ? to + k / kGroupWords * kTableBytes : nullptr;
+        uint8_t* quad = to ? to + tables_bytes(words) + k / 4 * kQuadBytes : nullptr;
+        found += compress_group(panel + k * kPanel, std::min<int64_t>(kGroupWords, words - k), table, quad, apart,
+                                static_cast<uint32_t>(number + found));
+    }
+    return found;
+}
