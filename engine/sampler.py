@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..kernels.largest import noisy_largest
+from ..kernels.largest import largest, noisy_largest
 from ..kernels.noise import gumbel
 from ..parallel.collectives.base import Collectives
 from .errors import ConfigError
@@ -85,8 +85,11 @@ class Sampler:
         """
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
+        originals = self._edit(logits, rows)
+        if self._collectives.size == 1 and all(_takes_the_largest(row.sampling) for row in rows):
+            most, tokens = largest(logits)
+            return torch.where(most.isfinite(), tokens, INVALID_TOKEN).tolist(), [None] * len(rows)
         step = _Step(logits, rows, self._vocab_size)
-        originals = self._edit(step)
         parts = self._collectives.gather(self._summary(step))
         if parts is not None:
             self._choose(step, torch.stack(parts))
@@ -119,14 +122,14 @@ class Sampler:
         temperature = logits.new_ones(len(token_ids), 1)
         return gather_logprobs(self._collectives, self._vocab, logits, chosen, counts, temperature=temperature)
 
-    def _edit(self, step: _Step) -> dict[int, torch.Tensor]:
+    def _edit(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, torch.Tensor]:
         """Bias, penalties and masks. Returns the logits as they were of rows whose raw log-probabilities are wanted."""
         originals = {}
-        for i, row in enumerate(step.rows):
+        for i, row in enumerate(rows):
             if changes_logits(row.sampling, row.position - row.prompt_length):
                 if row.sampling.logprobs >= 0 and not row.sampling.processed_logprobs:
-                    originals[i] = step.logits[i].clone()
-                edit_logits(step.logits[i], self._vocab, row.sampling, row.token_ids, row.prompt_length)
+                    originals[i] = logits[i].clone()
+                edit_logits(logits[i], self._vocab, row.sampling, row.token_ids, row.prompt_length)
         return originals
 
     def _summary(self, step: _Step) -> torch.Tensor:
@@ -213,6 +216,11 @@ class Sampler:
         if scored is not None:
             found = zip(step.dense, scored, strict=True)
             step.logprobs.update((i, logprobs) for i, logprobs in found if logprobs.token_id != INVALID_TOKEN)
+
+
+def _takes_the_largest(sampling: SlotSampling) -> bool:
+    """Whether the token is all that is asked for, and nothing but the largest logit decides."""
+    return sampling.temperature == 0.0 and sampling.logprobs < 0
 
 
 @dataclass

@@ -89,12 +89,13 @@ class Worker:
         with torch.inference_mode():
             self._slots.apply(plan)
             batch = self._slots.batch(plan)
-            hidden = self._model(batch, self._cache)
+            # Prompt log-probabilities need all tokens, otherwise those do from which others are sampled.
+            hidden = self._model(batch, self._cache, None if batch.prompt_rows else batch.sample_tokens)
             prompt_logprobs = self._prompt_logprobs(batch, hidden)
             sampled = None
             if batch.sample_rows:
-                logits = self._model.logits(hidden[batch.sample_tokens])
-                sampled = self._sampler.sample(logits, batch.sample_rows)
+                rows = hidden[batch.sample_tokens] if batch.prompt_rows else hidden
+                sampled = self._sampler.sample(self._model.logits(rows), batch.sample_rows)
         if self._group.rank != 0:
             return None
         tokens, logprobs = sampled or ([], [])

@@ -148,10 +148,24 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = build.norm("post_attention_layernorm", build.spec.hidden_size)
         self.mlp = MLP(build)
 
-    def forward(self, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """Adds what attention and MLP make of the float32 `residual` (T, hidden_size) to it, one after the other."""
+    def forward(
+        self,
+        residual: torch.Tensor,
+        step: Step,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Adds what attention and MLP make of the float32 `residual` (T, hidden_size) to it, one after the other.
+
+        Returns it, or only its rows `wanted`, which alone go through the MLP.
+        """
         self.attention(self.input_norm, residual, step, k_cache, v_cache)
-        self.mlp(self.mlp_norm, residual)
+        if wanted is not None:
+            residual = residual[wanted]
+        if len(residual):
+            self.mlp(self.mlp_norm, residual)
+        return residual
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         yield from self.input_norm.weight_slices(prefix)
@@ -191,14 +205,18 @@ class CausalLM(nn.Module):
             **dataclasses.asdict(spec.rope),
         )
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Hidden states (T, hidden_size) after the final norm; writes this step's keys and values to `cache`."""
+    def forward(self, batch: ForwardBatch, cache: KVCache, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (T, hidden_size) after the final norm, or only those of the tokens `wanted`, int64 (R,).
+
+        Writes the keys and values of all to `cache`.
+        """
         cos, sin = self.rope(batch.positions, batch.lengths)
         step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
         # float32: the sum over all layers is where bfloat16 would lose most.
         residual = self.embedding(batch.token_ids).float()
         for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
-            layer(residual, step, k_cache, v_cache)
+            # The last layer makes no keys and values of what its MLP adds: whoever is not wanted is done.
+            residual = layer(residual, step, k_cache, v_cache, wanted if layer is self.layers[-1] else None)
         hidden: torch.Tensor = self.norm(residual)
         return hidden
 
