@@ -3,8 +3,10 @@
     python benchmarks/compare.py model=models/qwen2-5-0-5b peers=vllm,openvino,llamacpp ranks=1,2 repeats=3 out=FILE
 
 Each engine is a process of its own, loaded once. All others are suspended while one runs. Round after round, each case
-is given to one engine after the other; the figures are medians over the rounds. The limits are this machine's, measured
-before and after the rounds; the last line is JSON. benchmarks/peers/install.py installs the peers.
+is given to one engine after the other; the figures are medians over the rounds. The limits are this machine's: its
+arithmetic is measured before and after the rounds, the rate at which it reads memory before and after each run too, for
+on a shared host that changes from minute to minute. share_of_limit counts the bytes that an engine's weights take,
+share_of_bf16_limit two a weight. The last line is JSON. benchmarks/peers/install.py installs the peers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 from phalanx.benchmarks.common import ROOT, model_folder, percentiles, run
 from phalanx.benchmarks.latency import whole_numbers
-from phalanx.benchmarks.limits import Work, case_limit_tokens_per_s, share
+from phalanx.benchmarks.limits import Work, case_limit_tokens_per_s, read_bandwidth_now, share
 from phalanx.benchmarks.peers.engines import Planned, Sizes, plan_peers, plan_phalanx
 from phalanx.benchmarks.peers.plot import chart, document
 from phalanx.benchmarks.peers.process import EngineProcess
@@ -36,6 +38,7 @@ CONCURRENCY_CASE = "{},128,128"
 RATES = (0.5, 1.0, 2.0, 4.0)
 RATE_CASE = "16,128,64,{}"
 WARM_UP_TOKENS = 3
+WHOLE_NUMBERS_BELOW = 1.3  # bytes of a weight: such are multiplied as integers
 IDLE_S = 2.0
 
 Lines = dict[str, list[tuple[float, float]]]
@@ -108,14 +111,18 @@ class Contest:
     def run(self, name: str, case: Case) -> dict[str, Any] | None:
         """The outcome of a case; None if the engine failed, which puts it out of the contest."""
         process = self._processes[name]
+        before = read_bandwidth_now()
         process.go_on()
         try:
-            return process.run(case)
+            outcome = process.run(case)
         except EngineStopped as error:
             self._fail(name, error)
             return None
         finally:
             process.stop()
+        if before is not None:
+            outcome["read_gb_s"] = max(before, read_bandwidth_now() or 0.0)
+        return outcome
 
     def round(self, cases: Mapping[str, Case], outcomes: Outcomes, title: str) -> None:
         """Every case by every engine that can, one after another; adds to the outcomes."""
@@ -165,6 +172,7 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "ttft_s": round(statistics.median(first), 4),
         "tpot_ms": round(statistics.median(gaps), 2) if gaps else None,
         "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
+        "runs_read_gb_s": [run.get("read_gb_s") for run in runs],
     }
 
 
@@ -180,16 +188,19 @@ def agreement(runs: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str
     return round(sum(same) / len(same), 3)
 
 
-def limit_of(planned: Planned, spec: ModelSpec, case: Case, limits: Mapping[str, float]) -> float | None:
-    """Output tokens a second of a case at best, given the bytes of the engine's weights; None if nothing says."""
+def limits_of(
+    weight_bytes: float, spec: ModelSpec, case: Case, limits: Mapping[str, float], runs: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """Output tokens a second at best, of each run of a case with weights of so many bytes; empty if nothing says."""
     if not limits or any(case.due_s):
-        return None
+        return []
     flops = limits["bf16_gflops"]
-    if planned.weight_bytes < 2:
+    if weight_bytes < WHOLE_NUMBERS_BELOW:
         flops = max(flops, limits.get("int8_gflops", 0.0))
-    work = Work(spec, planned.weight_bytes)
+    work = Work(spec, weight_bytes)
     shape = (len(case.prompts), len(case.prompts[0]), case.new_tokens)
-    return case_limit_tokens_per_s(work, *shape, 1e9 * limits["read_gb_s"], 1e9 * flops)
+    rates = [1e9 * run.get("read_gb_s", limits["read_gb_s"]) for run in runs]
+    return [case_limit_tokens_per_s(work, *shape, rate, 1e9 * flops) for rate in rates]
 
 
 def judge(
@@ -205,9 +216,12 @@ def judge(
         figures = {name: summarize(runs) for name, runs in engines.items()}
         ours = [name for name in engines if planned[name].ours]
         for name, runs in engines.items():
-            if (limit := limit_of(planned[name], spec, cases[text], limits)) is not None:
-                figures[name]["limit_tokens_per_s"] = round(limit, 1)
-                figures[name]["share_of_limit"] = share(figures[name]["output_tokens_per_s"], limit)
+            speeds = figures[name]["runs_output_tokens_per_s"]
+            for of, weight_bytes in (("limit", planned[name].weight_bytes), ("bf16_limit", 2.0)):
+                if best := limits_of(weight_bytes, spec, cases[text], limits, runs):
+                    figures[name][f"{of}_tokens_per_s"] = round(statistics.median(best), 1)
+                    shares = [share(*pair) for pair in zip(speeds, best, strict=True)]
+                    figures[name][f"share_of_{of}"] = round(statistics.median(shares), 3)
             if ours:
                 figures[name]["first_tokens_as_phalanx"] = agreement(runs, engines[ours[0]])
         ratios = {

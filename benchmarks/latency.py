@@ -27,6 +27,7 @@ from phalanx.benchmarks.limits import (
     prefill_s,
     share,
 )
+from phalanx.benchmarks.peers.engines import weight_bytes
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 
@@ -93,7 +94,7 @@ def shares(case: dict[str, Any], work: Work, load: throughput.Options, limits: L
 
 def measure_ranks(options: Options, folder: Path, spec: ModelSpec, ranks: int, limits: Limits) -> dict[str, Any]:
     """Every concurrency on one number of ranks."""
-    work = Work(spec, 4.0 if options.dtype == "float32" else 2.0)
+    work = Work(spec, weight_bytes({"dtype": options.dtype}))
     counts = whole_numbers("concurrencies", options.concurrencies)
     shared = {name: getattr(options, name) for name in ("prompt_tokens", "new_tokens", "repeats", "dtype", "threads")}
     load = throughput.Options(

@@ -174,6 +174,12 @@ def read_bandwidth(seconds: float, gib: float, threads: int) -> float:
     return round(max(rates) / 1e9, 2)
 
 
+def read_bandwidth_now(gib: float = 0.5) -> float | None:
+    """GB/s at which the C++ kernels' threads read memory just now, within half a second; None without the kernels."""
+    rates = _native_rates("read_rate", len(os.sched_getaffinity(0)), int(gib * 2**30), READS)
+    return round(rates[0] / 1e9, 2) if rates else None
+
+
 def matmul_rate(kind: str, seconds: float) -> float | None:
     """GFLOP/s of torch's best large multiplication of `kind` bf16 or int8; None if it has none on this processor."""
     rates = []

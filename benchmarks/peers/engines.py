@@ -9,6 +9,7 @@ from pathlib import Path
 
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
+from phalanx.kernels import cpu
 from phalanx.kernels.linear import PackedWeight
 
 HERE = Path(__file__).resolve().parent
@@ -103,9 +104,14 @@ def plan_peers(
 
 
 def weight_bytes(fields: Mapping[str, str]) -> float:
-    """Bytes of one weight of phalanx's layers under some fields of EngineConfig; under int4 the head has more."""
+    """Bytes of one weight of phalanx's layers under some fields of EngineConfig; under int4 the head has more.
+
+    bfloat16 takes 12 bits where the kernels expand that, if a model's numbers allow it (see PackedWeight).
+    """
     quantization = fields.get("quantization", "none")
     if quantization != "none":
         scale = SCALE_BYTES / PackedWeight.GROUPS[quantization] if quantization in PackedWeight.GROUPS else 0.0
         return (0.5 if quantization == "int4" else 1.0) + scale
-    return 4.0 if fields.get("dtype") == "float32" else 2.0
+    if fields.get("dtype") == "float32":
+        return 4.0
+    return PackedWeight.COMPRESSED_BYTES if cpu.compresses() else 2.0

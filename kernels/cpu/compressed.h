@@ -1,11 +1,11 @@
 // A bfloat16 weight in 12 bits a number, of which nothing is lost. Included inside an instruction set's namespace.
 //
-// The upper bytes of a trained model's numbers (sign and most of the exponent) are few: of a group, 64 words of a panel,
-// hardly ever more than 16. So a group has a table of them, and in it each number has a place, of 4 bits; its lower byte
-// stands as it is. A panel is the tables of its groups, 16 bytes each, and for each four words 64 bytes of places and
-// twice 64 lower bytes. A group with more than 16 upper bytes stands apart, uncompressed; its table tells where. (That
-// the exponents say so little is DFloat11's observation, arXiv:2504.11651; codes of one length are what a vector can
-// look up.)
+// The upper bytes of a trained model's numbers (sign and most of the exponent) are few: of a group, 64 words of a
+// panel, hardly ever more than 16. So a group has a table of them, and in it each number has a place, of 4 bits; its
+// lower byte stands as it is. A panel is the tables of its groups, 16 bytes each, and for each four words 64 bytes of
+// places and twice 64 lower bytes. A group with more than 16 upper bytes stands apart, uncompressed; its table tells
+// where. (That the exponents say so little is DFloat11's observation, arXiv:2504.11651; codes of one length are what a
+// vector can look up.)
 
 INLINE bool stands_apart(const uint8_t* table) { return table[0] > table[1]; }
 
@@ -42,8 +42,7 @@ struct Expander {
         uint16_t numbers[64];
         for (int i = 0; i < 64; ++i) {
             const int upper = table[quad[i] >> (4 * J) & 15];
-            numbers[i % 16 / 8 * 32 + i / 16 * 8 + i % 8] =
-                static_cast<uint16_t>(quad[64 * (1 + J) + i] | upper << 8);
+            numbers[i % 16 / 8 * 32 + i / 16 * 8 + i % 8] = static_cast<uint16_t>(quad[64 * (1 + J) + i] | upper << 8);
         }
         first = load(reinterpret_cast<const uint32_t*>(numbers));
         second = load(reinterpret_cast<const uint32_t*>(numbers + 32));

@@ -55,14 +55,14 @@ struct Linear {
     Output output;
     const void* x;  // (m, k) of dtype, rows ldx elements apart
     int64_t ldx;
-    int m, k, n;          // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
-    int words;            // of k in packed x
-    const void* weight;   // panels
+    int m, k, n;            // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
+    int words;              // of k in packed x
+    const void* weight;     // panels
     const uint32_t* apart;  // kCompressed: the groups that are not, (groups, kGroupWords, 16)
-    const float* scales;  // quantized: (panels, groups, 16)
-    const float* sums;    // kInt8, kW8A8: (padded n,) of the weights along k
-    int groups;           // quantized: of word_block words each
-    const void* bias;     // (n,) of dtype, or null
+    const float* scales;    // quantized: (panels, groups, 16)
+    const float* sums;      // kInt8, kW8A8: (padded n,) of the weights along k
+    int groups;             // quantized: of word_block words each
+    const void* bias;       // (n,) of dtype, or null
     void* out;
     int64_t ldo;
     // The plan of its tasks, see run_chunk() in operations.cpp: x is cut into row blocks, which the micro-kernel takes,

@@ -10,9 +10,9 @@ inline void linear_task_of_nibbles(const Linear& job, const PackedRows& x, int t
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
         with_rows<kFewRows>(job.m, [&](auto R) {
-            multiply_nibbles<R>(job, x.words, weight + panels.first * panel_words,
-                                weight + panels.second * panel_words, scales_of(job, panels.first, 0),
-                                scales_of(job, panels.second, 0), panels_step(job) * panel_words, sums);
+            multiply_nibbles<R>(job, x.words, weight + panels.first * panel_words, weight + panels.second * panel_words,
+                                scales_of(job, panels.first, 0), scales_of(job, panels.second, 0),
+                                panels_step(job) * panel_words, sums);
         });
         for (int r = 0; r < job.m; ++r) finish_row<bf16>(job, r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
     }

@@ -152,11 +152,11 @@ PYBIND11_MODULE(_native, m) {
               py::gil_scoped_release release;
               return compress_weight(at(weight), n, k, at<void*>(to), at<void*>(apart), at<int64_t*>(firsts));
           });
-    m.def("look_up_compressed", [](uintptr_t weight, uintptr_t apart, int64_t n, int64_t k, uintptr_t rows,
-                                   int64_t count, uintptr_t out) {
-        py::gil_scoped_release release;
-        look_up_compressed(at(weight), at(apart), n, k, at<const int64_t*>(rows), count, at<void*>(out));
-    });
+    m.def("look_up_compressed",
+          [](uintptr_t weight, uintptr_t apart, int64_t n, int64_t k, uintptr_t rows, int64_t count, uintptr_t out) {
+              py::gil_scoped_release release;
+              look_up_compressed(at(weight), at(apart), n, k, at<const int64_t*>(rows), count, at<void*>(out));
+          });
     m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, int64_t group, uintptr_t numbers,
                               uintptr_t scales, uintptr_t sums) {
         py::gil_scoped_release release;

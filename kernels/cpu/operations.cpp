@@ -19,13 +19,13 @@ namespace {
 // Words of k multiplied in one go: two panels of so many bfloat16 stay in the first cache; fewer floats are summed up
 // at once, for precision.
 constexpr int kWordBlock = 512, kFloatWordBlock = 64;
-constexpr int kTileRows = 96;        // rows of x whose packed words stay in the second cache
-constexpr int kChunkRows = 768;      // rows of x that are packed at once
+constexpr int kTileRows = 96;    // rows of x whose packed words stay in the second cache
+constexpr int kChunkRows = 768;  // rows of x that are packed at once
 // Each thread packs x for itself, which costs it as much as some 8 columns do, as long as the columns are many and the
 // copies fit into a cache: to write lines that another core has read costs more, if that core is far away.
 constexpr int64_t kOwnPackedBytes = 16 << 20;
 constexpr int kOwnPackedColumns = 64;  // for each thread
-constexpr int kTasksPerThread = 16;  // of many rows: so that a thread which is held up costs little
+constexpr int kTasksPerThread = 16;    // of many rows: so that a thread which is held up costs little
 
 const Kernels* best_kernels() {
 #if defined(__x86_64__)

@@ -245,7 +245,8 @@ def test_phalanx_is_planned_for_each_variant_and_number_of_ranks() -> None:
     ]
     assert planned[3].command[-5:] == ("/models/m", "ranks=2", "max_model_len=99", "quantization=int8", "threads=1")
     assert all(engine.ours for engine in planned)
-    assert [engine.weight_bytes for engine in planned] == [2, 2, 1 + 4 / 32, 1 + 4 / 32]
+    bf16 = 1.5 + 16 / 2048 if cpu.compresses() else 2
+    assert [engine.weight_bytes for engine in planned] == [bf16, bf16, 1 + 4 / 32, 1 + 4 / 32]
     assert weight_bytes({"dtype": "float32"}) == 4
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         plan_phalanx(Path("m"), ["int8"], [1], SIZES)
@@ -289,6 +290,13 @@ def test_a_verdict_is_of_medians_with_ratios_to_every_peer_and_shares_of_the_lim
     assert mine["limit_tokens_per_s"] < other["limit_tokens_per_s"]
     assert mine["share_of_limit"] == pytest.approx(8.0 / mine["limit_tokens_per_s"], abs=0.01)
     assert (mine["first_tokens_as_phalanx"], other["first_tokens_as_phalanx"]) == (1.0, 0.0)
+    # Each run's share is of what memory gave when it ran.
+    for run, rate in zip(outcomes["1,64,11"]["q8"], (1.0, 2.0, 4.0), strict=True):
+        run["read_gb_s"] = rate * BANDWIDTH / 1e9
+    again = judge(cases, outcomes, planned, spec, rates)["1,64,11"]["engines"]["q8"]
+    assert 1.4 * other["limit_tokens_per_s"] < again["limit_tokens_per_s"] < 2 * other["limit_tokens_per_s"]
+    assert again["share_of_limit"] == pytest.approx(4.0 / again["limit_tokens_per_s"], abs=0.01)
+    assert again["share_of_bf16_limit"] > again["share_of_limit"]
     assert verdict["phalanx_to"] == {"phalanx ranks=1": {"q8": {"output_tokens_per_s": 2.0, "ttft": 0.5}}}
     assert "share_of_limit" not in judge(cases, outcomes, planned, spec, {})["1,64,11"]["engines"]["q8"]
     assert agreement(outcomes["1,64,11"]["q8"], outcomes["1,64,11"]["q8"]) == 1.0
