@@ -1,10 +1,10 @@
 """What quantization costs in quality: the distributions of a real model's next tokens on real text, beside bfloat16's.
 
-    python benchmarks/quantization.py model=models/smollm2-135m quantizations=int8,w8a8,int4
+    python benchmarks/quantization.py model=models/smollm2-135m quantizations=int8,w8a8,int4,kv_int8
 
-The text is what Python's own `help()` says of the language. For each token: whether the likeliest next token is the
-same (top-1 agreement), and KL(bfloat16 || quantized) in nats; the perplexity of the text under each. The last line is
-JSON.
+kv_int8 is a KV cache of 8 bits beside weights of bfloat16. The text is what Python's own `help()` says of the language.
+For each token: whether the likeliest next token is the same (top-1 agreement), and KL(bfloat16 || quantized) in nats;
+the perplexity of the text under each. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.worker import Worker
 from phalanx.parallel.group import local_group
 
+KV_INT8 = "kv_int8"
+
 
 @dataclass
 class Options:
     """What to compare."""
 
     model: str = str(ROOT / "models" / "smollm2-135m")  # a folder with trained weights
-    quantizations: str = "int8,w8a8,int4"
+    quantizations: str = "int8,w8a8,int4,kv_int8"
     tokens: int = 8192
     window: int = 512  # tokens of one sequence
     threads: int = 0
@@ -41,7 +43,8 @@ def make_worker(options: Options, quantization: str) -> Worker:
     config = EngineConfig(
         model=options.model,
         dtype="bfloat16",
-        quantization=quantization,
+        quantization="none" if quantization == KV_INT8 else quantization,
+        kv_cache_dtype="int8" if quantization == KV_INT8 else "auto",
         max_model_len=options.window,
         max_num_seqs=1,
         threads=options.threads,

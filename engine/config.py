@@ -15,6 +15,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "cpu", "torch")
 QUANTIZATIONS = ("none", "int8", "w8a8", "int4")
+QUANTIZED_BYTES = {"int8": 1 + 4 / 32, "w8a8": 1.0, "int4": 0.5 + 4 / 64}
+"""Of one weight, with its part of a scale; w8a8 has one scale for a whole row."""
+KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl")
 
@@ -54,6 +57,9 @@ class EngineConfig:
     """KV cache of one rank: bytes if above 1, else the fraction of a GPU's memory the engine may use in all.
     On a CPU a fraction is of the memory free once the weights are loaded, and the cache is never larger
     than max_num_seqs sequences of max_model_len tokens need."""
+    kv_cache_dtype: str = "auto"
+    """Keys and values as kept: auto (as dtype), or, by phalanx's own kernels on a CPU, int8: half of bfloat16's memory,
+    8 bits of each number and a scale for each head of a token."""
     prefix_cache: bool = True
     """Reuse the KV blocks of equal prompt beginnings."""
     attention: str = "auto"
@@ -80,6 +86,7 @@ class EngineConfig:
         _one_of("collectives", self.collectives, COLLECTIVES)
         _one_of("attention", self.attention, ATTENTION_BACKENDS)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
             _at_least(name, getattr(self, name), 1)

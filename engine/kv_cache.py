@@ -18,7 +18,10 @@ CPU_BUDGET = 4 * 2**30
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one rank: for each layer (blocks, block_size, kv_heads, head_dim), zero-initialised."""
+    """Keys and values of one rank: for each layer (blocks, block_size, kv_heads, width of a head), zero-initialised.
+
+    Width and dtype are the attention backend's cache_head().
+    """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -30,11 +33,11 @@ class KVCache:
         block_size: int,
         layers: int,
         kv_heads: int,
-        head_dim: int,
+        width: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        shape = (num_blocks, block_size, kv_heads, head_dim)
+        shape = (num_blocks, block_size, kv_heads, width)
         pools = [_zeros(shape, dtype, device) for _ in range(2 * layers)]
         return cls(pools[:layers], pools[layers:])
 

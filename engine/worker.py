@@ -69,15 +69,16 @@ class Worker:
                 return model, _load(model, config, folder, on_progress)
 
         self._model, self.load_report = _on_own_thread(make_model) if group.device.type == "cpu" else make_model()
-        token_bytes = 2 * spec.num_layers * len(share.kv_heads) * spec.head_dim * self.dtype.itemsize
+        width, kept_as = self.backend.cache_head(spec.head_dim, self.dtype)
+        token_bytes = 2 * spec.num_layers * len(share.kv_heads) * width * kept_as.itemsize
         num_blocks = self._agree_on_blocks(config, block_size, token_bytes)
         self._cache = KVCache.allocate(
             num_blocks,
             block_size,
             spec.num_layers,
             len(share.kv_heads),
-            spec.head_dim,
-            self.dtype,
+            width,
+            kept_as,
             group.device,
         )
         self._slots = SlotTable(config.max_num_seqs, self.max_model_len, block_size, group.device)
@@ -251,7 +252,12 @@ def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device
         )
     try:
         return choose_backend(
-            config.attention, device=device, dtype=dtype, head_dim=spec.head_dim, block_size=config.block_size
+            config.attention,
+            device=device,
+            dtype=dtype,
+            head_dim=spec.head_dim,
+            block_size=config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import cpu
-from .attention import HeadNorms
+from .attention import HeadNorms, cache_shape
 from .linear import PackedWeight
 
 
@@ -35,7 +35,7 @@ def attention_block(
 
     Projections are (weight, bias); the other arguments are those of AttentionBackend.rotate_and_store.
     """
-    _, block_size, kv_heads, head_dim = k_cache.shape
+    block_size, kv_heads, head_dim, int8_cache = cache_shape(k_cache)
     cpu.native.attention_block(
         residual.data_ptr(),
         *residual.shape,
@@ -50,6 +50,7 @@ def attention_block(
         slots.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
+        int8_cache,
         plan,
         heads,
         kv_heads,

@@ -45,6 +45,10 @@ class Options:
     """Of each rank's device: 48GiB, 80GB, bytes, or a list, one for each rank. Unset: nothing is said of fitting."""
     dtype: str = "auto"
     """auto (the checkpoint's own), bfloat16, float16 or float32."""
+    quantization: str = "none"
+    """Of the weights: none, int8, w8a8 or int4."""
+    kv_cache_dtype: str = "auto"
+    """Of the KV cache: auto (as dtype) or int8."""
     max_model_len: int | None = None
     """Tokens of one request at most; null takes the model's own limit."""
     max_num_seqs: int = 64
@@ -186,9 +190,11 @@ def _table(plan: Plan) -> Table:
 
 
 def _title(plan: Plan) -> str:
-    dtype = plan.spec.dtype if plan.setup.config.dtype == "auto" else plan.setup.config.dtype
-    ranks = len(plan.needs)
-    return f"{plan.setup.config.model} in {dtype} on {ranks} rank{'s' * (ranks > 1)}"
+    config, ranks = plan.setup.config, len(plan.needs)
+    dtype = plan.spec.dtype if config.dtype == "auto" else config.dtype
+    weights = "" if config.quantization == "none" else f", weights in {config.quantization}"
+    cache = "" if config.kv_cache_dtype == "auto" else f", KV cache in {config.kv_cache_dtype}"
+    return f"{config.model} in {dtype}{weights}{cache} on {ranks} rank{'s' * (ranks > 1)}"
 
 
 def _memory(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.config import EngineConfig
+from ..engine.config import QUANTIZED_BYTES, EngineConfig
 from ..engine.errors import ConfigError
 from ..engine.models.spec import ModelSpec, dimensions, position_limit
 from ..parallel.partition import Partition, PartitionError, RankShare, partition
@@ -16,6 +16,8 @@ from ..parallel.partition import Partition, PartitionError, RankShare, partition
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 RUNTIME_BYTES = 2**29
 """Of a rank, beside tensors: the CUDA context, communication buffers, library workspaces."""
+SCALE_BYTES = 4
+"""Of a head's key or value of one token in a KV cache of int8."""
 REQUEST_TOKENS = 32768
 HIGHEST_FRACTION = 0.97
 """Of a device's memory that kv_memory is ever advised to be: the rest is the driver's."""
@@ -106,12 +108,31 @@ def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
         )
     needs = []
     for share in parts.shares:
-        weights = parts.parameters(share.rank) * item
+        weights = weight_bytes(parts, share, config.quantization, item)
         activations = activation_bytes(spec, share, config, item)
         memory = None if setup.device_memory is None else setup.device_memory[share.rank]
         room, lacking = kv_room(memory, weights + activations, config.kv_memory)
-        needs.append(RankNeeds(weights, activations, parts.kv_elements_per_token(share.rank) * item, room, lacking))
+        kv_token = parts.kv_elements_per_token(share.rank) * item
+        if config.kv_cache_dtype == "int8":
+            kv_token = parts.kv_elements_per_token(share.rank) // spec.head_dim * (spec.head_dim + SCALE_BYTES)
+        needs.append(RankNeeds(weights, activations, kv_token, room, lacking))
     return Plan(spec, setup, parts, tuple(needs), config.max_model_len or limit)
+
+
+def weight_bytes(parts: Partition, share: RankShare, quantization: str, item: int) -> int:
+    """What a rank's weights take, of `item` bytes each where they are not quantized.
+
+    Quantized are the layers' matrices and the head, which keeps 8 bits; a table of embeddings only where it is the
+    head. (The norms, of less than a thousandth, are counted like the layers.)
+    """
+    everything = parts.parameters(share.rank)
+    if quantization == "none":
+        return everything * item
+    d = parts.dimensions
+    table = len(share.vocab) * d.hidden_size
+    layers = everything - table * (1 if d.tied_embeddings else 2)
+    embeddings = 0 if d.tied_embeddings else table * item
+    return int(layers * QUANTIZED_BYTES[quantization] + table * QUANTIZED_BYTES["int8"]) + embeddings
 
 
 def activation_bytes(spec: ModelSpec, share: RankShare, config: EngineConfig, item: int) -> int:

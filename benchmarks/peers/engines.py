@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from phalanx.engine.config import unknown_name
+from phalanx.engine.config import QUANTIZED_BYTES, unknown_name
 from phalanx.engine.errors import ConfigError
 from phalanx.kernels import cpu
 from phalanx.kernels.linear import PackedWeight
 
 HERE = Path(__file__).resolve().parent
 Q8_0_BYTES = 34 / 32  # of a weight: 32 of one byte share a scale of two
-SCALE_BYTES = 4  # phalanx's, of so many weights as PackedWeight.GROUPS says
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ def weight_bytes(fields: Mapping[str, str]) -> float:
     """
     quantization = fields.get("quantization", "none")
     if quantization != "none":
-        scale = SCALE_BYTES / PackedWeight.GROUPS[quantization] if quantization in PackedWeight.GROUPS else 0.0
-        return (0.5 if quantization == "int4" else 1.0) + scale
+        return QUANTIZED_BYTES[quantization]
     if fields.get("dtype") == "float32":
         return 4.0
     return PackedWeight.COMPRESSED_BYTES if cpu.compresses() else 2.0

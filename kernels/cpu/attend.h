@@ -11,10 +11,9 @@ struct Running {
     float* weight;  // (rows,) sum of e^(score - most)
 };
 
-// One tile's scores to weights e^(score - most), as words for the next product. `visible` keys of `width` count.
-template <class T>
+// One tile's scores to weights e^(score - most), in their place. `visible` keys of `width` count.
 INLINE void soften(float* scores, int visible, int width, float scale, Running& running, int row, int head_dim,
-                   bool first, T* weights) {
+                   bool first) {
     const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vf most = splat(kMinusInfinity);
     for (int i = 0; i < width; i += 16) {
@@ -29,7 +28,7 @@ INLINE void soften(float* scores, int visible, int width, float scale, Running& 
     for (int i = 0; i < width; i += 16) {
         vf weight = exponential(load(scores + i) - now);
         total += weight;
-        store_as(weights + i, weight);
+        store(scores + i, weight);
     }
     float shrink = first ? 0.0f : std::exp(before - now);
     running.most[row] = now;
@@ -40,11 +39,88 @@ INLINE void soften(float* scores, int visible, int width, float scale, Running& 
     }
 }
 
+// A row's weights as words for the product with the values; or, of values that are numbers, multiplied with these
+// values' scales and as numbers of 16 bits, whose scale is returned.
+template <class T>
+INLINE float pack_weights(const float* weights, const float*, int width, T* to) {
+    for (int i = 0; i < width; i += 16) store_as(to + i, load(weights + i));
+    return 1.0f;
+}
+INLINE float pack_weights(float* weights, const float* value_scales, int width, int16_t* to) {
+    for (int i = 0; i < width; i += 16) store(weights + i, load(weights + i) * load(value_scales + i));
+    return to_shorts(weights, width, to);
+}
+
+// Scores (R rows, 32 columns) of queries that are numbers of 16 bits, packed, and two pieces of keys of 8 bits, times
+// these keys' scales. Meanwhile it fetches the pieces `ahead`.
+template <int R>
+INLINE void score_numbers(const uint32_t* q, const char* k0, const char* k1, int words, const float* s0,
+                          const float* s1, float* scores, const char* const* ahead) {
+    vi c0[R], c1[R];
+    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
+    for (int64_t k = 0; k < words; ++k) {
+        const vu w0 = Shorts::load_weight(k0 + k * Shorts::kWeightBytes);
+        const vu w1 = Shorts::load_weight(k1 + k * Shorts::kWeightBytes);
+        if (k % 2 == 0) {
+            __builtin_prefetch(ahead[0] + k * Shorts::kWeightBytes, 0, 2);
+            __builtin_prefetch(ahead[1] + k * Shorts::kWeightBytes, 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const vu x = splat(q[k * R + r]);
+            c0[r] = Shorts::multiply_add(c0[r], x, w0);
+            c1[r] = Shorts::multiply_add(c1[r], x, w1);
+        }
+    }
+    const vf scale0 = load(s0), scale1 = load(s1);
+    for (int r = 0; r < R; ++r) {
+        store(scores + r * kKeyTile, to_floats(c0[r]) * scale0);
+        store(scores + r * kKeyTile + 16, to_floats(c1[r]) * scale1);
+    }
+}
+
+// As add_values, of values that are numbers, and weights of 16 bits with a scale for each row.
+template <int R>
+INLINE void add_numbers(const uint32_t* weights, const float* scales, const char* const* pieces,
+                        const char* const* ahead, int64_t offset0, int64_t offset1, int words, float* sums, int ld,
+                        bool add) {
+    constexpr int kPieceWords = 8, kStride = kKeyTile / 2;
+    const bool both = offset1 >= 0;
+    if (!both) offset1 = offset0;
+    vi c0[R], c1[R];
+    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
+    const uint32_t* x = weights;
+    for (int done = 0; done < words; done += kPieceWords, ++pieces, ++ahead) {
+        const char *v0 = *pieces + offset0, *v1 = *pieces + offset1;
+        const int count = std::min(kPieceWords, words - done);
+        for (int k = 0; k < count; ++k, ++x) {
+            const vu w0 = Shorts::load_weight(v0 + k * Shorts::kWeightBytes);
+            const vu w1 = Shorts::load_weight(v1 + k * Shorts::kWeightBytes);
+            if (k % 2 == 0) {
+                __builtin_prefetch(*ahead + offset0 + k * Shorts::kWeightBytes, 0, 2);
+                __builtin_prefetch(*ahead + offset1 + k * Shorts::kWeightBytes, 0, 2);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const vu p = splat(x[r * kStride]);
+                c0[r] = Shorts::multiply_add(c0[r], p, w0);
+                c1[r] = Shorts::multiply_add(c1[r], p, w1);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        float* to = sums + r * ld;
+        const vf scale = splat(scales[r]);
+        store(to, fused(to_floats(c0[r]), scale, add ? load(to) : vf{}));
+        if (both) store(to + 16, fused(to_floats(c1[r]), scale, add ? load(to + 16) : vf{}));
+    }
+}
+
 // sums (R rows, 32 or 16 columns) += weights (R rows of kKeyTile) times values, which stand in pieces of 16 keys.
 // Meanwhile it fetches the pieces `ahead`, if there are any.
 template <class T, int R>
-INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, const uint32_t* const* ahead,
-                       int64_t offset0, int64_t offset1, int words, float* sums, int ld, bool add) {
+INLINE void add_values(const uint32_t* weights, const char* const* pieces, const char* const* ahead, int64_t offset0,
+                       int64_t offset1, int words, float* sums, int ld, bool add) {
     constexpr int kPieceWords = 16 / kPerWord<T>;
     constexpr int kStride = kKeyTile / kPerWord<T>;
     const bool both = offset1 >= 0;
@@ -56,13 +132,13 @@ INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, c
     const uint32_t* x = weights;
     if (offset1 < 0) offset1 = offset0;
     for (int done = 0; done < words; done += kPieceWords, ++pieces, ++ahead) {
-        const uint32_t* v0 = *pieces + offset0;
-        const uint32_t* v1 = *pieces + offset1;
+        const auto* v0 = reinterpret_cast<const uint32_t*>(*pieces + offset0);
+        const auto* v1 = reinterpret_cast<const uint32_t*>(*pieces + offset1);
         int count = std::min(kPieceWords, words - done);
         for (int k = 0; k < count; ++k, ++x) {
             vu w0 = load(v0 + k * 16), w1 = load(v1 + k * 16);
-            __builtin_prefetch(*ahead + offset0 + k * 16, 0, 2);
-            __builtin_prefetch(*ahead + offset1 + k * 16, 0, 2);
+            __builtin_prefetch(*ahead + offset0 + k * 64, 0, 2);
+            __builtin_prefetch(*ahead + offset1 + k * 64, 0, 2);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 vu p = splat(x[r * kStride]);
@@ -77,19 +153,39 @@ INLINE void add_values(const uint32_t* weights, const uint32_t* const* pieces, c
     }
 }
 
+// What a cache's element is multiplied as, and bytes of the cache for a word: its own kind, or numbers.
+template <class T, class Cache>
+struct Stored {
+    using Weight = T;
+    static constexpr int kPerWord = 4 / sizeof(T), kWordBytes = 4, kScaleBytes = 0;
+};
+template <class T>
+struct Stored<T, int8_t> {
+    using Weight = int16_t;
+    static constexpr int kPerWord = 2, kWordBytes = 2, kScaleBytes = 4;
+};
+
 // Where 16 keys each, and their values, stand: those of the tile that begins at a key. Beyond the last key the pieces
 // are repeated, and count for nothing.
 struct Pieces {
-    const uint32_t* keys[kKeyTile / 16];
-    const uint32_t* values[kKeyTile / 16];
+    const char* keys[kKeyTile / 16];
+    const char* values[kKeyTile / 16];
+    const float* key_scales[kKeyTile / 16];  // of numbers
+    const float* value_scales[kKeyTile / 16];
 
-    Pieces(const Attention& job, const int64_t* table, int kv_head, int64_t head_words, int words, int per_word,
-           int key, int last_key) {
+    template <class S>
+    Pieces(const Attention& job, const int64_t* table, int kv_head, S, int key, int last_key) {
+        const int64_t words = job.head_dim / S::kPerWord, elements = job.block_size * words * S::kWordBytes;
         for (int i = 0; i < kKeyTile / 16; ++i) {
             const int k = std::min(key + 16 * i, (last_key - 1) / 16 * 16), inside = k % job.block_size;
-            const int64_t start = (table[k / job.block_size] * job.kv_heads + kv_head) * head_words;
-            keys[i] = static_cast<const uint32_t*>(job.keys) + start + static_cast<int64_t>(inside) * words;
-            values[i] = static_cast<const uint32_t*>(job.values) + start + static_cast<int64_t>(inside) / per_word * 16;
+            const int64_t head = table[k / job.block_size] * job.kv_heads + kv_head;
+            const int64_t start = head * (elements + job.block_size * S::kScaleBytes);
+            const char* all_keys = static_cast<const char*>(job.keys) + start;
+            const char* all_values = static_cast<const char*>(job.values) + start;
+            keys[i] = all_keys + inside * words * S::kWordBytes;
+            values[i] = all_values + inside / S::kPerWord * 16 * S::kWordBytes;
+            key_scales[i] = reinterpret_cast<const float*>(all_keys + elements) + inside;
+            value_scales[i] = reinterpret_cast<const float*>(all_values + elements) + inside;
         }
     }
 };
@@ -100,19 +196,21 @@ struct TaskView {
 
 INLINE TaskView view(const int32_t* t) { return {t[0], t[1], t[2], t[3], t[4], t[5]}; }
 
-template <class T>
+template <class T, class Cache>
 void attention_task(const Attention& job, int number) {
+    using S = Stored<T, Cache>;
+    using Weight = typename S::Weight;
+    constexpr bool kNumbers = sizeof(Cache) == 1;
     const TaskView task = view(job.tasks + static_cast<int64_t>(number) * kTaskFields);
     const int group = job.heads / job.kv_heads, dim = job.head_dim, rows = task.tokens * group;
-    const int words = dim / kPerWord<T>, block_words = job.block_size / kPerWord<T>;
+    const int words = dim / S::kPerWord;
     const int keys_before = job.seqused_k[task.row] - (job.cu_q[task.row + 1] - job.cu_q[task.row]);
     int last_key = keys_before + task.first_token + task.tokens;
     if (task.partial >= 0) last_key = std::min(last_key, task.first_key + kSplitKeys);
-    const int64_t head_words = static_cast<int64_t>(job.block_size) * words;
     const int64_t* table = job.block_table + task.row * job.table_stride;
     const int blocks = (rows + kMaxRows - 1) / kMaxRows;
-    char* memory =
-        static_cast<char*>(scratch(1, rows * (4 * (words + kKeyTile + dim + 2) + sizeof(T) * kKeyTile) + 64 * 8));
+    char* memory = static_cast<char*>(scratch(
+        1, rows * (4 * (words + kKeyTile + dim + 4) + sizeof(Weight) * kKeyTile) + 64 * 10 + 2 * kMaxRows * dim));
     auto take = [&memory](int64_t bytes) {
         char* start = memory;
         memory += (bytes + 63) / 64 * 64;
@@ -120,9 +218,12 @@ void attention_task(const Attention& job, int number) {
     };
     uint32_t* q = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(rows) * words * 4));
     float* scores = reinterpret_cast<float*>(take(static_cast<int64_t>(rows) * kKeyTile * 4));
-    T* weights = reinterpret_cast<T*>(take(static_cast<int64_t>(rows) * kKeyTile * sizeof(T)));
+    Weight* weights = reinterpret_cast<Weight*>(take(static_cast<int64_t>(rows) * kKeyTile * sizeof(Weight)));
     Running running{reinterpret_cast<float*>(take(static_cast<int64_t>(rows) * dim * 4)),
                     reinterpret_cast<float*>(take(rows * 4)), reinterpret_cast<float*>(take(rows * 4))};
+    float* q_scales = reinterpret_cast<float*>(take(rows * 4));
+    float* weight_scales = reinterpret_cast<float*>(take(rows * 4));
+    int16_t* q_numbers = reinterpret_cast<int16_t*>(take(kNumbers ? 2 * kMaxRows * dim : 0));
 
     const int64_t first_query = job.cu_q[task.row] + task.first_token;
     auto at = [&](int row) {
@@ -131,14 +232,19 @@ void attention_task(const Attention& job, int number) {
     for (int b = 0; b < blocks; ++b) {
         int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
         const uint32_t* from[kMaxRows];
-        for (int r = start; r < end; ++r)
-            from[r - start] = reinterpret_cast<const uint32_t*>(static_cast<const T*>(job.q) + at(r));
+        for (int r = start; r < end; ++r) {
+            const T* query = static_cast<const T*>(job.q) + at(r);
+            from[r - start] = reinterpret_cast<const uint32_t*>(query);
+            if constexpr (kNumbers) {
+                int16_t* numbers = q_numbers + static_cast<int64_t>(r - start) * dim;
+                q_scales[r] = to_shorts(query, dim, numbers);
+                from[r - start] = reinterpret_cast<const uint32_t*>(numbers);
+            }
+        }
         interleave(from, end - start, words, q + static_cast<int64_t>(start) * words);
     }
 
-    auto locate = [&](int key) {
-        return Pieces(job, table, task.kv_head, head_words, words, kPerWord<T>, key, last_key);
-    };
+    auto locate = [&](int key) { return Pieces(job, table, task.kv_head, S{}, key, last_key); };
     Pieces pieces = locate(task.first_key);
     for (int key = task.first_key; key < last_key; key += kKeyTile) {
         const bool first = key == task.first_key;
@@ -146,31 +252,49 @@ void attention_task(const Attention& job, int number) {
         const Pieces next = locate(key + kKeyTile < last_key ? key + kKeyTile : key);
         for (int k = 0; k < width; k += 32) {
             const int i = k / 16, second = k + 16 < width ? i + 1 : i;
-            const char* ahead[2] = {reinterpret_cast<const char*>(next.keys[i]),
-                                    reinterpret_cast<const char*>(next.keys[second])};
+            const char* ahead[2] = {next.keys[i], next.keys[second]};
             for (int b = 0; b < blocks; ++b) {
                 int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
-                kMultiply<T>[end - start - 1](q + static_cast<int64_t>(start)* words, pieces.keys[i],
-                                              pieces.keys[second], words,
-                                              scores + static_cast<int64_t>(start)* kKeyTile + k, kKeyTile, false,
-                                              nullptr, ahead, b == 0 ? 2 : 0);
+                const uint32_t* x = q + static_cast<int64_t>(start) * words;
+                float* to = scores + static_cast<int64_t>(start) * kKeyTile + k;
+                if constexpr (kNumbers) {
+                    with_rows(end - start, [&](auto R) {
+                        score_numbers<R>(x, pieces.keys[i], pieces.keys[second], words, pieces.key_scales[i],
+                                         pieces.key_scales[second], to, ahead);
+                    });
+                } else {
+                    kMultiply<T>[end - start - 1](x, reinterpret_cast<const uint32_t*>(pieces.keys[i]),
+                                                  reinterpret_cast<const uint32_t*>(pieces.keys[second]), words, to,
+                                                  kKeyTile, false, nullptr, ahead, b == 0 ? 2 : 0);
+                }
             }
+        }
+        alignas(64) float value_scales[kKeyTile];
+        if constexpr (kNumbers) {
+            for (int i = 0; i < width; ++i) value_scales[i] = i < count ? pieces.value_scales[i / 16][i % 16] : 0.0f;
         }
         for (int r = 0; r < rows; ++r) {
             int visible = std::min(count, keys_before + task.first_token + r / group + 1 - key);
-            soften<T>(scores + static_cast<int64_t>(r) * kKeyTile, visible, width, job.scale, running, r, dim, first,
-                      weights + static_cast<int64_t>(r) * kKeyTile);
+            float* row = scores + static_cast<int64_t>(r) * kKeyTile;
+            soften(row, visible, width, kNumbers ? job.scale * q_scales[r] : job.scale, running, r, dim, first);
+            weight_scales[r] = pack_weights(row, value_scales, width, weights + static_cast<int64_t>(r) * kKeyTile);
         }
-        const int value_words = (count + kPerWord<T> - 1) / kPerWord<T>;
+        const int value_words = (count + S::kPerWord - 1) / S::kPerWord;
         for (int b = 0; b < blocks; ++b) {
             int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
             const uint32_t* p = reinterpret_cast<const uint32_t*>(weights + static_cast<int64_t>(start) * kKeyTile);
             for (int d = 0; d < dim; d += 32) {
-                int64_t offset0 = static_cast<int64_t>(d) * block_words;
-                int64_t offset1 = d + 16 < dim ? offset0 + 16 * block_words : -1;
+                const int64_t panel = static_cast<int64_t>(job.block_size) / S::kPerWord * 16 * S::kWordBytes;
+                const int64_t offset0 = d / 16 * panel, offset1 = d + 16 < dim ? offset0 + panel : -1;
+                float* sums = running.sums + static_cast<int64_t>(start) * dim + d;
                 with_rows(end - start, [&](auto R) {
-                    add_values<T, R>(p, pieces.values, next.values, offset0, offset1, value_words,
-                                     running.sums + static_cast<int64_t>(start) * dim + d, dim, !first);
+                    if constexpr (kNumbers) {
+                        add_numbers<R>(p, weight_scales + start, pieces.values, next.values, offset0, offset1,
+                                       value_words, sums, dim, !first);
+                    } else {
+                        add_values<T, R>(p, pieces.values, next.values, offset0, offset1, value_words, sums, dim,
+                                         !first);
+                    }
                 });
             }
         }

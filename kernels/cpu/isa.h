@@ -1,4 +1,4 @@
-// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _BF16 and _ROWS, and
+// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _FMA, _BF16 and _ROWS, and
 // turns the instructions on before it includes this, but after common.h.
 
 namespace phalanx {
@@ -51,7 +51,10 @@ void linear(const Linear& job, const PackedRows& x, int task) {
     });
 }
 void attention(const Attention& job, int task) {
-    by_type(job.dtype, [&](auto t) { attention_task<decltype(t)>(job, task); });
+    by_type(job.dtype, [&](auto t) {
+        using T = decltype(t);
+        job.int8_cache ? attention_task<T, int8_t>(job, task) : attention_task<T, T>(job, task);
+    });
 }
 void merge(const Attention& job, int row, int kv_head, int splits, int partial) {
     by_type(job.dtype, [&](auto t) { merge_partials<decltype(t)>(job, row, kv_head, splits, partial); });

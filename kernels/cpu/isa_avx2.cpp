@@ -10,6 +10,7 @@
 #define PHALANX_ISA_NAME avx2
 #define PHALANX_ISA_TABLE kAvx2
 #define PHALANX_ISA_AVX512 0
+#define PHALANX_ISA_FMA 1
 #define PHALANX_ISA_BF16 0
 #define PHALANX_ISA_ROWS 3
 #include "isa.h"

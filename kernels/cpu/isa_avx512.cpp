@@ -11,6 +11,7 @@
 #define PHALANX_ISA_NAME avx512
 #define PHALANX_ISA_TABLE kAvx512
 #define PHALANX_ISA_AVX512 1
+#define PHALANX_ISA_FMA 1
 #define PHALANX_ISA_BF16 0
 #define PHALANX_ISA_ROWS 12
 #include "isa.h"

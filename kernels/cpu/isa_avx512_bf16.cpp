@@ -12,6 +12,7 @@
 #define PHALANX_ISA_NAME avx512_bf16
 #define PHALANX_ISA_TABLE kAvx512Bf16
 #define PHALANX_ISA_AVX512 1
+#define PHALANX_ISA_FMA 1
 #define PHALANX_ISA_BF16 1
 #define PHALANX_ISA_ROWS 12
 #include "isa.h"

@@ -6,6 +6,8 @@
 //   weight (N, K):        [N / 16][K words][16]
 //   keys of a block:      [kv head][block_size / 16][head_dim words][16 keys]
 //   values of a block:    [kv head][head_dim / 16][block_size words][16 dimensions]
+// A cache of 8-bit numbers has 16 bits for a word, two numbers; behind what a head has of a block stand block_size
+// floats, the scales of its keys or values.
 #pragma once
 
 #include <cstdint>
@@ -83,6 +85,7 @@ struct Attention {
     int64_t ldq;
     const void* keys;  // the pool
     const void* values;
+    bool int8_cache;
     const int64_t* block_table;  // (rows, table_stride)
     int64_t table_stride;
     const int32_t* cu_q;       // (rows + 1,)
@@ -119,6 +122,7 @@ struct Rope {
     float eps;
     void* keys;  // the pool
     void* values;
+    bool int8_cache;
     const int64_t* slots;  // (tokens,)
     int tokens, heads, kv_heads, head_dim, block_size;
 };

@@ -56,7 +56,7 @@ AttentionPlan make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t c
 }
 
 void attend(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, const void* q, int64_t ldq,
-            uintptr_t keys, uintptr_t values, void* out, DType dtype) {
+            uintptr_t keys, uintptr_t values, bool int8_cache, void* out, DType dtype) {
     Attention layer{};
     layer.dtype = dtype;
     layer.heads = heads;
@@ -68,21 +68,23 @@ void attend(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int bloc
     layer.ldq = ldq;
     layer.keys = at(keys);
     layer.values = at(values);
+    layer.int8_cache = int8_cache;
     layer.out = out;
     run_attention(plan, layer);
 }
 
 void attention(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, uintptr_t q, int64_t ldq,
-               uintptr_t keys, uintptr_t values, uintptr_t out, int dtype) {
+               uintptr_t keys, uintptr_t values, bool int8_cache, uintptr_t out, int dtype) {
     py::gil_scoped_release release;
-    attend(plan, heads, kv_heads, head_dim, block_size, at(q), ldq, keys, values, at<void*>(out),
+    attend(plan, heads, kv_heads, head_dim, block_size, at(q), ldq, keys, values, int8_cache, at<void*>(out),
            static_cast<DType>(dtype));
 }
 
 void attention_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weight, float eps, const Linear& qkv,
                      uintptr_t qkv_bias, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm,
-                     uintptr_t slots, uintptr_t keys, uintptr_t values, AttentionPlan& plan, int heads, int kv_heads,
-                     int head_dim, int block_size, const Linear& output, uintptr_t output_bias, uintptr_t out) {
+                     uintptr_t slots, uintptr_t keys, uintptr_t values, bool int8_cache, AttentionPlan& plan, int heads,
+                     int kv_heads, int head_dim, int block_size, const Linear& output, uintptr_t output_bias,
+                     uintptr_t out) {
     py::gil_scoped_release release;
     const int64_t bytes = qkv.dtype == DType::kFloat32 ? 4 : 2, width = static_cast<int64_t>(heads) * head_dim;
     void* x = scratch(8, bytes * m * hidden);
@@ -91,8 +93,10 @@ void attention_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weigh
     run_norm({qkv.dtype, at<const float*>(residual), at<const float*>(norm_weight), eps, x, m, hidden});
     multiply(qkv, x, hidden, m, at(qkv_bias), Output::kStore, projected, qkv.n);
     run_rope({qkv.dtype, projected, qkv.n, at(cos), at(sin), at<const float*>(q_norm), at<const float*>(k_norm), eps,
-              at<void*>(keys), at<void*>(values), at<const int64_t*>(slots), m, heads, kv_heads, head_dim, block_size});
-    attend(plan, heads, kv_heads, head_dim, block_size, projected, qkv.n, keys, values, attended, qkv.dtype);
+              at<void*>(keys), at<void*>(values), int8_cache, at<const int64_t*>(slots), m, heads, kv_heads, head_dim,
+              block_size});
+    attend(plan, heads, kv_heads, head_dim, block_size, projected, qkv.n, keys, values, int8_cache, attended,
+           qkv.dtype);
     const bool partial = out != 0;  // the other ranks' parts are to be added first
     multiply(output, attended, width, m, at(output_bias), partial ? Output::kStore : Output::kAddFloat,
              at<void*>(partial ? out : residual), output.n);
@@ -117,12 +121,12 @@ void norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int m, int si
 }
 
 void rope(uintptr_t qkv, int64_t ld, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm, float eps,
-          uintptr_t keys, uintptr_t values, uintptr_t slots, int tokens, int heads, int kv_heads, int head_dim,
-          int block_size, int dtype) {
+          uintptr_t keys, uintptr_t values, bool int8_cache, uintptr_t slots, int tokens, int heads, int kv_heads,
+          int head_dim, int block_size, int dtype) {
     py::gil_scoped_release release;
     run_rope({static_cast<DType>(dtype), at<void*>(qkv), ld, at(cos), at(sin), at<const float*>(q_norm),
-              at<const float*>(k_norm), eps, at<void*>(keys), at<void*>(values), at<const int64_t*>(slots), tokens,
-              heads, kv_heads, head_dim, block_size});
+              at<const float*>(k_norm), eps, at<void*>(keys), at<void*>(values), int8_cache, at<const int64_t*>(slots),
+              tokens, heads, kv_heads, head_dim, block_size});
 }
 
 }  // namespace

@@ -19,17 +19,11 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
             c1[r] = multiply_add<T>(c1[r], x, w1);
         }
     }
-    if (scales) {
-        vf s0 = load(scales[0]), s1 = load(scales[1]);
-        for (int r = 0; r < R; ++r) {
-            c0[r] *= s0;
-            c1[r] *= s1;
-        }
-    }
+    const vf s0 = scales ? load(scales[0]) : splat(1.0f), s1 = scales ? load(scales[1]) : splat(1.0f);
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
-        store(to, add ? load(to) + c0[r] : c0[r]);
-        store(to + 16, add ? load(to + 16) + c1[r] : c1[r]);
+        store(to, fused(c0[r], s0, add ? load(to) : vf{}));
+        store(to + 16, fused(c1[r], s1, add ? load(to + 16) : vf{}));
     }
 }
 

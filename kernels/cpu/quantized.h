@@ -76,8 +76,8 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
             }
         }
         for (int r = 0; r < R; ++r) {
-            t0[r] += c0[r] * load(s0);
-            t1[r] += c1[r] * load(s1);
+            t0[r] = fused(c0[r], load(s0), t0[r]);
+            t1[r] = fused(c1[r], load(s1), t1[r]);
         }
     }
     for (int r = 0; r < R; ++r) {
@@ -115,8 +115,36 @@ inline float choose_scale(const bf16* from, int64_t count, float limit, int step
     return best;
 }
 
-// x as numbers of `Number` plus `Offset`, those of a word side by side; each row has a scale of its own, which is NaN
-// if an element is not finite: no number says so.
+// The scale of `count` elements that become numbers of `most` at most, their largest one's; NaN if one is not finite:
+// no number says so. Its inverse goes to `inverse`.
+template <class T>
+INLINE float scale_of(const T* x, int64_t count, int most, float* inverse) {
+    vf high{}, nothing{};
+    for (int64_t k = 0; k < count; k += 16) {
+        vf v = load_up_to(x + k, count - k);
+        high = larger(high, larger(v, -v));
+        nothing += v - v;
+    }
+    const float largest = max_of(high), scale = largest > 0 ? largest / most : 1.0f;
+    *inverse = 1.0f / scale;
+    return scale + sum_of(nothing);
+}
+
+// A row as numbers of 16 bits; returns its scale.
+template <class T>
+INLINE float to_shorts(const T* x, int64_t count, int16_t* to) {
+    typedef int16_t vn __attribute__((vector_size(32)));
+    float inverse;
+    const float scale = scale_of(x, count, 32767, &inverse);
+    for (int64_t k = 0; k < count; k += 16) {
+        const vi rounded = __builtin_convertvector(load_as_float(x + k) * inverse + kRounder - kRounder, vi);
+        const vn numbers = __builtin_convertvector(rounded, vn);
+        std::memcpy(to + k, &numbers, sizeof(numbers));
+    }
+    return scale;
+}
+
+// x as numbers of `Number` plus `Offset`, those of a word side by side; each row has a scale of its own.
 template <class T, class Number, int Most, int Offset>
 void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
     constexpr int kNumbers = 4 / sizeof(Number);
@@ -125,14 +153,8 @@ void pack_numbers(const Linear& job, int block, uint32_t* to, float* scales) {
     Number* numbers = reinterpret_cast<Number*>(to + static_cast<int64_t>(first) * job.words);
     for (int r = 0; r < rows; ++r) {
         const T* x = static_cast<const T*>(job.x) + (first + r) * job.ldx;
-        vf most{}, nothing{};
-        for (int64_t k = 0; k < job.k; k += 16) {
-            vf v = load_up_to(x + k, job.k - k);
-            most = larger(most, larger(v, -v));
-            nothing += v - v;
-        }
-        const float largest = max_of(most), scale = largest > 0 ? largest / Most : 1.0f, inverse = 1.0f / scale;
-        scales[first + r] = scale + sum_of(nothing);
+        float inverse;
+        scales[first + r] = scale_of(x, job.k, Most, &inverse);
         for (int64_t k = 0; k < job.k; k += 16) {
             vf v = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
             vi rounded = __builtin_convertvector(v, vi) + Offset;
@@ -218,9 +240,8 @@ __attribute__((noinline)) void multiply_numbers(const Linear& job, const uint32_
         const vf scale0 = load(s0), scale1 = load(s1);
         for (int r = 0; r < R; ++r) {
             float* to = c + r * 32;
-            const vf sum0 = to_floats(c0[r]) * scale0, sum1 = to_floats(c1[r]) * scale1;
-            store(to, first ? load(to) + sum0 : sum0);
-            store(to + 16, first ? load(to + 16) + sum1 : sum1);
+            store(to, fused(to_floats(c0[r]), scale0, first ? load(to) : vf{}));
+            store(to + 16, fused(to_floats(c1[r]), scale1, first ? load(to + 16) : vf{}));
         }
     }
 }

@@ -47,6 +47,19 @@ INLINE void put(bf16* halves, int64_t word, int half, bf16 value, bool clear) {
     if (half == 0 && clear) halves[2 * word + 1].bits = 0;
 }
 
+// A key's or value's head as 8-bit numbers, and its scale. Number i goes to to[place_of(i)].
+template <class T, class Place>
+INLINE void store_numbers(const T* x, int dim, int8_t* to, float* scale, Place&& place_of) {
+    float inverse;
+    *scale = scale_of(x, dim, 127, &inverse);
+    for (int i = 0; i < dim; i += 16) {
+        alignas(64) int32_t lanes[16];
+        *reinterpret_cast<vi*>(lanes) =
+            __builtin_convertvector(load_as_float(x + i) * inverse + kRounder - kRounder, vi);
+        for (int j = 0; j < 16; ++j) to[place_of(i + j)] = static_cast<int8_t>(lanes[j]);
+    }
+}
+
 template <class T>
 void rope_token(const Rope& job, int token) {
     const int dim = job.head_dim, words = dim / kPerWord<T>;
@@ -72,6 +85,18 @@ void rope_token(const Rope& job, int token) {
             k = buffer;
         }
         rotate(k, cos, sin, dim, rotated);
+        if (job.int8_cache) {
+            const int64_t numbers = static_cast<int64_t>(job.block_size) * dim;
+            const int64_t at = (block * job.kv_heads + h) * (numbers + job.block_size * 4);
+            auto *keys = static_cast<int8_t*>(job.keys) + at, *values = static_cast<int8_t*>(job.values) + at;
+            store_numbers(rotated, dim, keys, reinterpret_cast<float*>(keys + numbers) + place, [&](int i) {
+                return static_cast<int64_t>(place / 16) * 16 * dim + i / 2 * 32 + place % 16 * 2 + i % 2;
+            });
+            store_numbers(v, dim, values, reinterpret_cast<float*>(values + numbers) + place, [&](int i) {
+                return static_cast<int64_t>(i / 16) * 16 * job.block_size + place / 2 * 32 + i % 16 * 2 + place % 2;
+            });
+            continue;
+        }
         const int64_t start = (block * job.kv_heads + h) * head_words;
         uint32_t* to =
             static_cast<uint32_t*>(job.keys) + start + static_cast<int64_t>(place / 16) * 16 * words + place % 16;

@@ -72,6 +72,19 @@ INLINE float sum_of(vf v) {
 #endif
 }
 
+// a * b + c, rounded once where the instruction set can. The compiler chooses for itself whether to, here and there;
+// but what is computed for some rows at once must not differ from what is computed for others.
+INLINE vf fused(vf a, vf b, vf c) {
+#if PHALANX_ISA_AVX512
+    return _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c));
+#elif PHALANX_ISA_FMA
+    for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 INLINE float max_of(vf v) {

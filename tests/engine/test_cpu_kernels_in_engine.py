@@ -28,7 +28,7 @@ def _answers(folder: Path, prompts: list[list[int]], **config: Any) -> list[list
 
 def _worker(folder: Path, **config: Any) -> Worker:
     spec = spec_from_config(read_config(folder), str(folder))
-    settings = EngineConfig(model=str(folder), max_model_len=512, max_num_seqs=1, **config)
+    settings = EngineConfig(model=str(folder), max_model_len=512, max_num_seqs=4, **config)
     return Worker(settings, spec, folder, local_group(torch.device("cpu")))
 
 
@@ -45,6 +45,25 @@ def test_quantized_weights_agree_with_bfloat16_on_real_text(smollm2: Path, quant
     plain = _worker(smollm2, dtype="bfloat16").score(tokens)
     quantized = _worker(smollm2, dtype="bfloat16", quantization=quantization).score(tokens)
     assert float((plain.argmax(dim=1) == quantized.argmax(dim=1)).float().mean()) >= agreement
+
+
+def test_a_cache_of_8_bits_agrees_with_bfloat16_and_takes_half_its_memory(smollm2: Path) -> None:
+    tokens = Tokenizer(smollm2).encode(TEXT)[:500]
+    plain, small = (_worker(smollm2, dtype="bfloat16", kv_cache_dtype=kept) for kept in ("auto", "int8"))
+    expected, found = plain.score(tokens), small.score(tokens, chunk=100)
+    assert float((expected.argmax(dim=1) == found.argmax(dim=1)).float().mean()) >= 0.97
+    # Whatever the chunks: a key is rounded by itself.
+    assert torch.equal(found, small.score(tokens, chunk=37))
+    rooms = [
+        _worker(smollm2, dtype="bfloat16", kv_cache_dtype=kept, kv_memory=16 * 2**20).capacity.num_blocks
+        for kept in ("auto", "int8")
+    ]
+    assert rooms[1] == pytest.approx(rooms[0] * 2 * 64 / 68, rel=0.01)
+
+
+def test_a_cache_of_8_bits_is_refused_where_nothing_computes_with_it(qwq_tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype=int8 needs.*attention=torch.*set kv_cache_dtype=auto"):
+        _worker(qwq_tiny, attention="torch", kv_cache_dtype="int8")
 
 
 @pytest.mark.parametrize("quantization", ["int8", "w8a8", "int4"])

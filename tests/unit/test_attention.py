@@ -62,7 +62,10 @@ def _check(
     tokens = sum(query_lengths)
     q = torch.randn(tokens, kv_heads * group, head_dim, generator=generator).to(dtype)
     plain = [torch.zeros(blocks, block_size, kv_heads, head_dim) for _ in range(2)]
-    caches = [torch.full((blocks, block_size, kv_heads, head_dim), stale, dtype=dtype) for _ in range(2)]
+    width, kept_as = backend.cache_head(head_dim, dtype)
+    int8_cache = kept_as == torch.int8
+    stale = -1 if int8_cache else stale  # four bytes of -1 are a scale that is NaN
+    caches = [torch.full((blocks, block_size, kv_heads, width), stale, dtype=kept_as) for _ in range(2)]
     # As an engine would: the older tokens of all rows first, then the step's own.
     for first, last in ((0, 1), (1, 2)):
         lengths = [(keys - queries, keys) for queries, keys in zip(query_lengths, key_lengths, strict=True)]
@@ -76,11 +79,20 @@ def _check(
         )
         k, v = (torch.randn(len(slots), kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
         backend.store_kv(k, v, caches[0], caches[1], slots)
+        if int8_cache:
+            k, v = _rounded(k), _rounded(v)
         plain[0].flatten(0, 1)[slots], plain[1].flatten(0, 1)[slots] = k.float(), v.float()
     metadata = _metadata(table, query_lengths, key_lengths, block_size)
     out = backend.attend(q, caches[0], caches[1], backend.plan(metadata))
     expected = paged_attention(q, plain[0], plain[1], table, query_lengths, key_lengths)
-    torch.testing.assert_close(out.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+    exact = dtype == torch.float32 and not int8_cache
+    torch.testing.assert_close(out.float(), expected, atol=1e-5 if exact else 2e-2, rtol=1e-2)
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """Each head to 8-bit numbers and back."""
+    scale = x.float().abs().amax(dim=-1, keepdim=True) / 127
+    return (x.float() / scale).round() * scale
 
 
 @given(
@@ -123,10 +135,11 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     head_dim=st.sampled_from([16, 48, 64, 80, 128]),
     block_size=st.sampled_from([16, 32, 48, 128, 256]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    int8_cache=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_kernels_compute_attention_for_any_mix_of_decodes_and_chunks(
     instructions: str,
     decode_keys: list[int],
@@ -136,12 +149,37 @@ def test_the_kernels_compute_attention_for_any_mix_of_decodes_and_chunks(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
+    int8_cache: bool,
     threads: int,
     seed: int,
 ) -> None:
     cpu.set_threads(threads)
     # A block's last owner may have left NaN: nobody else may see it.
-    _check(CpuAttention(), decode_keys, chunks, kv_heads, group, head_dim, block_size, dtype, seed, torch.nan)
+    _check(CpuAttention(int8_cache), decode_keys, chunks, kv_heads, group, head_dim, block_size, dtype, seed, torch.nan)
+
+
+@pytest.mark.parametrize("int8_cache", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_querys_bits_depend_neither_on_the_chunk_it_is_in_nor_on_its_neighbours(
+    instructions: str, int8_cache: bool, dtype: torch.dtype
+) -> None:
+    backend, count, block_size, kv_heads, head_dim = CpuAttention(int8_cache), 300, 16, 3, 64
+    generator = torch.Generator().manual_seed(0)
+    q = 3 * torch.randn(count, 3 * kv_heads, head_dim, generator=generator)
+    k, v = (torch.randn(count, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    table = torch.arange(-(-count // block_size)).unsqueeze(0)
+    width, kept_as = backend.cache_head(head_dim, dtype)
+    caches = [torch.zeros(table.shape[1], block_size, kv_heads, width, dtype=kept_as) for _ in range(2)]
+    backend.store_kv(k, v, *caches, torch.arange(count))
+
+    def attend(first: int, last: int) -> torch.Tensor:
+        metadata = _metadata(table, [last - first], [last], block_size)
+        return backend.attend(q[first:last].to(dtype), *caches, backend.plan(metadata))
+
+    whole = attend(0, count)
+    for chunk in (1, 13, 37, 100):
+        for first in range(count - 3 * chunk, count, chunk):
+            assert torch.equal(attend(first, first + chunk), whole[first : first + chunk]), (chunk, first)
 
 
 def _choose(name: str, **changes: Any) -> AttentionBackend:
@@ -162,3 +200,7 @@ def test_the_kernels_are_chosen_where_they_can_serve() -> None:
         assert _choose("auto", **change).name == "torch"
         with pytest.raises(ValueError, match=r"attention=cpu needs .*set attention=auto"):
             _choose("cpu", **change)
+        with pytest.raises(ValueError, match=r"kv_cache_dtype=int8 needs .*set kv_cache_dtype=auto"):
+            _choose("auto", kv_cache_dtype="int8", **change)
+    with pytest.raises(ValueError, match=r"attention=torch.*set kv_cache_dtype=auto"):
+        _choose("torch", kv_cache_dtype="int8")

@@ -165,13 +165,14 @@ def test_a_compressed_weight_takes_12_bits_a_number_unless_that_does_not_pay() -
     assert PackedWeight((weight * sizes).bfloat16(), 64).in_place
 
 
-def test_a_products_bits_depend_on_its_own_row_alone(instructions: str) -> None:
-    weight, x = _random(200, 700, dtype=torch.bfloat16, seed=0), _random(75, 700, dtype=torch.bfloat16, seed=1)
-    packed = PackedWeight(_padded(weight), 200)
+@pytest.mark.parametrize("kind", PackedWeight.KINDS)
+def test_a_products_bits_depend_on_its_own_row_alone(instructions: str, kind: str) -> None:
+    weight, x = _random(208, 704, dtype=torch.bfloat16, seed=0), _random(75, 704, dtype=torch.bfloat16, seed=1)
+    packed = PackedWeight(weight, 200, kind)
     whole = packed.linear_float(x)
-    for count in (1, 2, 7, 13, 40):
+    for count in (1, 2, 3, 4, 5, 7, 11, 13, 40):
         cpu.set_threads(1 + count % 3)
-        assert torch.equal(packed.linear_float(x[10 : 10 + count]), whole[10 : 10 + count])
+        assert torch.equal(packed.linear_float(x[10 : 10 + count]), whole[10 : 10 + count]), count
 
 
 @given(rows=st.integers(1, 40), size=st.integers(1, 200), dtype=DTYPES, seed=st.integers(0, 99))

@@ -70,6 +70,18 @@ def test_float32_weights_and_cache_take_twice_the_bytes_of_bfloat16() -> None:
     assert half.activations < full.activations < 2 * half.activations
 
 
+@pytest.mark.parametrize(("quantization", "head", "layers"), [("int8", 1.125, 1.125), ("int4", 1.125, 0.5625)])
+def test_quantized_weights_and_cache_take_their_bytes(quantization: str, head: float, layers: float) -> None:
+    for model, tables in (("qwen2_5_0_5b", 0), ("qwq_32b_preview", 1)):
+        plain, small = (_plan(f"model={model}", f"quantization={kind}").needs[0] for kind in ("none", quantization))
+        spec = read_spec(model)
+        table = spec.vocab_size * spec.hidden_size
+        expected = (plain.weights / 2 - (1 + tables) * table) * layers + table * (head + 2 * tables)
+        assert small.weights == pytest.approx(expected, rel=1e-6)
+    need = _plan("model=qwq_32b_preview", "kv_cache_dtype=int8").needs[0]
+    assert need.kv_token == 2 * 64 * 8 * (128 + 4)
+
+
 def test_the_reserve_grows_with_a_steps_tokens_and_rows() -> None:
     plan = _plan("model=qwen2_5_0_5b")
     more = _plan("model=qwen2_5_0_5b", "max_num_batched_tokens=4096", "max_num_seqs=128")
