@@ -165,20 +165,23 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """An engine's figures of a case: medians over the rounds, and every round's throughput."""
     speeds = [run["output_tokens_per_s"] for run in runs]
     first = [statistics.median(run["ttft_s"]) for run in runs]
-    gaps = [_tpot_ms(run) for run in runs] if runs[0]["new_tokens"] > 1 else []
+    gaps = [_tpots_ms(run) for run in runs] if runs[0]["new_tokens"] > 1 else []
     return {
         "output_tokens_per_s": round(statistics.median(speeds), 2),
         "runs_output_tokens_per_s": speeds,
         "ttft_s": round(statistics.median(first), 4),
-        "tpot_ms": round(statistics.median(gaps), 2) if gaps else None,
+        "tpot_ms": round(statistics.median(map(statistics.median, gaps)), 2) if gaps else None,
+        # Of the request that began last, beside which no prompt is computed any more.
+        "last_tpot_ms": round(statistics.median(every[-1] for every in gaps), 2) if gaps else None,
         "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
         "runs_read_gb_s": [run.get("read_gb_s") for run in runs],
     }
 
 
-def _tpot_ms(run: Mapping[str, Any]) -> float:
-    gaps = (last - first for first, last in zip(run["ttft_s"], run["latency_s"], strict=True))
-    return 1000 * statistics.median(gaps) / (run["new_tokens"] - 1)
+def _tpots_ms(run: Mapping[str, Any]) -> list[float]:
+    """Of each request, in the order of their first tokens."""
+    ends = sorted(zip(run["ttft_s"], run["latency_s"], strict=True))
+    return [1000 * (last - first) / (run["new_tokens"] - 1) for first, last in ends]
 
 
 def agreement(runs: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> float:

@@ -176,10 +176,15 @@ struct Pieces {
     template <class S>
     Pieces(const Attention& job, const int64_t* table, int kv_head, S, int key, int last_key) {
         const int64_t words = job.head_dim / S::kPerWord, elements = job.block_size * words * S::kWordBytes;
+        const int last = (last_key - 1) / 16 * 16;
+        int block = key / job.block_size, inside = key % job.block_size;
         for (int i = 0; i < kKeyTile / 16; ++i) {
-            const int k = std::min(key + 16 * i, (last_key - 1) / 16 * 16), inside = k % job.block_size;
-            const int64_t head = table[k / job.block_size] * job.kv_heads + kv_head;
-            const int64_t start = head * (elements + job.block_size * S::kScaleBytes);
+            if (i > 0 && key + 16 * i <= last && (inside += 16) == job.block_size) {
+                inside = 0;
+                ++block;
+            }
+            const int64_t start =
+                (table[block] * job.kv_heads + kv_head) * (elements + job.block_size * S::kScaleBytes);
             const char* all_keys = static_cast<const char*>(job.keys) + start;
             const char* all_values = static_cast<const char*>(job.values) + start;
             keys[i] = all_keys + inside * words * S::kWordBytes;
@@ -194,20 +199,29 @@ struct TaskView {
     int row, kv_head, first_token, tokens, first_key, partial;
 };
 
-INLINE TaskView view(const int32_t* t) { return {t[0], t[1], t[2], t[3], t[4], t[5]}; }
+INLINE TaskView view(const Attention& job, int number) {
+    const int32_t* t = job.tasks + static_cast<int64_t>(number) * kTaskFields;
+    return {t[0], t[1], t[2], t[3], t[4], t[5]};
+}
+
+// Keys of a task's row before its step's first token, and the end of those that the task sees.
+INLINE int keys_before(const Attention& job, const TaskView& task) {
+    return job.seqused_k[task.row] - (job.cu_q[task.row + 1] - job.cu_q[task.row]);
+}
+INLINE int end_of_keys(const Attention& job, const TaskView& task) {
+    const int end = keys_before(job, task) + task.first_token + task.tokens;
+    return task.partial >= 0 ? std::min(end, task.first_key + kSplitKeys) : end;
+}
 
 template <class T, class Cache>
 void attention_task(const Attention& job, int number) {
     using S = Stored<T, Cache>;
     using Weight = typename S::Weight;
     constexpr bool kNumbers = sizeof(Cache) == 1;
-    const TaskView task = view(job.tasks + static_cast<int64_t>(number) * kTaskFields);
+    const TaskView task = view(job, number);
     const int group = job.heads / job.kv_heads, dim = job.head_dim, rows = task.tokens * group;
     const int words = dim / S::kPerWord;
-    const int keys_before = job.seqused_k[task.row] - (job.cu_q[task.row + 1] - job.cu_q[task.row]);
-    int last_key = keys_before + task.first_token + task.tokens;
-    if (task.partial >= 0) last_key = std::min(last_key, task.first_key + kSplitKeys);
-    const int64_t* table = job.block_table + task.row * job.table_stride;
+    const int before = keys_before(job, task), last_key = end_of_keys(job, task);
     const int blocks = (rows + kMaxRows - 1) / kMaxRows;
     char* memory = static_cast<char*>(scratch(
         1, rows * (4 * (words + kKeyTile + dim + 4) + sizeof(Weight) * kKeyTile) + 64 * 10 + 2 * kMaxRows * dim));
@@ -244,12 +258,16 @@ void attention_task(const Attention& job, int number) {
         interleave(from, end - start, words, q + static_cast<int64_t>(start) * words);
     }
 
-    auto locate = [&](int key) { return Pieces(job, table, task.kv_head, S{}, key, last_key); };
-    Pieces pieces = locate(task.first_key);
+    const auto locate = [&](const TaskView& of, int key) {
+        return Pieces(job, job.block_table + of.row * job.table_stride, of.kv_head, S{}, key, end_of_keys(job, of));
+    };
+    Pieces pieces = locate(task, task.first_key);
     for (int key = task.first_key; key < last_key; key += kKeyTile) {
         const bool first = key == task.first_key;
         const int count = std::min(kKeyTile, last_key - key), width = (count + 15) / 16 * 16;
-        const Pieces next = locate(key + kKeyTile < last_key ? key + kKeyTile : key);
+        // What is fetched meanwhile: the next tile, or the first of the next task, which likely is this thread's too.
+        const TaskView following = key + kKeyTile < last_key ? task : view(job, std::min(number + 1, job.count - 1));
+        const Pieces next = locate(following, key + kKeyTile < last_key ? key + kKeyTile : following.first_key);
         for (int k = 0; k < width; k += 32) {
             const int i = k / 16, second = k + 16 < width ? i + 1 : i;
             const char* ahead[2] = {next.keys[i], next.keys[second]};
@@ -274,7 +292,7 @@ void attention_task(const Attention& job, int number) {
             for (int i = 0; i < width; ++i) value_scales[i] = i < count ? pieces.value_scales[i / 16][i % 16] : 0.0f;
         }
         for (int r = 0; r < rows; ++r) {
-            int visible = std::min(count, keys_before + task.first_token + r / group + 1 - key);
+            int visible = std::min(count, before + task.first_token + r / group + 1 - key);
             float* row = scores + static_cast<int64_t>(r) * kKeyTile;
             soften(row, visible, width, kNumbers ? job.scale * q_scales[r] : job.scale, running, r, dim, first);
             weight_scales[r] = pack_weights(row, value_scales, width, weights + static_cast<int64_t>(r) * kKeyTile);

@@ -93,7 +93,8 @@ struct Attention {
     int heads, kv_heads, head_dim, block_size;
     float scale;
     void* out;             // (tokens, heads, head_dim)
-    const int32_t* tasks;  // (tasks, 6): row, kv head, first token, tokens, first key, partial (or -1)
+    const int32_t* tasks;  // (count, 6): row, kv head, first token, tokens, first key, partial (or -1)
+    int count;
     float* partials;       // per partial and query row: head_dim sums, maximum, denominator
 };
 

@@ -344,10 +344,11 @@ void run_attention(AttentionPlan& plan, const Attention& layer) {
     job.cu_q = plan.job.cu_q;
     job.seqused_k = plan.job.seqused_k;
     job.tasks = plan.tasks.data();
+    job.count = static_cast<int>(plan.tasks.size()) / kTaskFields;
     job.partials = static_cast<float*>(
         scratch(5, static_cast<int64_t>(plan.partials) * kQueryRows * (job.head_dim + 2) * sizeof(float)));
     auto body = [&](int task) { k.attention(job, task); };
-    parallel(static_cast<int>(plan.tasks.size()) / kTaskFields, body);
+    parallel(job.count, body);
     auto merge = [&](int i) {
         const int32_t* m = &plan.merges[4 * i];
         k.merge(job, m[0], m[1], m[2], m[3]);
