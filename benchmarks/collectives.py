@@ -5,6 +5,10 @@
 The ranks are processes of their own, each with one thread. For every size they measure both in alternation, batch by
 batch: some calls that do not count, a barrier, and calls whose time is divided by their number. The figures are medians
 over the batches, of the slowest rank; the last line is JSON.
+
+With model=FOLDER the ranks also load it and compute decode steps of one sequence, every all-reduce of which is timed on
+each rank. The rank that comes last waits for nobody, so the shortest of a call's times is what communication takes; the
+rest is waiting for ranks that compute a moment longer.
 """
 
 from __future__ import annotations
@@ -33,12 +37,59 @@ class Options:
     dtype: str = "bfloat16"
     repeats: int = 11  # batches of each, in alternation
     batch_s: float = 0.05  # how long a batch should last
+    model: str | None = None  # a folder: of its decode steps, the share of all-reduces
+    steps: int = 64  # of the model
     pin: bool = False  # rank r to core r, where there are enough
     out: str | None = None  # a file for the JSON line
 
 
+def measure_steps(options: Options, world: Any) -> dict[str, list[float]]:
+    """Seconds of a model's decode steps, one figure a repeat, and of every all-reduce in them, in order."""
+    import dataclasses
+
+    import torch
+    from phalanx.engine.config import EngineConfig
+    from phalanx.engine.models.spec import read_config, spec_from_config
+    from phalanx.engine.worker import Worker
+    from phalanx.parallel.group import adopt_group
+
+    group = adopt_group(
+        world, device=torch.device("cpu"), local_size=options.ranks, shared_memory=True, timeout_s=TIMEOUT_S
+    )
+    calls: list[float] = []
+
+    def timed(name: str) -> None:
+        """Of the only owner of these collectives: the attribute of the object hides the class's."""
+        inner = getattr(group.collectives, name)
+
+        def call(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = inner(*arguments)
+            calls.append(time.perf_counter() - started)
+            return result
+
+        setattr(group.collectives, name, call)
+
+    folder = Path(str(options.model))
+    spec = spec_from_config(read_config(folder), folder.name)
+    config = EngineConfig(model=str(folder), ranks=options.ranks, threads=1, max_model_len=options.steps + 1)
+    worker = Worker(dataclasses.replace(config, max_num_seqs=1), spec, folder, group)
+    timed("all_reduce")
+    timed("add_reduced")
+    tokens = [100 + i % (spec.vocab_size - 100) for i in range(options.steps)]
+    worker.score(tokens[:2], chunk=1)
+    calls.clear()
+    steps = []
+    for _ in range(options.repeats):
+        started = time.perf_counter()
+        worker.score(tokens, chunk=1)
+        steps.append((time.perf_counter() - started) / options.steps)
+    group.close()
+    return {"step_s": steps, "calls_s": calls}
+
+
 def measure_rank(rank: int, options: Options, sizes: list[int], store: str) -> dict[str, dict[str, list[float]]]:
-    """Microseconds a call, by size, for each of the two: one figure a batch."""
+    """Microseconds a call, by size, for each of the two: one figure a batch. And measure_steps(), by `steps`."""
     import torch
     import torch.distributed as dist
     from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
@@ -75,6 +126,8 @@ def measure_rank(rank: int, options: Options, sizes: list[int], store: str) -> d
             for (name, collectives), count in zip(both.items(), calls, strict=True):
                 times[name].append(batch(collectives, count))
         results[str(size)] = times
+    if options.model is not None:
+        results["steps"] = measure_steps(options, world)
     shared.close()
     dist.destroy_process_group()
     return results
@@ -136,7 +189,28 @@ def measure(options: Options) -> dict[str, Any]:
         times = {f"{name}_us": round(value, 2) for name, value in medians.items()}
         rows.append({"bytes": size, **times, **best, "ratio": round(theirs / ours, 1)})
         print(f"{size:>9} {ours:>14.2f} {theirs:>12.2f} {theirs / ours:>7.1f}", flush=True)
-    return {"benchmark": "collectives", "all_reduce": rows}
+    steps = [figures["steps"] for figures in ranks if "steps" in figures]
+    return {"benchmark": "collectives", "all_reduce": rows} | share_of_steps(steps, options)
+
+
+def share_of_steps(ranks: list[dict[str, list[float]]], options: Options) -> dict[str, Any]:
+    """Milliseconds of a decode step, of communication and, at most on any rank, of that and of waiting."""
+    if not ranks:
+        return {}
+    count = options.steps * options.repeats
+    step_ms = 1e3 * max(statistics.mean(figures["step_s"]) for figures in ranks)
+    apart = 1e3 * sum(map(min, zip(*(figures["calls_s"] for figures in ranks), strict=True))) / count
+    together = 1e3 * max(sum(figures["calls_s"]) for figures in ranks) / count
+    print(
+        f"a decode step takes {step_ms:.2f} ms, of which {apart:.2f} ms are communication and up to "
+        f"{together - apart:.2f} ms waiting for another rank"
+    )
+    return {
+        "step_ms": round(step_ms, 3),
+        "communication_ms": round(apart, 3),
+        "communication_and_waiting_ms": round(together, 3),
+        "communication_share_of_step": round(apart / step_ms, 4),
+    }
 
 
 def check(options: Options) -> list[int]:
@@ -148,8 +222,9 @@ def check(options: Options) -> list[int]:
         raise ConfigError(f"no shared memory here: {reason}")
     if options.ranks < 2:
         raise ConfigError(f"ranks={options.ranks} must be at least 2")
-    if options.repeats < 1:
-        raise ConfigError(f"repeats={options.repeats} must be at least 1")
+    for name in ("repeats", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype={options.dtype!r} must be one of {', '.join(DTYPES)}")
     if options.peer != "gloo":

@@ -86,9 +86,9 @@ class Sampler:
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
         originals = self._edit(logits, rows)
-        if self._collectives.size == 1 and all(_takes_the_largest(row.sampling) for row in rows):
-            most, tokens = largest(logits)
-            return torch.where(most.isfinite(), tokens, INVALID_TOKEN).tolist(), [None] * len(rows)
+        if all(_takes_the_largest(row.sampling) for row in rows):
+            tokens = self._largest(logits)
+            return None if tokens is None else (tokens, [None] * len(rows))
         step = _Step(logits, rows, self._vocab_size)
         parts = self._collectives.gather(self._summary(step))
         if parts is not None:
@@ -121,6 +121,19 @@ class Sampler:
         counts = [count] * len(token_ids)
         temperature = logits.new_ones(len(token_ids), 1)
         return gather_logprobs(self._collectives, self._vocab, logits, chosen, counts, temperature=temperature)
+
+    def _largest(self, logits: torch.Tensor) -> list[int] | None:
+        """Each row's token of the largest logit, on rank 0, in few operations. One gather."""
+        most, places = largest(logits)
+        # A double holds a token id as it is.
+        parts = self._collectives.gather(torch.stack((most.double(), (places + self._vocab.start).double())))
+        if parts is None:
+            return None
+        values, tokens = np.stack([part.cpu().numpy() for part in parts], axis=1)
+        best = values.argmax(axis=0)  # the first of equals, so the lowest id; a NaN before all others
+        rows = np.arange(len(best))
+        found = np.where(np.isfinite(values[best, rows]), tokens[best, rows], INVALID_TOKEN)
+        return [int(token) for token in found]
 
     def _edit(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, torch.Tensor]:
         """Bias, penalties and masks. Returns the logits as they were of rows whose raw log-probabilities are wanted."""

@@ -173,7 +173,7 @@ class RowParallelLinear(Linear):
         """Add the sum of all ranks' parts (T, out_features), and the bias, to the float32 `total`; nothing for None."""
         if partial is None:
             return
-        total.add_(self.collectives.all_reduce(partial))
+        self.collectives.add_reduced(partial, total)
         if self.bias is not None:
             total.add_(self.bias)
 

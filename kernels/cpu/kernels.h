@@ -95,7 +95,7 @@ struct Attention {
     void* out;             // (tokens, heads, head_dim)
     const int32_t* tasks;  // (count, 6): row, kv head, first token, tokens, first key, partial (or -1)
     int count;
-    float* partials;       // per partial and query row: head_dim sums, maximum, denominator
+    float* partials;  // per partial and query row: head_dim sums, maximum, denominator
 };
 
 constexpr int kKeyTile = 128;     // keys whose scores are held at once

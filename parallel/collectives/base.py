@@ -22,6 +22,10 @@ class Collectives(ABC):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, the same bits on each. Returns a tensor, maybe `x` itself; `x` may be overwritten."""
 
+    def add_reduced(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add all_reduce(x) to the float32 `total`, of the same shape. `x` may be overwritten."""
+        total.add_(self.all_reduce(x))
+
     @abstractmethod
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
         """Every rank's `x`, in rank order, on rank `dst`; None on the others."""

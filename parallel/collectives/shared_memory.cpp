@@ -27,7 +27,8 @@ class Collectives : public Member {
         return data_offset(size) + data_bytes(size, slot_bytes);
     }
 
-    void all_reduce(uintptr_t address, size_t count, int dtype_code) {
+    // With a `total` of floats, adds the sums to it as well.
+    void all_reduce(uintptr_t address, size_t count, int dtype_code, uintptr_t total) {
         const auto dtype = static_cast<Dtype>(dtype_code);
         const size_t item = item_bytes(dtype);
         auto* x = reinterpret_cast<char*>(address);
@@ -39,6 +40,7 @@ class Collectives : public Member {
                 one_shot ? reduce_once(x, chunk, dtype) : reduce_slices(x + done * item, chunk, dtype);
                 done += chunk;
             }
+            if (total != 0) add_(dtype, reinterpret_cast<float*>(total), x, count);
         });
     }
 
@@ -148,6 +150,7 @@ class Collectives : public Member {
     const size_t slot_bytes_, one_shot_bytes_;
     std::vector<const void*> sources_;
     const Sum sum_ = fastest_sum();
+    const Add add_ = fastest_add();
     uint32_t round_ = 0;
     uint64_t signature_ = 0;
 };

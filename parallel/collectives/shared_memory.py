@@ -82,6 +82,15 @@ class SharedMemoryCollectives(Collectives):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, of float32, bfloat16, float16, float64, int32 or int64. In place where `x` is contiguous."""
+        return self._all_reduce(x, 0)
+
+    def add_reduced(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        if total.dtype != torch.float32 or not total.is_contiguous() or not x.is_floating_point():
+            super().add_reduced(x, total)
+        else:
+            self._all_reduce(x, total.data_ptr())
+
+    def _all_reduce(self, x: torch.Tensor, total: int) -> torch.Tensor:
         code = _DTYPES.get(x.dtype)
         if code is None:
             raise ValueError(
@@ -89,7 +98,7 @@ class SharedMemoryCollectives(Collectives):
             )
         x = _contiguous(x)
         try:
-            self._native.all_reduce(x.data_ptr(), x.numel(), code)
+            self._native.all_reduce(x.data_ptr(), x.numel(), code, total)
         except _failure() as error:
             raise CollectiveError(str(error)) from None
         return x

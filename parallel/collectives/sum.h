@@ -142,7 +142,35 @@ PHALANX_INLINE void sum_by_dtype(Dtype dtype, void* out, const void* const* sour
     }
 }
 
+template <class Type>
+PHALANX_INLINE void add_of(float* total, const void* x, size_t length) {
+    const auto* from = static_cast<const typename Type::Stored*>(x);
+    for (size_t i = 0; i < length; ++i) total[i] += static_cast<float>(Type::load(from[i]));
+}
+
+// Floats of some dtype, added to floats.
+PHALANX_INLINE void add_by_dtype(Dtype dtype, float* total, const void* x, size_t length) {
+    switch (dtype) {
+        case Dtype::float32:
+            return add_of<Plain<float>>(total, x, length);
+        case Dtype::bfloat16:
+            return add_of<BFloat16>(total, x, length);
+        case Dtype::float16:
+            return add_of<Float16>(total, x, length);
+        case Dtype::float64:
+            return add_of<Plain<double>>(total, x, length);
+        case Dtype::int32:
+        case Dtype::int64:
+            return;  // not floats: the caller has refused them
+    }
+}
+
 using Sum = void (*)(Dtype, void*, const void* const*, int, size_t);
+using Add = void (*)(Dtype, float*, const void*, size_t);
+
+inline void add_portable(Dtype dtype, float* total, const void* x, size_t length) {
+    add_by_dtype(dtype, total, x, length);
+}
 
 inline void sum_portable(Dtype dtype, void* out, const void* const* sources, int count, size_t length) {
     sum_by_dtype(dtype, out, sources, count, length);
@@ -160,6 +188,15 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) inline void sum_av
     sum_by_dtype(dtype, out, sources, count, length);
 }
 
+__attribute__((target("avx2"))) inline void add_avx2(Dtype dtype, float* total, const void* x, size_t length) {
+    add_by_dtype(dtype, total, x, length);
+}
+
+inline Add fastest_add() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") ? add_avx2 : add_portable;
+}
+
 inline Sum fastest_sum() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
@@ -168,6 +205,7 @@ inline Sum fastest_sum() {
 }
 #else
 inline Sum fastest_sum() { return sum_portable; }
+inline Add fastest_add() { return add_portable; }
 #endif
 
 }  // namespace phalanx

@@ -194,9 +194,9 @@ def test_equal_logits_on_different_ranks_go_to_the_lower_token_id() -> None:
     assert tokens == [0, 301]
 
 
-def test_a_greedy_batch_is_one_gather_of_one_number_a_row() -> None:
+def test_a_greedy_batch_is_one_gather_of_two_numbers_a_row() -> None:
     _, _, operations = _sample(_cut(1_000, 3), _logits(5, 1_000), [_row()] * 5)
-    assert operations == [("gather", 5)]
+    assert operations == [("gather", 10)]
 
 
 def test_plain_sampling_and_a_small_top_k_are_one_gather() -> None:
