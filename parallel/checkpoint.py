@@ -83,15 +83,24 @@ def is_rotary_buffer(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def take_out(slices: list[WeightSlice]) -> Iterator[WeightSlice]:
+    """The slices in order, each of which leaves the list: a destination that its owner gives up is then nobody's."""
+    slices.reverse()
+    while slices:
+        yield slices.pop()
+
+
 def load_weights(
     folder: Path,
-    slices: Sequence[WeightSlice],
+    slices: list[WeightSlice],
     *,
     ignore: Callable[[str], bool] = is_rotary_buffer,
     progress: Progress | None = None,
     filled: Callable[[WeightSlice], None] = lambda part: None,
 ) -> LoadReport:
     """Fill every slice's destination from the safetensors files of `folder`, and call `filled` after each.
+
+    The list is empty in the end: what has been filled is kept by its owner alone, which may put it elsewhere.
 
     Names, shapes, dtypes and file sizes are checked from the headers of all files before anything is read, so every
     rank finds the same faults. `ignore` names tensors that may be left over. Besides the destinations, memory stays
@@ -103,7 +112,7 @@ def load_weights(
     total = sum(part.destination.numel() * stored[part.name].itemsize for part in slices)
     done = 0
     reader = _Reader()
-    for part in slices:
+    for part in take_out(slices):
         tensor = stored[part.name]
         for chunk in _chunks(part, tensor.itemsize):
             done += reader.read(tensor, chunk)

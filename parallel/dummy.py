@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from ..kernels.noise import mix
-from .checkpoint import LoadReport, WeightSlice
+from .checkpoint import LoadReport, WeightSlice, take_out
 
 STANDARD_DEVIATION = 0.02
 
@@ -19,21 +19,21 @@ CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
 
 
 def fill_dummy(
-    slices: Sequence[WeightSlice],
+    slices: list[WeightSlice],
     seed: int,
     deviation: float = STANDARD_DEVIATION,
     filled: Callable[[WeightSlice], None] = lambda part: None,
 ) -> LoadReport:
     """Fill every slice with uniform random numbers of mean 0 (norm weights: 1) and standard deviation `deviation`.
 
-    `filled` is called after each.
+    `filled` is called after each. The list is empty in the end, as load_weights() leaves it.
 
     The hashes of an element's row and of its column, made odd, are multiplied modulo 2^64, and the product's high bits
     are the number (Dietzfelbinger et al., A Reliable Randomized Algorithm for the Closest-Pair Problem, 1997: such a
     family is universal): one multiplication an element, any part of a tensor alone, and no matrix of low rank.
     """
     started = time.monotonic()
-    for part in slices:
+    for part in take_out(slices):
         _fill(part, seed, deviation)
         filled(part)
     return LoadReport(bytes_read=0, shard_bytes=0, seconds=time.monotonic() - started, files=0)
