@@ -20,7 +20,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size + HUGE_PAGE)
+    # Private: memory that is shared, mmap's default, has huge pages only where a system's settings go out of their way.
+    pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A kernel built without them refuses: ordinary pages hold the same.
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
