@@ -291,8 +291,8 @@ def misuse(rank: int, size: int) -> list[str]:
     if rank == 0:
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         attempt(fourth.barrier)
-    else:
-        time.sleep(1)
+    dist.barrier()  # until rank 0 has been interrupted, however long its timer takes
+    if rank == 1:
         fourth.barrier()  # rank 0 was here
         attempt(fourth.barrier)
     dist.barrier()
