@@ -388,5 +388,7 @@ def test_what_is_not_finite_stays_so_in_its_own_row(instructions: str, kind: str
 
 
 def test_without_columns_nothing_is_largest() -> None:
-    for found in (largest(torch.empty(2, 0)), noisy_largest(torch.empty(2, 0), *(torch.ones(2, 1),) * 3)):
+    numbers = torch.ones(2, 1, dtype=torch.int64)
+    noisy = noisy_largest(torch.empty(2, 0), torch.ones(2, 1), numbers, numbers)
+    for found in (largest(torch.empty(2, 0)), noisy):
         assert found[0].tolist() == [-torch.inf] * 2
