@@ -289,6 +289,8 @@ def misuse(rank: int, size: int) -> list[str]:
     fourth = _connect()
     dist.barrier()
     if rank == 0:
+        # A shell's background jobs, and their children, ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         attempt(fourth.barrier)
     dist.barrier()  # until rank 0 has been interrupted, however long its timer takes
