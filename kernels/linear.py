@@ -42,7 +42,6 @@ class PackedWeight:
     COMPRESSED_BYTES = 1.5 + 16 / 2048
     """Of a number that is kept compressed: a table of 16 bytes serves 2,048 of them."""
     _COMPRESSED = len(KINDS)
-    _GROUP_BYTES = 4096  # of a group that is not compressed, of 128 columns and 16 rows
 
     def __init__(self, weight: torch.Tensor, rows: int, quantization: str = "none") -> None:
         """Of `weight` (padded rows, columns), the first `rows` count; see row_multiple.
@@ -84,7 +83,7 @@ class PackedWeight:
             return
         firsts = torch.empty(padded // cpu.PANEL, dtype=torch.int64)
         source = packed.data_ptr(), padded, columns
-        apart = cpu.native.compress_weight(*source, 0, 0, firsts.data_ptr()) * self._GROUP_BYTES
+        apart = cpu.native.compress_weight(*source, 0, 0, firsts.data_ptr()) * cpu.native.GROUP_BYTES
         size = cpu.native.compressed_bytes(padded, columns)
         if size + apart > LARGEST_COMPRESSED * packed.nbytes:
             return

@@ -51,34 +51,6 @@ INLINE float pack_weights(float* weights, const float* value_scales, int width, 
     return to_shorts(weights, width, to);
 }
 
-// Scores (R rows, 32 columns) of queries that are numbers of 16 bits, packed, and two pieces of keys of 8 bits, times
-// these keys' scales. Meanwhile it fetches the pieces `ahead`.
-template <int R>
-INLINE void score_numbers(const uint32_t* q, const char* k0, const char* k1, int words, const float* s0,
-                          const float* s1, float* scores, const char* const* ahead) {
-    vi c0[R], c1[R];
-    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
-    for (int64_t k = 0; k < words; ++k) {
-        const vu w0 = Shorts::load_weight(k0 + k * Shorts::kWeightBytes);
-        const vu w1 = Shorts::load_weight(k1 + k * Shorts::kWeightBytes);
-        if (k % 2 == 0) {
-            __builtin_prefetch(ahead[0] + k * Shorts::kWeightBytes, 0, 2);
-            __builtin_prefetch(ahead[1] + k * Shorts::kWeightBytes, 0, 2);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const vu x = splat(q[k * R + r]);
-            c0[r] = Shorts::multiply_add(c0[r], x, w0);
-            c1[r] = Shorts::multiply_add(c1[r], x, w1);
-        }
-    }
-    const vf scale0 = load(s0), scale1 = load(s1);
-    for (int r = 0; r < R; ++r) {
-        store(scores + r * kKeyTile, to_floats(c0[r]) * scale0);
-        store(scores + r * kKeyTile + 16, to_floats(c1[r]) * scale1);
-    }
-}
-
 // As add_values, of values that are numbers, and weights of 16 bits with a scale for each row.
 template <int R>
 INLINE void add_numbers(const uint32_t* weights, const float* scales, const char* const* pieces,
@@ -277,8 +249,9 @@ void attention_task(const Attention& job, int number) {
                 float* to = scores + static_cast<int64_t>(start) * kKeyTile + k;
                 if constexpr (kNumbers) {
                     with_rows(end - start, [&](auto R) {
-                        score_numbers<R>(x, pieces.keys[i], pieces.keys[second], words, pieces.key_scales[i],
-                                         pieces.key_scales[second], to, ahead);
+                        multiply_group<Shorts, R>(x, pieces.keys[i], pieces.keys[second], words, pieces.key_scales[i],
+                                                  pieces.key_scales[second], to, kKeyTile, false,
+                                                  b == 0 ? ahead[0] : nullptr, ahead[1]);
                     });
                 } else {
                     kMultiply<T>[end - start - 1](x, reinterpret_cast<const uint32_t*>(pieces.keys[i]),

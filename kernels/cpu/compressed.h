@@ -7,14 +7,6 @@
 // where. (That the exponents say so little is DFloat11's observation, arXiv:2504.11651; codes of one length are what a
 // vector can look up.)
 
-INLINE bool stands_apart(const uint8_t* table) { return table[0] > table[1]; }
-
-INLINE const uint32_t* words_apart(const uint8_t* table, const uint32_t* apart) {
-    uint32_t number;
-    std::memcpy(&number, table + 4, sizeof(number));
-    return apart + static_cast<int64_t>(number) * kGroupWords * kPanel;
-}
-
 // The vectors of words 2 J and 2 J + 1 of the four that 192 bytes stand for.
 struct Expander {
 #if PHALANX_ISA_AVX512

@@ -42,6 +42,10 @@ constexpr float kRounder = 12582912.0f;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1 };
 
+inline int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum class Output : int {
     kStore = 0,       // out (M, N) in the element type
     kStoreFloat = 1,  // out (M, N) in float
@@ -155,6 +159,14 @@ inline int64_t tables_bytes(int64_t words) {
     return ((words + kGroupWords - 1) / kGroupWords * kTableBytes + 63) / 64 * 64;
 }
 inline int64_t compressed_bytes(int64_t words) { return tables_bytes(words) + words / 4 * kQuadBytes; }
+
+// Whether a group is kept uncompressed, which its table says by being in no order; and where among those it stands.
+inline bool stands_apart(const uint8_t* table) { return table[0] > table[1]; }
+inline const uint32_t* words_apart(const uint8_t* table, const uint32_t* apart) {
+    uint32_t number;
+    std::memcpy(&number, table + 4, sizeof(number));
+    return apart + static_cast<int64_t>(number) * kGroupWords * kPanel;
+}
 
 // Words of x that a word of the weight stands for.
 inline int words_per_stored(WeightKind kind) { return kind == WeightKind::kInt4 ? 4 : 1; }

@@ -7,6 +7,7 @@
 
 #include "operations.h"
 #include "pool.h"
+#include "weights.h"
 
 namespace py = pybind11;
 using namespace phalanx;
@@ -150,6 +151,7 @@ PYBIND11_MODULE(_native, m) {
               py::gil_scoped_release release;
               look_up(static_cast<DType>(dtype), at(weight), n, k, at<const int64_t*>(rows), count, at<void*>(out));
           });
+    m.attr("GROUP_BYTES") = kGroupWords * kPanel * 4;  // of one that stands apart
     m.def("compressed_bytes", [](int64_t n, int64_t k) { return n / kPanel * compressed_bytes(k / 2); });
     m.def("compress_weight",
           [](uintptr_t weight, int64_t n, int64_t k, uintptr_t to, uintptr_t apart, uintptr_t firsts) {

@@ -39,14 +39,6 @@ const Kernels* best_kernels() {
 
 const Kernels* current = nullptr;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-PackedRows packed_rows(int64_t bytes, int m) {
-    return {static_cast<uint32_t*>(scratch(3, bytes)), static_cast<float*>(scratch(7, m * sizeof(float)))};
-}
-
 void run_chunk(Linear& job, int rows_each) {
     const Kernels& k = kernels();
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
@@ -63,9 +55,8 @@ void run_chunk(Linear& job, int rows_each) {
 
     const int tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
     const int64_t bytes = static_cast<int64_t>(job.m) * job.words * 4;
-    auto pack = [&](int block, PackedRows x) {
-        k.pack_x(job, block, const_cast<uint32_t*>(x.words), const_cast<float*>(x.scales));
-    };
+    const auto room = [&] { return static_cast<uint32_t*>(scratch(3, bytes)); };
+    const auto room_for_scales = [&] { return static_cast<float*>(scratch(7, job.m * sizeof(float))); };
     if (job.m == 1 && job.kind != WeightKind::kInt8 && job.kind != WeightKind::kW8A8) {
         const PackedRows x{static_cast<const uint32_t*>(job.x), nullptr};
         parallel(tasks, [&](int task) { k.linear(job, x, task); });
@@ -74,17 +65,19 @@ void run_chunk(Linear& job, int rows_each) {
         const uint64_t number = ++jobs;
         parallel(tasks, [&](int task) {
             static thread_local uint64_t packed = 0;
-            const PackedRows x = packed_rows(bytes, job.m);
+            uint32_t* words = room();
+            float* scales = room_for_scales();
             if (packed != number) {
-                for (int block = 0; block < job.row_blocks; ++block) pack(block, x);
+                for (int block = 0; block < job.row_blocks; ++block) k.pack_x(job, block, words, scales);
                 packed = number;
             }
-            k.linear(job, x, task);
+            k.linear(job, {words, scales}, task);
         });
     } else {
-        const PackedRows x = packed_rows(bytes, job.m);
-        parallel(job.row_blocks, [&](int block) { pack(block, x); });
-        parallel(tasks, [&](int task) { k.linear(job, x, task); });
+        uint32_t* words = room();
+        float* scales = room_for_scales();
+        parallel(job.row_blocks, [&](int block) { k.pack_x(job, block, words, scales); });
+        parallel(tasks, [&](int task) { k.linear(job, {words, scales}, task); });
     }
 }
 
@@ -138,168 +131,6 @@ void multiply(Linear weight, const void* x, int64_t ldx, int m, const void* bias
     weight.out = out;
     weight.ldo = ldo;
     run_linear(weight);
-}
-
-void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
-    int64_t words = k * element_bytes(dtype) / 4;
-    auto* panels = static_cast<uint32_t*>(weight);
-    auto body = [&](int panel) {
-        auto* rows = static_cast<uint32_t*>(scratch(4, words * kPanel * 4));
-        uint32_t* to = panels + panel * words * kPanel;
-        std::memcpy(rows, to, words * kPanel * 4);
-        for (int64_t first = 0; first < words; first += 16) {
-            int64_t last = std::min(words, first + 16);
-            for (int row = 0; row < kPanel; ++row)
-                for (int64_t w = first; w < last; ++w) to[w * kPanel + row] = rows[row * words + w];
-        }
-    };
-    parallel(static_cast<int>(n / kPanel), body);
-}
-
-int64_t compress_weight(const void* weight, int64_t n, int64_t k, void* to, void* apart, int64_t* firsts) {
-    const int64_t panels = n / kPanel, words = k / 2;
-    const auto* from = static_cast<const uint32_t*>(weight);
-    auto body = [&](int panel) {
-        uint8_t* there = to ? static_cast<uint8_t*>(to) + panel * compressed_bytes(words) : nullptr;
-        const int64_t found = kernels().compress(from + panel * words * kPanel, words, there,
-                                                 static_cast<uint32_t*>(apart), to ? firsts[panel] : 0);
-        if (!to) firsts[panel] = found;
-    };
-    parallel(static_cast<int>(panels), body);
-    int64_t all = 0;
-    if (!to) {
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t found = firsts[panel];
-            firsts[panel] = all;
-            all += found;
-        }
-    }
-    return all;
-}
-
-void look_up_compressed(const void* weight, const void* apart, int64_t n, int64_t k, const int64_t* rows, int64_t count,
-                        void* out) {
-    const int64_t words = k / 2;
-    auto* to = static_cast<uint32_t*>(out);
-    auto body = [&](int i) {
-        const int64_t row = rows[i], lane = row % kPanel;
-        uint32_t* target = to + i * words;
-        if (row < 0 || row >= n) {
-            std::memset(target, 0, words * 4);
-            return;
-        }
-        const auto* panel = static_cast<const uint8_t*>(weight) + row / kPanel * compressed_bytes(words);
-        const auto* groups = static_cast<const uint32_t*>(apart);
-        for (int64_t w = 0; w < words; ++w) {
-            const uint8_t* table = panel + w / kGroupWords * kTableBytes;
-            if (table[0] > table[1]) {  // as stands_apart()
-                uint32_t number;
-                std::memcpy(&number, table + 4, sizeof(number));
-                target[w] = groups[(static_cast<int64_t>(number) * kGroupWords + w % kGroupWords) * kPanel + lane];
-                continue;
-            }
-            const uint8_t* quad = panel + tables_bytes(words) + w / 4 * kQuadBytes;
-            const int64_t second = w % 4 / 2, place = lane / 4 * 16 + w % 2 * 8 + lane % 4 * 2;
-            uint32_t word = 0;
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t upper = table[quad[place + half] >> (4 * second) & 15];
-                word |= (quad[64 * (1 + second) + place + half] | upper << 8) << (16 * half);
-            }
-            target[w] = word;
-        }
-    };
-    parallel(static_cast<int>(count), body);
-}
-
-namespace {
-
-float round_between(float least, float value, float most) {
-    return std::min(most, std::max(least, value + kRounder - kRounder));
-}
-
-}  // namespace
-
-void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64_t group, void* numbers, float* scales,
-                   float* sums) {
-    const auto* rows = static_cast<const bf16*>(weight);
-    auto* to = static_cast<int8_t*>(numbers);
-    const int64_t groups = ceil_div(k, group);
-    auto body = [&](int row) {
-        const bf16* from = rows + row * k;
-        float sum = 0;
-        for (int64_t g = 0; g < groups; ++g) {
-            const int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(from + first, last - first, 127, 1);
-            const float inverse = 1.0f / scale;
-            scales[scale_place(row, groups, g)] = scale;
-            for (int64_t i = first; i < last; ++i) {
-                float number = round_between(-127, to_float(from[i]) * inverse, 127);
-                sum += number * scale;
-                to[number_place(row, k, i, together)] = static_cast<int8_t>(number);
-            }
-        }
-        sums[row] = sum;
-    };
-    parallel(static_cast<int>(n), body);
-}
-
-void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales) {
-    const auto* rows = static_cast<const bf16*>(weight);
-    auto* to = static_cast<uint32_t*>(numbers);
-    int64_t groups = ceil_div(k, group);
-    auto body = [&](int row) {
-        const bf16* from = rows + row * k;
-        uint32_t* panel = to + row / kPanel * k / 8 * kPanel;
-        for (int64_t g = 0; g < groups; ++g) {
-            int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(from + first, last - first, 7, 16);
-            const float inverse = 1.0f / scale;
-            scales[scale_place(row, groups, g)] = scale;
-            for (int64_t i = first; i < last; i += 8) {
-                uint32_t word = 0;
-                for (int64_t j = 0; j < 8; ++j) {
-                    float number = round_between(-8, to_float(from[i + j]) * inverse, 7);
-                    word |= static_cast<uint32_t>(static_cast<int>(number) + 8) << (4 * (j / 2) + 16 * (j % 2));
-                }
-                panel[i / 8 * kPanel + row % kPanel] = word;
-            }
-        }
-    };
-    parallel(static_cast<int>(n), body);
-}
-
-void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
-                  const int64_t* rows, int64_t count, void* out) {
-    const auto* from = static_cast<const int8_t*>(numbers);
-    auto* to = static_cast<bf16*>(out);
-    const int64_t groups = ceil_div(k, group);
-    auto body = [&](int i) {
-        const int64_t row = rows[i];
-        const bool there = row >= 0 && row < n;
-        for (int64_t j = 0; j < k; ++j) {
-            const float value =
-                there ? from[number_place(row, k, j, together)] * scales[scale_place(row, groups, j / group)] : 0.0f;
-            to[i * k + j] = to_bf16(value);
-        }
-    };
-    parallel(static_cast<int>(count), body);
-}
-
-void look_up(DType dtype, const void* weight, int64_t n, int64_t k, const int64_t* rows, int64_t count, void* out) {
-    int64_t words = k * element_bytes(dtype) / 4;
-    const auto* panels = static_cast<const uint32_t*>(weight);
-    auto* to = static_cast<uint32_t*>(out);
-    auto body = [&](int i) {
-        int64_t row = rows[i];
-        uint32_t* target = to + i * words;
-        if (row < 0 || row >= n) {
-            std::memset(target, 0, words * 4);
-            return;
-        }
-        const uint32_t* from = panels + row / kPanel * words * kPanel + row % kPanel;
-        for (int64_t w = 0; w < words; ++w) target[w] = from[w * kPanel];
-    };
-    parallel(static_cast<int>(count), body);
 }
 
 namespace {

@@ -215,33 +215,43 @@ struct Bytes {
     }
 };
 
-// As multiply_rows, of numbers: the sums of each group become floats by its scales.
+// As multiply_rows, of one group of numbers: its sums become floats by the columns' scales. Meanwhile what stands at
+// next0 and next1 is fetched, as much as is multiplied; null fetches nothing.
+template <class N, int R>
+INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, int64_t words, const float* s0,
+                           const float* s1, float* c, int64_t ldc, bool add, const char* next0, const char* next1) {
+    vi c0[R], c1[R];
+    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
+    for (int64_t k = 0; k < words; ++k) {
+        const int64_t at = k * N::kWeightBytes;
+        const vu w0 = N::load_weight(b0 + at), w1 = N::load_weight(b1 + at);
+        if (next0 && at % 64 == 0) {
+            __builtin_prefetch(next0 + at, 0, 2);
+            __builtin_prefetch(next1 + at, 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const vu x = splat(a[k * R + r]);
+            c0[r] = N::multiply_add(c0[r], x, w0);
+            c1[r] = N::multiply_add(c1[r], x, w1);
+        }
+    }
+    const vf scale0 = load(s0), scale1 = load(s1);
+    for (int r = 0; r < R; ++r) {
+        float* to = c + r * ldc;
+        store(to, fused(to_floats(c0[r]), scale0, add ? load(to) : vf{}));
+        store(to + 16, fused(to_floats(c1[r]), scale1, add ? load(to + 16) : vf{}));
+    }
+}
+
+// All groups of two panels. `ahead` bytes further on stands what is needed next; 0 fetches nothing.
 template <class N, int R>
 __attribute__((noinline)) void multiply_numbers(const Linear& job, const uint32_t* a, const char* b0, const char* b1,
                                                 const float* s0, const float* s1, int64_t ahead, float* c) {
     for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
-        const int64_t last = std::min<int64_t>(job.words, first + job.word_block);
-        vi c0[R], c1[R];
-        for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
-        for (int64_t k = first; k < last; ++k) {
-            const char *w0_at = b0 + k * N::kWeightBytes, *w1_at = b1 + k * N::kWeightBytes;
-            const vu w0 = N::load_weight(w0_at), w1 = N::load_weight(w1_at);
-            if (ahead && k * N::kWeightBytes % 64 == 0) {
-                __builtin_prefetch(w0_at + ahead, 0, 2);
-                __builtin_prefetch(w1_at + ahead, 0, 2);
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const vu x = splat(a[k * R + r]);
-                c0[r] = N::multiply_add(c0[r], x, w0);
-                c1[r] = N::multiply_add(c1[r], x, w1);
-            }
-        }
-        const vf scale0 = load(s0), scale1 = load(s1);
-        for (int r = 0; r < R; ++r) {
-            float* to = c + r * 32;
-            store(to, fused(to_floats(c0[r]), scale0, first ? load(to) : vf{}));
-            store(to + 16, fused(to_floats(c1[r]), scale1, first ? load(to + 16) : vf{}));
-        }
+        const int64_t words = std::min<int64_t>(job.word_block, job.words - first);
+        const char *w0 = b0 + first * N::kWeightBytes, *w1 = b1 + first * N::kWeightBytes;
+        multiply_group<N, R>(a + first * R, w0, w1, words, s0, s1, c, 32, first > 0, ahead ? w0 + ahead : nullptr,
+                             ahead ? w1 + ahead : nullptr);
     }
 }
