@@ -3,6 +3,7 @@
 The C++ extensions are optional and know nothing of torch: where they cannot be built, torch's operations serve instead.
 """
 
+import os
 import sys
 from glob import glob
 
@@ -31,6 +32,8 @@ def extensions() -> list[Extension]:
         print("pybind11 is missing: phalanx is built without its C++ extensions", file=sys.stderr)
         return []
 
+    sanitizers = ["-fsanitize=address,undefined"] if os.environ.get("PHALANX_SANITIZE") else []
+
     def extension(name: str, folder: str) -> Extension:
         return Extension(
             name,
@@ -38,7 +41,6 @@ def extensions() -> list[Extension]:
             depends=sorted(glob(f"{folder}/*.h")),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=[
-                "-O3",
                 "-std=c++17",
                 "-fvisibility=hidden",
                 "-ffp-contract=fast",
@@ -46,9 +48,9 @@ def extensions() -> list[Extension]:
                 "-Wno-psabi",
                 "-Wno-uninitialized",
                 "-pthread",
-                "-g0",
+                *(["-O1", "-g", *sanitizers] if sanitizers else ["-O3", "-g0"]),
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *sanitizers],
             language="c++",
             optional=True,
         )
