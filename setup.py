@@ -17,6 +17,7 @@ PACKAGES = [
     "phalanx.parallel.collectives",
     "phalanx.kernels",
     "phalanx.kernels.cpu",
+    "phalanx.kernels.cuda",
     "phalanx.launch",
     "phalanx.configs",
 ]
@@ -93,6 +94,8 @@ setup(
             "pre-commit>=4",
             "psutil>=5",
             "clang-format==23.1.5",
+            # Runs the kernels for GPUs in its interpreter, and compiles them without one.
+            "triton>=3.6; platform_system == 'Linux'",
         ],
     },
 )

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .plan import SlotStart, StepPlan
 from .request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a step in flight: a sequence in the life that it had when the step was planned."""
+
+    sequence: Sequence
+    life: int
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has held its slot ever since: what the row brings is wanted."""
+        return self.sequence.lives == self.life
 
 
 class StepDraft:
@@ -28,9 +43,17 @@ class StepDraft:
         self.block_indices += range(first, first + len(new))
         self.block_ids += new
 
+    def tell(self, sequence: Sequence) -> None:
+        """Tell the ranks the tokens sampled since they were last told."""
+        new = sequence.tokens[sequence.told :]
+        if new:
+            self.token_slots += [sequence.slot] * len(new)
+            self.token_ids += new
+            sequence.told = len(sequence.tokens)
+
     def give_tokens(self, sequence: Sequence) -> None:
         """All it wants, but at most half of the budget that is left: no short prompt waits for a long one."""
-        wanted = len(sequence.tokens) - sequence.computed
+        wanted = sequence.wanted
         count = min(wanted, (self.budget + 1) // 2)
         if count:
             self.budget -= count
@@ -43,7 +66,7 @@ class StepDraft:
     def give_rest(self) -> None:
         """What nobody else could use goes to the first chunk that can."""
         for i, sequence in enumerate(self.chunks):
-            more = min(self.budget, len(sequence.tokens) - sequence.computed - self.chunk_counts[i])
+            more = min(self.budget, sequence.wanted - self.chunk_counts[i])
             self.chunk_counts[i] += more
             self.budget -= more
 
@@ -53,7 +76,7 @@ class StepDraft:
         num_decodes = len(self.decodes)
         sample_rows = list(range(num_decodes))
         for row, (sequence, count) in enumerate(zip(self.chunks, self.chunk_counts, strict=True), num_decodes):
-            if sequence.computed + count == len(sequence.tokens):
+            if count == sequence.wanted:
                 sample_rows.append(row)
         return StepPlan(
             step=step,
@@ -64,8 +87,19 @@ class StepDraft:
             block_indices=self.block_indices,
             block_ids=self.block_ids,
             slots=[sequence.slot for sequence in rows],
-            positions=[sequence.computed for sequence in rows],
+            positions=[sequence.planned for sequence in rows],
             counts=[1] * num_decodes + self.chunk_counts,
             num_decodes=num_decodes,
             sample_rows=sample_rows,
         )
+
+    def take_rows(self) -> list[Row]:
+        """The step is on its way: its tokens are planned, and a token is expected of each row that has no more."""
+        rows = []
+        counts = [1] * len(self.decodes) + self.chunk_counts
+        for sequence, count in zip(self.decodes + self.chunks, counts, strict=True):
+            sequence.planned += count
+            if sequence.planned == len(sequence.tokens) + sequence.expected:
+                sequence.expected += 1
+            rows.append(Row(sequence, sequence.lives))
+        return rows

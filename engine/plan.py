@@ -27,6 +27,11 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: int = -1
     processed_logprobs: bool = False
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the tokens so far change the next one's logits, beyond how many there are."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a slot (first admission, or again after a preemption): all the ranks need to know of it."""
@@ -40,13 +45,16 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One step. Row i of the batch is `counts[i]` tokens of slot `slots[i]` from position `positions[i]`.
 
-    Rows of one token whose position is the slot's last known token (decodes) come first: `num_decodes` of them.
+    Rows of one token whose position is the slot's last token (decodes) come first: `num_decodes` of them. That token may
+    be one past those that the rank was told: then the slot's last step has sampled it on the device.
     Blocks and tokens are applied before the rows are computed, in this order: starts, tokens, blocks.
     """
 
     step: int
     starts: list[SlotStart]
-    token_slots: list[int]  # tokens sampled since the last plan: slot and token id, appended to the slot's tokens
+    token_slots: list[
+        int
+    ]  # tokens committed since the slot's last row: slot and token id, appended to the slot's tokens
     token_ids: list[int]
     block_slots: list[int]  # block table entries that changed: block_table[slot][index] = block
     block_indices: list[int]

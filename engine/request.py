@@ -59,6 +59,7 @@ class Request:
                 length_limit=min(length + self.max_tokens, max_model_len),
                 end_token_ids=self.eos_token_ids | self.stop_token_ids,
                 sampling=sampling if index == 0 else msgspec.structs.replace(sampling, prompt_logprobs=-1),
+                needs_history=sampling.needs_history,
                 chain=chain.copy() if chain is not None else None,
             )
             for index, sampling in enumerate(self.samplings)
@@ -97,14 +98,22 @@ class Sequence:
     """len(tokens) at which it ends."""
     end_token_ids: frozenset[int]
     sampling: SlotSampling
+    needs_history: bool
+    """Whether choosing its next token takes the numbers of all tokens before."""
     chain: PrefixChain | None
     """None: shares no block with anybody. Else it covers the full blocks of the prompt and of the computed tokens."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     computed: int = 0
     """Tokens whose KV is in the cache."""
-    started_with: int = 0
-    """Tokens the ranks got when it took its slot."""
+    planned: int = 0
+    """Tokens whose KV is in the cache once the steps in flight are done."""
+    expected: int = 0
+    """Tokens that the steps in flight sample: known by their places alone."""
+    told: int = 0
+    """Tokens whose numbers the ranks know."""
+    lives: int = 0
+    """How often it gave its slot up."""
     blocks: list[int] = field(default_factory=list)
     capacity: int = 0
     """Tokens that fit in `blocks`."""
@@ -120,6 +129,17 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     finished_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.request.id}/{self.index}"
+
+    @property
+    def wanted(self) -> int:
+        """Tokens to compute next; none if the one that is expected will be its last."""
+        known = len(self.tokens) + self.expected
+        return 0 if self.expected and known >= self.length_limit else known - self.planned
 
     @property
     def cacheable(self) -> int:

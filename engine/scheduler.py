@@ -4,6 +4,9 @@ each step hands out a budget of tokens until computed catches up with known.
     plan = scheduler.schedule()          # None: nothing to compute
     updates = scheduler.commit(plan, result)
 
+The next step may be scheduled before the last one is committed. A token that is being sampled is then expected: its
+place is known, the ranks have it, and the row that computes it does without its number.
+
 Torch-free and single-threaded: one thread calls everything here.
 """
 
@@ -11,11 +14,13 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
 
 from .blocks import BlockPool, IntegrityError, PrefixChain
-from .draft import StepDraft
+from .books import check_books
+from .draft import Row, StepDraft
 from .errors import CapacityExceeded, ConfigError, InvalidRequest
 from .plan import StepPlan, StepResult, TokenLogprobs
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate
@@ -69,7 +74,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Sequence] = {}  # blocks that running sequences will publish: digest -> by whom
-        self._in_flight: list[Sequence] | None = None  # the rows of the plan not yet committed
+        self._in_flight: deque[tuple[int, list[Row]]] = deque()  # steps not yet committed, and their rows
         self._arrivals = 0
         self.steps = 0
         self.preemptions = 0
@@ -85,8 +90,13 @@ class Scheduler:
         return list(self._requests)
 
     def request_of_row(self, row: int) -> str:
-        """The id of the request that row `row` of the step in flight belongs to."""
-        return (self._in_flight or [])[row].request.id
+        """The id of the request that row `row` of the oldest step in flight belongs to."""
+        return self._in_flight[0][1][row].sequence.request.id
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step may be scheduled while one is in flight: no sampling needs the tokens that are expected."""
+        return len(self._in_flight) <= 1 and not any(sequence.needs_history for sequence in self._running)
 
     @property
     def running(self) -> int:
@@ -192,13 +202,16 @@ class Scheduler:
                 if self._computing.get(digest) is sequence:
                     del self._computing[digest]
         sequence.blocks, sequence.capacity, sequence.slot = [], 0, -1
+        sequence.lives += 1
 
     # -- one step
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute. It must be committed before the next is asked for."""
-        if self._in_flight is not None:
-            raise IntegrityError(f"step {self.steps} was scheduled but not committed")
+        """The next step, or None if there is nothing to compute yet. Raises IntegrityError with two steps in flight, and
+        with one unless can_run_ahead.
+        """
+        if self._in_flight and not self.can_run_ahead:
+            raise IntegrityError(f"step {self._in_flight[0][0]} must be committed before another is scheduled")
         draft = StepDraft(self.max_num_batched_tokens)
         self._schedule_running(draft)
         if self._waiting:
@@ -207,21 +220,22 @@ class Scheduler:
             return None
         draft.give_rest()
         self.steps += 1
-        self._in_flight = draft.decodes + draft.chunks
-        return draft.plan(self.steps)
+        plan = draft.plan(self.steps)
+        self._in_flight.append((self.steps, draft.take_rows()))
+        return plan
 
     def _schedule_running(self, draft: StepDraft) -> None:
         prompts = []
         for sequence in self._running:  # preemptions shorten the list from its end, never by one that was seen here
-            known, computed = len(sequence.tokens), sequence.computed
-            if known - computed > 1:
+            wanted = sequence.wanted
+            if wanted > 1:
                 prompts.append(sequence)
                 continue
-            if computed == sequence.capacity and not self._grow(sequence, draft):
+            if not wanted:  # the token that is expected will be its last
+                continue
+            if sequence.planned == sequence.capacity and not self._grow(sequence, draft):
                 break
-            if known > sequence.started_with:  # then its last token was sampled in the last step
-                draft.token_slots.append(sequence.slot)
-                draft.token_ids.append(sequence.tokens[-1])
+            draft.tell(sequence)
             draft.decodes.append(sequence)
         draft.budget -= len(draft.decodes)
         for sequence in prompts:
@@ -242,7 +256,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._vacate(sequence)
         sequence.status = SequenceStatus.WAITING
-        sequence.computed = 0
+        sequence.computed = sequence.planned = sequence.expected = 0
         sequence.preemptions += 1
         self.preemptions += 1
         insort(self._waiting, sequence, key=_order)
@@ -301,8 +315,8 @@ class Scheduler:
         sequence.blocks = cached + self._pool.allocate(-(-known // self.block_size) - len(cached))
         sequence.capacity = len(sequence.blocks) * self.block_size
         sequence.slot = self._free_slots.pop()
-        sequence.computed = len(cached) * self.block_size
-        sequence.started_with = known
+        sequence.computed = sequence.planned = len(cached) * self.block_size
+        sequence.told = known
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=_order)
         self._queued.discard(sequence.request.id)
@@ -319,27 +333,26 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Take in what the plan brought, one update for each new token; sequences that ended meanwhile get none."""
-        rows = self._in_flight
-        if rows is None or plan.step != self.steps:
-            raise IntegrityError(f"step {plan.step} was committed, but it is not the one in flight")
-        self._in_flight = None
+        if not self._in_flight or plan.step != self._in_flight[0][0]:
+            raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
+        rows = self._in_flight.popleft()[1]
         now = self._clock()
-        running = SequenceStatus.RUNNING
-        for row, entries in result.prompt_logprobs.items():
-            if rows[row].status is running:
-                rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
+        for index, entries in result.prompt_logprobs.items():
+            if rows[index].lives:
+                rows[index].sequence.request.add_prompt_logprobs(plan.positions[index], entries)
         size = self.block_size
-        for sequence, count in zip(rows, plan.counts, strict=True):
-            if sequence.status is running:
+        for row, count in zip(rows, plan.counts, strict=True):
+            if row.lives:
+                sequence = row.sequence
                 full = sequence.computed // size
                 sequence.computed += count
                 if sequence.chain is not None and sequence.computed // size > full:
                     self._publish(sequence, sequence.chain, full)
         updates = []
-        for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
-            sequence = rows[row]
-            if sequence.status is running:
-                updates.append(self._append(sequence, token, logprobs, now))
+        for index, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
+            row = rows[index]
+            if row.lives:
+                updates.append(self._append(row.sequence, token, logprobs, now))
         return updates
 
     def _publish(self, sequence: Sequence, chain: PrefixChain, first: int) -> None:
@@ -358,6 +371,7 @@ class Scheduler:
         if token in sequence.end_token_ids and sequence.num_output >= sequence.sampling.min_tokens:
             reason, stop_reason = "stop", None if token in request.eos_token_ids else token
         tokens.append(token)
+        sequence.expected -= 1
         if reason is None and len(tokens) >= sequence.length_limit:
             reason = "length"
         if sequence.first_token_at is None:
@@ -372,29 +386,11 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Compare all books with each other; O(everything), meant for idle moments and tests. Raises IntegrityError."""
-        for sequence in self._running:
-            if sequence.status is not SequenceStatus.RUNNING or not sequence.computed < len(sequence.tokens):
-                raise IntegrityError(f"{_name(sequence)} is {sequence.status.value} in the running list")
-            if len(sequence.blocks) * self.block_size != sequence.capacity:
-                raise IntegrityError(
-                    f"{_name(sequence)} has {len(sequence.blocks)} blocks for {sequence.capacity} tokens"
-                )
-        for sequence in self._waiting:
-            if sequence.status is not SequenceStatus.WAITING or sequence.blocks or sequence.slot != -1:
-                raise IntegrityError(f"{_name(sequence)} is {sequence.status.value} in the waiting list")
-        for sequences in (self._running, self._waiting):
-            if sorted(sequences, key=_order) != sequences:
-                raise IntegrityError("sequences are out of rank order")
+        sequences = self._waiting, self._running
+        check_books(
+            self._requests, self._queued, *sequences, self._computing, self.block_size, steps=len(self._in_flight)
+        )
         slots = sorted(self._free_slots + [sequence.slot for sequence in self._running])
         if slots != list(range(self.max_num_seqs)):
             raise IntegrityError(f"free slots {self._free_slots} and those in use do not add up to {self.max_num_seqs}")
-        unfinished = sum(request.unfinished for request in self._requests.values())
-        if unfinished != len(self._running) + len(self._waiting) or not self._queued <= self._requests.keys():
-            raise IntegrityError(f"{unfinished} sequences are unfinished, {self.running} run and {self.waiting} wait")
-        if any(sequence.status is not SequenceStatus.RUNNING for sequence in self._computing.values()):
-            raise IntegrityError("a block is promised by a sequence that does not run")
-        self._pool.check_integrity((_name(sequence), sequence.blocks, sequence.chain) for sequence in self._running)
-
-
-def _name(sequence: Sequence) -> str:
-    return f"{sequence.request.id}/{sequence.index}"
+        self._pool.check_integrity((s.name, s.blocks, s.chain) for s in self._running)

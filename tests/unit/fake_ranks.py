@@ -61,7 +61,9 @@ class FakeRanks:
         self._scheduler = scheduler
         self._size = scheduler.block_size
         self._kv: list[int | None] = [None] * (scheduler.total_blocks * self._size)
+        # A sampled token stands here at once, as on the ranks' devices; as many as `_told` were named by a plan too.
         self._tokens: list[list[int]] = [[] for _ in range(scheduler.max_num_seqs)]
+        self._told = [0] * scheduler.max_num_seqs
         self._prefixes: list[list[int]] = [[] for _ in range(scheduler.max_num_seqs)]
         self._prompts = [0] * scheduler.max_num_seqs
         self._samplings = [SlotSampling()] * scheduler.max_num_seqs
@@ -81,7 +83,10 @@ class FakeRanks:
         for row in plan.sample_rows:
             slot = plan.slots[row]
             prefix, sampling = self._prefixes[slot][-1], self._samplings[slot]
+            assert not sampling.needs_history or self._told[slot] == len(self._tokens[slot])
             token = next_token(prefix, sampling, len(self._tokens[slot]) - self._prompts[slot])
+            self._tokens[slot].append(token)
+            self._prefixes[slot] += prefix_hashes([token], prefix)
             tokens.append(token)
             logprobs.append(logprob(prefix, token) if sampling.logprobs >= 0 else None)
         return StepResult(tokens, logprobs, self._prompt_logprobs(plan))
@@ -89,14 +94,14 @@ class FakeRanks:
     def _apply(self, plan: StepPlan) -> None:
         for start in plan.starts:
             self._tokens[start.slot] = list(start.token_ids)
+            self._told[start.slot] = len(start.token_ids)
             self._prefixes[start.slot] = prefix_hashes(start.token_ids)
             self._prompts[start.slot] = start.prompt_length
             self._samplings[start.slot] = start.sampling
             self._tables[start.slot] = {}
-        assert len(set(plan.token_slots)) == len(plan.token_slots)
         for slot, token in zip(plan.token_slots, plan.token_ids, strict=True):
-            self._tokens[slot].append(token)
-            self._prefixes[slot] += prefix_hashes([token], self._prefixes[slot][-1])
+            assert self._tokens[slot][self._told[slot]] == token
+            self._told[slot] += 1
         for slot, index, block in zip(plan.block_slots, plan.block_indices, plan.block_ids, strict=True):
             self._tables[slot][index] = block
 
@@ -107,6 +112,7 @@ class FakeRanks:
         for row, (slot, position, count) in enumerate(zip(plan.slots, plan.positions, plan.counts, strict=True)):
             known = len(self._tokens[slot])
             assert count >= 1
+            assert known - self._told[slot] <= 1
             assert position + count <= known
             assert (row < plan.num_decodes) == (count == 1 and position == known - 1)
             if position + count == known:

@@ -576,16 +576,77 @@ def test_a_pool_too_small_for_one_sequence_is_refused_and_says_what_to_change() 
         make(num_blocks=15)
 
 
-def test_two_plans_in_flight_are_an_internal_error() -> None:
+def test_three_plans_in_flight_or_a_commit_out_of_order_are_internal_errors() -> None:
     scheduler = make()
+    ranks = FakeRanks(scheduler)
     scheduler.add(request("a", [1, 2]))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert not scheduler.can_run_ahead
+    with pytest.raises(IntegrityError, match="step 1 must be committed"):
+        scheduler.schedule()
+    results = ranks.execute(first), ranks.execute(second)
+    with pytest.raises(IntegrityError, match="step 2 was committed, but it is not the oldest"):
+        scheduler.commit(second, results[1])
+    scheduler.commit(first, results[0])
+    with pytest.raises(IntegrityError, match="not the oldest"):
+        scheduler.commit(first, results[0])
+    scheduler.commit(second, results[1])
+
+
+def test_a_step_ahead_computes_the_token_that_is_expected_and_tells_it_one_step_later() -> None:
+    scheduler = make()
+    ranks = FakeRanks(scheduler)
+    a = request("a", [1, 2], max_tokens=3)
+    scheduler.add(a)
+    first = scheduler.schedule()
+    assert first is not None
+    first_result = ranks.execute(first)
+    second = scheduler.schedule()
+    assert second is not None
+    assert (second.positions, second.counts, second.sample_rows, second.token_ids) == ([2], [1], [0], [])
+    second_result = ranks.execute(second)
+    scheduler.commit(first, first_result)
+    third = scheduler.schedule()
+    assert third is not None
+    assert (third.positions, third.token_ids) == ([3], first_result.token_ids)
+    third_result = ranks.execute(third)
+    scheduler.commit(second, second_result)
+    assert scheduler.schedule() is None  # the token that is expected is the last one
+    scheduler.commit(third, third_result)
+    assert_complete(a, MAX_MODEL_LEN)
+    assert not scheduler.has_work
+
+
+def test_nothing_runs_ahead_of_a_sampling_that_needs_all_tokens_before() -> None:
+    scheduler = make()
+    scheduler.add(request("a", [1, 2], sampling={"repetition_penalty": 1.5}))
     plan = scheduler.schedule()
     assert plan is not None
-    with pytest.raises(IntegrityError, match="not committed"):
+    assert not scheduler.can_run_ahead
+    with pytest.raises(IntegrityError, match="must be committed"):
         scheduler.schedule()
-    scheduler.commit(plan, FakeRanks(scheduler).execute(plan))
-    with pytest.raises(IntegrityError, match="not the one in flight"):
-        scheduler.commit(plan, FakeRanks(scheduler).execute(plan))
+
+
+def test_what_a_step_in_flight_brings_to_a_preempted_sequence_is_dropped_and_sampled_again() -> None:
+    scheduler = make(num_blocks=16, block_size=4, max_model_len=64, prefix_cache=False)
+    ranks = FakeRanks(scheduler)
+    old, young = request("old", [1] * 20, max_tokens=20), request("young", [2] * 19, max_tokens=20)
+    scheduler.add(old)
+    scheduler.add(young)
+    flying = []
+    while scheduler.has_work or flying:
+        plan = scheduler.schedule() if scheduler.can_run_ahead else None
+        scheduler.check_integrity()
+        if plan is not None:
+            flying.append((plan, ranks.execute(plan)))
+        if plan is None or len(flying) == 2:
+            scheduler.commit(*flying.pop(0))
+            scheduler.check_integrity()
+    assert scheduler.preemptions > 0
+    for each in (old, young):
+        assert_complete(each, 64)
 
 
 # -- what callers read

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from phalanx.engine.plan import SlotSampling, StepPlan
+from phalanx.engine.plan import SlotSampling, StepPlan, StepResult
 from phalanx.engine.request import Request, SequenceStatus
 from phalanx.engine.scheduler import Scheduler
 from phalanx.tests.unit.fake_ranks import FakeRanks, assert_complete, expected_output
@@ -34,6 +35,8 @@ class Arrival:
     """Between schedule and commit, or before schedule."""
     stop_at: int | None
     """Output tokens of completion 0 at which its text is found to hold a stop string."""
+    penalty: bool
+    """Its sampling needs all tokens before."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,16 @@ arrivals = st.builds(
     abort_after=st.sampled_from([None, None, None, 0, 1, 3, 8, 15]),
     abort_in_flight=st.booleans(),
     stop_at=st.sampled_from([None, None, 1, 3, 9]),
+    penalty=st.sampled_from([False, False, False, True]),
 )
 
 
 class Life:
     """Plays a trace against a scheduler and fake ranks, checking each step."""
 
-    def __init__(self, sizes: Sizes, trace: list[Arrival]) -> None:
+    def __init__(self, sizes: Sizes, trace: list[Arrival], ahead: bool) -> None:
+        self.ahead = ahead
+        self.flying: deque[tuple[StepPlan, StepResult]] = deque()
         self.scheduler = sizes.scheduler()
         self.ranks = FakeRanks(self.scheduler)
         self.trace = trace
@@ -105,19 +111,20 @@ class Life:
         now = 0
         last = max(arrival.step + (arrival.abort_after or 0) for arrival in self.trace)
         limit = last + _most_steps(self.requests, self.scheduler.max_num_seqs)
-        while self.scheduler.has_work or now <= last:
+        while self.scheduler.has_work or self.flying or now <= last:
             for arrival, request in zip(self.trace, self.requests, strict=True):
                 if arrival.step == now:
                     self.scheduler.add(request)
             self._abort(now, in_flight=False)
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule() if not self.flying or self.scheduler.can_run_ahead else None
             self.scheduler.check_integrity()
-            assert plan is not None or not self.scheduler.has_work
+            assert plan is not None or self.flying or not self.scheduler.has_work
             if plan is not None:
                 self._check_first_in_rank_progresses(plan)
+                self.flying.append((plan, self.ranks.execute(plan)))
             self._abort(now, in_flight=True)
-            if plan is not None:
-                self._commit(plan)
+            if self.flying and (plan is None or not self.ahead or len(self.flying) == 2):
+                self._commit(*self.flying.popleft())
             self.scheduler.check_integrity()
             now += 1
             assert now <= limit, "starved"
@@ -135,8 +142,8 @@ class Life:
                 assert all(update.finish_reason == "abort" for update in updates)
                 self.ended |= {(request.id, update.sequence.index) for update in updates}
 
-    def _commit(self, plan: StepPlan) -> None:
-        for update in self.scheduler.commit(plan, self.ranks.execute(plan)):
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        for update in self.scheduler.commit(plan, result):
             request, sequence = update.request, update.sequence
             key = (request.id, sequence.index)
             assert key not in self.ended, "an update after the end"
@@ -152,7 +159,8 @@ class Life:
     def _check_first_in_rank_progresses(self, plan: StepPlan) -> None:
         running = [s for request in self.requests for s in request.sequences if s.status is SequenceStatus.RUNNING]
         assert len(running) == self.scheduler.running <= self.scheduler.max_num_seqs
-        assert min(running, key=lambda sequence: sequence.order).slot in plan.slots
+        first = min(running, key=lambda sequence: sequence.order)
+        assert first.slot in plan.slots or (self.ahead and first.expected)
         assert {sequence.slot for sequence in running} >= set(plan.slots)
 
     def check_outputs(self) -> None:
@@ -180,6 +188,7 @@ def _request(number: int, arrival: Arrival) -> Request:
                 min_tokens=min(arrival.min_tokens, arrival.max_tokens),
                 end_token_ids=tuple(sorted(eos)),
                 prompt_logprobs=0 if arrival.prompt_logprobs else -1,
+                presence_penalty=float(arrival.penalty),
             )
             for index in range(arrival.n)
         ],
@@ -195,8 +204,8 @@ def _most_steps(requests: list[Request], max_num_seqs: int) -> int:
     return sum(len(request.samplings) for request in requests) * (max_num_seqs + 1) * MAX_MODEL_LEN
 
 
-def check_life(sizes: Sizes, trace: list[Arrival]) -> Life:
-    life = Life(sizes, trace)
+def check_life(sizes: Sizes, trace: list[Arrival], ahead: bool) -> Life:
+    life = Life(sizes, trace, ahead)
     life.play()
     life.check_outputs()
     return life
@@ -206,9 +215,11 @@ quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 
 @quick
-@given(sizes=sizes, trace=st.lists(arrivals, min_size=1, max_size=12))
-def test_every_completion_of_a_random_life_is_what_it_would_be_alone(sizes: Sizes, trace: list[Arrival]) -> None:
-    check_life(sizes, trace)
+@given(sizes=sizes, trace=st.lists(arrivals, min_size=1, max_size=12), ahead=st.booleans())
+def test_every_completion_of_a_random_life_is_what_it_would_be_alone(
+    sizes: Sizes, trace: list[Arrival], ahead: bool
+) -> None:
+    check_life(sizes, trace, ahead)
 
 
 @quick
@@ -229,23 +240,27 @@ def test_every_completion_of_a_random_life_is_what_it_would_be_alone(sizes: Size
             abort_after=st.none(),
             abort_in_flight=st.just(False),
             stop_at=st.none(),
+            penalty=st.just(False),
         ),
         min_size=4,
         max_size=8,
     ),
     prefix_cache=st.booleans(),
+    ahead=st.booleans(),
 )
 def test_outputs_and_prompt_logprobs_survive_preemption_in_the_smallest_pool(
-    block_size: int, trace: list[Arrival], prefix_cache: bool
+    block_size: int, trace: list[Arrival], prefix_cache: bool, ahead: bool
 ) -> None:
     sizes = Sizes(block_size, spare_blocks=0, max_num_seqs=6, spare_tokens=6, prefix_cache=prefix_cache)
-    life = check_life(sizes, trace)
+    life = check_life(sizes, trace, ahead)
     for request in life.requests:
         assert_complete(request, MAX_MODEL_LEN)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(sizes=sizes, trace=st.lists(arrivals, min_size=1, max_size=30))
-def test_every_completion_of_a_long_random_life_is_what_it_would_be_alone(sizes: Sizes, trace: list[Arrival]) -> None:
-    check_life(sizes, trace)
+@given(sizes=sizes, trace=st.lists(arrivals, min_size=1, max_size=30), ahead=st.booleans())
+def test_every_completion_of_a_long_random_life_is_what_it_would_be_alone(
+    sizes: Sizes, trace: list[Arrival], ahead: bool
+) -> None:
+    check_life(sizes, trace, ahead)
