@@ -54,7 +54,7 @@ def measure_steps(options: Options, world: Any) -> dict[str, list[float]]:
     from phalanx.parallel.group import adopt_group
 
     group = adopt_group(
-        world, device=torch.device("cpu"), local_size=options.ranks, shared_memory=True, timeout_s=TIMEOUT_S
+        world, device=torch.device("cpu"), local_size=options.ranks, collectives="shared_memory", timeout_s=TIMEOUT_S
     )
     calls: list[float] = []
 

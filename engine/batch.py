@@ -11,6 +11,8 @@ from ..kernels.attention import AttentionMetadata
 from .plan import SlotSampling, StepPlan
 from .sampler import SampleRow
 
+_TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
+
 
 @dataclass(frozen=True)
 class PromptRows:
@@ -31,21 +33,31 @@ class ForwardBatch:
     lengths: torch.Tensor  # (T,) int64: known tokens of each token's sequence
     attention: AttentionMetadata
     sample_tokens: torch.Tensor  # (S,) int64: indices of the tokens whose successor is sampled
+    sample_slots: torch.Tensor  # (S,) int64: their slots
     sample_rows: list[SampleRow]
     prompt_rows: list[PromptRows]
 
 
 class SlotTable:
-    """Token ids, block tables and sampling values by slot. Changed by apply() alone."""
+    """Token ids, block tables and sampling values by slot. Changed by apply() and remember() alone."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, dummy_block: int = 0
+    ) -> None:
+        """`dummy_block` is where the rows that pad a batch keep their keys and values: no sequence has it."""
         self._block_size, self._device = block_size, device
+        # The last slot is nobody's: the sequence of one token with which batches are padded.
+        count = max_num_seqs + 1
         # One place more than max_model_len: the token sampled at the very end is known, though never computed.
-        self._tokens = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
-        self._blocks = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
-        self._known = np.zeros(max_num_seqs, dtype=np.int64)
-        self._prompt = np.zeros(max_num_seqs, dtype=np.int64)
+        self._tokens = np.zeros((count, max_model_len + 1), dtype=np.int32)
+        self._blocks = np.zeros((count, -(-max_model_len // block_size)), dtype=np.int64)
+        self._blocks[-1] = dummy_block
+        self._known = np.zeros(count, dtype=np.int64)
+        self._known[-1] = 1
+        self._prompt = np.zeros(count, dtype=np.int64)
         self._sampling = [SlotSampling()] * max_num_seqs
+        # The last token sampled in each slot: on the device before any host knows it.
+        self._sampled = torch.zeros(count, dtype=torch.int64, device=device)
 
     def apply(self, plan: StepPlan) -> None:
         """Take in what `plan` says has changed."""
@@ -55,45 +67,85 @@ class SlotTable:
             self._known[start.slot] = count
             self._prompt[start.slot] = start.prompt_length
             self._sampling[start.slot] = start.sampling
-        if plan.token_slots:
-            self._tokens[plan.token_slots, self._known[plan.token_slots]] = plan.token_ids
-            self._known[plan.token_slots] += 1
+        if len(set(plan.token_slots)) == len(plan.token_slots):
+            self._append(plan.token_slots, plan.token_ids)
+        else:
+            for slot, token_id in zip(plan.token_slots, plan.token_ids, strict=True):
+                self._append([slot], [token_id])
         if plan.block_slots:
             self._blocks[plan.block_slots, plan.block_indices] = plan.block_ids
 
-    def batch(self, plan: StepPlan) -> ForwardBatch:
-        """The tensors of `plan`, which must have been applied."""
-        slots, first, counts = (np.array(column) for column in (plan.slots, plan.positions, plan.counts))
+    def _append(self, slots: list[int], token_ids: list[int]) -> None:
+        """One token to each of different slots."""
+        if slots:
+            self._tokens[slots, self._known[slots]] = token_ids
+            self._known[slots] += 1
+
+    def remember(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Tokens, int64 (S,), just sampled in `slots`, for rows planned before they are told. Nobody waits.
+
+        What is no token becomes token 0: the row that computes it is dropped.
+        """
+        self._sampled[slots] = tokens.clamp(min=0)
+
+    def batch(self, plan: StepPlan, pad_to: int = 0) -> ForwardBatch:
+        """The tensors of `plan`, which must have been applied; if it has decode rows alone, padded to `pad_to` rows."""
+        padding = max(0, pad_to - len(plan.slots))
+        slots = np.array(plan.slots + [len(self._known) - 1] * padding)
+        first, counts = np.array(plan.positions + [0] * padding), np.array(plan.counts + [1] * padding)
+        num_decodes = plan.num_decodes + padding
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         token_slots = np.repeat(slots, counts)
         positions = np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts)
         keys = first + counts
-        table = self._blocks[slots, : -(-int(keys.max()) // self._block_size)]
+        blocks = -(-int(keys.max()) // self._block_size)
         places = self._blocks[token_slots, positions // self._block_size] * self._block_size
+        sampled = np.array(plan.sample_rows, dtype=np.int64)
+        table, place, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, slot_of_row = _to_device(
+            [
+                self._blocks[slots, :blocks],
+                places + positions % self._block_size,
+                starts.astype(np.int32),
+                keys.astype(np.int32),
+                self._tokens[token_slots, positions].astype(np.int64),
+                positions,
+                np.maximum(self._known[token_slots], positions + 1),
+                starts[1:][sampled] - 1,
+                slots[sampled],
+                slots,
+            ],
+            self._device,
+        )
         attention = AttentionMetadata(
-            num_decodes=plan.num_decodes,
-            slots=self._tensor(places + positions % self._block_size),
-            block_table=self._tensor(table),
-            cu_q=self._tensor(starts.astype(np.int32)),
-            seqused_k=self._tensor(keys.astype(np.int32)),
-            query_lengths=tuple(plan.counts),
+            num_decodes=num_decodes,
+            slots=place,
+            block_table=table,
+            cu_q=cu_q,
+            seqused_k=seqused_k,
+            query_lengths=tuple(counts.tolist()),
             key_lengths=tuple(keys.tolist()),
             block_size=self._block_size,
         )
+        untold = keys > self._known[slots]
+        if untold.any():
+            (mask,) = _to_device([untold[:num_decodes]], self._device)
+            decodes = slice(0, num_decodes)
+            token_ids[decodes] = torch.where(mask, self._sampled[slot_of_row[decodes]], token_ids[decodes])
         return ForwardBatch(
-            token_ids=self._tensor(self._tokens[token_slots, positions].astype(np.int64)),
-            positions=self._tensor(positions),
-            lengths=self._tensor(self._known[token_slots]),
+            token_ids=token_ids,
+            positions=position,
+            lengths=lengths,
             attention=attention,
-            sample_tokens=self._tensor(starts[1:][plan.sample_rows] - 1),
-            sample_rows=[self._sample_row(plan.slots[row]) for row in plan.sample_rows],
+            sample_tokens=last,
+            sample_slots=last_slots,
+            sample_rows=[self._sample_row(plan.slots[row], int(keys[row])) for row in plan.sample_rows],
             prompt_rows=self._prompt_rows(plan, starts),
         )
 
-    def _sample_row(self, slot: int) -> SampleRow:
-        known = int(self._known[slot])
-        return SampleRow(self._sampling[slot], self._tokens[slot, :known], int(self._prompt[slot]), known)
+    def _sample_row(self, slot: int, position: int) -> SampleRow:
+        token_ids = self._tokens[slot, : self._known[slot]]
+        return SampleRow(self._sampling[slot], token_ids, int(self._prompt[slot]), position)
 
     def _prompt_rows(self, plan: StepPlan, starts: np.ndarray) -> list[PromptRows]:
         rows = []
@@ -108,5 +160,31 @@ class SlotTable:
                 rows.append(PromptRows(row, tokens, self._tokens[slot, first + 1 : last + 1].copy(), sampling))
         return rows
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays as tensors on the device."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    return copy_together(arrays, device)
+
+
+def copy_together(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays, int64, int32 or bool, as tensors on the device, by one copy, for which nobody waits."""
+    ends = np.cumsum([_aligned(array.nbytes) for array in arrays])
+    # Of torch's caching allocator for pinned memory, which gives it to nobody else before the copy is done.
+    packed = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = packed.numpy()
+    pieces = []
+    for array, end in zip(arrays, ends.tolist(), strict=True):
+        first = end - _aligned(array.nbytes)
+        host[first : first + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        pieces.append((first, array))
+    there = packed.to(device, non_blocking=True)
+    return [
+        there[first : first + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
+        for first, array in pieces
+    ]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16

@@ -13,13 +13,14 @@ from .params import SEED_LIMIT, SamplingParams
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "cpu", "torch")
+ATTENTION_BACKENDS = ("auto", "cpu", "torch", "triton", "flash_attn_2", "flash_attn_3")
 QUANTIZATIONS = ("none", "int8", "w8a8", "int4")
 QUANTIZED_BYTES = {"int8": 1 + 4 / 32, "w8a8": 1.0, "int4": 0.5 + 4 / 64}
 """Of one weight, with its part of a scale; w8a8 has one scale for a whole row."""
 KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl")
+GRAPHS = ("auto", "none", "all", "lazy", "eager")
+COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl", "symmetric_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,9 @@ class EngineConfig:
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     collectives: str = "auto"
-    """How ranks talk: auto (nccl on cuda; on cpu shared memory within a host, gloo across hosts or where memory cannot
-    be shared), shared_memory, gloo or nccl."""
+    """How ranks talk: auto (the fastest that works here), shared_memory (of one host), gloo (also between hosts), nccl,
+    or symmetric_memory (nccl, and memory that GPUs of one host share, for small sums). The last two need device=cuda;
+    the first two take tensors of a GPU by way of the host, which is slow, but lets ranks share one."""
     threads: int = 0
     """CPU threads of each rank; 0 divides the cores of this host among its ranks."""
     max_model_len: int | None = None
@@ -52,7 +54,9 @@ class EngineConfig:
     max_queue: int = 16384
     """Requests that may wait; more are refused with CapacityExceeded."""
     block_size: int | None = None
-    """Tokens of one KV block; None lets the attention backend choose (16 on a CPU)."""
+    """Tokens of one KV block; None lets the attention backend choose: 16 with cpu and torch, 64 with triton, 128 with
+    flash_attn_3, 256 with flash_attn_2. If set: for cpu and flash_attn_* a multiple of that, for triton a power of two
+    from 16, for torch any."""
     kv_memory: float = 0.9
     """KV cache of one rank: bytes if above 1, else the fraction of a GPU's memory the engine may use in all.
     On a CPU a fraction is of the memory free once the weights are loaded, and the cache is never larger
@@ -63,7 +67,14 @@ class EngineConfig:
     prefix_cache: bool = True
     """Reuse the KV blocks of equal prompt beginnings."""
     attention: str = "auto"
-    """Attention backend: auto, cpu (phalanx's own kernels) or torch."""
+    """Attention backend: auto (the best that can serve; the engine's report says which and why), torch, cpu (phalanx's
+    own kernels for CPUs), triton (its own for GPUs), or flash_attn_2 or flash_attn_3 (packages, where installed)."""
+    graphs: str = "auto"
+    """CUDA graphs of decode steps: auto (all, where device and attention allow it), none, all (captured at the start),
+    lazy (captured while serving, so that the start is faster), or eager (padded like a graph's steps, but their
+    operations run one by one: to find faults)."""
+    overlap: bool | None = None
+    """Plan and send the next step while one is computed; tokens stay on the device meanwhile. None: on a GPU."""
     quantization: str = "none"
     """Weights as computed with: none (as in dtype); or, on a CPU, rounded while a bfloat16 checkpoint loads: int8 (8
     bits and a scale for each 32 inputs), w8a8 (8 bits and a scale for each output; activations of 8 bits too), int4 (4
@@ -85,6 +96,7 @@ class EngineConfig:
         _one_of("device", self.device, DEVICES)
         _one_of("collectives", self.collectives, COLLECTIVES)
         _one_of("attention", self.attention, ATTENTION_BACKENDS)
+        _one_of("graphs", self.graphs, GRAPHS)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
@@ -104,6 +116,8 @@ class EngineConfig:
             raise ConfigError(f"kv_memory={self.kv_memory!r} must be bytes (above 1) or a fraction in (0, 1]")
         if not _is_positive(self.timeout_s):
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be a number of seconds above 0")
+        if not isinstance(self.overlap, bool | None):
+            raise ConfigError(f"overlap={self.overlap!r} must be true, false or null (on a GPU)")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be true or false")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not abs(self.seed) <= SEED_LIMIT:
@@ -121,11 +135,6 @@ class EngineConfig:
                 f"rank_weights={weights!r} must be {self.ranks} positive numbers, one for each of ranks={self.ranks}"
             )
         object.__setattr__(self, "rank_weights", tuple(map(float, weights)))
-
-    @property
-    def shared_memory(self) -> bool | None:
-        """Whether ranks of one host share memory: True if they must, False if not, None if it is tried."""
-        return {"shared_memory": True, "gloo": False}.get(self.collectives)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

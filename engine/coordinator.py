@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -18,14 +19,18 @@ from .errors import EngineStopped, InvalidRequest, PhalanxError
 from .intake import Intake
 from .messages import Abort, Command, Event, Failed, Shutdown, Status, StatusRequest, Submit
 from .output import OutputProcessor
-from .plan import Idle, StepPlan, StepResult, Stop, encode
+from .plan import Capture, Idle, StepPlan, StepResult, Stop, encode
 from .request import Request, SequenceUpdate
 from .scheduler import Scheduler
+from .step import LaunchedStep
 from .tokenizer import Tokenizer
 from .transport import Transport
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
+
+CAPTURE_EVERY = 16
+"""Steps between two captures of CUDA graphs while serving: each takes as long as a few steps."""
 
 QUIET_S = 1.0
 """Idle this long, the books of the pool are checked: not sooner, since an answer may still be on its way out."""
@@ -58,6 +63,7 @@ class Coordinator:
         self._active: dict[str, tuple[bytes, str]] = {}
         self._accepting = threading.Lock()
         self._refusal: str | None = None
+        self._flying: deque[tuple[StepPlan, LaunchedStep]] = deque()  # launched, not committed; oldest first
         self._stopping = False
         self.stopped: Exception | None = None
         self._threads = [
@@ -88,6 +94,8 @@ class Coordinator:
             while self._handle_inbox():
                 self._step()
             self._abort_all()
+            while self._flying:
+                self._commit_oldest()
             self._scheduler.check_integrity()
             self._control.send(encode(Stop(payload())))
         except Exception as error:
@@ -107,21 +115,35 @@ class Coordinator:
     # ---- the step loop's thread
 
     def _step(self) -> None:
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return
-        self._control.send(encode(plan))
-        result = self._worker.execute(plan)
-        assert result is not None
+        """Plan, launch, commit. With overlap the step before is committed while the one just launched is computed."""
+        plan = self._scheduler.schedule() if not self._flying or self._scheduler.can_run_ahead else None
+        if plan is not None:
+            self._control.send(encode(plan))
+            self._flying.append((plan, self._worker.launch(plan)))
+        if self._flying and (plan is None or not self._worker.overlap or len(self._flying) > 1):
+            self._commit_oldest()
+        if plan is not None and plan.step % CAPTURE_EVERY == 0:
+            self._capture_next()
+
+    def _commit_oldest(self) -> None:
+        plan, step = self._flying.popleft()
+        result = step.result()
         self._fail_invalid(plan, result)
         updates = self._scheduler.commit(plan, result)
         self._outbox.put(lambda: self._deliver(updates))
+
+    def _capture_next(self) -> None:
+        """Capture one more CUDA graph, if that is done while serving."""
+        if self._worker.uncaptured:
+            rows = self._worker.uncaptured[0]
+            self._control.send(encode(Capture(rows)))
+            self._worker.capture(rows)
 
     def _handle_inbox(self) -> bool:
         """Run what other threads asked for; wait for it while there is nothing to compute. False: time to stop."""
         patience = min(QUIET_S, self._heartbeat_s)
         while not self._stopping:
-            wait = not self._scheduler.has_work
+            wait = not self._scheduler.has_work and not self._flying
             try:
                 action = self._inbox.get(block=wait, timeout=patience if wait else None)
             except queue.Empty:
@@ -131,6 +153,7 @@ class Coordinator:
                     self._scheduler.check_integrity()
                     patience = self._heartbeat_s
                 self._control.send(encode(Idle()))
+                self._capture_next()
                 continue
             action()
         return False
@@ -162,6 +185,8 @@ class Coordinator:
         for row, token in zip(plan.sample_rows, result.token_ids, strict=True):
             if token < 0:
                 request_id = self._scheduler.request_of_row(row)
+                if request_id is None:
+                    continue
                 self._scheduler.abort(request_id)
                 error = InvalidRequest(
                     "the model's output for this request is not a number; with float16 weights use dtype=bfloat16 or "

@@ -13,7 +13,7 @@ import torch
 from ..parallel.group import Group
 from .config import EngineConfig
 from .coordinator import Coordinator
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .hub import resolve_model
 from .intake import Intake
 from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config
@@ -41,11 +41,19 @@ class Engine:
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
         """Work until the engine is told to stop; returns the stop's payload. Rank 0's must have been started."""
+        if self.group.device.type == "cuda":
+            torch.cuda.set_device(self.group.device)  # it is each thread's own
         with _one_torch_thread() if self.worker.uses_kernels else nullcontext():
             if self.coordinator is None:
                 return follow(self.worker, self.group)
             self.coordinator.run(payload)
             return b""
+
+    def close(self) -> None:
+        """Deliver what is due, and give up what holds on to the group: after run(), and before that is closed."""
+        if self.coordinator is not None:
+            self.coordinator.close()
+        self.worker.close()
 
     def _coordinator(
         self, spec: ModelSpec, tokenizer: Tokenizer | None, generation_config: dict[str, Any], transport: Transport
@@ -80,6 +88,8 @@ class Engine:
         return [
             f"{group.size} rank(s) on {group.device.type}, {worker.threads} thread(s) each, {worker.dtype}, "
             f"attention={worker.backend.name}",
+            worker.backend.reason,
+            f"{worker.graphs_reason}; steps overlap: {'yes' if worker.overlap else 'no'}",
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",
@@ -138,8 +148,16 @@ def run_rank(
     try:
         engine.run()
     finally:
-        if engine.coordinator is not None:
-            engine.coordinator.close()
+        engine.close()
+
+
+def device_type(config: EngineConfig) -> str:
+    """cpu or cuda, for the setting `device`. Raises ConfigError if this machine has not what is asked for."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch finds no GPU here: set device=cpu, or install a CUDA build of torch")
+    return config.device
 
 
 def set_threads(config: EngineConfig, local_size: int) -> None:

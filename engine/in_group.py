@@ -9,8 +9,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ..parallel.collectives.shared_memory import SharedMemoryUnavailable
-from ..parallel.group import adopt_group
+from ..parallel.collectives.base import CollectivesUnavailable
+from ..parallel.group import adopt_group, has_nccl
 from .client import to_error
 from .config import EngineConfig
 from .engine import Engine, EngineThread
@@ -34,18 +34,18 @@ class GroupLLM:
         """`config` are EngineConfig's fields; ranks is the group's size."""
         size = dist.get_world_size(process_group)
         self._config = EngineConfig.from_dict({"model": model, "ranks": size, **config})
-        on_cuda = dist.get_backend(process_group) == "nccl"
+        on_cuda = self._config.device == "cuda" or (self._config.device == "auto" and has_nccl(process_group))
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         try:
             self._group = adopt_group(
                 process_group,
                 device=device,
                 local_size=size,
-                shared_memory=self._config.shared_memory,
+                collectives=self._config.collectives,
                 timeout_s=self._config.timeout_s,
             )
-        except SharedMemoryUnavailable as error:
-            raise ConfigError(f"collectives=shared_memory: {error}; set collectives=auto") from error
+        except CollectivesUnavailable as error:
+            raise ConfigError(f"collectives={self._config.collectives}: {error}; set collectives=auto") from error
         link = InProcess() if self._group.rank == 0 else None
         self._engine = Engine(self._config, self._group, link.transport if link else None)
         self._llm = LLM.paused(self._engine, link) if link else None
@@ -71,6 +71,8 @@ class GroupLLM:
         self._closed, self._stopped = True, self._stopped or "the engine was closed"
         if self._llm is not None:
             self._llm.close()
+        else:
+            self._engine.close()
         self._group.close()
 
     def _together(self, call: Callable[[LLM], list[RequestOutput]]) -> list[RequestOutput]:

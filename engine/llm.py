@@ -14,7 +14,7 @@ import torch
 from ..parallel.group import local_group
 from .client import Client, OnEvent, RequestHandle, to_error
 from .config import EngineConfig
-from .engine import Engine, EngineThread
+from .engine import Engine, EngineThread, device_type
 from .errors import EngineStopped, InvalidRequest
 from .messages import Delta, Event, Failed, Finished, Status, Submit, Timings, Usage
 from .params import SamplingParams
@@ -120,10 +120,9 @@ class LLM:
         engine.coordinator.start()
         llm = cls.__new__(cls)
         llm._client = client = Client(link.connection)
-        coordinator = engine.coordinator
 
         def close() -> None:
-            coordinator.close()
+            engine.close()
             client.close()
 
         llm._close_engine = close
@@ -152,7 +151,7 @@ class LLM:
 
         def close() -> None:
             thread.stop()
-            coordinator.close()
+            engine.close()
             client.close()
 
         self._close_engine = close
@@ -303,10 +302,9 @@ class AsyncLLM:
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """The device of a rank that is alone in its process."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    """The device of a rank that is alone in its process. Raises ConfigError if this machine lacks it."""
+    kind = device_type(config)
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -23,12 +23,18 @@ def changes_logits(sampling: SlotSampling, output_length: int) -> bool:
 
 
 def edit_logits(
-    logits: torch.Tensor, vocab: range, sampling: SlotSampling, token_ids: TokenIds, prompt_length: int
+    logits: torch.Tensor,
+    vocab: range,
+    sampling: SlotSampling,
+    token_ids: TokenIds,
+    prompt_length: int,
+    position: int,
 ) -> None:
     """Apply bias, penalties and the min_tokens mask, in this order, to one row, in place.
 
     `logits` is float32 (len(vocab),), the scores of the token ids in `vocab`; ids outside it are other ranks' to edit.
-    `token_ids` is the prompt of `prompt_length` tokens and then the output. The repetition penalty is CTRL's
+    `token_ids` is the prompt of `prompt_length` tokens and then the output, up to `position`, of which the last one may
+    be missing where no penalty needs it. The repetition penalty is CTRL's
     (arXiv:1909.05858, section 4.1); the presence and frequency penalties are those of the OpenAI API.
     """
     if sampling.bias_token_ids:
@@ -46,7 +52,7 @@ def edit_logits(
         unique, counts = np.unique(_local(token_ids[prompt_length:], vocab), return_counts=True)
         penalties = sampling.presence_penalty + sampling.frequency_penalty * counts
         logits[_to(logits, unique)] -= _to(logits, penalties.astype(np.float32))
-    if len(token_ids) - prompt_length < sampling.min_tokens:
+    if position - prompt_length < sampling.min_tokens:
         logits[_to(logits, _local(np.asarray(sampling.end_token_ids, dtype=np.int64), vocab))] = -torch.inf
 
 

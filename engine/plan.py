@@ -45,8 +45,8 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One step. Row i of the batch is `counts[i]` tokens of slot `slots[i]` from position `positions[i]`.
 
-    Rows of one token whose position is the slot's last token (decodes) come first: `num_decodes` of them. That token may
-    be one past those that the rank was told: then the slot's last step has sampled it on the device.
+    Rows of one token whose position is the slot's last token (decodes) come first: `num_decodes` of them. That token
+    may be one past those that the rank was told: then the slot's last step has sampled it on the device.
     Blocks and tokens are applied before the rows are computed, in this order: starts, tokens, blocks.
     """
 
@@ -66,6 +66,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     sample_rows: list[int]  # rows whose last token gets a successor sampled in this step, ascending
 
     @property
+    def only_decodes(self) -> bool:
+        """Whether every row is a token from which the next is sampled."""
+        return self.num_decodes == len(self.slots) == len(self.sample_rows)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(self.counts)
@@ -81,7 +86,13 @@ class Idle(msgspec.Struct, frozen=True, array_like=True, tag="idle"):
     """Nothing to compute; sent now and then so that a waiting rank knows that rank 0 lives."""
 
 
-Control = StepPlan | Stop | Idle
+class Capture(msgspec.Struct, frozen=True, array_like=True, tag="capture"):
+    """Capture the CUDA graph of decode steps of `rows` rows, between two steps."""
+
+    rows: int
+
+
+Control = StepPlan | Stop | Idle | Capture
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)

@@ -34,6 +34,7 @@ INVALID_TOKEN = -1
 """Instead of a token: the row's logits hold NaN or +inf, or leave no token possible. No other row is affected."""
 
 _UNDECIDED = -2
+_FEW = 64  # keys of a row that are all worked on, whatever it keeps of them: how many it keeps the device alone knows
 _GROWTH = 64  # of the candidates, until they hold all that an undecided row keeps: few rows need more than once
 
 
@@ -42,15 +43,15 @@ class SampleRow:
     """What chooses the token at `position` of one sequence; the same on every rank."""
 
     sampling: SlotSampling
-    token_ids: TokenIds  # int32: the prompt and the output so far; not modified
+    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. See needs_history
     prompt_length: int
-    position: int  # len(token_ids)
+    position: int  # len(token_ids), if they are all here: without needs_history the last may be missing
 
 
 class Sampler:
     """Chooses tokens together with the other ranks' samplers: every call is made by all ranks, for the same rows."""
 
-    def __init__(self, collectives: Collectives, vocab: range, vocab_size: int, candidates: int = 64) -> None:
+    def __init__(self, collectives: Collectives, vocab: range, vocab_size: int, candidates: int = _FEW) -> None:
         """`vocab` is the shard whose logits this rank has; the shards are contiguous in rank order.
 
         For top-k, top-p and min-p each rank sends its `candidates` likeliest tokens; a row that keeps more than those
@@ -89,22 +90,44 @@ class Sampler:
         if all(_takes_the_largest(row.sampling) for row in rows):
             tokens = self._largest(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
+        step = self._run(logits, rows, originals, share=False)
+        if self._collectives.rank != 0:
+            return None
+        return step.tokens.tolist(), step.entries
+
+    @torch.inference_mode()
+    def choose(
+        self, logits: torch.Tensor, rows: Sequence[SampleRow]
+    ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+        """As sample(), but the tokens stay on the device, int64 (len(rows),), equal on every rank: one broadcast more.
+
+        Nothing waits for the device, unless log-probabilities are asked for, or top-p or min-p without a top-k that the
+        candidates hold. The log-probabilities are None but on rank 0.
+        """
+        step = self._run(logits, rows, self._edit(logits, rows), share=True)
+        return step.tokens, step.entries
+
+    def _run(
+        self, logits: torch.Tensor, rows: Sequence[SampleRow], originals: dict[int, torch.Tensor], *, share: bool
+    ) -> _Step:
+        """Choose the tokens: they are right on rank 0, and with `share` on every rank."""
         step = _Step(logits, rows, self._vocab_size)
         parts = self._collectives.gather(self._summary(step))
         if parts is not None:
             self._choose(step, torch.stack(parts))
-        if step.dense or any(not 0 < rows[i].sampling.top_k <= self._width for i in step.truncated):
+        # A row of no more tokens than were gathered is always decided.
+        may_be_undecided = any(not 0 < rows[i].sampling.top_k <= self._width for i in step.truncated)
+        if share or step.dense or may_be_undecided:
             step.tokens = self._collectives.broadcast(step.tokens)
+        if may_be_undecided:
             undecided = [i for i, token in enumerate(step.tokens.tolist()) if token == _UNDECIDED]
             if undecided:
                 self._choose_from_all(step, undecided)
-            if not set(undecided).isdisjoint(step.dense):
+            if undecided and (share or not set(undecided).isdisjoint(step.dense)):
                 step.tokens = self._collectives.broadcast(step.tokens)
         if step.dense:
             self._score(step, originals)
-        if self._collectives.rank != 0:
-            return None
-        return step.tokens.tolist(), [step.logprobs.get(i) for i in range(len(rows))]
+        return step
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -142,7 +165,7 @@ class Sampler:
             if changes_logits(row.sampling, row.position - row.prompt_length):
                 if row.sampling.logprobs >= 0 and not row.sampling.processed_logprobs:
                     originals[i] = logits[i].clone()
-                edit_logits(logits[i], self._vocab, row.sampling, row.token_ids, row.prompt_length)
+                edit_logits(logits[i], self._vocab, row.sampling, row.token_ids, row.prompt_length, row.position)
         return originals
 
     def _summary(self, step: _Step) -> torch.Tensor:
@@ -247,6 +270,11 @@ class _Step:
     totals: torch.Tensor = field(init=False)  # float64 (R, 1): log-sum-exp over the vocabulary of the weighed rows
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
+    @property
+    def entries(self) -> list[TokenLogprobs | None]:
+        """Log-probabilities row by row."""
+        return [self.logprobs.get(i) for i in range(len(self.rows))]
+
     def __post_init__(self) -> None:
         device = self.logits.device
         self.tokens = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
@@ -289,20 +317,20 @@ class _Columns:
     @classmethod
     def of(cls, rows: Sequence[SampleRow], vocab_size: int, device: torch.device) -> _Columns:
         samplings = [row.sampling for row in rows]
-
-        def column(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
-
         # Further out, dividing by the temperature leaves float32's range; no draw changes any more before that.
         temperatures = [min(max(s.temperature, 1e-30), 1e30) if s.temperature > 0.0 else 1.0 for s in samplings]
         limits = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in samplings]
+        # All of them in one copy to the device.
+        fractions = np.array([temperatures, [s.top_p for s in samplings], [s.min_p for s in samplings]])
+        integers = np.array([limits, [s.seed for s in samplings], [row.position for row in rows]], dtype=np.int64)
+        packed = torch.from_numpy(np.concatenate((fractions.view(np.int64), integers))).to(device).unsqueeze(2)
         return cls(
-            temperature=column(temperatures, torch.float32),
-            top_k=column(limits, torch.int64),
-            top_p=column([s.top_p for s in samplings], torch.float64),
-            min_p=column([s.min_p for s in samplings], torch.float64),
-            seed=column([s.seed for s in samplings], torch.int64),
-            position=column([row.position for row in rows], torch.int64),
+            temperature=packed[0].view(torch.float64).float(),
+            top_k=packed[3],
+            top_p=packed[1].view(torch.float64),
+            min_p=packed[2].view(torch.float64),
+            seed=packed[4],
+            position=packed[5],
         )
 
     def take(self, rows: list[int] | slice) -> _Columns:
@@ -321,7 +349,8 @@ def _noisy_scores(values: torch.Tensor, token_ids: torch.Tensor, columns: _Colum
 
 def _draw(keys: torch.Tensor, kept: torch.Tensor, columns: _Columns) -> torch.Tensor:
     """A draw from the first `kept` of each row's sorted keys: int64 (R, M) and (R, 1) -> token ids (R, 1)."""
-    keys = keys[:, : int(kept.max())]
+    if keys.shape[1] > _FEW:
+        keys = keys[:, : int(kept.max())]
     token_ids = key_token_ids(keys)
     scores = _noisy_scores(key_values(keys), token_ids, columns)
     beyond = torch.arange(keys.shape[1], device=keys.device) >= kept

@@ -89,9 +89,10 @@ class Scheduler:
         """Ids of the requests under way."""
         return list(self._requests)
 
-    def request_of_row(self, row: int) -> str:
-        """The id of the request that row `row` of the oldest step in flight belongs to."""
-        return self._in_flight[0][1][row].sequence.request.id
+    def request_of_row(self, row: int) -> str | None:
+        """The id of the request that row `row` of the oldest step in flight is of; None if it has no use for it now."""
+        found = self._in_flight[0][1][row]
+        return found.sequence.request.id if found.lives else None
 
     @property
     def can_run_ahead(self) -> bool:
@@ -207,8 +208,9 @@ class Scheduler:
     # -- one step
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute yet. Raises IntegrityError with two steps in flight, and
-        with one unless can_run_ahead.
+        """The next step, or None if there is nothing to compute yet.
+
+        Raises IntegrityError with two steps in flight, and with one unless can_run_ahead.
         """
         if self._in_flight and not self.can_run_ahead:
             raise IntegrityError(f"step {self._in_flight[0][0]} must be committed before another is scheduled")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ..kernels import cpu
-from ..kernels.attention import AttentionBackend, choose_backend
+from ..kernels.attention import AttentionBackend
+from ..kernels.choose import choose_backend
 from ..parallel.checkpoint import LoadError, LoadReport, Packing, load_weights
 from ..parallel.dummy import fill_dummy
 from ..parallel.group import Group
@@ -23,11 +24,15 @@ from ..parallel.partition import Partition, PartitionError, partition
 from .batch import ForwardBatch, SlotTable
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
-from .kv_cache import KVCache, count_blocks, kv_budget
+from .graphs import CudaRecorder, DecodeGraphs, EagerRecorder, choose_graphs, graph_sizes
+from .kv_cache import KVCache
+from .memory import Demand, worst_case_plan
 from .models.decoder import Build, CausalLM
 from .models.spec import ModelSpec, dimensions, position_limit
-from .plan import Idle, SlotSampling, SlotStart, StepPlan, StepResult, Stop, TokenLogprobs, decode
+from .plan import Capture, Idle, SlotSampling, SlotStart, StepPlan, StepResult, Stop, TokenLogprobs, decode
 from .sampler import Sampler
+from .sizing import MemoryBudget, explains_out_of_memory, peak_memory
+from .step import LaunchedStep
 
 LOGPROB_ROWS = 256
 """Prompt positions whose logits are held at once, so that long prompts need no (prompt, vocabulary) tensor."""
@@ -58,49 +63,139 @@ class Worker:
         cpu.set_threads(self.threads)
         self.backend = _attention(config, spec, self.dtype, group.device)
         self.uses_kernels = cpu.usable(group.device, self.dtype)
+        self.overlap = config.overlap if config.overlap is not None else group.device.type == "cuda"
+        self.graphs, self.graphs_reason = _graphs(config, self.backend, group)
         self.max_model_len = resolve_max_model_len(config, spec)
         block_size = _block_size(config, self.backend)
-        share = share_out(config, spec, group.size).shares[group.rank]
+        parts = share_out(config, spec, group.size)
+        share = parts.shares[group.rank]
+        width, kept_as = self.backend.cache_head(spec.head_dim, self.dtype)
+        token_bytes = 2 * spec.num_layers * len(share.kv_heads) * width * kept_as.itemsize
+        demand = Demand(config, parts, self.dtype.itemsize, self.max_model_len, block_size)
+        self.memory = MemoryBudget(demand, group, token_bytes)
+        self.memory.check_before_loading()
         build = Build(spec, share, group.collectives, self.backend, self.dtype, group.device)
 
         def make_model() -> tuple[CausalLM, LoadReport]:
             with torch.inference_mode():
                 model = CausalLM(build, self.max_model_len)
-                return model, _load(model, config, folder, on_progress)
+                return model, _load(model, config, folder, self.threads, on_progress)
 
         self._model, self.load_report = _on_own_thread(make_model) if group.device.type == "cpu" else make_model()
-        width, kept_as = self.backend.cache_head(spec.head_dim, self.dtype)
-        token_bytes = 2 * spec.num_layers * len(share.kv_heads) * width * kept_as.itemsize
-        num_blocks = self._agree_on_blocks(config, block_size, token_bytes)
-        self._cache = KVCache.allocate(
-            num_blocks,
-            block_size,
-            spec.num_layers,
-            len(share.kv_heads),
-            width,
-            kept_as,
-            group.device,
-        )
-        self._slots = SlotTable(config.max_num_seqs, self.max_model_len, block_size, group.device)
+        make_slots = partial(SlotTable, config.max_num_seqs, self.max_model_len, block_size, group.device)
+        self._slots = make_slots()
         self._sampler = Sampler(group.collectives, share.vocab, spec.vocab_size)
-        self.capacity = Capacity(num_blocks, block_size, self.max_model_len, self._peak_memory())
+        self._make_cache = partial(
+            KVCache.allocate,
+            block_size=block_size,
+            layers=spec.num_layers,
+            kv_heads=len(share.kv_heads),
+            width=width,
+            dtype=kept_as,
+            device=group.device,
+        )
+        self._cache = self._make_cache(1)
+        self._graphs: DecodeGraphs | None = None
+        group.collectives.tune(spec.hidden_size, self.dtype, config.max_num_seqs)
+        if group.device.type == "cuda":
+            self.profile()
+        sizes = graph_sizes(config.max_num_seqs) if self.graphs != "none" else ()
+        num_blocks = self.memory.agree_on_blocks(sizes)
+        # One more, that no sequence is given, for the rows that pad a graph's batches.
+        self._cache = self._make_cache(num_blocks + (len(sizes) > 0))
+        self._slots = make_slots(dummy_block=num_blocks)
+        self._graphs = self._make_graphs(sizes, num_blocks)
+        self.capacity = Capacity(num_blocks, block_size, self.max_model_len, peak_memory(group))
+
+    def profile(self) -> int:
+        """Bytes that the largest step takes beside weights and KV cache, found by running it on a cache of one block.
+
+        Every rank calls it, while nothing runs and before any sequence has a slot that matters.
+        Raises ConfigError if a GPU has too little memory for the step.
+        """
+        config, demand = self.memory.demand.config, self.memory.demand
+        plan = worst_case_plan(
+            config.max_num_seqs, config.max_num_batched_tokens, demand.max_model_len, demand.block_size
+        )
+        kept, self._cache = self._cache, self._make_cache(1)
+        try:
+            return self.memory.measure_step(lambda: self.execute(plan))
+        finally:
+            self._cache = kept
 
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """Compute one step. The sampled tokens and log-probabilities on rank 0, None on the others."""
+        """Compute one step and wait for it. The tokens and log-probabilities on rank 0, None on the others."""
+        step = self.launch(plan)
+        return step.result() if self._group.rank == 0 else None
+
+    @explains_out_of_memory
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Hand one step to the device. With `overlap` nothing waits for it that need not."""
         with torch.inference_mode():
             self._slots.apply(plan)
-            batch = self._slots.batch(plan)
-            # Prompt log-probabilities need all tokens, otherwise those do from which others are sampled.
-            hidden = self._model(batch, self._cache, None if batch.prompt_rows else batch.sample_tokens)
-            prompt_logprobs = self._prompt_logprobs(batch, hidden)
-            sampled = None
-            if batch.sample_rows:
-                rows = hidden[batch.sample_tokens] if batch.prompt_rows else hidden
-                sampled = self._sampler.sample(self._model.logits(rows), batch.sample_rows)
-        if self._group.rank != 0:
+            size = self._graphs.size_for(len(plan.slots)) if self._graphs and plan.only_decodes else None
+            batch = self._slots.batch(plan, size or 0)
+            prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+            if size and self._graphs:
+                logits = self._graphs.run(batch)[: len(plan.slots)]
+            else:
+                # Prompt log-probabilities need all tokens, otherwise those do from which others are sampled.
+                hidden = self._model(batch, self._cache, None if batch.prompt_rows else batch.sample_tokens)
+                prompt_logprobs = self._prompt_logprobs(batch, hidden)
+                if not batch.sample_rows:
+                    return LaunchedStep(batch.sample_tokens, [], prompt_logprobs)
+                logits = self._model.logits(hidden[batch.sample_tokens] if batch.prompt_rows else hidden)
+            return LaunchedStep(*self._sample(logits, batch), prompt_logprobs)
+
+    @explains_out_of_memory
+    def capture(self, rows: int) -> None:
+        """Capture the CUDA graph of decode steps of `rows` rows. Every rank calls it, between two steps."""
+        assert self._graphs is not None
+        with torch.inference_mode():
+            self._graphs.capture(rows)
+
+    @property
+    def uncaptured(self) -> list[int]:
+        """Sizes of decode steps whose graphs are still to be captured, in this order."""
+        return self._graphs.missing if self._graphs is not None and self.graphs == "lazy" else []
+
+    def close(self) -> None:
+        """Give up what holds on to the group's collectives: before these are closed."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
+
+    def _sample(self, logits: torch.Tensor, batch: ForwardBatch) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+        """The tokens, int64 (S,), and their log-probabilities: right on rank 0."""
+        if self.overlap:
+            tokens, logprobs = self._sampler.choose(logits, batch.sample_rows)
+            self._slots.remember(batch.sample_slots, tokens)
+            return tokens, logprobs
+        sampled = self._sampler.sample(logits, batch.sample_rows)
+        return (torch.tensor(sampled[0]), sampled[1]) if sampled else (batch.sample_tokens, [])
+
+    def _make_graphs(self, sizes: Sequence[int], dummy_block: int) -> DecodeGraphs | None:
+        if not sizes:
             return None
-        tokens, logprobs = sampled or ([], [])
-        return StepResult(tokens, logprobs, prompt_logprobs)
+        device, demand = self._group.device, self.memory.demand
+
+        def compute(batch: ForwardBatch) -> torch.Tensor:
+            return self._model.logits(self._model(batch, self._cache))
+
+        graphs = DecodeGraphs(
+            compute,
+            EagerRecorder() if self.graphs == "eager" else CudaRecorder(device),
+            sizes,
+            max_blocks=demand.blocks_of_sequence,
+            block_size=demand.block_size,
+            dummy_block=dummy_block,
+            device=device,
+        )
+        if self.graphs != "lazy":
+            with torch.inference_mode():
+                for size in graphs.missing:
+                    graphs.capture(size)
+        return graphs
 
     def score(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
         """Logits of one sequence after each of its tokens, float32 (T, vocabulary rows of this rank), for measuring.
@@ -130,27 +225,6 @@ class Worker:
                 results.setdefault(rows.row, []).extend(scored or [])
         return results
 
-    def _agree_on_blocks(self, config: EngineConfig, block_size: int, token_bytes: int) -> int:
-        """KV blocks of every rank: the fewest that any has room for. All raise ConfigError if that is too few."""
-        group = self._group
-        sequence_bytes = -(-self.max_model_len // block_size) * block_size * token_bytes
-        budget = kv_budget(config, group.device, group.local_size, sequence_bytes)
-        mine = torch.tensor([budget // (block_size * token_bytes), budget, block_size * token_bytes])
-        everyone = group.host.gather(mine)
-        fewest = mine if everyone is None else min(everyone, key=lambda row: int(row[0]))
-        _, budget, block_bytes = group.host.broadcast(fewest.clone()).tolist()
-        return count_blocks(config, self.max_model_len, block_size, block_bytes, budget)
-
-    def _peak_memory(self) -> tuple[int, ...]:
-        device = self._group.device
-        peak = (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        everyone = self._group.host.gather(torch.tensor([peak]))
-        return tuple(int(value) for value in everyone) if everyone else ()
-
 
 def _one_sequence(token_ids: Sequence[int], first: int, last: int, block_size: int) -> StepPlan:
     """Computes the tokens first..last of the only sequence there is; nothing is sampled."""
@@ -177,7 +251,9 @@ def follow(worker: Worker, group: Group) -> bytes:
     while True:
         message = decode(group.control.receive())
         if isinstance(message, StepPlan):
-            worker.execute(message)
+            worker.launch(message)
+        elif isinstance(message, Capture):
+            worker.capture(message.rows)
         elif isinstance(message, Stop):
             return message.payload
         else:
@@ -197,13 +273,22 @@ def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
         raise ConfigError(str(error)) from error
 
 
-def _load(model: CausalLM, config: EngineConfig, folder: Path, on_progress: Progress | None) -> LoadReport:
+def _load(
+    model: CausalLM, config: EngineConfig, folder: Path, threads: int, on_progress: Progress | None
+) -> LoadReport:
     slices = list(model.weight_slices())
     packing = Packing(slices, config.quantization)
     try:
         if config.load_format == "dummy":
             return fill_dummy(slices, config.seed, filled=packing.filled)
-        return load_weights(folder, slices, ignore=model.may_be_left_over, progress=on_progress, filled=packing.filled)
+        return load_weights(
+            folder,
+            slices,
+            ignore=model.may_be_left_over,
+            progress=on_progress,
+            filled=packing.filled,
+            threads=threads,
+        )
     except LoadError as error:
         raise CheckpointError(str(error)) from error
     except ValueError as error:
@@ -258,6 +343,20 @@ def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device
             head_dim=spec.head_dim,
             block_size=config.block_size,
             kv_cache_dtype=config.kv_cache_dtype,
+            group=spec.num_query_heads // spec.num_kv_heads,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _graphs(config: EngineConfig, backend: AttentionBackend, group: Group) -> tuple[str, str]:
+    try:
+        return choose_graphs(
+            config.graphs,
+            device=group.device.type,
+            attention=backend.name,
+            fits=backend.supports_graph,
+            collectives_fit=group.collectives.supports_graph,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import cpu
 from .norm import rms_norm
 from .rope import apply_rope
-
-SCALE_BYTES = 4
-"""Of one head's key or value in a pool of 8-bit numbers; a block's scales stand behind its numbers, head by head."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,8 @@ class AttentionBackend(ABC):
     supports_graph: bool
     has_block = False
     """Whether blocks.attention_block takes this backend's plans."""
+    reason = ""
+    """Why choose.choose_backend took it, in one line."""
 
     def cache_head(self, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
         """Elements that the pool has for one head's key or value of one token, and their dtype."""
@@ -213,134 +211,3 @@ class TorchAttention(AttentionBackend):
                 enable_gqa=True,
             )[0].transpose(0, 1)
         return out
-
-
-class CpuAttention(AttentionBackend):
-    """phalanx's own kernels. A block's keys and values stand as their products read them (kernels/cpu/kernels.h)."""
-
-    name = "cpu"
-    block_multiple = cpu.PANEL
-    default_block_size = cpu.PANEL
-    supports_graph = False
-    has_block = True
-
-    def __init__(self, int8_cache: bool = False) -> None:
-        """`int8_cache`: the pool keeps 8 bits of each number, and a float32 scale for each head of a token."""
-        self._int8_cache = int8_cache
-
-    def cache_head(self, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-        return (head_dim + SCALE_BYTES, torch.int8) if self._int8_cache else (head_dim, dtype)
-
-    def plan(self, metadata: AttentionMetadata) -> Any:
-        """Good as long as the metadata's tensors."""
-        return cpu.native.AttentionPlan(
-            metadata.block_table.data_ptr(),
-            metadata.block_table.stride(0),
-            metadata.cu_q.data_ptr(),
-            metadata.seqused_k.data_ptr(),
-            len(metadata.query_lengths),
-        )
-
-    def store_kv(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        self.rotate_and_store(torch.cat((k, v), dim=1).flatten(1), None, None, None, k_cache, v_cache, slots)
-
-    def rotate_and_store(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        norms: HeadNorms | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
-        """Without tables nothing is rotated."""
-        block_size, kv_heads, head_dim, int8_cache = cache_shape(k_cache)
-        all_heads = qkv.shape[1] // head_dim
-        heads = all_heads - 2 * kv_heads
-        cpu.native.rope(
-            qkv.data_ptr(),
-            qkv.stride(0),
-            cpu.address(cos),
-            cpu.address(sin),
-            cpu.address(norms.query if norms else None),
-            cpu.address(norms.key if norms else None),
-            norms.eps if norms else 0.0,
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            int8_cache,
-            slots.data_ptr(),
-            qkv.shape[0],
-            heads,
-            kv_heads,
-            head_dim,
-            block_size,
-            cpu.DTYPES[qkv.dtype],
-        )
-        return qkv.view(-1, all_heads, head_dim)[:, :heads]
-
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
-        block_size, kv_heads, head_dim, int8_cache = cache_shape(k_cache)
-        out = torch.empty(q.shape, dtype=q.dtype)
-        cpu.native.attention(
-            plan,
-            q.shape[1],
-            kv_heads,
-            head_dim,
-            block_size,
-            q.data_ptr(),
-            q.stride(0),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            int8_cache,
-            out.data_ptr(),
-            cpu.DTYPES[q.dtype],
-        )
-        return out
-
-
-def cache_shape(cache: torch.Tensor) -> tuple[int, int, int, bool]:
-    """(block_size, kv_heads, head_dim, whether it keeps 8-bit numbers) of a layer's pool of CpuAttention."""
-    _, block_size, kv_heads, width = cache.shape
-    int8_cache = cache.dtype == torch.int8
-    return block_size, kv_heads, width - SCALE_BYTES * int8_cache, int8_cache
-
-
-def choose_backend(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    block_size: int | None,
-    kv_cache_dtype: str = "auto",
-) -> AttentionBackend:
-    """The backend for an `attention` setting, one of auto, cpu and torch, and what it is to compute with.
-
-    `block_size` is the one asked for, None if any will do. Raises ValueError for another name, and for a backend that
-    cannot serve these.
-    """
-    if name not in ("auto", "cpu", "torch"):
-        raise ValueError(f"attention={name!r} is not one of auto, cpu, torch")
-    int8_cache = kv_cache_dtype == "int8"
-    if name == "torch" and not int8_cache:
-        return TorchAttention()
-    fits = head_dim % cpu.PANEL == 0 and (block_size or cpu.PANEL) % cpu.PANEL == 0
-    if name != "torch" and fits and cpu.usable(device, dtype):
-        return CpuAttention(int8_cache)
-    if name == "cpu" or int8_cache:
-        setting = "kv_cache_dtype=int8" if int8_cache else "attention=cpu"
-        raise ValueError(
-            f"{setting} needs phalanx's C++ kernels, a CPU, dtype bfloat16 or float32, and a head size and "
-            f"block_size that are multiples of {cpu.PANEL}; here are attention={name}, {device.type}, {dtype}, heads "
-            f"of {head_dim}, block_size={block_size} and kernels that are {'built' if cpu.native else 'not built'}: "
-            f"set {'kv_cache_dtype=auto' if int8_cache else 'attention=auto'}"
-        )
-    return TorchAttention()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from . import cpu
-from .attention import HeadNorms, cache_shape
+from .attention import HeadNorms
+from .cpu.attention import cache_shape
 from .linear import PackedWeight
 
 

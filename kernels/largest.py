@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu, cuda
 from .noise import gumbel
 
 
@@ -15,13 +15,17 @@ def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if not values.shape[1]:
         return values.new_full((len(values),), -torch.inf), values.new_zeros(len(values), dtype=torch.int64)
-    if not _usable(values):
-        found = values.max(dim=1)
-        return found.values, found.indices
-    rows, size = values.shape
-    most, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    cpu.native.argmax(values.data_ptr(), rows, size, most.data_ptr(), places.data_ptr())
-    return most, places
+    if _usable(values):
+        rows, size = values.shape
+        most, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        cpu.native.argmax(values.data_ptr(), rows, size, most.data_ptr(), places.data_ptr())
+        return most, places
+    if cuda.usable(values.device):
+        from .cuda import sampling
+
+        return sampling.largest(values)
+    found = values.max(dim=1)
+    return found.values, found.indices
 
 
 def noisy_largest(
@@ -38,6 +42,10 @@ def noisy_largest(
         addresses = (column.data_ptr() for column in (*settings, most, places))
         cpu.native.noisy_argmax(values.data_ptr(), rows, size, *addresses)
         return most, places
+    if size and cuda.usable(values.device):
+        from .cuda import sampling
+
+        return sampling.noisy_largest(values, temperature, seed, counter)
     # A few rows at a time: within the cache on a CPU, bounded in memory elsewhere.
     step = max(1, (1 << 18 if values.device.type == "cpu" else 1 << 24) // max(1, size))
     columns = torch.arange(size, device=values.device)
@@ -59,6 +67,10 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
         maxima = torch.empty(rows, -(-size // block))
         cpu.native.block_maxima(values.data_ptr(), rows, size, block, maxima.data_ptr())
         return maxima
+    if cuda.usable(values.device):
+        from .cuda import sampling
+
+        return sampling.block_maxima(values, block)
     whole = size // block * block
     maxima = values[:, :whole].view(rows, -1, block).amax(dim=2)
     if whole < size:

@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from ..engine.config import EngineConfig
-from ..engine.engine import Engine, set_threads
+from ..engine.engine import Engine, device_type, set_threads
 from ..engine.errors import ConfigError, EngineStopped, PhalanxError
 from ..engine.llm import LLM
 from ..engine.transport import InProcess
 from ..engine.worker import Progress
-from ..parallel.collectives.shared_memory import SharedMemoryUnavailable
+from ..parallel.collectives.base import CollectivesUnavailable
 from ..parallel.group import Group, join_group
 from .place import Place
 
 
 def join(config: EngineConfig, place: Place) -> Group:
     """This rank's group; all ranks call it. Raises ConfigError if this machine has not what is asked for."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch finds no GPU here: set device=cpu, or install a CUDA build of torch")
-    if config.collectives == "nccl" and device == "cpu":
-        raise ConfigError("collectives=nccl needs device=cuda; with device=cpu set collectives=auto")
-    if config.collectives == "shared_memory" and device == "cuda":
-        raise ConfigError("collectives=shared_memory needs device=cpu; with device=cuda set collectives=auto")
+    device = device_type(config)
+    if config.collectives in ("nccl", "symmetric_memory") and device == "cpu":
+        raise ConfigError(f"collectives={config.collectives} needs device=cuda; with device=cpu set collectives=auto")
     try:
         return join_group(
             rank=place.rank,
@@ -36,19 +28,20 @@ def join(config: EngineConfig, place: Place) -> Group:
             local_rank=place.local_rank,
             local_size=place.local_size,
             device=device,
-            backend="nccl" if device == "cuda" and config.collectives != "gloo" else "gloo",
-            shared_memory=config.shared_memory,
+            collectives=config.collectives,
             timeout_s=config.timeout_s,
         )
-    except SharedMemoryUnavailable as error:
-        raise ConfigError(f"collectives=shared_memory: {error}; set collectives=auto") from error
+    except CollectivesUnavailable as error:
+        raise ConfigError(f"collectives={config.collectives}: {error}; set collectives=auto") from error
 
 
 def follow(config: EngineConfig, place: Place) -> None:
     """The life of a rank other than 0: until rank 0 stops the group."""
     group = join(config, place)
     set_threads(config, group.local_size)
-    Engine(config, group, None).run()
+    engine = Engine(config, group, None)
+    engine.run()
+    engine.close()
     group.close()
 
 

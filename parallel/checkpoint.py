@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .safetensors_files import LoadError, StoredTensor, locate_tensors, name_some
+from .streaming import READERS, CudaLanding, Landing, cut, stream
 
 __all__ = ["LoadError", "LoadReport", "Packing", "Progress", "WeightSlice", "load_weights"]
 
@@ -97,30 +98,66 @@ def load_weights(
     ignore: Callable[[str], bool] = is_rotary_buffer,
     progress: Progress | None = None,
     filled: Callable[[WeightSlice], None] = lambda part: None,
+    threads: int = 1,
+    landing: Landing | None = None,
 ) -> LoadReport:
-    """Fill every slice's destination from the safetensors files of `folder`, and call `filled` after each.
+    """Fill every slice's destination from the safetensors files of `folder`, and call `filled` for each.
 
     The list is empty in the end: what has been filled is kept by its owner alone, which may put it elsewhere.
 
     Names, shapes, dtypes and file sizes are checked from the headers of all files before anything is read, so every
-    rank finds the same faults. `ignore` names tensors that may be left over. Besides the destinations, memory stays
-    below CHUNK_BYTES copied and MAPPED_BYTES + CHUNK_BYTES mapped. Raises LoadError.
+    rank finds the same faults. `ignore` names tensors that may be left over. Raises LoadError.
+
+    On a CPU the slices are filled one by one, and memory besides the destinations stays below CHUNK_BYTES copied and
+    MAPPED_BYTES + CHUNK_BYTES mapped. To a GPU they stream through `landing` (None makes one), read by up to `threads`
+    threads; `filled` is called once all are there, and values are checked then. Memory besides the destinations is the
+    landing's, and one file that is mapped.
     """
     started = time.monotonic()
     stored = locate_tensors(folder)
     _check_coverage(folder, slices, stored, ignore)
     total = sum(part.destination.numel() * stored[part.name].itemsize for part in slices)
     done = 0
-    reader = _Reader()
-    for part in take_out(slices):
-        tensor = stored[part.name]
-        for chunk in _chunks(part, tensor.itemsize):
-            done += reader.read(tensor, chunk)
-            if progress is not None:
-                progress(done, total)
-        filled(part)
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    if landing is None and slices and slices[0].destination.device.type == "cuda":
+        landing = CudaLanding(slices[0].destination.device)
+    if landing is not None:
+        parts = list(take_out(slices))
+        _stream(parts, stored, landing, threads, read)
+        for part in parts:
+            filled(part)
+    else:
+        reader = _Reader()
+        for part in take_out(slices):
+            for chunk in _chunks(part, stored[part.name].itemsize):
+                read(reader.read(stored[part.name], chunk))
+            filled(part)
     files = {tensor.file for tensor in stored.values()}
     return LoadReport(bytes_read=done, shard_bytes=total, seconds=time.monotonic() - started, files=len(files))
+
+
+def _stream(
+    parts: Sequence[WeightSlice],
+    stored: Mapping[str, StoredTensor],
+    landing: Landing,
+    threads: int,
+    read: Callable[[int], None],
+) -> None:
+    limit = landing.buffers[0].nbytes
+    pieces, owners = [], []
+    for part in parts:
+        for piece in cut(stored[part.name], part.index, part.destination, limit):
+            pieces.append(piece)
+            owners.append(part)
+    extremes = stream(pieces, landing, min(threads, READERS), read)
+    for part, (low, high) in zip(owners, extremes.tolist(), strict=True):
+        _check_range(low, high, stored[part.name].file, part)
 
 
 class _Reader:
@@ -138,7 +175,8 @@ class _Reader:
             self._handle, self._file, self._mapped = _open(tensor.file), tensor.file, 0
         value: torch.Tensor = self._handle.get_slice(part.name)[part.index]
         self._mapped += _touched_bytes(part, tensor.itemsize)
-        _check_finite(value, tensor.file, part)
+        low, high = (float(bound) for bound in value.aminmax())
+        _check_range(low, high, tensor.file, part)
         part.destination.copy_(value)
         return value.numel() * value.element_size()
 
@@ -169,8 +207,8 @@ def _check_coverage(
             )
 
 
-def _check_finite(value: torch.Tensor, file: Path, part: WeightSlice) -> None:
-    low, high = (float(bound) for bound in value.aminmax())
+def _check_range(low: float, high: float, file: Path, part: WeightSlice) -> None:
+    """Raises LoadError unless the least and the largest value of a part, as stored, are numbers that fit its dtype."""
     if not (math.isfinite(low) and math.isfinite(high)):
         raise LoadError(f"{file}: tensor {part.name} holds values that are not finite (NaN or infinity)")
     dtype = part.destination.dtype

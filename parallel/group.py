@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from .collectives.base import Collectives
+from .collectives.agree import boot, exchange
+from .collectives.base import Collectives, CollectivesUnavailable
 from .collectives.local import LocalCollectives
+from .collectives.peer_memory import SymmetricMemoryUnavailable, connect, gpu_identity
 from .collectives.process_group import ProcessGroupCollectives
 from .collectives.shared_memory import SharedMemoryCollectives, SharedMemoryControl, SharedMemoryUnavailable
+from .collectives.staged import HostStagedCollectives
+from .collectives.symmetric_memory import SymmetricMemoryCollectives
 from .control import BroadcastControl, ControlChannel, LocalControl
 
 _log = logging.getLogger("phalanx")
+_CPU = torch.device("cpu")
+_BY_HOST = ("gloo", "shared_memory")
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Group:
 def local_group(device: torch.device) -> Group:
     """A group of one rank: no process group, no global state."""
     collectives = LocalCollectives(device)
-    host = collectives if device.type == "cpu" else LocalCollectives(torch.device("cpu"))
+    host = collectives if device.type == "cpu" else LocalCollectives(_CPU)
     return Group(0, 1, 1, device, collectives, host, LocalControl())
 
 
@@ -58,26 +64,34 @@ def join_group(
     local_rank: int,
     local_size: int,
     device: str,
-    backend: str,
-    shared_memory: bool | None,
+    collectives: str,
     timeout_s: float,
 ) -> Group:
-    """Join the ranks that torchrun started (its env:// rendezvous). `device` is cpu or cuda, `backend` gloo or nccl.
+    """Join the ranks that torchrun started (its env:// rendezvous). `device` is cpu or cuda.
 
-    `shared_memory` says whether ranks of one host reach each other through it: True insists, and raises
-    SharedMemoryUnavailable; None takes `backend` where it cannot be; False never tries. On CUDA it carries the plans
-    alone. A CUDA rank takes card local_rank (modulo the cards there are). Size 1 starts no process group.
+    `collectives` says how tensors of the model travel; plans and small CPU tensors never go over NCCL:
+    * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
+    * shared_memory: in memory that the ranks of one host share; tensors of a GPU by way of the host;
+    * nccl: over it;
+    * symmetric_memory: over NCCL, or small sums in memory of the GPUs that all reach;
+    * auto: on a CPU as shared_memory, or over gloo if memory cannot be shared; on GPUs as symmetric_memory, or over
+      NCCL if theirs cannot; by way of the host if ranks share a GPU, which NCCL refuses.
+
+    Raises CollectivesUnavailable, on all ranks, if what is asked for by name cannot be. A CUDA rank takes card
+    local_rank (modulo the cards there are). Size 1 starts no process group.
     """
-    where = torch.device("cpu")
+    where = _CPU
     if device == "cuda":
         where = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(where)
     if size == 1:
         return local_group(where)
+    # NCCL connects only when the first tensor of a GPU travels by this group, which may be never.
+    backend = "gloo" if device == "cpu" or collectives in _BY_HOST else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s))
     world = dist.group.WORLD
     assert world is not None
-    return _group_of(world, where, local_size, shared_memory, timeout_s, destroy=dist.destroy_process_group)
+    return _group_of(world, where, local_size, collectives, timeout_s, destroy=dist.destroy_process_group)
 
 
 def adopt_group(
@@ -85,52 +99,106 @@ def adopt_group(
     *,
     device: torch.device,
     local_size: int,
-    shared_memory: bool | None,
+    collectives: str,
     timeout_s: float,
 ) -> Group:
-    """A group over somebody else's process group; called by all its ranks. Only a gloo group of its own is added, and
+    """A group over somebody else's process group; called by all its ranks. Only gloo groups of its own are added, and
     shared memory as in join_group.
     """
     if dist.get_world_size(process_group) == 1:
         return local_group(device)
-    return _group_of(process_group, device, local_size, shared_memory, timeout_s)
+    return _group_of(process_group, device, local_size, collectives, timeout_s)
 
 
 def _group_of(
     process_group: dist.ProcessGroup,
     device: torch.device,
     local_size: int,
-    shared_memory: bool | None,
+    collectives: str,
     timeout_s: float,
     destroy: Callable[[], None] | None = None,
 ) -> Group:
-    collectives: Collectives = ProcessGroupCollectives(process_group, device)
-    # Plans and small CPU tensors travel apart from the model's collectives, never over NCCL. The group for them is made
-    # by hand: torch.distributed.new_group names groups by how many a rank has seen, which the caller's ranks need not
-    # agree on.
+    if collectives == "nccl" and device.type == "cpu":
+        raise CollectivesUnavailable("NCCL carries tensors of GPUs only, and these ranks compute on the CPU")
+    host = _gloo(process_group, timeout_s)
+    by_host = device.type == "cpu" or collectives in _BY_HOST or _not_by_nccl(process_group, host, device, collectives)
+    control, shared = _within_host(host, by_host, collectives, timeout_s)
+    carrier: Collectives = ProcessGroupCollectives(process_group, device)
+    if by_host:
+        carrier = shared or _gloo(process_group, timeout_s)
+        carrier = carrier if device.type == "cpu" else HostStagedCollectives(carrier, device)
+    if collectives == "symmetric_memory" or (collectives == "auto" and not by_host):
+        carrier = _with_symmetric_memory(process_group, carrier, host, collectives, timeout_s)
+    return Group(host.rank, host.size, local_size, device, carrier, host, control, destroy or (lambda: None))
+
+
+def has_nccl(process_group: dist.ProcessGroup) -> bool:
+    """Whether the group carries tensors of GPUs over NCCL; it may carry those of a CPU over another backend."""
+    cuda = torch.device("cuda")
+    return cuda in process_group._device_types and process_group._get_backend(cuda).name() == "nccl"
+
+
+def _gloo(process_group: dist.ProcessGroup, timeout_s: float) -> Collectives:
+    """Another group of the same ranks, for CPU tensors. It is made by hand: torch.distributed.new_group names groups by
+    how many a rank has seen, which the caller's ranks need not agree on.
+    """
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, group_src=0, group=process_group)
     store = torch._C._distributed_c10d.PrefixStore(f"phalanx/{name[0]}", dist.distributed_c10d._get_default_store())
-    gloo = dist.ProcessGroupGloo(store, collectives.rank, collectives.size, datetime.timedelta(seconds=timeout_s))
-    host: Collectives = ProcessGroupCollectives(gloo, torch.device("cpu"))
+    rank, size = process_group.rank(), process_group.size()
+    gloo = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=timeout_s))
+    collectives = ProcessGroupCollectives(gloo, _CPU)
+    collectives.barrier()  # nobody leaves while another is still connecting
+    return collectives
+
+
+def _within_host(
+    host: Collectives, by_host: bool, collectives: str, timeout_s: float
+) -> tuple[ControlChannel, Collectives | None]:
+    """The control channel, and collectives in shared memory if tensors travel by way of the host and it can be had."""
     control: ControlChannel = BroadcastControl(host)
-    if shared_memory is not False:
+    shared: Collectives | None = None
+    if collectives != "gloo":
         try:
             control = SharedMemoryControl.connect(host, timeout_s)
-            if device.type == "cpu":
-                collectives = SharedMemoryCollectives.connect(host, timeout_s)
+            shared = SharedMemoryCollectives.connect(host, timeout_s) if by_host else None
         except SharedMemoryUnavailable as reason:
-            if shared_memory:
+            if collectives == "shared_memory":
                 raise
-            if collectives.rank == 0:
+            if host.rank == 0:
                 _log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
-    return Group(
-        collectives.rank,
-        collectives.size,
-        local_size,
-        device,
-        collectives,
-        host,
-        control,
-        destroy or (lambda: None),
-    )
+    return control, shared
+
+
+def _not_by_nccl(process_group: dist.ProcessGroup, host: Collectives, device: torch.device, collectives: str) -> bool:
+    """Whether tensors of these ranks' GPUs cannot go over NCCL. Raises CollectivesUnavailable if they were to."""
+    gpus = [tuple(row) for row in exchange(host, [boot(), gpu_identity(device)])]
+    second = next((rank for rank, gpu in enumerate(gpus) if gpu in gpus[:rank]), None)
+    if not has_nccl(process_group):
+        reason = "their process group has no NCCL"
+    elif second is not None:
+        reason = (
+            f"ranks {gpus.index(gpus[second])} and {second} of {host.size} share a GPU, and NCCL needs one for each"
+        )
+    else:
+        return False
+    if collectives == "nccl":
+        raise CollectivesUnavailable(reason)
+    if host.rank == 0:
+        _log.warning("ranks send tensors by way of the host, which is slow: %s", reason)
+    return True
+
+
+def _with_symmetric_memory(
+    process_group: dist.ProcessGroup, carrier: Collectives, host: Collectives, collectives: str, timeout_s: float
+) -> Collectives:
+    """`carrier`, or with symmetric memory for small sums if it can be set up: it must, if it was asked for by name."""
+    try:
+        memory = connect(process_group, host, carrier.device, timeout_s)
+    except SymmetricMemoryUnavailable as reason:
+        if collectives == "symmetric_memory":
+            raise
+        if host.rank == 0:
+            _log.warning("ranks talk over NCCL alone, which is slower for small messages: %s", reason)
+        return carrier
+    return SymmetricMemoryCollectives(carrier, host, memory)

@@ -17,9 +17,9 @@ from torch.nn.functional import linear
 from ..kernels.activation import silu_mul
 from ..kernels.linear import PackedWeight, head_quantization, row_multiple
 from ..kernels.memory import empty
-from ..kernels.norm import rms_norm
 from .checkpoint import WeightSlice
 from .collectives.base import Collectives
+from .residual import Residual
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ class Linear(nn.Module):
         return linear(x, self.weight[: self.rows], bias) if self.packed is None else self.packed.linear(x, bias)
 
     def multiply_float(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, columns) -> float32 (T, rows)."""
-        return self.multiply(x, None).float() if self.packed is None else self.packed.linear_float(x)
+        """(T, columns) -> float32 (T, rows), summed up in float32 and not rounded."""
+        if self.packed is not None:
+            return self.packed.linear_float(x)
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, self.weight[: self.rows].t(), out_dtype=torch.float32)
+        return self.multiply(x, None).float()
 
 
 class ColumnParallelLinear(Linear):
@@ -156,12 +160,12 @@ class RowParallelLinear(Linear):
         self.collectives = collectives
         self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: torch.Tensor, total: torch.Tensor) -> None:
-        """Add the result for x (T, columns) to the float32 `total` (T, out_features), the same on every rank."""
+    def forward(self, x: torch.Tensor, residual: Residual) -> None:
+        """Add the result for x (T, columns) to `residual`, the same on every rank: at once, or with its next norm."""
         if self.packed is not None and self.collectives.size == 1:
-            self.packed.add_to(total, x, self.bias)
+            self.packed.add_to(residual.settled(), x, self.bias)
         else:
-            self.reduce(self.multiply(x, None), total)
+            residual.add_later(self.multiply(x, None), self.bias, self.collectives)
 
     def partial(self, total: torch.Tensor) -> torch.Tensor | None:
         """Room for this rank's part of a result that somebody else computes; None if there are no other parts."""
@@ -214,9 +218,9 @@ class ReplicatedNorm(nn.Module):
         self.name, self.eps, self.dtype = name, eps, dtype
         self.weight = _parameter(size, dtype=torch.float32, device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, size) -> the same in the model's dtype."""
-        return rms_norm(x, self.weight, self.eps, self.dtype)
+    def forward(self, residual: Residual) -> torch.Tensor:
+        """(T, size) of the residual stream, in the model's dtype; nothing is missing in the stream from then on."""
+        return residual.norm(self.weight, self.eps, self.dtype)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""

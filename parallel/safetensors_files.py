@@ -25,12 +25,13 @@ class LoadError(Exception):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint. `itemsize` is in bytes."""
+    """One tensor of a checkpoint: elements of `itemsize` bytes, row by row from byte `offset` of the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     itemsize: int
+    offset: int
 
 
 def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -87,13 +88,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file}: tensor {name} is {dtype}; only {', '.join(FLOATS)} are supported. "
                 f"Quantized checkpoints are not: use the model's bfloat16, float16 or float32 original"
             )
-        if end - begin != math.prod(shape) * FLOATS[dtype]:
-            raise LoadError(f"{file}: tensor {name} of shape {list(shape)} in {dtype} cannot have {end - begin} bytes")
+        if begin < 0 or end - begin != math.prod(shape) * FLOATS[dtype]:
+            raise LoadError(
+                f"{file}: tensor {name} of shape {list(shape)} in {dtype} cannot have {end - begin} bytes from byte "
+                f"{begin} on; copy it again"
+            )
         if 8 + length + end > size:
             raise LoadError(
                 f"{file} is cut off: tensor {name} ends at byte {8 + length + end}, the file has {size}; copy it again"
             )
-        stored[name] = StoredTensor(file, shape, dtype, FLOATS[dtype])
+        stored[name] = StoredTensor(file, shape, dtype, FLOATS[dtype], offset=8 + length + begin)
     return stored
 
 

@@ -25,6 +25,7 @@ from ...parallel.linear import (
     RowParallelLinear,
 )
 from ...parallel.partition import RankShare
+from ...parallel.residual import Residual
 from ..batch import ForwardBatch
 from ..kv_cache import KVCache
 from .spec import ModelSpec
@@ -85,16 +86,17 @@ class Attention(nn.Module):
         self.k_norm = build.norm("k_norm", dim) if spec.qk_norm else None
 
     def forward(
-        self, norm: ReplicatedNorm, residual: torch.Tensor, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
+        self, norm: ReplicatedNorm, residual: Residual, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
         head_norms = None
         if self.q_norm is not None and self.k_norm is not None:
             head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         place = k_cache, v_cache, step.slots
         if self.backend.has_block and self.qkv.packed is not None and self.output.packed is not None:
-            out = self.output.partial(residual)
+            total = residual.settled()
+            out = self.output.partial(total)
             attention_block(
-                residual,
+                total,
                 norm.weight,
                 norm.eps,
                 (self.qkv.packed, self.qkv.bias),
@@ -107,7 +109,7 @@ class Attention(nn.Module):
                 step.attention_plan,
                 out,
             )
-            self.output.reduce(out, residual)
+            self.output.reduce(out, total)
             return
         q = self.backend.rotate_and_store(self.qkv(norm(residual)), step.cos, step.sin, head_norms, *place)
         self.output(self.backend.attend(q, k_cache, v_cache, step.attention_plan).flatten(1), residual)
@@ -129,13 +131,14 @@ class MLP(nn.Module):
             **build.placement,
         )
 
-    def forward(self, norm: ReplicatedNorm, residual: torch.Tensor) -> None:
+    def forward(self, norm: ReplicatedNorm, residual: Residual) -> None:
         gate_up, down = self.gate_up, self.down
         if gate_up.packed is not None and down.packed is not None:
-            out = down.partial(residual)
+            total = residual.settled()
+            out = down.partial(total)
             projections = (gate_up.packed, gate_up.bias), (down.packed, down.own_bias)
-            mlp_block(residual, norm.weight, norm.eps, *projections, out)
-            down.reduce(out, residual)
+            mlp_block(total, norm.weight, norm.eps, *projections, out)
+            down.reduce(out, total)
         else:
             down(gate_up(norm(residual)), residual)
 
@@ -150,20 +153,20 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        residual: torch.Tensor,
+        residual: Residual,
         step: Step,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         wanted: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Adds what attention and MLP make of the float32 `residual` (T, hidden_size) to it, one after the other.
+    ) -> Residual:
+        """Adds what attention and MLP make of `residual`, T tokens, to it, one after the other.
 
         Returns it, or only its rows `wanted`, which alone go through the MLP.
         """
         self.attention(self.input_norm, residual, step, k_cache, v_cache)
         if wanted is not None:
-            residual = residual[wanted]
-        if len(residual):
+            residual = residual.select(wanted)
+        if len(residual.total):
             self.mlp(self.mlp_norm, residual)
         return residual
 
@@ -212,8 +215,7 @@ class CausalLM(nn.Module):
         """
         cos, sin = self.rope(batch.positions, batch.lengths)
         step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
-        # float32: the sum over all layers is where bfloat16 would lose most.
-        residual = self.embedding(batch.token_ids).float()
+        residual = Residual(self.embedding(batch.token_ids))
         for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
             # The last layer makes no keys and values of what its MLP adds: whoever is not wanted is done.
             residual = layer(residual, step, k_cache, v_cache, wanted if layer is self.layers[-1] else None)

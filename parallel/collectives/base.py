@@ -7,9 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
+from ...kernels.norm import add_rms_norm
+
 
 class CollectiveError(RuntimeError):
     """An operation between ranks failed: usually because another rank has gone. Names this rank and the operation."""
+
+
+class CollectivesUnavailable(RuntimeError):
+    """These ranks cannot talk in the way asked for; the message says why. Raised on all of them or on none."""
 
 
 class Collectives(ABC):
@@ -17,6 +23,8 @@ class Collectives(ABC):
 
     rank: int
     size: int
+    supports_graph = False
+    """Whether all_reduce and what is made of it, on tensors of a GPU, may be captured in a CUDA graph."""
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -24,7 +32,26 @@ class Collectives(ABC):
 
     def add_reduced(self, x: torch.Tensor, total: torch.Tensor) -> None:
         """Add all_reduce(x) to the float32 `total`, of the same shape. `x` may be overwritten."""
-        total.add_(self.all_reduce(x))
+        total.add_(self._sum(x))
+
+    def add_reduced_norm(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        total: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Add all_reduce(x) and `bias` to `total`, in place, and return its RMSNorm: (T, H) in `dtype`.
+
+        `x` is (T, H) and may be overwritten; `bias` (H,), or None; `total` (T, H) float32; `weight` (H,) float32.
+        """
+        return add_rms_norm(total, self._sum(x), bias, weight, eps, dtype)
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        """all_reduce, but the result may be good until the next operation only."""
+        return self.all_reduce(x)
 
     @abstractmethod
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
@@ -42,6 +69,13 @@ class Collectives(ABC):
         """Run all_reduce once for messages of these many elements, so that the first step pays for no set-up."""
         for size in sizes:
             self.all_reduce(torch.zeros(size, device=self.device))
+
+    def tune(self, columns: int, dtype: torch.dtype, max_rows: int) -> None:
+        """Find out, by measuring, how to sum messages of 1 to max_rows rows of `columns` numbers of `dtype` fastest.
+
+        All ranks call it, once, before the first step; where there is but one way it does nothing.
+        """
+        return
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ class LocalCollectives(Collectives):
 
     rank = 0
     size = 1
+    supports_graph = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

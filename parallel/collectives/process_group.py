@@ -20,6 +20,7 @@ class ProcessGroupCollectives(Collectives):
         self._device = device
         self.rank: int = group.rank()
         self.size: int = group.size()
+        self.supports_graph = device.type == "cuda"
 
     @property
     def device(self) -> torch.device:
@@ -27,12 +28,13 @@ class ProcessGroupCollectives(Collectives):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        self._wait("all_reduce", lambda: self._group.allreduce([x], dist.AllreduceOptions()))
+        options = _on_this_stream(dist.AllreduceOptions())
+        self._wait("all_reduce", lambda: self._group.allreduce([x], options))
         return x
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
         x = x.contiguous()
-        options = dist.GatherOptions()
+        options = _on_this_stream(dist.GatherOptions())
         options.rootRank = dst
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == dst else None
         self._wait("gather", lambda: self._group.gather([parts] if parts else [], [x], options))
@@ -40,14 +42,16 @@ class ProcessGroupCollectives(Collectives):
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         x = x.contiguous()
-        options = dist.BroadcastOptions()
+        options = _on_this_stream(dist.BroadcastOptions())
         options.rootRank = src
         options.rootTensor = 0
         self._wait("broadcast", lambda: self._group.broadcast([x], options))
         return x
 
     def barrier(self) -> None:
-        self._wait("barrier", lambda: self._group.barrier(dist.BarrierOptions()))
+        options = _on_this_stream(dist.BarrierOptions())
+        options.device = self._device
+        self._wait("barrier", lambda: self._group.barrier(options))
 
     def close(self) -> None:
         # Whoever made the process group destroys it; this object only lets go of it.
@@ -55,9 +59,17 @@ class ProcessGroupCollectives(Collectives):
 
     def _wait(self, operation: str, start: Callable[[], Any]) -> None:
         try:
-            start().wait()
+            work = start()
+            if work is not None:
+                work.wait()
         except RuntimeError as error:
             raise CollectiveError(
                 f"rank {self.rank} of {self.size}: {operation} failed, as when another rank has gone or is stuck "
                 f"(timeout_s bounds the wait): {error}"
             ) from error
+
+
+def _on_this_stream(options: Any) -> Any:
+    """NCCL then needs no stream of its own, nor events between the two."""
+    options.asyncOp = False
+    return options

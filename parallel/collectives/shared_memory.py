@@ -9,14 +9,16 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from ...kernels.norm import rms_norm
 from ..control import ControlChannel
-from .base import CollectiveError, Collectives
+from .agree import attempt, boot, exchange, first_problem, other_host
+from .base import CollectiveError, Collectives, CollectivesUnavailable
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
@@ -40,8 +42,8 @@ _DTYPES = {
 T = TypeVar("T")
 
 
-class SharedMemoryUnavailable(RuntimeError):
-    """These ranks cannot share memory; the message says why. Raised on all of them or on none."""
+class SharedMemoryUnavailable(CollectivesUnavailable):
+    """These ranks cannot share memory."""
 
 
 def unavailable() -> str | None:
@@ -89,6 +91,21 @@ class SharedMemoryCollectives(Collectives):
             super().add_reduced(x, total)
         else:
             self._all_reduce(x, total.data_ptr())
+
+    def add_reduced_norm(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        total: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        # The sum is added to the total while it is read, so only the norm is left.
+        self.add_reduced(x, total)
+        if bias is not None:
+            total.add_(bias)
+        return rms_norm(total, weight, eps, dtype)
 
     def _all_reduce(self, x: torch.Tensor, total: int) -> torch.Tensor:
         code = _DTYPES.get(x.dtype)
@@ -199,7 +216,7 @@ def _connect(host: Collectives, segment_bytes: Callable[[], int], attach: Callab
     _agree(host, unavailable() or "")
     fd = _open_segment(host, segment_bytes())
     try:
-        attached, problem = _attempt(lambda: attach(fd))
+        attached, problem = attempt(lambda: attach(fd))
         _agree(host, problem)
     except BaseException:
         os.close(fd)
@@ -211,11 +228,10 @@ def _connect(host: Collectives, segment_bytes: Callable[[], int], attach: Callab
 def _open_segment(host: Collectives, length: int) -> int:
     """The same file of zeros in the memory of all ranks' host; no folder names it once all have it."""
     process = os.stat("/proc/self/ns/pid").st_ino << 22 | os.getpid()  # a pid has at most 22 bits
-    rows = _exchange(host, [_boot(), process, os.getpid(), secrets.randbits(62)])
-    hosts = [row[0] for row in rows]
-    if len(set(hosts)) > 1:
-        other = next(rank for rank in range(host.size) if hosts[rank] != hosts[0])
-        raise SharedMemoryUnavailable(f"rank {other} of {host.size} is on another host than rank 0")
+    rows = exchange(host, [boot(), process, os.getpid(), secrets.randbits(62)])
+    elsewhere = other_host([row[0] for row in rows])
+    if elsewhere is not None:
+        raise SharedMemoryUnavailable(elsewhere)
     if len({row[1] for row in rows}) < host.size:
         raise SharedMemoryUnavailable("several ranks are threads of one process")
     _, _, pid, nonce = rows[0]
@@ -225,12 +241,12 @@ def _open_segment(host: Collectives, length: int) -> int:
 
 def _open_by_process(host: Collectives, length: int, pid: int, nonce: int) -> int | None:
     """A nameless file that rank 0 holds and the others take from /proc; None if one may not, as in some containers."""
-    fd, problem = _attempt(lambda: _fill(os.memfd_create("phalanx"), length, nonce)) if host.rank == 0 else (None, "")
+    fd, problem = attempt(lambda: _fill(os.memfd_create("phalanx"), length, nonce)) if host.rank == 0 else (None, "")
     _agree(host, problem)
-    [number], *_ = _exchange(host, [fd or 0])
+    [number], *_ = exchange(host, [fd or 0])
     if host.rank != 0:
-        fd, problem = _attempt(lambda: _recognise(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR), nonce))
-    refused = any(row[0] for row in _exchange(host, [int(bool(problem))]))
+        fd, problem = attempt(lambda: _recognise(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR), nonce))
+    refused = any(row[0] for row in exchange(host, [int(bool(problem))]))
     if refused and fd is not None:
         os.close(fd)
     return None if refused else fd
@@ -240,11 +256,11 @@ def _open_by_name(host: Collectives, length: int, nonce: int) -> int:
     """A file in /dev/shm, whose name goes as soon as every rank has opened it."""
     path = f"/dev/shm/phalanx-{nonce:016x}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-    fd, problem = _attempt(lambda: _fill(os.open(path, flags, 0o600), length, nonce)) if host.rank == 0 else (None, "")
+    fd, problem = attempt(lambda: _fill(os.open(path, flags, 0o600), length, nonce)) if host.rank == 0 else (None, "")
     try:
         _agree(host, problem)
         if host.rank != 0:
-            fd, problem = _attempt(lambda: _recognise(os.open(path, os.O_RDWR), nonce))
+            fd, problem = attempt(lambda: _recognise(os.open(path, os.O_RDWR), nonce))
         _agree(host, problem)
     except BaseException:
         if fd is not None:
@@ -274,32 +290,8 @@ def _recognise(fd: int, nonce: int) -> int:
     return fd
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
-    """The result, or what went wrong: the other ranks have to hear of it before this one may raise."""
-    try:
-        return action(), ""
-    except (OSError, RuntimeError) as error:
-        return None, str(error)
-
-
 def _agree(host: Collectives, problem: str) -> None:
     """Raises SharedMemoryUnavailable on every rank if any has a problem, naming the first."""
-    text = problem.encode()
-    for rank, (length,) in enumerate(_exchange(host, [len(text)])):
-        if length:
-            said = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
-            said = host.broadcast(said, src=rank)
-            raise SharedMemoryUnavailable(f"rank {rank} of {host.size}: {bytes(said.tolist()).decode()}")
-
-
-def _exchange(host: Collectives, values: Sequence[int]) -> list[list[int]]:
-    """Every rank's values, on every rank."""
-    table = torch.zeros(host.size, len(values), dtype=torch.int64)
-    table[host.rank] = torch.tensor(values)
-    rows: list[list[int]] = host.all_reduce(table).tolist()
-    return rows
-
-
-def _boot() -> int:
-    """60 bits of what names this boot of this machine."""
-    return int(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:15], 16)
+    first = first_problem(host, problem)
+    if first is not None:
+        raise SharedMemoryUnavailable(first)

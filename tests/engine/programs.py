@@ -92,7 +92,7 @@ def fail_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) 
     def broken(plan: StepPlan) -> None:
         raise RuntimeError("a card fell out")
 
-    llm._engine.worker.execute = broken  # type: ignore[method-assign]
+    llm._engine.worker.launch = broken  # type: ignore[method-assign]
     errors = [_error(lambda: llm.generate([[5], [6], [7]])) for _ in range(2)]
     llm.close()
     return errors
@@ -117,3 +117,28 @@ def _process_state() -> list[Any]:
     python, numbers = hash(random.getstate()), np.random.get_state()
     generators = [python, torch.random.get_rng_state().tolist(), [str(part) for part in numbers]]
     return [handlers, generators, torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)]
+
+
+def generate_with_lazy_graphs(
+    rank: int, count: int, folder: str, calls: Calls, config: dict[str, Any]
+) -> tuple[list[list[RequestOutput]], list[int]]:
+    """What ranks answer on the GPU's path, run by Triton's interpreter, and the sizes they captured while serving."""
+    from phalanx.engine import coordinator, worker
+    from phalanx.engine.graphs import EagerRecorder
+    from phalanx.kernels import cpu, cuda
+
+    cpu.native = None
+    cuda.interpret(True)
+    captured = []
+    capture = worker.Worker.capture
+
+    def counted(self: worker.Worker, rows: int) -> None:
+        captured.append(rows)
+        capture(self, rows)
+
+    worker.choose_graphs = lambda *args, **facts: ("lazy", "")  # type: ignore[assignment]
+    worker.CudaRecorder = lambda device: EagerRecorder()  # type: ignore[assignment,misc]
+    worker.Worker.capture = counted  # type: ignore[method-assign]
+    coordinator.CAPTURE_EVERY = 2
+    answers = generate_at_each_size(rank, count, folder, [count], calls, config)[count]
+    return answers, captured

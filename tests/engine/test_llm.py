@@ -240,7 +240,7 @@ def test_a_closed_engine_refuses_everything_and_closing_twice_is_harmless(tiny: 
 
 
 def _break_steps_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    execute = Worker.execute
+    execute = Worker.launch
     count = 0
 
     def broken(self: Worker, plan: StepPlan) -> Any:
@@ -250,7 +250,7 @@ def _break_steps_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             raise RuntimeError("a card fell out")
         return execute(self, plan)
 
-    monkeypatch.setattr(Worker, "execute", broken)
+    monkeypatch.setattr(Worker, "launch", broken)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7])
@@ -300,14 +300,14 @@ def test_a_status_that_does_not_come_in_time_is_a_timeout_and_not_the_next_answe
 ) -> None:
     with LLM(str(tiny), **CONFIG) as llm:
         begun, go_on = threading.Event(), threading.Event()
-        execute = Worker.execute
+        execute = Worker.launch
 
         def slow(self: Worker, plan: StepPlan) -> Any:
             begun.set()
             go_on.wait(PATIENCE_S)
             return execute(self, plan)
 
-        monkeypatch.setattr(Worker, "execute", slow)
+        monkeypatch.setattr(Worker, "launch", slow)
         handle = llm.stream([5], sampling=msgspec.structs.replace(GREEDY, max_tokens=1))
         assert begun.wait(PATIENCE_S)
         with pytest.raises(Timeout, match="no status within"):

@@ -12,21 +12,24 @@ import torch.distributed as dist
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.engine.worker import Worker
-from phalanx.parallel.collectives.base import CollectiveError
+from phalanx.parallel.collectives.base import CollectiveError, Collectives
+from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
+from phalanx.parallel.collectives.staged import HostStagedCollectives
+from phalanx.parallel.control import BroadcastControl
 from phalanx.parallel.group import Group, adopt_group
 
 
-def _group(size: int, shared_memory: bool | None = None, timeout_s: float = 60.0) -> Group:
+def _group(size: int, collectives: str = "auto", timeout_s: float = 60.0) -> Group:
     world = dist.group.WORLD
     assert world is not None
     device = torch.device("cpu")
-    return adopt_group(world, device=device, local_size=size, shared_memory=shared_memory, timeout_s=timeout_s)
+    return adopt_group(world, device=device, local_size=size, collectives=collectives, timeout_s=timeout_s)
 
 
-def exchange(rank: int, size: int, shared_memory: bool) -> dict[str, object]:
-    """Every operation once, for several dtypes and sizes."""
-    group = _group(size, shared_memory)
-    collectives = group.collectives
+def exchange(rank: int, size: int, way: str, staged: bool) -> dict[str, object]:
+    """Every operation once, for several dtypes and sizes; `staged` goes by way of the host, as if this were none."""
+    group = _group(size, way)
+    collectives = HostStagedCollectives(group.collectives, group.device) if staged else group.collectives
     results: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for length in (1, 1000, 100_003):
@@ -40,13 +43,41 @@ def exchange(rank: int, size: int, shared_memory: bool) -> dict[str, object]:
     results["broadcast"] = collectives.broadcast(torch.full((3,), float(rank)), src=size - 1).tolist()
     collectives.barrier()
     collectives.warmup([1, 64])
+    _add_norm(collectives)
+    collectives.close()
     group.close()
     return results
 
 
-def control(rank: int, size: int, messages: list[bytes], shared_memory: bool) -> list[bytes]:
+def _add_norm(collectives: Collectives) -> None:
+    rank, size = collectives.rank, collectives.size
+    for dtype in (torch.float32, torch.bfloat16):
+        for bias in (None, torch.full((64,), 2.0, dtype=dtype)):
+            x = (torch.arange(192) % 7 + rank).view(3, 64).to(dtype)
+            total, weight = torch.arange(192.0).view(3, 64), torch.linspace(0.5, 2.0, 64)
+            expected = total + x.float() * size + sum(range(size)) - rank * size + (0 if bias is None else 2)
+            normed = collectives.add_reduced_norm(x, bias, total, weight, 1e-6, dtype)
+            assert torch.equal(total, expected)
+            assert normed.dtype == dtype
+            torch.testing.assert_close(normed, torch.nn.functional.rms_norm(expected, (64,), weight, 1e-6).to(dtype))
+
+
+def hosts(rank: int, size: int, way: str) -> list[str]:
+    """What carries a group's plans and small CPU tensors."""
+    group = _group(size, way)
+    assert isinstance(group.host, ProcessGroupCollectives)
+    assert group.host.device == torch.device("cpu")
+    assert group.host._group is not dist.group.WORLD
+    if isinstance(group.control, BroadcastControl):
+        assert group.control._collectives is group.host
+    names = [group.host._group.name(), type(group.control).__name__]
+    group.close()
+    return names
+
+
+def control(rank: int, size: int, messages: list[bytes], way: str) -> list[bytes]:
     """What each rank heard of the messages that rank 0 sent."""
-    group = _group(size, shared_memory)
+    group = _group(size, way)
     heard = []
     for message in messages:
         if rank == 0:
@@ -57,9 +88,9 @@ def control(rank: int, size: int, messages: list[bytes], shared_memory: bool) ->
     return heard
 
 
-def lose_a_rank(rank: int, size: int, folder: str, shared_memory: bool) -> str:
+def lose_a_rank(rank: int, size: int, folder: str, way: str) -> str:
     """The last rank leaves without a word; the others say what they saw. Never returns through the group again."""
-    group = _group(size, shared_memory, timeout_s=20.0)
+    group = _group(size, way, timeout_s=20.0)
     group.collectives.barrier()
     if rank == size - 1:
         os._exit(0)

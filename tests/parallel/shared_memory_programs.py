@@ -245,15 +245,15 @@ def cannot_share(rank: int, size: int) -> list[str]:
             reasons.append(str(reason))
 
     last = rank == size - 1
-    native, boot = shared_memory._native, shared_memory._boot
+    native, boot = shared_memory._native, shared_memory.boot
     if last:
         shared_memory._native = None
     connect()
     shared_memory._native = native
     if last:
-        shared_memory._boot = lambda: 1
+        shared_memory.boot = lambda: 1
     connect()
-    shared_memory._boot = boot
+    shared_memory.boot = boot
     before = resource.getrlimit(resource.RLIMIT_AS)
     if last:
         resource.setrlimit(resource.RLIMIT_AS, (1, before[1]))

@@ -18,29 +18,33 @@ from phalanx.tests.ranks import _enter, free_port
 RunRanks = Callable[..., list[Any]]
 
 
-@pytest.mark.parametrize("shared_memory", [False, True])
+WAYS = ["gloo", "shared_memory"]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_operation_gives_every_rank_what_it_promises(run_ranks: RunRanks, size: int, shared_memory: bool) -> None:
-    results = run_ranks(size, programs.exchange, shared_memory)
+def test_every_operation_gives_every_rank_what_it_promises(
+    run_ranks: RunRanks, size: int, way: str, staged: bool
+) -> None:
+    results = run_ranks(size, programs.exchange, way, staged)
     assert [result["gathered"] for result in results[:-1]] == [None] * (size - 1)
     assert results[-1]["gathered"] == [[rank, 2**40 + rank] for rank in range(size)]
     assert all(result["broadcast"] == [size - 1.0] * 3 for result in results)
 
 
-@pytest.mark.parametrize("shared_memory", [False, True])
-def test_control_messages_of_any_length_arrive_whole_and_in_order(run_ranks: RunRanks, shared_memory: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_control_messages_of_any_length_arrive_whole_and_in_order(run_ranks: RunRanks, way: str) -> None:
     messages = [b"", b"x", bytes(range(256)) * 64, bytes(16384), bytes(16385), b"long" * 100_000, b"end"]
-    assert run_ranks(3, programs.control, messages, shared_memory) == [[], messages, messages]
+    assert run_ranks(3, programs.control, messages, way) == [[], messages, messages]
 
 
-@pytest.mark.parametrize("shared_memory", [False, True])
-def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_path: Path, shared_memory: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_path: Path, way: str) -> None:
     context = multiprocessing.get_context("spawn")
     port, results = free_port(), context.Queue()
     processes = [
-        context.Process(
-            target=_enter, args=(rank, 3, port, results, programs.lose_a_rank, (str(tmp_path), shared_memory))
-        )
+        context.Process(target=_enter, args=(rank, 3, port, results, programs.lose_a_rank, (str(tmp_path), way)))
         for rank in range(3)
     ]
     for process in processes:
@@ -49,6 +53,18 @@ def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_p
         process.join(60)
     for rank in range(2):
         assert f"rank {rank} of 3: all_reduce failed" in (tmp_path / str(rank)).read_text()
+
+
+@pytest.mark.parametrize(("way", "control"), [("gloo", "BroadcastControl"), ("auto", "SharedMemoryControl")])
+def test_plans_and_small_cpu_tensors_go_over_gloo_or_in_shared_memory(
+    run_ranks: RunRanks, way: str, control: str
+) -> None:
+    assert run_ranks(2, programs.hosts, way) == [["gloo", control]] * 2
+
+
+def test_ranks_on_a_cpu_cannot_ask_for_nccl(run_ranks: RunRanks) -> None:
+    with pytest.raises(AssertionError, match="CollectivesUnavailable: NCCL carries tensors of GPUs only"):
+        run_ranks(2, programs.hosts, "nccl")
 
 
 def test_a_group_of_one_needs_nobody() -> None:

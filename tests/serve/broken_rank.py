@@ -10,7 +10,7 @@ from phalanx.launch.generate import GenerateKeys, generate
 from phalanx.launch.program import run_program
 
 FAULT = "this rank was broken on purpose"
-_compute = Worker.execute
+_compute = Worker.launch
 _steps: list[int] = []
 
 
@@ -23,5 +23,5 @@ def _execute(self: Worker, plan: Any) -> Any:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        Worker.execute = _execute  # type: ignore[method-assign]
+        Worker.launch = _execute  # type: ignore[method-assign]
     run_program(GenerateKeys, generate, __name__, "generate, with a fault")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from phalanx.kernels import cpu
-from phalanx.kernels.attention import AttentionBackend, AttentionMetadata, CpuAttention, TorchAttention, choose_backend
+from phalanx.kernels.attention import AttentionBackend, AttentionMetadata, TorchAttention
+from phalanx.kernels.cpu.attention import CpuAttention
 from phalanx.kernels.reference import paged_attention
 
 INSTRUCTION_SETS = [
@@ -180,27 +180,3 @@ def test_a_querys_bits_depend_neither_on_the_chunk_it_is_in_nor_on_its_neighbour
     for chunk in (1, 13, 37, 100):
         for first in range(count - 3 * chunk, count, chunk):
             assert torch.equal(attend(first, first + chunk), whole[first : first + chunk]), (chunk, first)
-
-
-def _choose(name: str, **changes: Any) -> AttentionBackend:
-    fits = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "head_dim": 64, "block_size": None}
-    return choose_backend(name, **{**fits, **changes})
-
-
-def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="auto, cpu, torch"):
-        _choose("magic")
-
-
-@pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
-def test_the_kernels_are_chosen_where_they_can_serve() -> None:
-    assert _choose("auto").name == _choose("cpu").name == _choose("auto", block_size=64).name == "cpu"
-    assert _choose("torch").name == "torch"
-    for change in ({"block_size": 4}, {"head_dim": 24}, {"dtype": torch.float16}, {"device": torch.device("cuda")}):
-        assert _choose("auto", **change).name == "torch"
-        with pytest.raises(ValueError, match=r"attention=cpu needs .*set attention=auto"):
-            _choose("cpu", **change)
-        with pytest.raises(ValueError, match=r"kv_cache_dtype=int8 needs .*set kv_cache_dtype=auto"):
-            _choose("auto", kv_cache_dtype="int8", **change)
-    with pytest.raises(ValueError, match=r"attention=torch.*set kv_cache_dtype=auto"):
-        _choose("torch", kv_cache_dtype="int8")

@@ -130,3 +130,13 @@ def test_throughput_gives_the_ratio_to_transformers(tiny: Path) -> None:
 def test_startup_measures_a_group_of_ranks(tiny: Path) -> None:
     result = last_line(run_benchmark("startup", f"model={tiny}", "repeats=1", "ranks=2"))
     assert result["import_s"] <= result["ready_s"] <= result["first_token_s"]
+
+
+def test_step_times_each_part_of_a_step_and_states_its_limit(tiny: Path) -> None:
+    done = run_benchmark("step", f"model={tiny}", "rows=1,3", "context=20", "prompts=24", "repeats=2", "limits_s=0.02")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["steps"]) == {"decode_1", "decode_3", "prompt_24"}
+    for step in result["steps"].values():
+        assert all(step[f"{part}_ms"] > 0 for part in ("step", "products", "head", "attention", "sampling", "tensors"))
+        assert step["least_ms"] == pytest.approx(max(step["read_ms"], step["multiply_ms"]), rel=0.1)
+        assert 0 < step["share_of_limit"] <= 2

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from phalanx.kernels import cpu, linear
-from phalanx.kernels.attention import CpuAttention, HeadNorms, TorchAttention
+from phalanx.kernels.attention import HeadNorms, TorchAttention
+from phalanx.kernels.cpu.attention import CpuAttention
 from phalanx.kernels.largest import block_maxima, largest, noisy_largest
 from phalanx.kernels.linear import PackedWeight, row_multiple
 from phalanx.kernels.noise import gumbel

@@ -1,0 +1,218 @@
+"""Where one step's time goes on a CPU: products, attention, head, sampling, the batch's tensors, and what is left.
+
+    python benchmarks/step.py random=qwen2_5_0_5b rows=1,32 context=192 prompts=1024
+
+Each case is a step as the engine computes it, one rank on all cores: `rows` sequences of `context` tokens that each
+compute one (a decode step), or one prompt of so many tokens. The step is timed whole, then each part by itself on the
+same weights and the same shapes, in turn over all layers, so that nothing is found in a cache that a step would not
+find there. Beside them stands what the machine allows for the step: its bytes at the rate memory is read, and its
+operations at the rate that registers are multiplied, both measured in the same run. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from phalanx.benchmarks.common import model_folder, run
+from phalanx.benchmarks.latency import whole_numbers
+from phalanx.benchmarks.limits import (
+    Limits,
+    Work,
+    decode_step_s,
+    kv_token_bytes,
+    measure_limits,
+    prefill_s,
+    share,
+    step_weight_bytes,
+    token_flops,
+)
+from phalanx.benchmarks.peers.engines import weight_bytes
+from phalanx.engine.config import EngineConfig
+from phalanx.engine.errors import ConfigError
+from phalanx.engine.models.decoder import DecoderLayer
+from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
+from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
+from phalanx.engine.worker import Worker
+from phalanx.parallel.group import local_group
+
+
+@dataclass
+class Options:
+    """What to run."""
+
+    model: str | None = None  # a folder; without one the random checkpoint of `random`
+    random: str = "qwen2_5_0_5b"  # a preset of configs/models
+    rows: str = "1,32"  # of the decode steps
+    context: int = 192  # tokens of each of their sequences
+    prompts: str = "1024"  # tokens of the prompts
+    repeats: int = 15
+    quantization: str = "none"
+    limits_s: float = 1.0  # of each measurement of the machine's limits
+    out: str | None = None  # a file for the JSON line
+
+
+def step_plan(rows: int, first: int, count: int, block_size: int) -> StepPlan:
+    """Each of `rows` sequences computes `count` tokens from position `first` on, and one is sampled after them."""
+    known = first + count
+    blocks = -(-known // block_size)
+    return StepPlan(
+        step=1,
+        starts=[SlotStart(slot, known, [7 + slot] * known, SlotSampling()) for slot in range(rows)],
+        token_slots=[],
+        token_ids=[],
+        block_slots=[slot for slot in range(rows) for _ in range(blocks)],
+        block_indices=list(range(blocks)) * rows,
+        block_ids=list(range(rows * blocks)),
+        slots=list(range(rows)),
+        positions=[first] * rows,
+        counts=[count] * rows,
+        num_decodes=rows if count == 1 else 0,
+        sample_rows=list(range(rows)),
+    )
+
+
+def median_ms(work: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds of the middle one of the repeats, after one that does not count."""
+    work()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+@contextmanager
+def one_torch_thread() -> Any:
+    """As in the engine's step loop: torch's own threads keep out of the way of the kernels'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Parts:
+    """The parts of one step of a worker, each as a function that does it for all layers."""
+
+    def __init__(self, worker: Worker, plan: StepPlan) -> None:
+        self.worker, self.plan = worker, plan
+        model = worker._model
+        worker._slots.apply(plan)
+        self.batch = worker._slots.batch(plan)
+        tokens, sampled = plan.num_tokens, len(plan.sample_rows)
+        self.layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+        self.qkv = torch.randn(tokens, self.layers[0].attention.qkv.rows).to(worker.dtype)
+        self.hidden = torch.randn(tokens, model.spec.hidden_size).to(worker.dtype)
+        self.inner = torch.randn(tokens, self.layers[0].mlp.down.weight.shape[1]).to(worker.dtype)
+        self.total = torch.zeros(tokens, model.spec.hidden_size)
+        self.last = self.hidden[:sampled].contiguous()
+        self.logits = model.logits(self.last)
+
+    def products(self) -> None:
+        """Every layer's four matrices. Of the last layer only rows that are sampled go through the MLP."""
+        sampled = len(self.plan.sample_rows)
+        for layer in self.layers:
+            rows = slice(0, sampled if layer is self.layers[-1] else None)
+            layer.attention.qkv(self.hidden)
+            width = layer.attention.output.weight.shape[1]
+            self._add(layer.attention.output, self.qkv[:, :width], self.total)
+            layer.mlp.gate_up(self.hidden[rows])
+            self._add(layer.mlp.down, self.inner[rows], self.total[rows])
+
+    @staticmethod
+    def _add(layer: Any, x: torch.Tensor, total: torch.Tensor) -> None:
+        if layer.packed is not None:
+            layer.packed.add_to(total, x, layer.bias)
+        else:
+            total.add_(layer.multiply(x, layer.bias))
+
+    def attention(self) -> None:
+        """Rotation, storing of keys and values, and attention."""
+        worker, batch = self.worker, self.batch
+        cos, sin = worker._model.rope(batch.positions, batch.lengths)
+        plan = worker.backend.plan(batch.attention)
+        for layer, keys, values in zip(self.layers, worker._cache.keys, worker._cache.values, strict=True):
+            del layer
+            q = worker.backend.rotate_and_store(self.qkv.clone(), cos, sin, None, keys, values, batch.attention.slots)
+            worker.backend.attend(q, keys, values, plan)
+
+    def head(self) -> None:
+        self.worker._model.logits(self.last)
+
+    def sampling(self) -> None:
+        self.worker._sampler.sample(self.logits, self.batch.sample_rows)
+
+    def tensors(self) -> None:
+        self.worker._slots.apply(self.plan)
+        self.worker._slots.batch(self.plan)
+
+
+def bounds(work: Work, plan: StepPlan, limits: Limits) -> dict[str, float]:
+    """What the machine needs for the step at least, in milliseconds."""
+    rows, first, count = len(plan.slots), plan.positions[0], plan.counts[0]
+    rates = 1e9 * limits.read_gb_s, 1e9 * limits.bf16_gflops
+    read = step_weight_bytes(work) + rows * first * kv_token_bytes(work)
+    if count == 1:
+        flops = rows * token_flops(work.spec, first + 1)
+        least = decode_step_s(work, first + 1, rows, *rates)
+    else:
+        least = prefill_s(work, count, rows, *rates)
+        flops = least * rates[1]
+    return {"read_ms": 1000 * read / rates[0], "multiply_ms": 1000 * flops / rates[1], "least_ms": 1000 * least}
+
+
+def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, repeats: int) -> dict[str, Any]:
+    """One step, whole and in parts: milliseconds, and the share of what the machine allows."""
+    with torch.inference_mode(), one_torch_thread():
+        whole = median_ms(lambda: worker.execute(plan), repeats)
+        parts = Parts(worker, plan)
+        names = ("products", "head", "attention", "sampling", "tensors")
+        found = {f"{name}_ms": median_ms(getattr(parts, name), repeats) for name in names}
+    least = bounds(work, plan, limits)
+    values = {"step_ms": whole, **found, "rest_ms": whole - sum(found.values()), **least}
+    return {name: round(value, 3) for name, value in values.items()} | {
+        "share_of_limit": share(least["least_ms"], whole),
+        "products_and_head_share_of_step": share(found["products_ms"] + found["head_ms"], whole),
+    }
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run, and say how it goes."""
+    if options.context < 1 or options.repeats < 1:
+        raise ConfigError(f"context={options.context} and repeats={options.repeats} must be at least 1")
+    rows, prompts = whole_numbers("rows", options.rows), whole_numbers("prompts", options.prompts)
+    folder = model_folder(options.model, options.random)
+    spec: ModelSpec = spec_from_config(read_config(folder), folder.name)
+    config = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        dtype="bfloat16",
+        quantization=options.quantization,
+        max_num_seqs=max(rows),
+        max_model_len=max(options.context, *prompts) + 1,
+        max_num_batched_tokens=max(*rows, *prompts),
+    )
+    limits = measure_limits(options.limits_s)
+    worker = Worker(config, spec, folder, local_group(torch.device("cpu")))
+    work = Work(spec, weight_bytes({"quantization": options.quantization}))
+    size = worker.capacity.block_size
+    plans = {f"decode_{count}": step_plan(count, options.context - 1, 1, size) for count in rows}
+    plans |= {f"prompt_{count}": step_plan(1, 0, count, size) for count in prompts}
+    steps = {}
+    for name, plan in plans.items():
+        steps[name] = measure_step(worker, work, plan, limits, options.repeats)
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in steps[name].items()), flush=True)
+    return {"benchmark": "step", "steps": steps, "limits": dataclasses.asdict(limits)}
+
+
+if __name__ == "__main__":
+    run(Options, measure)

@@ -1,0 +1,163 @@
+"""What the Triton kernels of paged attention share: the walk over a row's keys, and the checks before a launch.
+
+A tile is BLOCK_N keys of one KV head. Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed
+2^31 elements, so places in them are 64-bit numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["attend_keys", "multiprocessors", "shape_constants"]
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+MIN_BLOCK_SIZE = 16
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def attend_keys(
+    queries,
+    last_seen,
+    k_cache,
+    v_cache,
+    table,
+    begin,
+    full,
+    end,
+    keys,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of queries [M, D] over tiles `begin` to `end`: (result [M, D], log2 of the sum of weights [M]).
+
+    Both are float32. D is HEAD_DIM or the next power of two, with zeros. Pool pointers stand at the KV head, `table` at
+    the row, which has `keys` keys. A query sees positions up to its last_seen [M]: all of those before tile `full`, and
+    one at least of tile `begin`. Without tiles the result is zero.
+    """
+    M: tl.constexpr = queries.shape[0]
+    peak = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, queries.shape[1]], tl.float32)
+    # A tile's blocks are looked up while the tile before it is computed, so that its loads need not wait for them.
+    blocks = _look_up(table, begin * BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
+    for tile in range(begin, full):
+        first = tile * BLOCK_N
+        k, v = _load_tile(k_cache, v_cache, blocks, first, keys, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
+        peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, False, HEAD_DIM)
+    for tile in range(full, end):
+        first = tile * BLOCK_N
+        k, v = _load_tile(k_cache, v_cache, blocks, first, keys, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
+        peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
+    total = tl.where(total == 0.0, 1.0, total)
+    return acc / total[:, None], peak + tl.log2(total)
+
+
+@triton.jit
+def _look_up(table, first, keys, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block of each position of a tile; one number if the tile lies in one block. 0 past the row's end."""
+    if BLOCK_N <= BLOCK_SIZE:
+        blocks = tl.load(table + first // BLOCK_SIZE, first < keys, 0)
+    else:
+        n = first + tl.arange(0, BLOCK_N)
+        blocks = tl.load(table + n // BLOCK_SIZE, n < keys, 0)
+    return blocks
+
+
+@triton.jit
+def _load_tile(
+    k_cache,
+    v_cache,
+    blocks,
+    first,
+    keys,
+    MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Keys and values [BLOCK_N, D] of positions first to first + BLOCK_N, whose blocks are known.
+
+    `MASKED`: some may be past the row's end. These are zero, as what a place's last owner left there may be NaN.
+    """
+    n = first + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    inside = n < keys
+    places = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+    offsets = (places * (KV_HEADS * HEAD_DIM))[:, None] + d
+    if d.shape[1] != HEAD_DIM:
+        present = inside[:, None] & (d < HEAD_DIM)
+        k, v = tl.load(k_cache + offsets, present, 0.0), tl.load(v_cache + offsets, present, 0.0)
+    elif MASKED:
+        k, v = tl.load(k_cache + offsets, inside[:, None], 0.0), tl.load(v_cache + offsets, inside[:, None], 0.0)
+    else:
+        k, v = tl.load(k_cache + offsets), tl.load(v_cache + offsets)
+    return k, v
+
+
+@triton.jit
+def _attend_tile(queries, k, v, first, last_seen, peak, total, acc, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A step of the online softmax (Milakov and Gimelshein, arXiv:1805.02867) in powers of two.
+
+    peak and total [M] are the largest score and the sum of weights so far, acc [M, D] the weighted values.
+    """
+    scores = _dot(queries, tl.trans(k), tl.zeros([queries.shape[0], k.shape[0]], tl.float32))
+    scores *= LOG2_E * HEAD_DIM**-0.5
+    if MASKED:
+        visible = (first + tl.arange(0, k.shape[0]))[None, :] <= last_seen[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    correction = tl.exp2(peak - new_peak)
+    acc = _dot(weights.to(v.dtype), v, acc * correction[:, None])
+    return new_peak, total * correction + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a @ b in float32. The interpreter's products of bfloat16 are wrong, so it multiplies float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def shape_constants(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> dict[str, int]:
+    """The kernels' constants for these queries (T, heads, head_dim) and pools.
+
+    Raises ValueError for a block size, a head size or a layout that the kernels do not take.
+    """
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(
+            f"block_size={block_size} is not a power of two of at least {MIN_BLOCK_SIZE}, which the Triton attention "
+            "kernels need: set block_size to one, or attention=torch"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"heads of {head_dim} elements are larger than {MAX_HEAD_DIM}, the most that the Triton attention kernels "
+            "take: set attention=torch"
+        )
+    if q.shape != out.shape or q.shape[1] % kv_heads or q.shape[2] != head_dim or v_cache.shape != k_cache.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache, out))
+        raise ValueError(f"queries, keys, values and output do not fit each other: {shapes}")
+    if q.stride()[1:] != (head_dim, 1) or not all(x.is_contiguous() for x in (k_cache, v_cache, out)):
+        raise ValueError("a token's queries must be adjacent; keys, values and output must be contiguous")
+    return {"KV_HEADS": kv_heads, "GROUP": q.shape[1] // kv_heads, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 for a CPU, where the interpreter runs one program after another."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

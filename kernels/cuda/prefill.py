@@ -1,0 +1,120 @@
+"""Attention of prompt chunks over a paged cache: FlashAttention-2 (Dao, arXiv:2307.08691) in Triton.
+
+Rows have any number of queries, which sit at the end of the row's keys. A tile of queries takes the query heads of a KV
+head together, so that keys and values are read once a group: its BLOCK_M lines are (query, head) pairs in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .paged import INTERPRETED, attend_keys, shape_constants
+
+__all__ = ["prefill_attention"]
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    out: torch.Tensor,
+    max_q: int,
+) -> None:
+    """Causal attention of queries (T, heads, head_dim) over pools (blocks, block_size, kv_heads, head_dim) into `out`.
+
+    Row r's queries are cu_q[r] to cu_q[r + 1], max_q at most; they are the last of its seqused_k[r] keys, which stand
+    in the blocks block_table[r]. These are int32, the table is (R, B). The others have one dtype, bfloat16, float16 or
+    float32.
+
+    Raises ValueError for a block size, a head size or a layout that the kernel does not take.
+    """
+    constants = shape_constants(q, k_cache, v_cache, out)
+    options = prefill_options(q.shape[2], q.element_size())
+    tiles = triton.cdiv(max_q * constants["GROUP"], options["BLOCK_M"])
+    prefill_kernel[(constants["KV_HEADS"], tiles, len(seqused_k))](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cu_q,
+        seqused_k,
+        out,
+        q.stride(0),
+        block_table.stride(0),
+        **constants,
+        **options,
+    )
+
+
+def prefill_options(head_dim: int, element_size: int) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N and the launch options, which fit the registers and the shared memory of GPUs since sm_80.
+
+    float32 takes no tensor cores but many registers; it is for comparisons. The interpreter has registers enough.
+    """
+    if element_size > 2 and not INTERPRETED.value:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_table", "cu_q", "seqused_k"],
+)
+def prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    cu_q,
+    seqused_k,
+    out,
+    q_stride,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (KV head, queries' tile, row), the tiles with most keys first. Programs past the row's end do nothing."""
+    kv_head, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    start = tl.load(cu_q + row).to(tl.int64)
+    count = (tl.load(cu_q + row + 1) - start).to(tl.int32)
+    line = (tl.cdiv(count * GROUP, BLOCK_M) - 1 - tl.program_id(1)) * BLOCK_M
+    if line < 0:
+        return
+    keys = tl.load(seqused_k + row)
+    first = line // GROUP
+    lines = line + tl.arange(0, BLOCK_M)
+    query = lines // GROUP - first
+    head = kv_head * GROUP + lines % GROUP
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    present = (lines < count * GROUP)[:, None] & (d < HEAD_DIM)
+    places = (query * q_stride + head * HEAD_DIM)[:, None] + d
+    queries = tl.load(q + (start + first) * q_stride + places, present, 0.0)
+    seen = keys - count + first  # by the first query: the positions up to this one
+    result, _ = attend_keys(
+        queries,
+        seen + query,
+        k_cache + kv_head * HEAD_DIM,
+        v_cache + kv_head * HEAD_DIM,
+        block_table + row * table_stride,
+        0,
+        (seen + 1) // BLOCK_N,
+        tl.cdiv(tl.minimum(seen + (line + BLOCK_M - 1) // GROUP - first + 1, keys), BLOCK_N),
+        keys,
+        KV_HEADS,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        BLOCK_N,
+    )
+    places = ((query * (KV_HEADS * GROUP) + head) * HEAD_DIM)[:, None] + d
+    tl.store(out + (start + first) * (KV_HEADS * GROUP * HEAD_DIM) + places, result.to(out.dtype.element_ty), present)

@@ -1,0 +1,171 @@
+"""What happens to a projection's heads before attention, in Triton: head norms, rotary embedding, storing K and V.
+
+Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed 2^31 elements, so places in them are
+64-bit numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..attention import HeadNorms
+
+__all__ = ["rotate_and_store", "store_kv"]
+
+_HEADS = 16
+"""Heads in a program: with halves of 64 elements of 16 bits, each of 128 threads loads 16 bytes of either half."""
+_BLOCK = 1024
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write keys and values (T, kv_heads, head_dim) to their places `slots`, int64 (T,), in the pools.
+
+    A place below 0 is nowhere. Raises ValueError for pools of another shape or layout.
+    """
+    size = _token_size(k_cache, v_cache)
+    if k.shape != (len(slots), *k_cache.shape[2:]) or v.shape != k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (k, v, k_cache, slots))
+        raise ValueError(f"keys, values, pool and places do not fit each other: {shapes}")
+    k, v = k.flatten(1), v.flatten(1)
+    if k.numel():
+        grid = len(slots), triton.cdiv(size, _BLOCK)
+        _store_kv[grid](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), SIZE=size, BLOCK=_BLOCK)
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: HeadNorms | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """AttentionBackend.rotate_and_store in one pass: queries (T, heads, head_dim), a view of `qkv`, where they replace
+    what was there; keys and values go to the pools.
+
+    Normalised heads are rounded to the projection's dtype before they are rotated. The rotation is computed in float32
+    and rounded once. `cos` and `sin` (T, 1, head_dim) are RotaryEmbedding's, of which the first half says it all. A
+    place below 0 is nowhere. Raises ValueError for shapes and layouts that do not fit.
+    """
+    kv_heads, head_dim = k_cache.shape[2:]
+    size = _token_size(k_cache, v_cache)
+    heads, rest = divmod(qkv.shape[1] - 2 * size, head_dim)
+    tokens = qkv.shape[0]
+    if heads < 0 or rest or head_dim % 2 or cos.shape != (tokens, 1, head_dim) or slots.shape != (tokens,):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (qkv, cos, k_cache, slots))
+        raise ValueError(f"projection, tables, pool and places do not fit each other: {shapes}")
+    if qkv.stride(1) != 1 or cos.stride() != sin.stride() or cos.stride(2) != 1:
+        raise ValueError("numbers of a token's projection and of its tables must be adjacent")
+    if tokens:
+        block = min(_HEADS, triton.next_power_of_2(max(heads, kv_heads)))
+        _rotate_and_store[(tokens, triton.cdiv(heads, block) + triton.cdiv(kv_heads, block))](
+            qkv,
+            cos,
+            sin,
+            norms.query if norms else cos,
+            norms.key if norms else cos,
+            k_cache,
+            v_cache,
+            slots,
+            qkv.stride(0),
+            cos.stride(0),
+            norms.eps if norms else 0.0,
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            NORMED=norms is not None,
+            BLOCK_H=block,
+        )
+    return qkv.view(tokens, heads + 2 * kv_heads, head_dim)[:, :heads]
+
+
+def _token_size(k_cache: torch.Tensor, v_cache: torch.Tensor) -> int:
+    """Elements that a pool has for a token."""
+    if k_cache.ndim != 4 or v_cache.shape != k_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(
+            f"pools are {tuple(k_cache.shape)} and {tuple(v_cache.shape)}; they must be contiguous and "
+            "(blocks, block_size, kv_heads, head_dim)"
+        )
+    return int(k_cache.shape[2] * k_cache.shape[3])
+
+
+@triton.jit
+def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (token, part of its keys and values)."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    present = (offsets < SIZE) & (slot >= 0)
+    keys = tl.load(k + token * k_stride + offsets, present)
+    values = tl.load(v + token * v_stride + offsets, present)
+    tl.store(k_cache + slot * SIZE + offsets, keys.to(k_cache.dtype.element_ty), present)
+    tl.store(v_cache + slot * SIZE + offsets, values.to(v_cache.dtype.element_ty), present)
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    k_cache,
+    v_cache,
+    slots,
+    qkv_stride,
+    table_stride,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORMED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Program (token, BLOCK_H of its heads): the first programs take query heads, the others key and value heads."""
+    query_blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    HALF: tl.constexpr = HEAD_DIM // 2
+    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, triton.next_power_of_2(HALF))
+    row = qkv + token * qkv_stride
+    table = token * table_stride + d
+    c = tl.load(cos + table, d < HALF, 0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + table, d < HALF, 0.0).to(tl.float32)[None, :]
+    if block < query_blocks:
+        head = block * BLOCK_H + tl.arange(0, BLOCK_H)
+        present = (head < HEADS)[:, None] & (d < HALF)[None, :]
+        queries = row + (head * HEAD_DIM)[:, None] + d[None, :]
+        left, right = _rotated(queries, present, c, s, q_norm, eps, d, HALF, NORMED)
+        tl.store(queries, left.to(qkv.dtype.element_ty), present)
+        tl.store(queries + HALF, right.to(qkv.dtype.element_ty), present)
+    else:
+        slot = tl.load(slots + token)
+        head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+        present = (head < KV_HEADS)[:, None] & (d < HALF)[None, :] & (slot >= 0)
+        inside = (head * HEAD_DIM)[:, None] + d[None, :]
+        left, right = _rotated(row + HEADS * HEAD_DIM + inside, present, c, s, k_norm, eps, d, HALF, NORMED)
+        values = row + (HEADS + KV_HEADS) * HEAD_DIM + inside
+        place = slot * (KV_HEADS * HEAD_DIM) + inside
+        tl.store(k_cache + place, left.to(k_cache.dtype.element_ty), present)
+        tl.store(k_cache + place + HALF, right.to(k_cache.dtype.element_ty), present)
+        tl.store(v_cache + place, tl.load(values, present).to(v_cache.dtype.element_ty), present)
+        tl.store(v_cache + place + HALF, tl.load(values + HALF, present).to(v_cache.dtype.element_ty), present)
+
+
+@triton.jit
+def _rotated(place, present, c, s, norm, eps, d, HALF: tl.constexpr, NORMED: tl.constexpr):
+    """The two halves [heads, HALF] of heads at `place`, normalised if they are to be, and rotated; float32."""
+    left = tl.load(place, present, 0.0).to(tl.float32)
+    right = tl.load(place + HALF, present, 0.0).to(tl.float32)
+    if NORMED:
+        dtype: tl.constexpr = place.dtype.element_ty
+        scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * HALF) + eps)[:, None]
+        weight = tl.load(norm + d, d < HALF, 0.0).to(tl.float32)[None, :]
+        left = (left * scale * weight).to(dtype).to(tl.float32)
+        weight = tl.load(norm + HALF + d, d < HALF, 0.0).to(tl.float32)[None, :]
+        right = (right * scale * weight).to(dtype).to(tl.float32)
+    return left * c - right * s, right * c + left * s

@@ -1,0 +1,53 @@
+"""What all ranks of a group learn together: a rank that failed alone must tell the others before it may raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from .base import Collectives
+
+T = TypeVar("T")
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """The result, or what went wrong: the other ranks have to hear of it before this one may raise."""
+    try:
+        return action(), ""
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def first_problem(host: Collectives, problem: str) -> str | None:
+    """The same on every rank of `host`, CPU collectives: the first rank's `problem` that is not "", and whose it is."""
+    text = problem.encode()
+    for rank, (length,) in enumerate(exchange(host, [len(text)])):
+        if length:
+            said = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
+            said = host.broadcast(said, src=rank)
+            return f"rank {rank} of {host.size}: {bytes(said.tolist()).decode()}"
+    return None
+
+
+def exchange(host: Collectives, values: Sequence[int]) -> list[list[int]]:
+    """Every rank's values, equally many and each of 63 bits at most, on every rank of `host`, CPU collectives."""
+    table = torch.zeros(host.size, len(values), dtype=torch.int64)
+    table[host.rank] = torch.tensor(values)
+    rows: list[list[int]] = host.all_reduce(table).tolist()
+    return rows
+
+
+def boot() -> int:
+    """60 bits of what names this boot of this machine: equal for processes of one host."""
+    return int(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:15], 16)
+
+
+def other_host(boots: Sequence[int]) -> str | None:
+    """Says which rank is on another host than rank 0, from every rank's boot(); None if all are on one."""
+    for rank, name in enumerate(boots):
+        if name != boots[0]:
+            return f"rank {rank} of {len(boots)} is on another host than rank 0"
+    return None

@@ -1,0 +1,47 @@
+"""Collectives for tensors of a device whose ranks can only reach each other through the host's memory."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Collectives
+
+
+class HostStagedCollectives(Collectives):
+    """Copies tensors of `device` to the host, has CPU collectives do the work, and copies the result back.
+
+    It serves ranks that share a GPU, which NCCL refuses. Each operation waits for the device: none fits a CUDA graph.
+    """
+
+    def __init__(self, inner: Collectives, device: torch.device) -> None:
+        self._inner = inner
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.rank, self.size = inner.rank, inner.size
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(self._inner.all_reduce(self._to_host(x)))
+
+    def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        parts = self._inner.gather(self._to_host(x), dst)
+        return None if parts is None else [part.to(self._device) for part in parts]
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        return x.copy_(self._inner.broadcast(self._to_host(x), src))
+
+    def barrier(self) -> None:
+        self._inner.barrier()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _to_host(self, x: torch.Tensor) -> torch.Tensor:
+        """x in pinned memory, good until the next call. Copies between it and the device wait until they are done."""
+        if self._buffer.numel() < x.nbytes:
+            with torch.inference_mode(False):  # it is written to outside of that mode, too
+                self._buffer = torch.empty(x.nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return self._buffer[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
