@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .plan import SlotStart, StepPlan
 from .request import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a step in flight: a sequence in the life that it had when the step was planned."""
-
-    sequence: Sequence
-    life: int
-
-    @property
-    def lives(self) -> bool:
-        """Whether it has held its slot ever since: what the row brings is wanted."""
-        return self.sequence.lives == self.life
 
 
 class StepDraft:
@@ -46,10 +31,9 @@ class StepDraft:
     def tell(self, sequence: Sequence) -> None:
         """Tell the ranks the tokens sampled since they were last told."""
         new = sequence.tokens[sequence.told :]
-        if new:
-            self.token_slots += [sequence.slot] * len(new)
-            self.token_ids += new
-            sequence.told = len(sequence.tokens)
+        self.token_slots += [sequence.slot] * len(new)
+        self.token_ids += new
+        sequence.told = len(sequence.tokens)
 
     def give_tokens(self, sequence: Sequence) -> None:
         """All it wants, but at most half of the budget that is left: no short prompt waits for a long one."""
@@ -93,13 +77,16 @@ class StepDraft:
             sample_rows=sample_rows,
         )
 
-    def take_rows(self) -> list[Row]:
-        """The step is on its way: its tokens are planned, and a token is expected of each row that has no more."""
-        rows = []
-        counts = [1] * len(self.decodes) + self.chunk_counts
-        for sequence, count in zip(self.decodes + self.chunks, counts, strict=True):
+    def take_off(self) -> tuple[list[Sequence], list[int]]:
+        """The step is on its way: its tokens are planned, and one more is expected of each row that leaves none out.
+
+        Returns the rows' sequences, and which of their lives it is.
+        """
+        for sequence in self.decodes:
+            sequence.planned += 1
+            sequence.expected += 1
+        for sequence, count in zip(self.chunks, self.chunk_counts, strict=True):
             sequence.planned += count
-            if sequence.planned == len(sequence.tokens) + sequence.expected:
-                sequence.expected += 1
-            rows.append(Row(sequence, sequence.lives))
-        return rows
+            sequence.expected += sequence.planned == len(sequence.tokens)
+        rows = self.decodes + self.chunks
+        return rows, [sequence.lives for sequence in rows]

@@ -137,9 +137,8 @@ class Sequence:
 
     @property
     def wanted(self) -> int:
-        """Tokens to compute next; none if the one that is expected will be its last."""
-        known = len(self.tokens) + self.expected
-        return 0 if self.expected and known >= self.length_limit else known - self.planned
+        """Tokens to compute next, with the one that is expected."""
+        return len(self.tokens) + self.expected - self.planned
 
     @property
     def cacheable(self) -> int:

@@ -20,7 +20,7 @@ from operator import attrgetter
 
 from .blocks import BlockPool, IntegrityError, PrefixChain
 from .books import check_books
-from .draft import Row, StepDraft
+from .draft import StepDraft
 from .errors import CapacityExceeded, ConfigError, InvalidRequest
 from .plan import StepPlan, StepResult, TokenLogprobs
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate
@@ -74,7 +74,9 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Sequence] = {}  # blocks that running sequences will publish: digest -> by whom
-        self._in_flight: deque[tuple[int, list[Row]]] = deque()  # steps not yet committed, and their rows
+        # Steps not yet committed: number, sequences of the rows, and the life that each had when it was planned. A row
+        # of an earlier life than its sequence's, which gave its slot up meanwhile, is of no use.
+        self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
         self._arrivals = 0
         self.steps = 0
         self.preemptions = 0
@@ -91,8 +93,8 @@ class Scheduler:
 
     def request_of_row(self, row: int) -> str | None:
         """The id of the request that row `row` of the oldest step in flight is of; None if it has no use for it now."""
-        found = self._in_flight[0][1][row]
-        return found.sequence.request.id if found.lives else None
+        _, sequences, lives = self._in_flight[0]
+        return sequences[row].request.id if sequences[row].lives == lives[row] else None
 
     @property
     def can_run_ahead(self) -> bool:
@@ -223,21 +225,22 @@ class Scheduler:
         draft.give_rest()
         self.steps += 1
         plan = draft.plan(self.steps)
-        self._in_flight.append((self.steps, draft.take_rows()))
+        self._in_flight.append((self.steps, *draft.take_off()))
         return plan
 
     def _schedule_running(self, draft: StepDraft) -> None:
         prompts = []
         for sequence in self._running:  # preemptions shorten the list from its end, never by one that was seen here
-            wanted = sequence.wanted
-            if wanted > 1:
+            known = len(sequence.tokens)
+            if known + sequence.expected - sequence.planned > 1:
                 prompts.append(sequence)
                 continue
-            if not wanted:  # the token that is expected will be its last
+            if sequence.expected and known + 1 >= sequence.length_limit:  # the token that is expected will be its last
                 continue
             if sequence.planned == sequence.capacity and not self._grow(sequence, draft):
                 break
-            draft.tell(sequence)
+            if known > sequence.told:
+                draft.tell(sequence)
             draft.decodes.append(sequence)
         draft.budget -= len(draft.decodes)
         for sequence in prompts:
@@ -337,24 +340,23 @@ class Scheduler:
         """Take in what the plan brought, one update for each new token; sequences that ended meanwhile get none."""
         if not self._in_flight or plan.step != self._in_flight[0][0]:
             raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
-        rows = self._in_flight.popleft()[1]
+        _, rows, lives = self._in_flight.popleft()
         now = self._clock()
-        for index, entries in result.prompt_logprobs.items():
-            if rows[index].lives:
-                rows[index].sequence.request.add_prompt_logprobs(plan.positions[index], entries)
+        for row, entries in result.prompt_logprobs.items():
+            if rows[row].lives == lives[row]:
+                rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
         size = self.block_size
-        for row, count in zip(rows, plan.counts, strict=True):
-            if row.lives:
-                sequence = row.sequence
+        for sequence, life, count in zip(rows, lives, plan.counts, strict=True):
+            if sequence.lives == life:
                 full = sequence.computed // size
                 sequence.computed += count
                 if sequence.chain is not None and sequence.computed // size > full:
                     self._publish(sequence, sequence.chain, full)
         updates = []
-        for index, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
-            row = rows[index]
-            if row.lives:
-                updates.append(self._append(row.sequence, token, logprobs, now))
+        for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
+            sequence = rows[row]
+            if sequence.lives == lives[row]:
+                updates.append(self._append(sequence, token, logprobs, now))
         return updates
 
     def _publish(self, sequence: Sequence, chain: PrefixChain, first: int) -> None:

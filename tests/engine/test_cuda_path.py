@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, SamplingParams
+from phalanx.engine import batch
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.graphs import DecodeGraphs
 from phalanx.kernels import cpu, cuda
@@ -26,8 +27,9 @@ PROMPTS = [[5] * 20 + [9, 8, 7], [11, 12] * 20, [3]]
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's kernels instead of the C++ ones, as on a GPU."""
+    """Triton's kernels instead of the C++ ones, and a batch's tensors in one copy, as on a GPU."""
     monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setattr(batch, "_to_device", batch.copy_together)
     cuda.interpret(True)
     yield
     cuda.interpret(False)
@@ -50,9 +52,9 @@ def test_tritons_kernels_padded_batches_and_overlap_change_no_answer(
     replayed: list[int] = []
     run = DecodeGraphs.run
 
-    def counted(self: DecodeGraphs, batch: Any) -> Any:
-        replayed.append(len(batch.token_ids))
-        return run(self, batch)
+    def counted(self: DecodeGraphs, step: batch.ForwardBatch) -> Any:
+        replayed.append(len(step.token_ids))
+        return run(self, step)
 
     monkeypatch.setattr(DecodeGraphs, "run", counted)
     with LLM(str(tiny), **{**SMALL, "attention": "triton", **changes}) as llm:
