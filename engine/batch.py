@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from ..kernels.attention import AttentionMetadata
+from .history import TokenHistory
+from .penalties import SampleRow
 from .plan import SlotSampling, StepPlan
-from .sampler import SampleRow
 
 _TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 
@@ -42,9 +43,18 @@ class SlotTable:
     """Token ids, block tables and sampling values by slot. Changed by apply() and remember() alone."""
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, dummy_block: int = 0
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        history: TokenHistory | None = None,
+        dummy_block: int = 0,
     ) -> None:
-        """`dummy_block` is where the rows that pad a batch keep their keys and values: no sequence has it."""
+        """`history` hears of what starts and of what is remembered. `dummy_block` is where the rows that pad a batch
+        keep their keys and values: no sequence has it.
+        """
+        self._history = history
         self._block_size, self._device = block_size, device
         # The last slot is nobody's: the sequence of one token with which batches are padded.
         count = max_num_seqs + 1
@@ -67,6 +77,8 @@ class SlotTable:
             self._known[start.slot] = count
             self._prompt[start.slot] = start.prompt_length
             self._sampling[start.slot] = start.sampling
+            if self._history is not None:
+                self._history.start(start)
         if len(set(plan.token_slots)) == len(plan.token_slots):
             self._append(plan.token_slots, plan.token_ids)
         else:
@@ -87,6 +99,8 @@ class SlotTable:
         What is no token becomes token 0: the row that computes it is dropped.
         """
         self._sampled[slots] = tokens.clamp(min=0)
+        if self._history is not None:
+            self._history.add(slots, tokens)
 
     def batch(self, plan: StepPlan, pad_to: int = 0) -> ForwardBatch:
         """The tensors of `plan`, which must have been applied; if it has decode rows alone, padded to `pad_to` rows."""
@@ -145,7 +159,7 @@ class SlotTable:
 
     def _sample_row(self, slot: int, position: int) -> SampleRow:
         token_ids = self._tokens[slot, : self._known[slot]]
-        return SampleRow(self._sampling[slot], token_ids, int(self._prompt[slot]), position)
+        return SampleRow(self._sampling[slot], token_ids, int(self._prompt[slot]), position, slot)
 
     def _prompt_rows(self, plan: StepPlan, starts: np.ndarray) -> list[PromptRows]:
         rows = []

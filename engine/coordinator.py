@@ -116,7 +116,7 @@ class Coordinator:
 
     def _step(self) -> None:
         """Plan, launch, commit. With overlap the step before is committed while the one just launched is computed."""
-        plan = self._scheduler.schedule() if not self._flying or self._scheduler.can_run_ahead else None
+        plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
         if plan is not None:
             self._control.send(encode(plan))
             self._flying.append((plan, self._worker.launch(plan)))

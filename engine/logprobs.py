@@ -74,7 +74,7 @@ def log_sum_exp(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor
 def row_chunks(x: torch.Tensor) -> Iterator[slice]:
     """Slices of rows of (R, V) for work with temporaries: within the cache on a CPU, bounded in memory elsewhere."""
     elements = 1 << 18 if x.device.type == "cpu" else 1 << 24
-    step = max(1, elements // x.shape[1])
+    step = max(1, elements // max(1, x.shape[1]))
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 

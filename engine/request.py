@@ -59,7 +59,6 @@ class Request:
                 length_limit=min(length + self.max_tokens, max_model_len),
                 end_token_ids=self.eos_token_ids | self.stop_token_ids,
                 sampling=sampling if index == 0 else msgspec.structs.replace(sampling, prompt_logprobs=-1),
-                needs_history=sampling.needs_history,
                 chain=chain.copy() if chain is not None else None,
             )
             for index, sampling in enumerate(self.samplings)
@@ -98,8 +97,6 @@ class Sequence:
     """len(tokens) at which it ends."""
     end_token_ids: frozenset[int]
     sampling: SlotSampling
-    needs_history: bool
-    """Whether choosing its next token takes the numbers of all tokens before."""
     chain: PrefixChain | None
     """None: shares no block with anybody. Else it covers the full blocks of the prompt and of the computed tokens."""
 

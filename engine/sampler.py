@@ -18,6 +18,7 @@ from ..kernels.largest import largest, noisy_largest
 from ..kernels.noise import gumbel
 from ..parallel.collectives.base import Collectives
 from .errors import ConfigError
+from .history import TokenHistory
 from .logprobs import (
     gather_logprobs,
     kept_logprobs,
@@ -27,7 +28,7 @@ from .logprobs import (
     token_keys,
     top_keys,
 )
-from .penalties import TokenIds, changes_logits, edit_logits
+from .penalties import SampleRow, edit_rows
 from .plan import SlotSampling, TokenLogprobs
 
 INVALID_TOKEN = -1
@@ -38,29 +39,27 @@ _FEW = 64  # keys of a row that are all worked on, whatever it keeps of them: ho
 _GROWTH = 64  # of the candidates, until they hold all that an undecided row keeps: few rows need more than once
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """What chooses the token at `position` of one sequence; the same on every rank."""
-
-    sampling: SlotSampling
-    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. See needs_history
-    prompt_length: int
-    position: int  # len(token_ids), if they are all here: without needs_history the last may be missing
-
-
 class Sampler:
     """Chooses tokens together with the other ranks' samplers: every call is made by all ranks, for the same rows."""
 
-    def __init__(self, collectives: Collectives, vocab: range, vocab_size: int, candidates: int = _FEW) -> None:
+    def __init__(
+        self,
+        collectives: Collectives,
+        vocab: range,
+        vocab_size: int,
+        candidates: int = _FEW,
+        history: TokenHistory | None = None,
+    ) -> None:
         """`vocab` is the shard whose logits this rank has; the shards are contiguous in rank order.
 
         For top-k, top-p and min-p each rank sends its `candidates` likeliest tokens; a row that keeps more than those
-        surely hold is decided over the whole vocabulary instead. Calls one collective.
+        surely hold is decided over the whole vocabulary instead. Penalties go by `history`, if there is one, instead of
+        the rows' token ids. Calls one collective.
         Raises ConfigError if the shards do not add up to `vocab_size`.
         """
         if candidates < 1:
             raise ConfigError(f"candidates={candidates} must be at least 1")
-        self._collectives = collectives
+        self._collectives, self._history = collectives, history
         self._vocab, self._vocab_size = vocab, vocab_size
         self._width = min(candidates, vocab_size)
         sizes = torch.zeros(collectives.size, device=collectives.device)
@@ -86,7 +85,7 @@ class Sampler:
         """
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
-        originals = self._edit(logits, rows)
+        originals = edit_rows(logits, self._vocab, rows, self._history)
         if all(_takes_the_largest(row.sampling) for row in rows):
             tokens = self._largest(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
@@ -104,7 +103,7 @@ class Sampler:
         Nothing waits for the device, unless log-probabilities are asked for, or top-p or min-p without a top-k that the
         candidates hold. The log-probabilities are None but on rank 0.
         """
-        step = self._run(logits, rows, self._edit(logits, rows), share=True)
+        step = self._run(logits, rows, edit_rows(logits, self._vocab, rows, self._history), share=True)
         return step.tokens, step.entries
 
     def _run(
@@ -157,16 +156,6 @@ class Sampler:
         rows = np.arange(len(best))
         found = np.where(np.isfinite(values[best, rows]), tokens[best, rows], INVALID_TOKEN)
         return [int(token) for token in found]
-
-    def _edit(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, torch.Tensor]:
-        """Bias, penalties and masks. Returns the logits as they were of rows whose raw log-probabilities are wanted."""
-        originals = {}
-        for i, row in enumerate(rows):
-            if changes_logits(row.sampling, row.position - row.prompt_length):
-                if row.sampling.logprobs >= 0 and not row.sampling.processed_logprobs:
-                    originals[i] = logits[i].clone()
-                edit_logits(logits[i], self._vocab, row.sampling, row.token_ids, row.prompt_length, row.position)
-        return originals
 
     def _summary(self, step: _Step) -> torch.Tensor:
         """What rank 0 needs to know of this shard, int64 in one dimension; `_choose` takes it apart."""

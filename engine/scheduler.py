@@ -98,8 +98,8 @@ class Scheduler:
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether a step may be scheduled while one is in flight: no sampling needs the tokens that are expected."""
-        return len(self._in_flight) <= 1 and not any(sequence.needs_history for sequence in self._running)
+        """Whether a step may be scheduled now: while one is in flight, but not while two are."""
+        return len(self._in_flight) < 2
 
     @property
     def running(self) -> int:
@@ -212,9 +212,9 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute yet.
 
-        Raises IntegrityError with two steps in flight, and with one unless can_run_ahead.
+        Raises IntegrityError with two steps in flight.
         """
-        if self._in_flight and not self.can_run_ahead:
+        if not self.can_run_ahead:
             raise IntegrityError(f"step {self._in_flight[0][0]} must be committed before another is scheduled")
         draft = StepDraft(self.max_num_batched_tokens)
         self._schedule_running(draft)

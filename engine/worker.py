@@ -25,6 +25,7 @@ from .batch import ForwardBatch, SlotTable
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .graphs import CudaRecorder, DecodeGraphs, EagerRecorder, choose_graphs, graph_sizes
+from .history import TokenHistory
 from .kv_cache import KVCache
 from .memory import Demand, worst_case_plan
 from .models.decoder import Build, CausalLM
@@ -82,9 +83,10 @@ class Worker:
                 return model, _load(model, config, folder, self.threads, on_progress)
 
         self._model, self.load_report = _on_own_thread(make_model) if group.device.type == "cpu" else make_model()
-        make_slots = partial(SlotTable, config.max_num_seqs, self.max_model_len, block_size, group.device)
+        history = TokenHistory(config.max_num_seqs, share.vocab, group.device) if self.overlap else None
+        make_slots = partial(SlotTable, config.max_num_seqs, self.max_model_len, block_size, group.device, history)
         self._slots = make_slots()
-        self._sampler = Sampler(group.collectives, share.vocab, spec.vocab_size)
+        self._sampler = Sampler(group.collectives, share.vocab, spec.vocab_size, history=history)
         self._make_cache = partial(
             KVCache.allocate,
             block_size=block_size,

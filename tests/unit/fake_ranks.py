@@ -83,7 +83,6 @@ class FakeRanks:
         for row in plan.sample_rows:
             slot = plan.slots[row]
             prefix, sampling = self._prefixes[slot][-1], self._samplings[slot]
-            assert not sampling.needs_history or self._told[slot] == len(self._tokens[slot])
             token = next_token(prefix, sampling, len(self._tokens[slot]) - self._prompts[slot])
             self._tokens[slot].append(token)
             self._prefixes[slot] += prefix_hashes([token], prefix)

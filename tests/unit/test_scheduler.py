@@ -619,16 +619,6 @@ def test_a_step_ahead_computes_the_token_that_is_expected_and_tells_it_one_step_
     assert not scheduler.has_work
 
 
-def test_nothing_runs_ahead_of_a_sampling_that_needs_all_tokens_before() -> None:
-    scheduler = make()
-    scheduler.add(request("a", [1, 2], sampling={"repetition_penalty": 1.5}))
-    plan = scheduler.schedule()
-    assert plan is not None
-    assert not scheduler.can_run_ahead
-    with pytest.raises(IntegrityError, match="must be committed"):
-        scheduler.schedule()
-
-
 def test_what_a_step_in_flight_brings_to_a_preempted_sequence_is_dropped_and_sampled_again() -> None:
     scheduler = make(num_blocks=16, block_size=4, max_model_len=64, prefix_cache=False)
     ranks = FakeRanks(scheduler)

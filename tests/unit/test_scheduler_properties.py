@@ -35,8 +35,6 @@ class Arrival:
     """Between schedule and commit, or before schedule."""
     stop_at: int | None
     """Output tokens of completion 0 at which its text is found to hold a stop string."""
-    penalty: bool
-    """Its sampling needs all tokens before."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,6 @@ arrivals = st.builds(
     abort_after=st.sampled_from([None, None, None, 0, 1, 3, 8, 15]),
     abort_in_flight=st.booleans(),
     stop_at=st.sampled_from([None, None, 1, 3, 9]),
-    penalty=st.sampled_from([False, False, False, True]),
 )
 
 
@@ -116,7 +113,7 @@ class Life:
                 if arrival.step == now:
                     self.scheduler.add(request)
             self._abort(now, in_flight=False)
-            plan = self.scheduler.schedule() if not self.flying or self.scheduler.can_run_ahead else None
+            plan = self.scheduler.schedule() if self.scheduler.can_run_ahead else None
             self.scheduler.check_integrity()
             assert plan is not None or self.flying or not self.scheduler.has_work
             if plan is not None:
@@ -188,7 +185,6 @@ def _request(number: int, arrival: Arrival) -> Request:
                 min_tokens=min(arrival.min_tokens, arrival.max_tokens),
                 end_token_ids=tuple(sorted(eos)),
                 prompt_logprobs=0 if arrival.prompt_logprobs else -1,
-                presence_penalty=float(arrival.penalty),
             )
             for index in range(arrival.n)
         ],
@@ -240,7 +236,6 @@ def test_every_completion_of_a_random_life_is_what_it_would_be_alone(
             abort_after=st.none(),
             abort_in_flight=st.just(False),
             stop_at=st.none(),
-            penalty=st.just(False),
         ),
         min_size=4,
         max_size=8,
