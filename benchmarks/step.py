@@ -1,12 +1,13 @@
-"""Where one step's time goes on a CPU: products, attention, head, sampling, the batch's tensors, and what is left.
+"""Where one step's time goes on a CPU: both halves of the layers, head, sampling, the batch's tensors, and the rest.
 
     python benchmarks/step.py random=qwen2_5_0_5b rows=1,32 context=192 prompts=1024
 
 Each case is a step as the engine computes it, one rank on all cores: `rows` sequences of `context` tokens that each
 compute one (a decode step), or one prompt of so many tokens. The step is timed whole, then each part by itself on the
 same weights and the same shapes, in turn over all layers, so that nothing is found in a cache that a step would not
-find there. Beside them stands what the machine allows for the step: its bytes at the rate memory is read, and its
-operations at the rate that registers are multiplied, both measured in the same run. The last line is JSON.
+find there. `products_ms` is all that multiplies with weights, norms included: the halves and the head, less attention
+itself (`attend_ms`). Beside them stands what the machine allows for the step: its bytes at the rate memory is read, and
+its operations at the rate that registers are multiplied, both measured in the same run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from phalanx.benchmarks.limits import (
 from phalanx.benchmarks.peers.engines import weight_bytes
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.models.decoder import DecoderLayer
+from phalanx.engine.models.decoder import DecoderLayer, Step
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
 from phalanx.engine.worker import Worker
 from phalanx.parallel.group import local_group
+from phalanx.parallel.residual import Residual
 
 
 @dataclass
@@ -105,53 +107,49 @@ class Parts:
 
     def __init__(self, worker: Worker, plan: StepPlan) -> None:
         self.worker, self.plan = worker, plan
-        model = worker._model
+        model, cache = worker._model, worker._cache
         worker._slots.apply(plan)
         self.batch = worker._slots.batch(plan)
-        tokens, sampled = plan.num_tokens, len(plan.sample_rows)
-        self.layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-        self.qkv = torch.randn(tokens, self.layers[0].attention.qkv.rows).to(worker.dtype)
-        self.hidden = torch.randn(tokens, model.spec.hidden_size).to(worker.dtype)
-        self.inner = torch.randn(tokens, self.layers[0].mlp.down.weight.shape[1]).to(worker.dtype)
-        self.total = torch.zeros(tokens, model.spec.hidden_size)
-        self.last = self.hidden[:sampled].contiguous()
+        cos, sin = model.rope(self.batch.positions, self.batch.lengths)
+        self.step = Step(cos, sin, self.batch.attention.slots, worker.backend.plan(self.batch.attention))
+        layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+        self.layers = list(zip(layers, cache.keys, cache.values, strict=True))
+        self.qkv = torch.randn(plan.num_tokens, layers[0].attention.qkv.rows).to(worker.dtype)
+        self.stream = torch.randn(plan.num_tokens, model.spec.hidden_size)
+        self.last = self.stream[: len(plan.sample_rows)].to(worker.dtype)
         self.logits = model.logits(self.last)
 
-    def products(self) -> None:
-        """Every layer's four matrices. Of the last layer only rows that are sampled go through the MLP."""
-        sampled = len(self.plan.sample_rows)
-        for layer in self.layers:
-            rows = slice(0, sampled if layer is self.layers[-1] else None)
-            layer.attention.qkv(self.hidden)
-            width = layer.attention.output.weight.shape[1]
-            self._add(layer.attention.output, self.qkv[:, :width], self.total)
-            layer.mlp.gate_up(self.hidden[rows])
-            self._add(layer.mlp.down, self.inner[rows], self.total[rows])
-
-    @staticmethod
-    def _add(layer: Any, x: torch.Tensor, total: torch.Tensor) -> None:
-        if layer.packed is not None:
-            layer.packed.add_to(total, x, layer.bias)
-        else:
-            total.add_(layer.multiply(x, layer.bias))
-
     def attention(self) -> None:
-        """Rotation, storing of keys and values, and attention."""
-        worker, batch = self.worker, self.batch
-        cos, sin = worker._model.rope(batch.positions, batch.lengths)
-        plan = worker.backend.plan(batch.attention)
-        for layer, keys, values in zip(self.layers, worker._cache.keys, worker._cache.values, strict=True):
-            del layer
-            q = worker.backend.rotate_and_store(self.qkv.clone(), cos, sin, None, keys, values, batch.attention.slots)
-            worker.backend.attend(q, keys, values, plan)
+        """Each layer's first half: norm, projections, rotation, storing of keys and values, attention."""
+        residual = Residual(self.stream.clone())
+        for layer, keys, values in self.layers:
+            layer.attention(layer.input_norm, residual, self.step, keys, values)
+
+    def mlp(self) -> None:
+        """Each layer's second half; in the last layer only for the tokens from which others are sampled."""
+        residual = Residual(self.stream.clone())
+        *but_last, (last, _, _) = self.layers
+        for layer, _, _ in but_last:
+            layer.mlp(layer.mlp_norm, residual)
+        last.mlp(last.mlp_norm, residual.select(self.batch.sample_tokens))
+
+    def attend(self) -> None:
+        """Of attention(), what is no product with a weight: rotation, storing, attention."""
+        backend, step = self.worker.backend, self.step
+        for _, keys, values in self.layers:
+            q = backend.rotate_and_store(self.qkv.clone(), step.cos, step.sin, None, keys, values, step.slots)
+            backend.attend(q, keys, values, step.attention_plan)
 
     def head(self) -> None:
+        """The logits."""
         self.worker._model.logits(self.last)
 
     def sampling(self) -> None:
+        """The choice of tokens, here the likeliest."""
         self.worker._sampler.sample(self.logits, self.batch.sample_rows)
 
     def tensors(self) -> None:
+        """Taking in the plan, and the batch's tensors."""
         self.worker._slots.apply(self.plan)
         self.worker._slots.batch(self.plan)
 
@@ -175,13 +173,16 @@ def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, rep
     with torch.inference_mode(), one_torch_thread():
         whole = median_ms(lambda: worker.execute(plan), repeats)
         parts = Parts(worker, plan)
-        names = ("products", "head", "attention", "sampling", "tensors")
+        names = ("attention", "mlp", "head", "sampling", "tensors")
         found = {f"{name}_ms": median_ms(getattr(parts, name), repeats) for name in names}
+        rest = whole - sum(found.values())
+        attend = median_ms(parts.attend, repeats)
     least = bounds(work, plan, limits)
-    values = {"step_ms": whole, **found, "rest_ms": whole - sum(found.values()), **least}
+    products = found["attention_ms"] - attend + found["mlp_ms"] + found["head_ms"]
+    values = {"step_ms": whole, **found, "rest_ms": rest, "attend_ms": attend, "products_ms": products, **least}
     return {name: round(value, 3) for name, value in values.items()} | {
         "share_of_limit": share(least["least_ms"], whole),
-        "products_and_head_share_of_step": share(found["products_ms"] + found["head_ms"], whole),
+        "products_share_of_step": share(products, whole),
     }
 
 

@@ -116,7 +116,8 @@ class SlotTable:
         blocks = -(-int(keys.max()) // self._block_size)
         places = self._blocks[token_slots, positions // self._block_size] * self._block_size
         sampled = np.array(plan.sample_rows, dtype=np.int64)
-        table, place, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, slot_of_row = _to_device(
+        untold = keys > self._known[slots]
+        table, place, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, slot_of_row, mask = _to_device(
             [
                 self._blocks[slots, :blocks],
                 places + positions % self._block_size,
@@ -128,6 +129,7 @@ class SlotTable:
                 starts[1:][sampled] - 1,
                 slots[sampled],
                 slots,
+                untold,
             ],
             self._device,
         )
@@ -141,11 +143,10 @@ class SlotTable:
             key_lengths=tuple(keys.tolist()),
             block_size=self._block_size,
         )
-        untold = keys > self._known[slots]
         if untold.any():
-            (mask,) = _to_device([untold[:num_decodes]], self._device)
             decodes = slice(0, num_decodes)
-            token_ids[decodes] = torch.where(mask, self._sampled[slot_of_row[decodes]], token_ids[decodes])
+            sampled_last = self._sampled[slot_of_row[decodes]]
+            token_ids[decodes] = torch.where(mask[decodes], sampled_last, token_ids[decodes])
         return ForwardBatch(
             token_ids=token_ids,
             positions=position,

@@ -103,7 +103,11 @@ class Sampler:
         Nothing waits for the device, unless log-probabilities are asked for, or top-p or min-p without a top-k that the
         candidates hold. The log-probabilities are None but on rank 0.
         """
-        step = self._run(logits, rows, edit_rows(logits, self._vocab, rows, self._history), share=True)
+        originals = edit_rows(logits, self._vocab, rows, self._history)
+        if self._collectives.size == 1 and all(_takes_the_largest(row.sampling) for row in rows):
+            most, places = largest(logits)
+            return torch.where(most.isfinite(), places, INVALID_TOKEN), [None] * len(rows)
+        step = self._run(logits, rows, originals, share=True)
         return step.tokens, step.entries
 
     def _run(
@@ -183,9 +187,9 @@ class Sampler:
         keys, totals = summaries[:, len(plain) : end], summaries[:, end:]
         if plain:
             best = summaries[:, : len(plain)].amax(dim=0)
-            step.tokens[plain] = torch.where(key_values(best).isfinite(), key_token_ids(best), INVALID_TOKEN)
+            _put(step.tokens, plain, torch.where(key_values(best).isfinite(), key_token_ids(best), INVALID_TOKEN))
         if step.weighed:
-            step.totals[step.weighed, 0] = totals.contiguous().view(torch.float64).logsumexp(dim=0)
+            _put(step.totals[:, 0], step.weighed, totals.contiguous().view(torch.float64).logsumexp(dim=0))
         if step.truncated:
             keys = keys.reshape(len(summaries), -1, self._width).transpose(0, 1)
             merged = keys.flatten(1).sort(dim=1, descending=True).values
@@ -217,10 +221,10 @@ class Sampler:
         between and after the rest.
         """
         columns = step.columns.take(index)
-        kept, decided = _kept_counts(keys, exact, columns, step.totals[index], self._vocab_size)
+        kept, decided = _kept_counts(keys, exact, columns, _take(step.totals, index), self._vocab_size)
         drawn = torch.where(decided, _draw(keys, kept, columns), _UNDECIDED)
         tokens = torch.where(key_values(keys[:, :1]).isfinite(), drawn, INVALID_TOKEN).squeeze(1)
-        step.tokens[index] = tokens
+        _put(step.tokens, index, tokens)
         for j, i in enumerate(index):
             sampling = step.rows[i].sampling
             if sampling.logprobs >= 0 and sampling.processed_logprobs and tokens[j] >= 0:
@@ -324,11 +328,22 @@ class _Columns:
 
     def take(self, rows: list[int] | slice) -> _Columns:
         columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position)
+        if isinstance(rows, list) and rows == list(range(len(self.position))):
+            return self
         return _Columns(*(column[rows] for column in columns))
 
 
 def _take(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Ascending rows of x; x itself if these are all of them, which spares a GPU several small operations."""
     return x if len(rows) == x.shape[0] else x[rows]
+
+
+def _put(x: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
+    """Set rows of x, in this order."""
+    if rows == list(range(len(x))):
+        x.copy_(values)
+    else:
+        x[rows] = values
 
 
 def _noisy_scores(values: torch.Tensor, token_ids: torch.Tensor, columns: _Columns) -> torch.Tensor:

@@ -137,6 +137,6 @@ def test_step_times_each_part_of_a_step_and_states_its_limit(tiny: Path) -> None
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result["steps"]) == {"decode_1", "decode_3", "prompt_24"}
     for step in result["steps"].values():
-        assert all(step[f"{part}_ms"] > 0 for part in ("step", "products", "head", "attention", "sampling", "tensors"))
+        assert all(step[f"{part}_ms"] > 0 for part in ("step", "mlp", "head", "attention", "sampling", "tensors"))
         assert step["least_ms"] == pytest.approx(max(step["read_ms"], step["multiply_ms"]), rel=0.1)
         assert 0 < step["share_of_limit"] <= 2

@@ -513,3 +513,26 @@ def test_the_top_keys_are_those_of_a_full_sort(size: int, count: int, levels: in
     assert torch.equal(key_token_ids(keys)[:, :real], order + 1_000)
     assert torch.equal(key_values(keys)[:, :real], values.gather(1, order))
     assert (key_values(keys)[:, real:] == -torch.inf).all()
+
+
+# ---- tokens that stay on the device
+
+
+@pytest.mark.parametrize("kinds", ["greedy", "noisy", "narrow", "wide", "mixed"])
+def test_choose_leaves_on_the_device_what_sample_returns(kinds: str) -> None:
+    kind: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "noisy": {"temperature": 0.8},
+        "narrow": {"temperature": 0.8, "top_k": 5, "top_p": 0.9},
+        "wide": {"temperature": 3.0, "top_p": 0.99},
+    }
+    order = list(kind) * 2 if kinds == "mixed" else [kinds] * 5
+    rows = [_row(seed=i, **kind[name]) for i, name in enumerate(order)]
+    logits = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(3))
+    logits[1] = torch.nan
+    logits[3] = -torch.inf
+    expected, _ = _sample(logits, rows, 16)
+    tokens, logprobs = _sampler(300, 16).choose(logits.clone(), rows)
+    assert tokens.tolist() == expected
+    assert tokens[1] == tokens[3] == INVALID_TOKEN
+    assert logprobs == [None] * len(rows)
