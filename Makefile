@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_MODEL := models/smollm2-135m
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all test-gpu lint clean
 
 setup: $(READY) $(DEMO_MODEL)/model.safetensors
 
@@ -27,6 +27,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

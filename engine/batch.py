@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from ..kernels.attention import AttentionMetadata
+from .copies import to_device
 from .history import TokenHistory
 from .penalties import SampleRow
 from .plan import SlotSampling, StepPlan
-
-_TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class SlotTable:
         places = self._blocks[token_slots, positions // self._block_size] * self._block_size
         sampled = np.array(plan.sample_rows, dtype=np.int64)
         untold = keys > self._known[slots]
-        table, place, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, slot_of_row, mask = _to_device(
+        table, place, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, slot_of_row, mask = to_device(
             [
                 self._blocks[slots, :blocks],
                 places + positions % self._block_size,
@@ -174,32 +173,3 @@ class SlotTable:
                 tokens = np.arange(starts[row], starts[row] + last - first)
                 rows.append(PromptRows(row, tokens, self._tokens[slot, first + 1 : last + 1].copy(), sampling))
         return rows
-
-
-def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors on the device."""
-    if device.type == "cpu":
-        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    return copy_together(arrays, device)
-
-
-def copy_together(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays, int64, int32 or bool, as tensors on the device, by one copy, for which nobody waits."""
-    ends = np.cumsum([_aligned(array.nbytes) for array in arrays])
-    # Of torch's caching allocator for pinned memory, which gives it to nobody else before the copy is done.
-    packed = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    host = packed.numpy()
-    pieces = []
-    for array, end in zip(arrays, ends.tolist(), strict=True):
-        first = end - _aligned(array.nbytes)
-        host[first : first + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-        pieces.append((first, array))
-    there = packed.to(device, non_blocking=True)
-    return [
-        there[first : first + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
-        for first, array in pieces
-    ]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 16) * 16

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .copies import to_device
 from .logprobs import row_chunks
 from .plan import SlotSampling, SlotStart
 
@@ -32,7 +33,7 @@ class TokenHistory:
         output[start.slot].zero_()
         token_ids, counts = np.unique(said[start.prompt_length :], return_counts=True)
         # Whatever is of other shards goes to one column more, where it may collide.
-        output[start.slot, self._columns(token_ids)] = torch.from_numpy(counts.astype(np.int32)).to(self._device)
+        output[start.slot, self._columns(token_ids)] = to_device([counts.astype(np.int32)], self._device)[0]
 
     def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """A token more, int64 (S,), in each of different slots, int64 (S,). Nobody waits."""
@@ -52,8 +53,9 @@ class TokenHistory:
         """
         prompt, output = self._allocated()
         numbers = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in samplings]
-        where = torch.tensor([rows, list(slots)], dtype=torch.int64).to(self._device)
-        penalties = torch.tensor(numbers, dtype=torch.float32).to(self._device).unsqueeze(2)
+        places = np.array([rows, list(slots)], dtype=np.int64)
+        where, penalties = to_device([places, np.array(numbers, dtype=np.float32)], self._device)
+        penalties = penalties.unsqueeze(2)
         everyone = rows == list(range(len(logits)))
         size = len(self._vocab)
         for some in row_chunks(logits[: len(rows)]):
@@ -81,4 +83,4 @@ class TokenHistory:
     def _columns(self, token_ids: np.ndarray) -> torch.Tensor:
         first, size = self._vocab.start, len(self._vocab)
         inside = (token_ids >= first) & (token_ids < first + size)
-        return torch.from_numpy(np.where(inside, token_ids - first, size)).to(self._device)
+        return to_device([np.where(inside, token_ids - first, size)], self._device)[0]

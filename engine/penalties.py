@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .copies import to_device
 from .history import TokenHistory
 from .plan import SlotSampling
 
@@ -118,4 +119,4 @@ def _local(token_ids: npt.NDArray[np.integer], vocab: range) -> npt.NDArray[np.i
 
 
 def _to(like: torch.Tensor, values: npt.NDArray[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.device)
+    return to_device([values], like.device)[0]

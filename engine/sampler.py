@@ -17,6 +17,7 @@ import torch
 from ..kernels.largest import largest, noisy_largest
 from ..kernels.noise import gumbel
 from ..parallel.collectives.base import Collectives
+from .copies import to_device
 from .errors import ConfigError
 from .history import TokenHistory
 from .logprobs import (
@@ -35,7 +36,8 @@ INVALID_TOKEN = -1
 """Instead of a token: the row's logits hold NaN or +inf, or leave no token possible. No other row is affected."""
 
 _UNDECIDED = -2
-_FEW = 64  # keys of a row that are all worked on, whatever it keeps of them: how many it keeps the device alone knows
+_CANDIDATES = 64
+_FEW = 1024  # keys of a row that are all worked on, whatever it keeps of them: how many it keeps the device alone knows
 _GROWTH = 64  # of the candidates, until they hold all that an undecided row keeps: few rows need more than once
 
 
@@ -47,7 +49,7 @@ class Sampler:
         collectives: Collectives,
         vocab: range,
         vocab_size: int,
-        candidates: int = _FEW,
+        candidates: int = _CANDIDATES,
         history: TokenHistory | None = None,
     ) -> None:
         """`vocab` is the shard whose logits this rank has; the shards are contiguous in rank order.
@@ -176,7 +178,7 @@ class Sampler:
         if step.truncated:
             parts.append(top_keys(_take(step.logits, step.truncated), first, self._width))
         if step.weighed:
-            temperature = step.columns.temperature[step.weighed]
+            temperature = _take(step.columns.temperature, step.weighed)
             parts.append(log_sum_exp(_take(step.logits, step.weighed), temperature).view(torch.int64))
         return torch.cat([part.flatten() for part in parts])
 
@@ -197,7 +199,8 @@ class Sampler:
             # What a rank did not send comes after the last of what it sent.
             partial = [rank for rank, size in enumerate(self._shard_sizes) if size > self._width]
             if partial:
-                exact = (merged >= keys[:, partial, -1].amax(dim=1, keepdim=True)).sum(dim=1, keepdim=True)
+                last = _take(keys[:, :, -1].T, partial).amax(dim=0).unsqueeze(1)
+                exact = (merged >= last).sum(dim=1, keepdim=True)
             self._decide(step, step.truncated, merged, exact)
 
     def _choose_from_all(self, step: _Step, undecided: list[int]) -> None:
@@ -316,7 +319,7 @@ class _Columns:
         # All of them in one copy to the device.
         fractions = np.array([temperatures, [s.top_p for s in samplings], [s.min_p for s in samplings]])
         integers = np.array([limits, [s.seed for s in samplings], [row.position for row in rows]], dtype=np.int64)
-        packed = torch.from_numpy(np.concatenate((fractions.view(np.int64), integers))).to(device).unsqueeze(2)
+        packed = to_device([np.concatenate((fractions.view(np.int64), integers))], device)[0].unsqueeze(2)
         return cls(
             temperature=packed[0].view(torch.float64).float(),
             top_k=packed[3],
@@ -326,16 +329,17 @@ class _Columns:
             position=packed[5],
         )
 
-    def take(self, rows: list[int] | slice) -> _Columns:
+    def take(self, rows: list[int]) -> _Columns:
         columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position)
-        if isinstance(rows, list) and rows == list(range(len(self.position))):
+        if rows == list(range(len(self.position))):
             return self
-        return _Columns(*(column[rows] for column in columns))
+        index = _index(rows, self.position)
+        return _Columns(*(column[index] for column in columns))
 
 
 def _take(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Ascending rows of x; x itself if these are all of them, which spares a GPU several small operations."""
-    return x if len(rows) == x.shape[0] else x[rows]
+    return x if len(rows) == x.shape[0] else x[_index(rows, x)]
 
 
 def _put(x: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
@@ -343,7 +347,12 @@ def _put(x: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
     if rows == list(range(len(x))):
         x.copy_(values)
     else:
-        x[rows] = values
+        x[_index(rows, x)] = values
+
+
+def _index(rows: list[int], x: torch.Tensor) -> torch.Tensor:
+    """int64 (len(rows),) on the device of x."""
+    return to_device([np.array(rows, dtype=np.int64)], x.device)[0]
 
 
 def _noisy_scores(values: torch.Tensor, token_ids: torch.Tensor, columns: _Columns) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine import batch
+from phalanx.engine import batch, copies, history, penalties, sampler
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.graphs import DecodeGraphs
 from phalanx.kernels import cpu, cuda
@@ -29,7 +29,8 @@ PROMPTS = [[5] * 20 + [9, 8, 7], [11, 12] * 20, [3]]
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's kernels instead of the C++ ones, and a batch's tensors in one copy, as on a GPU."""
     monkeypatch.setattr(cpu, "native", None)
-    monkeypatch.setattr(batch, "_to_device", batch.copy_together)
+    for module in (batch, history, penalties, sampler):
+        monkeypatch.setattr(module, "to_device", copies.copy_together)
     cuda.interpret(True)
     yield
     cuda.interpret(False)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from phalanx.engine.batch import ForwardBatch, SlotTable, copy_together
+from phalanx.engine.batch import ForwardBatch, SlotTable
+from phalanx.engine.copies import copy_together
 from phalanx.engine.graphs import DecodeGraphs, EagerRecorder, choose_graphs, graph_sizes
 from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
 
