@@ -94,8 +94,8 @@ setup(
             "pre-commit>=4",
             "psutil>=5",
             "clang-format==23.1.5",
-            # Runs the kernels for GPUs in its interpreter, and compiles them without one.
-            "triton>=3.6; platform_system == 'Linux'",
+            # Runs the kernels for GPUs in its interpreter, and compiles them without one: as torch's CUDA builds have it.
+            "triton>=3.6,<3.8; platform_system == 'Linux'",
         ],
     },
 )

@@ -100,7 +100,7 @@ def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE: tl.conste
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    present = (offsets < SIZE) & (slot >= 0)
+    present = offsets < tl.where(slot >= 0, SIZE, 0)
     keys = tl.load(k + token * k_stride + offsets, present)
     values = tl.load(v + token * v_stride + offsets, present)
     tl.store(k_cache + slot * SIZE + offsets, keys.to(k_cache.dtype.element_ty), present)
@@ -145,7 +145,7 @@ def _rotate_and_store(
     else:
         slot = tl.load(slots + token)
         head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        present = (head < KV_HEADS)[:, None] & (d < HALF)[None, :] & (slot >= 0)
+        present = (head < tl.where(slot >= 0, KV_HEADS, 0))[:, None] & (d < HALF)[None, :]
         inside = (head * HEAD_DIM)[:, None] + d[None, :]
         left, right = _rotated(row + HEADS * HEAD_DIM + inside, present, c, s, k_norm, eps, d, HALF, NORMED)
         values = row + (HEADS + KV_HEADS) * HEAD_DIM + inside
