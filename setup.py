@@ -94,7 +94,7 @@ setup(
             "pre-commit>=4",
             "psutil>=5",
             "clang-format==23.1.5",
-            # Runs the kernels for GPUs in its interpreter, and compiles them without one: as torch's CUDA builds have it.
+            # Runs the kernels for GPUs in its interpreter, and compiles them without one: torch's own version of it.
             "triton>=3.6,<3.8; platform_system == 'Linux'",
         ],
     },
