@@ -17,7 +17,7 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
     """The result, or what went wrong: the other ranks have to hear of it before this one may raise."""
     try:
         return action(), ""
-    except (ImportError, OSError, RuntimeError) as error:
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
         return None, str(error) or type(error).__name__
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .agree import attempt, first_problem
 from .base import Collectives
-from .peer_memory import FUSED, ONE_SHOT, SUMS, PeerMemory
+from .peer_memory import FUSED, ONE_SHOT, SUMS, PeerMemory, SymmetricMemoryUnavailable
 from .thresholds import Table, choose_algorithms, describe, look_up, make_table, row_ladder, slowest
 
 _log = logging.getLogger("phalanx")
@@ -79,7 +80,10 @@ class SymmetricMemoryCollectives(Collectives):
         self._sums, self._norms = sums, norms
 
     def tune(self, columns: int, dtype: torch.dtype, max_rows: int, measure: Measure | None = None) -> None:
-        """Measure, and use the tables that rank 0 makes of what every rank measured."""
+        """Measure, and use the tables that rank 0 makes of what every rank measured.
+
+        Where measuring fails, all goes by the collectives underneath, and rank 0 logs why.
+        """
         measure = measure or self._measure
         row_bytes = columns * dtype.itemsize
         ladder = row_ladder(min(max_rows, self._memory.capacity // row_bytes))
@@ -100,12 +104,21 @@ class SymmetricMemoryCollectives(Collectives):
 
         def table(ways: Sequence[str], prepare: Callable[[str, int], Callable[[], object]]) -> Table:
             able = {rows: self._able(ways, torch.Size([rows, columns]), dtype) for rows in ladder}
-            seconds = [measure(prepare(way, rows)) for rows in ladder for way in able[rows]]
+            seconds, problem = attempt(lambda: [measure(prepare(way, rows)) for rows in ladder for way in able[rows]])
+            reason = first_problem(self._host, problem)
+            if seconds is None or reason is not None:
+                raise SymmetricMemoryUnavailable(reason)
             return self._agree({rows * row_bytes: able[rows] for rows in ladder}, seconds)
 
-        with torch.inference_mode():
-            self.use(table((INNER, *SUMS), sum_by), ())
-            self.use(self._sums, table((UNFUSED, FUSED), norm_by))
+        try:
+            with torch.inference_mode():
+                self.use(table((INNER, *SUMS), sum_by), ())
+                self.use(self._sums, table((UNFUSED, FUSED), norm_by))
+        except SymmetricMemoryUnavailable as reason:
+            self.use((), ())
+            if self.rank == 0:
+                _log.warning("small sums go by the process group, symmetric memory could not be measured: %s", reason)
+            return
         if self.rank == 0:
             _log.info("all-reduce: %s", describe(self._sums, INNER))
             _log.info("all-reduce and norm: %s", describe(self._norms, UNFUSED))

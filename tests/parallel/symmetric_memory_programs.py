@@ -231,6 +231,19 @@ def tuned(rank: int, size: int, folder: str) -> tuple[Any, Any, list[str]]:
     tables = ranks.collectives._sums, ranks.collectives._norms
     ranks.collectives.tune(2**20, torch.bfloat16, 4, measure)  # not one row fits: nothing to find out
     assert ranks.collectives._sums == ranks.collectives._norms == ()
+    told = len(records)
+
+    def broken(call: Callable[[], object]) -> float:
+        call()
+        raise RuntimeError("no capture here")
+
+    ranks.collectives.tune(64, torch.bfloat16, 1000, broken)
+    assert ranks.collectives._sums == ranks.collectives._norms == ()
+    assert len(records) - told == (rank == 0)
+    if rank == 0:
+        assert "could not be measured: rank 0 of 2: no capture here" in records.pop()
+    x = torch.ones(4, 64)
+    assert torch.equal(ranks.collectives.all_reduce(x), torch.full((4, 64), float(size)))
     return *tables, records
 
 
