@@ -30,9 +30,9 @@ class StepDraft:
 
     def tell(self, sequence: Sequence) -> None:
         """Tell the ranks the tokens sampled since they were last told."""
-        new = sequence.tokens[sequence.told :]
-        self.token_slots += [sequence.slot] * len(new)
-        self.token_ids += new
+        for token in sequence.tokens[sequence.told :]:
+            self.token_slots.append(sequence.slot)
+            self.token_ids.append(token)
         sequence.told = len(sequence.tokens)
 
     def give_tokens(self, sequence: Sequence) -> None:
