@@ -16,7 +16,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,7 @@ from phalanx.benchmarks.limits import (
 )
 from phalanx.benchmarks.peers.engines import weight_bytes
 from phalanx.engine.config import EngineConfig
+from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.decoder import DecoderLayer, Step
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
@@ -89,17 +89,6 @@ def median_ms(work: Callable[[], Any], repeats: int) -> float:
         work()
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times)
-
-
-@contextmanager
-def one_torch_thread() -> Any:
-    """As in the engine's step loop: torch's own threads keep out of the way of the kernels'."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Parts:

@@ -43,7 +43,7 @@ class Engine:
         """Work until the engine is told to stop; returns the stop's payload. Rank 0's must have been started."""
         if self.group.device.type == "cuda":
             torch.cuda.set_device(self.group.device)  # it is each thread's own
-        with _one_torch_thread() if self.worker.uses_kernels else nullcontext():
+        with one_torch_thread() if self.worker.uses_kernels else nullcontext():
             if self.coordinator is None:
                 return follow(self.worker, self.group)
             self.coordinator.run(payload)
@@ -166,7 +166,7 @@ def set_threads(config: EngineConfig, local_size: int) -> None:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Keep torch's own threads out of what the calling thread does: after each operation they spin for milliseconds,
     on the cores that phalanx's kernels compute on. Other threads of the process are not affected.
     """

@@ -27,6 +27,8 @@ def _backend(name: str, dtype: torch.dtype, head_dim: int, group: int, block_siz
     try:
         return choose_backend(name, device=DEVICE, dtype=dtype, head_dim=head_dim, block_size=block_size, group=group)
     except ValueError as reason:
+        if not name.startswith("flash_attn"):  # a package that may not be installed; what is ours must serve
+            raise
         pytest.skip(str(reason))
 
 
