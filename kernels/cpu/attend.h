@@ -7,59 +7,47 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // What a task has summed up so far, of kQueryRows rows at most.
 struct Running {
     float* sums;    // (rows, head_dim)
-    float* most;    // (rows,) largest score
+    float* most;    // (rows,) largest score, scaled
     float* weight;  // (rows,) sum of e^(score - most)
 };
 
-// One tile's scores to weights e^(score - most), in their place. `visible` keys of `width` count.
-INLINE void soften(float* scores, int visible, int width, float scale, Running& running, int row, int head_dim,
-                   bool first) {
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vf most = splat(kMinusInfinity);
-    for (int i = 0; i < width; i += 16) {
-        vf score = lanes + i < visible ? load(scores + i) * scale : splat(kMinusInfinity);
-        store(scores + i, score);
-        most = larger(most, score);
+// One row's scores of a tile, to be scaled, to weights e^(score - most), which `put` takes by 16 keys with the place of
+// the first. `visible` keys of `width` count. Returns what the row's sums so far have to be multiplied by.
+template <class F>
+INLINE float soften(float* scores, int visible, int width, float scale, Running& running, int row, bool first,
+                    F&& put) {
+    if (visible < width) {
+        const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int i = std::max(visible, 0) / 16 * 16; i < width; i += 16)
+            store(scores + i, lanes + i < visible ? load(scores + i) : splat(kMinusInfinity));
     }
-    float before = first ? kMinusInfinity : running.most[row];
-    float now = std::max(before, max_of(most));
-    if (now == kMinusInfinity) now = 0.0f;  // nothing visible yet: all weights are zero
+    vf most = load(scores);
+    for (int i = 16; i < width; i += 16) most = larger(most, load(scores + i));
+    const float before = first ? kMinusInfinity : running.most[row];
+    float now = std::max(before, max_of(most) * scale);
+    if (!(now > kMinusInfinity)) now = 0.0f;  // nothing visible yet: all weights are zero
     vf total{};
     for (int i = 0; i < width; i += 16) {
-        vf weight = exponential(load(scores + i) - now);
+        const vf weight = exponential(fused(load(scores + i), splat(scale), splat(-now)));
         total += weight;
-        store(scores + i, weight);
+        put(i, weight);
     }
-    float shrink = first ? 0.0f : std::exp(before - now);
+    const float shrink = first ? 0.0f : exponential(splat(before - now))[0];
     running.most[row] = now;
     running.weight[row] = (first ? 0.0f : running.weight[row] * shrink) + sum_of(total);
-    if (!first && shrink != 1.0f) {
-        float* sums = running.sums + static_cast<int64_t>(row) * head_dim;
-        for (int i = 0; i < head_dim; i += 16) store(sums + i, load(sums + i) * shrink);
-    }
-}
-
-// A row's weights as words for the product with the values; or, of values that are numbers, multiplied with these
-// values' scales and as numbers of 16 bits, whose scale is returned.
-template <class T>
-INLINE float pack_weights(const float* weights, const float*, int width, T* to) {
-    for (int i = 0; i < width; i += 16) store_as(to + i, load(weights + i));
-    return 1.0f;
-}
-INLINE float pack_weights(float* weights, const float* value_scales, int width, int16_t* to) {
-    for (int i = 0; i < width; i += 16) store(weights + i, load(weights + i) * load(value_scales + i));
-    return to_shorts(weights, width, to);
+    return shrink;
 }
 
 // As add_values, of values that are numbers, and weights of 16 bits with a scale for each row.
 template <int R>
 INLINE void add_numbers(const uint32_t* weights, const float* scales, const char* const* pieces,
                         const char* const* ahead, int64_t offset0, int64_t offset1, int words, float* sums, int ld,
-                        bool add) {
+                        const float* shrink) {
     constexpr int kPieceWords = 8, kStride = kKeyTile / 2;
     const bool both = offset1 >= 0;
     if (!both) offset1 = offset0;
     vi c0[R], c1[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
     const uint32_t* x = weights;
     for (int done = 0; done < words; done += kPieceWords, ++pieces, ++ahead) {
@@ -80,26 +68,28 @@ INLINE void add_numbers(const uint32_t* weights, const float* scales, const char
             }
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = sums + r * ld;
         const vf scale = splat(scales[r]);
-        store(to, fused(to_floats(c0[r]), scale, add ? load(to) : vf{}));
-        if (both) store(to + 16, fused(to_floats(c1[r]), scale, add ? load(to + 16) : vf{}));
+        store(to, fused(to_floats(c0[r]), scale, shrink ? load(to) * shrink[r] : vf{}));
+        if (both) store(to + 16, fused(to_floats(c1[r]), scale, shrink ? load(to + 16) * shrink[r] : vf{}));
     }
 }
 
-// sums (R rows, 32 or 16 columns) += weights (R rows of kKeyTile) times values, which stand in pieces of 16 keys.
-// Meanwhile it fetches the pieces `ahead`, if there are any.
+// sums (R rows, 32 or 16 columns), each row multiplied by `shrink` or beginning anew without it, plus weights (R rows
+// of kKeyTile) times values, which stand in pieces of 16 keys. Meanwhile it fetches the pieces `ahead`.
 template <class T, int R>
 INLINE void add_values(const uint32_t* weights, const char* const* pieces, const char* const* ahead, int64_t offset0,
-                       int64_t offset1, int words, float* sums, int ld, bool add) {
+                       int64_t offset1, int words, float* sums, int ld, const float* shrink) {
     constexpr int kPieceWords = 16 / kPerWord<T>;
     constexpr int kStride = kKeyTile / kPerWord<T>;
     const bool both = offset1 >= 0;
     vf c0[R], c1[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-        c0[r] = add ? load(sums + r * ld) : vf{};
-        c1[r] = add && both ? load(sums + r * ld + 16) : vf{};
+        c0[r] = shrink ? load(sums + r * ld) * shrink[r] : vf{};
+        c1[r] = shrink && both ? load(sums + r * ld + 16) * shrink[r] : vf{};
     }
     const uint32_t* x = weights;
     if (offset1 < 0) offset1 = offset0;
@@ -119,6 +109,7 @@ INLINE void add_values(const uint32_t* weights, const char* const* pieces, const
             }
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         store(sums + r * ld, c0[r]);
         if (both) store(sums + r * ld + 16, c1[r]);
@@ -195,20 +186,19 @@ void attention_task(const Attention& job, int number) {
     const int words = dim / S::kPerWord;
     const int before = keys_before(job, task), last_key = end_of_keys(job, task);
     const int blocks = (rows + kMaxRows - 1) / kMaxRows;
-    char* memory = static_cast<char*>(scratch(
-        1, rows * (4 * (words + kKeyTile + dim + 4) + sizeof(Weight) * kKeyTile) + 64 * 10 + 2 * kMaxRows * dim));
+    char* memory = static_cast<char*>(
+        scratch(1, rows * 4 * (words + dim + 3) + kMaxRows * ((4 + sizeof(Weight)) * kKeyTile + 2 * dim) + 64 * 10));
     auto take = [&memory](int64_t bytes) {
         char* start = memory;
         memory += (bytes + 63) / 64 * 64;
         return start;
     };
     uint32_t* q = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(rows) * words * 4));
-    float* scores = reinterpret_cast<float*>(take(static_cast<int64_t>(rows) * kKeyTile * 4));
-    Weight* weights = reinterpret_cast<Weight*>(take(static_cast<int64_t>(rows) * kKeyTile * sizeof(Weight)));
+    float* scores = reinterpret_cast<float*>(take(kMaxRows * kKeyTile * 4));
+    Weight* weights = reinterpret_cast<Weight*>(take(kMaxRows * kKeyTile * sizeof(Weight)));
     Running running{reinterpret_cast<float*>(take(static_cast<int64_t>(rows) * dim * 4)),
                     reinterpret_cast<float*>(take(rows * 4)), reinterpret_cast<float*>(take(rows * 4))};
     float* q_scales = reinterpret_cast<float*>(take(rows * 4));
-    float* weight_scales = reinterpret_cast<float*>(take(rows * 4));
     int16_t* q_numbers = reinterpret_cast<int16_t*>(take(kNumbers ? 2 * kMaxRows * dim : 0));
 
     const int64_t first_query = job.cu_q[task.row] + task.first_token;
@@ -240,51 +230,56 @@ void attention_task(const Attention& job, int number) {
         // What is fetched meanwhile: the next tile, or the first of the next task, which likely is this thread's too.
         const TaskView following = key + kKeyTile < last_key ? task : view(job, std::min(number + 1, job.count - 1));
         const Pieces next = locate(following, key + kKeyTile < last_key ? key + kKeyTile : following.first_key);
-        for (int k = 0; k < width; k += 32) {
-            const int i = k / 16, second = k + 16 < width ? i + 1 : i;
-            const char* ahead[2] = {next.keys[i], next.keys[second]};
-            for (int b = 0; b < blocks; ++b) {
-                int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
-                const uint32_t* x = q + static_cast<int64_t>(start) * words;
-                float* to = scores + static_cast<int64_t>(start) * kKeyTile + k;
-                if constexpr (kNumbers) {
-                    with_rows(end - start, [&](auto R) {
-                        multiply_group<Shorts, R>(x, pieces.keys[i], pieces.keys[second], words, pieces.key_scales[i],
-                                                  pieces.key_scales[second], to, kKeyTile, false,
-                                                  b == 0 ? ahead[0] : nullptr, ahead[1]);
-                    });
-                } else {
-                    kMultiply<T>[end - start - 1](x, reinterpret_cast<const uint32_t*>(pieces.keys[i]),
-                                                  reinterpret_cast<const uint32_t*>(pieces.keys[second]), words, to,
-                                                  kKeyTile, false, nullptr, ahead, b == 0 ? 2 : 0);
-                }
-            }
-        }
         alignas(64) float value_scales[kKeyTile];
         if constexpr (kNumbers) {
             for (int i = 0; i < width; ++i) value_scales[i] = i < count ? pieces.value_scales[i / 16][i % 16] : 0.0f;
         }
-        for (int r = 0; r < rows; ++r) {
-            int visible = std::min(count, before + task.first_token + r / group + 1 - key);
-            float* row = scores + static_cast<int64_t>(r) * kKeyTile;
-            soften(row, visible, width, kNumbers ? job.scale * q_scales[r] : job.scale, running, r, dim, first);
-            weight_scales[r] = pack_weights(row, value_scales, width, weights + static_cast<int64_t>(r) * kKeyTile);
-        }
-        const int value_words = (count + S::kPerWord - 1) / S::kPerWord;
+        // A row block's scores and weights stay in the first cache; the tile's keys and values in the second.
         for (int b = 0; b < blocks; ++b) {
-            int start = block_start(rows, blocks, b), end = block_start(rows, blocks, b + 1);
-            const uint32_t* p = reinterpret_cast<const uint32_t*>(weights + static_cast<int64_t>(start) * kKeyTile);
+            const int start = block_start(rows, blocks, b), block_rows = block_start(rows, blocks, b + 1) - start;
+            const uint32_t* x = q + static_cast<int64_t>(start) * words;
+            for (int k = 0; k < width; k += 32) {
+                const int i = k / 16, second = k + 16 < width ? i + 1 : i;
+                const char* ahead[2] = {next.keys[i], next.keys[second]};
+                if constexpr (kNumbers) {
+                    with_rows(block_rows, [&](auto R) {
+                        multiply_group<Shorts, R>(x, pieces.keys[i], pieces.keys[second], words, pieces.key_scales[i],
+                                                  pieces.key_scales[second], scores + k, kKeyTile, false,
+                                                  b == 0 ? ahead[0] : nullptr, ahead[1]);
+                    });
+                } else {
+                    kMultiply<T>[block_rows - 1](x, reinterpret_cast<const uint32_t*>(pieces.keys[i]),
+                                                 reinterpret_cast<const uint32_t*>(pieces.keys[second]), words,
+                                                 scores + k, kKeyTile, false, nullptr, ahead, b == 0 ? 2 : 0);
+                }
+            }
+            float shrink[kMaxRows], weight_scales[kMaxRows];
+            for (int r = 0; r < block_rows; ++r) {
+                const int row = start + r, visible = before + task.first_token + row / group + 1 - key;
+                float* row_scores = scores + r * kKeyTile;
+                Weight* row_weights = weights + r * kKeyTile;
+                if constexpr (kNumbers) {  // multiplied with their values' scales, and as numbers of 16 bits
+                    shrink[r] = soften(row_scores, visible, width, job.scale * q_scales[row], running, row, first,
+                                       [&](int i, vf w) { store(row_scores + i, w * load(value_scales + i)); });
+                    weight_scales[r] = to_shorts(row_scores, width, row_weights);
+                } else {
+                    shrink[r] = soften(row_scores, visible, width, job.scale, running, row, first,
+                                       [&](int i, vf w) { store_as(row_weights + i, w); });
+                }
+            }
+            const int value_words = (count + S::kPerWord - 1) / S::kPerWord;
+            const uint32_t* p = reinterpret_cast<const uint32_t*>(weights);
             for (int d = 0; d < dim; d += 32) {
                 const int64_t panel = static_cast<int64_t>(job.block_size) / S::kPerWord * 16 * S::kWordBytes;
                 const int64_t offset0 = d / 16 * panel, offset1 = d + 16 < dim ? offset0 + panel : -1;
                 float* sums = running.sums + static_cast<int64_t>(start) * dim + d;
-                with_rows(end - start, [&](auto R) {
+                with_rows(block_rows, [&](auto R) {
                     if constexpr (kNumbers) {
-                        add_numbers<R>(p, weight_scales + start, pieces.values, next.values, offset0, offset1,
-                                       value_words, sums, dim, !first);
+                        add_numbers<R>(p, weight_scales, pieces.values, next.values, offset0, offset1, value_words,
+                                       sums, dim, first ? nullptr : shrink);
                     } else {
                         add_values<T, R>(p, pieces.values, next.values, offset0, offset1, value_words, sums, dim,
-                                         !first);
+                                         first ? nullptr : shrink);
                     }
                 });
             }

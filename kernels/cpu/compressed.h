@@ -66,6 +66,7 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
                                                    const uint8_t* const* quads, int64_t words, float* c, bool add,
                                                    int64_t ahead0, int64_t ahead1) {
     vf c0[R], c1[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
     const uint8_t *t0 = tables[0], *t1 = tables[1], *q0 = quads[0], *q1 = quads[1];
     while (words > 0) {
@@ -97,11 +98,7 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
         t0 += kTableBytes;
         t1 += kTableBytes;
     }
-    for (int r = 0; r < R; ++r) {
-        float* to = c + r * 32;
-        store(to, add ? load(to) + c0[r] : c0[r]);
-        store(to + 16, add ? load(to + 16) + c1[r] : c1[r]);
-    }
+    put_sums<R>(c0, c1, c, 32, add);
 }
 
 // A group of a packed panel to its table and its pieces, or, with too many upper bytes, to place `number` of `apart`.

@@ -49,6 +49,7 @@ void linear(const Linear& job, const PackedRows& x, int task) {
                 return linear_task<T>(job, x, task);
         }
     });
+    if (streams(job)) fence();
 }
 void attention(const Attention& job, int task) {
     by_type(job.dtype, [&](auto t) {

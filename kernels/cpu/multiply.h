@@ -1,5 +1,23 @@
 // The micro-kernel, and linear layers made of it. Included inside an instruction set's namespace.
 
+// R rows of 32 columns, in registers, to or onto those of c.
+template <int R>
+INLINE void put_sums(const vf* c0, const vf* c1, float* c, int64_t ldc, bool add) {
+    if (add) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            store(c + r * ldc, load(c + r * ldc) + c0[r]);
+            store(c + r * ldc + 16, load(c + r * ldc + 16) + c1[r]);
+        }
+    } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            store(c + r * ldc, c0[r]);
+            store(c + r * ldc + 16, c1[r]);
+        }
+    }
+}
+
 // C (R rows of ldc, 32 columns) = or += A B, for R packed rows of A and two panels of B of `words` each. The product is
 // summed up by itself first: a sum of sums is more precise than one long sum. It is scaled by column where there are
 // scales. Meanwhile what Lines pointers of `ahead` show is fetched, as much as the panels have.
@@ -7,6 +25,7 @@ template <class T, int R, int Lines>
 INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words, float* c,
                           int64_t ldc, bool add, const float* const* scales, const char* const* ahead) {
     vf c0[R], c1[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
     for (int64_t k = 0; k < words; ++k) {
         vu w0 = load(b0 + k * 16), w1 = load(b1 + k * 16);
@@ -19,7 +38,9 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
             c1[r] = multiply_add<T>(c1[r], x, w1);
         }
     }
-    const vf s0 = scales ? load(scales[0]) : splat(1.0f), s1 = scales ? load(scales[1]) : splat(1.0f);
+    if (!scales) return put_sums<R>(c0, c1, c, ldc, add);
+    const vf s0 = load(scales[0]), s1 = load(scales[1]);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
         store(to, fused(c0[r], s0, add ? load(to) : vf{}));
@@ -105,6 +126,13 @@ void pack_rows(const Linear& job, int block, uint32_t* to) {
     interleave(rows, last - first, job.words, to + static_cast<int64_t>(first) * job.words);
 }
 
+// Whether what comes out is more than caches keep, as the logits of many rows are, and can go past them.
+INLINE bool streams(const Linear& job) {
+    constexpr int64_t kLeastBytes = 4 << 20;
+    return job.output == Output::kStoreFloat && static_cast<int64_t>(job.m) * job.n * 4 >= kLeastBytes &&
+           job.ldo % kPanel == 0 && reinterpret_cast<uintptr_t>(job.out) % 64 == 0;
+}
+
 // One row's 32 sums to where they belong; `unit` is the pair of panels they are of.
 template <class T>
 INLINE void finish_row(const Linear& job, int64_t row, int64_t unit, vf sum0, vf sum1) {
@@ -128,7 +156,7 @@ INLINE void finish_row(const Linear& job, int64_t row, int64_t unit, vf sum0, vf
         } else {
             float* out = static_cast<float*>(job.out) + row * job.ldo + column;
             if (job.output == Output::kAddFloat) sum += load_up_to(out, count);
-            store_up_to(out, sum, count);
+            streams(job) && count >= kPanel ? stream(out, sum) : store_up_to(out, sum, count);
         }
     }
 }

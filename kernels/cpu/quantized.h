@@ -56,10 +56,12 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
                              const float* s0, const float* s1, int64_t ahead, float* c) {
     const Nibbles nibbles;
     vf t0[R], t1[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) t0[r] = t1[r] = vf{};
     for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
         const int64_t last = std::min<int64_t>(job.words, first + job.word_block);
         vf c0[R], c1[R];
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
         for (int64_t k = first; k < last; k += 4, b0 += kPanel, b1 += kPanel) {
             const vu v0 = load(b0), v1 = load(b1);
@@ -68,6 +70,7 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 const vu w0 = nibbles(v0, j), w1 = nibbles(v1, j);
+#pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
                     const vu x = splat(a[(k + j) * R + r]);
                     c0[r] = multiply_add<bf16>(c0[r], x, w0);
@@ -75,11 +78,13 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
                 }
             }
         }
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             t0[r] = fused(c0[r], load(s0), t0[r]);
             t1[r] = fused(c1[r], load(s1), t1[r]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         store(c + r * 32, t0[r]);
         store(c + r * 32 + 16, t1[r]);
@@ -221,6 +226,7 @@ template <class N, int R>
 INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, int64_t words, const float* s0,
                            const float* s1, float* c, int64_t ldc, bool add, const char* next0, const char* next1) {
     vi c0[R], c1[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
     for (int64_t k = 0; k < words; ++k) {
         const int64_t at = k * N::kWeightBytes;
@@ -237,6 +243,7 @@ INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, in
         }
     }
     const vf scale0 = load(s0), scale1 = load(s1);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
         store(to, fused(to_floats(c0[r]), scale0, add ? load(to) : vf{}));

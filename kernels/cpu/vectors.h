@@ -14,6 +14,19 @@ typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+// Past the caches to memory, `p` aligned to 64; other threads see it after fence().
+INLINE void stream(float* p, vf v) {
+#if PHALANX_ISA_AVX512
+    _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#else
+    store(p, v);
+#endif
+}
+INLINE void fence() {
+#if PHALANX_ISA_AVX512
+    _mm_sfence();
+#endif
+}
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vu splat(uint32_t x) { return x - vu{}; }
 
@@ -111,9 +124,19 @@ INLINE bool any_of(vi lanes) {
 
 constexpr float kLeastExponent = -87.0f;
 
-// e^x, within 2 units of the last place; 0 below -87, and the value at 88 above it (Cody and Waite's reduction,
-// Taylor).
+// e^x, within 3 units of the last place; 0 below -87, and above 88 the value there, or infinity. With AVX-512 by way of
+// 2^r, |r| <= 1/2 (of the polynomials of degree 5 with 2^0 = 1 the one with the least relative error, 9.1e-8); else by
+// Cody and Waite's reduction and Taylor's series.
 INLINE vf exponential(vf x) {
+#if PHALANX_ISA_AVX512
+    const vf n = reinterpret_cast<vf>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504f), 0));
+    const vf r = fused(x, splat(1.92596299e-8f), fused(x, splat(1.44269502f), -n));  // x log2(e) - n
+    vf p = splat(0.00132647272f);
+    for (float each : {0.0096715127f, 0.0555073374f, 0.240222421f, 0.693146978f, 1.0f}) p = fused(p, r, splat(each));
+    const vi counts = x > kLeastExponent;
+    const __m512 power = _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n));
+    return counts ? reinterpret_cast<vf>(power) : vf{};
+#else
     vf bounded = x < 88.0f ? x : splat(88.0f);
     vf shifted = bounded * 1.44269504f + kRounder;  // its low bits are the rounded product
     vf n = shifted - kRounder;
@@ -128,9 +151,20 @@ INLINE vf exponential(vf x) {
     p = p * r + 1.0f;
     vf value = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
     return x > kLeastExponent ? value : vf{};
+#endif
 }
 
-INLINE vf silu(vf x) { return x / (1.0f + exponential(-x)); }
+// x / (1 + e^-x), within 5 units of the last place. With AVX-512 the quotient is a reciprocal of 14 bits, refined once.
+INLINE vf silu(vf x) {
+    const vf divisor = 1.0f + exponential(-x);
+#if PHALANX_ISA_AVX512
+    const vf bounded = divisor < 8e37f ? divisor : splat(8e37f);  // whose reciprocal is no denormal number
+    const vf y = reinterpret_cast<vf>(_mm512_rcp14_ps(reinterpret_cast<__m512>(bounded)));
+    return x * fused(y, fused(-bounded, y, splat(1.0f)), y);
+#else
+    return x / divisor;
+#endif
+}
 
 // What a word holds of an element type, and sum + x * w of two vectors of words.
 template <class T>
