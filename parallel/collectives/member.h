@@ -15,6 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
@@ -209,8 +210,11 @@ class Member {
             }
             ~Sleeper() { count.fetch_sub(1, std::memory_order_relaxed); }
         } sleeper(line(peer).sleepers);
-        const auto deadline = Clock::now() + timeout_;
+        // A tick that took longer counts as one: this rank was stopped, likely with all others, and who waits for
+        // whom is then a matter of who goes on first.
+        Clock::duration left = timeout_;
         for (;;) {
+            const auto began = Clock::now();
             const uint32_t value = line(peer).flag.load(std::memory_order_seq_cst);
             seen_[peer] = value;
             if (reached(value, target)) return;
@@ -218,7 +222,8 @@ class Member {
             if (line(peer).flag.load(std::memory_order_acquire) != value) continue;
             look_around(target, together ? -1 : peer);
             check_signals();
-            if (Clock::now() >= deadline) {
+            left -= std::min<Clock::duration>(Clock::now() - began, kTick);
+            if (left <= Clock::duration::zero()) {
                 culprit_ = peer;
                 char seconds[32];
                 std::snprintf(seconds, sizeof(seconds), "%g", std::chrono::duration<double>(timeout_).count());

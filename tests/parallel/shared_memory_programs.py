@@ -337,3 +337,18 @@ def wait_for_death(rank: int, size: int, folder: str) -> None:
     while True:
         collectives.all_reduce(torch.ones(100_000))
         control.send(b"x") if rank == 0 else control.receive()
+
+
+def talk(rank: int, size: int, folder: str) -> None:
+    """Rank 0 sends ten messages a second, and the last one when there is a file `end`; nobody waits above a second."""
+    control = SharedMemoryControl.connect(_host(), 1.0)
+    (Path(folder) / f"ready{rank}").touch()
+    if rank > 0:
+        while control.receive() != b"end":
+            pass
+    else:
+        while not (Path(folder) / "end").exists():
+            control.send(b"x")
+            time.sleep(0.1)
+        control.send(b"end")
+    (Path(folder) / f"done{rank}").touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,3 +137,22 @@ def test_nothing_is_left_when_all_ranks_are_killed(tmp_path: Path) -> None:
         assert sum("memfd:phalanx" in file for file in files) == 4
     # The test's own queue may hold names here; a segment never does.
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "phalanx" in name}
+
+
+def test_ranks_that_were_all_stopped_for_long_go_on(tmp_path: Path) -> None:
+    with _started(2, programs.talk, str(tmp_path)) as processes:
+        pids = [process.pid for process in processes if process.pid is not None]
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.0)
+        for pid in reversed(pids):  # the receiver first
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.4)
+        (tmp_path / "end").touch()
+        for process in processes:
+            process.join(10)
+    assert {"done0", "done1"} <= set(os.listdir(tmp_path))
