@@ -83,34 +83,27 @@ constexpr std::array<Multiply<T>, sizeof...(I)> multiply_table(std::integer_sequ
 template <class T>
 constexpr auto kMultiply = multiply_table<T>(std::make_integer_sequence<int, kMaxRows>{});
 
-#if PHALANX_ISA_AVX512
-// One of four steps of transposing 16 rows of 16 words: bit S of the row's number changes places with bit S of the
-// lane's.
-template <int S, int... L>
-INLINE void transpose_step(vu* rows, std::integer_sequence<int, L...>) {
-    for (int i = 0; i < 16; ++i) {
-        if (i & S) continue;
-        vu a = rows[i], b = rows[i + S];
-        rows[i] = __builtin_shufflevector(a, b, (L & S ? 16 + (L ^ S) : L)...);
-        rows[i + S] = __builtin_shufflevector(a, b, (L & S ? 16 + L : L ^ S)...);
-    }
-}
-#endif
-
 // Rows of words, interleaved: to[k * rows + r] = from[r][k].
 INLINE void interleave(const uint32_t* const* from, int rows, int64_t words, uint32_t* to) {
     int64_t k = 0;
 #if PHALANX_ISA_AVX512
-    constexpr auto kLanes = std::make_integer_sequence<int, 16>{};
-    // A whole vector is stored each time, and the next one overwrites what is not its own; so the last are done below.
+    // Four rows of 16 words become 16 times four words: lane L of four[j] is of word 4 L + j. Of the last rows, which
+    // may be fewer than four, too much is stored; the next word's and the rows before overwrite it, and the loop below.
     for (; k + 32 <= words; k += 16) {
-        vu v[16] = {};
-        for (int r = 0; r < rows; ++r) v[r] = load(from[r] + k);
-        transpose_step<1>(v, kLanes);
-        transpose_step<2>(v, kLanes);
-        transpose_step<4>(v, kLanes);
-        transpose_step<8>(v, kLanes);
-        for (int i = 0; i < 16; ++i) *reinterpret_cast<vu_any*>(to + (k + i) * rows) = v[i];
+        for (int first = (rows - 1) / 4 * 4; first >= 0; first -= 4) {
+            __m512i v[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i)
+                v[i] = first + i < rows ? _mm512_loadu_si512(from[first + i] + k) : _mm512_setzero_si512();
+            const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+            const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+            const __m512i four[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c),
+                                     _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)};
+#pragma GCC unroll 16
+            for (int word = 0; word < 16; ++word)
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (k + word) * rows + first),
+                                 reinterpret_cast<const __m128i*>(&four[word % 4])[word / 4]);
+        }
     }
 #endif
     for (; k < words; ++k)
