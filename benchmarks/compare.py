@@ -3,10 +3,11 @@
     python benchmarks/compare.py model=models/qwen2-5-0-5b peers=vllm,openvino,llamacpp ranks=1,2 repeats=3 out=FILE
 
 Each engine is a process of its own, loaded once. All others are suspended while one runs. Round after round, each case
-is given to one engine after the other; the figures are medians over the rounds. The limits are this machine's: its
-arithmetic is measured before and after the rounds, the rate at which it reads memory before and after each run too, for
-on a shared host that changes from minute to minute. share_of_limit counts the bytes that an engine's weights take,
-share_of_bf16_limit two a weight. The last line is JSON. benchmarks/peers/install.py installs the peers.
+is given to one engine after the other, and each round begins one engine later: what a machine has just done tells on
+how fast it is next. The figures are medians over the rounds. The limits are this machine's: its arithmetic is measured
+before and after the rounds, the rate at which it reads memory before and after each run too, for on a shared host that
+changes from minute to minute. share_of_limit counts the bytes that an engine's weights take, share_of_bf16_limit two a
+weight. The last line is JSON. benchmarks/peers/install.py installs the peers.
 """
 
 from __future__ import annotations
@@ -124,10 +125,12 @@ class Contest:
             outcome["read_gb_s"] = max(before, read_bandwidth_now() or 0.0)
         return outcome
 
-    def round(self, cases: Mapping[str, Case], outcomes: Outcomes, title: str) -> None:
-        """Every case by every engine that can, one after another; adds to the outcomes."""
+    def round(self, cases: Mapping[str, Case], outcomes: Outcomes, title: str, first: int = 0) -> None:
+        """Every case by every engine that can, one after another from place `first` on; adds to the outcomes."""
         for text, case in cases.items():
-            for name in list(self._processes):
+            names = list(self._processes)
+            start = first % max(1, len(names))
+            for name in names[start:] + names[:start]:
                 if any(case.due_s) and not self.planned[name].arrivals:
                     continue
                 outcome = self.run(name, case)
@@ -318,7 +321,7 @@ def measure(options: Options) -> dict[str, Any]:
         for engine in peers:
             contest.enter(engine)
         for number in range(options.repeats):
-            contest.round(cases, outcomes, f"round {number + 1}")
+            contest.round(cases, outcomes, f"round {number + 1}", first=number)
         after = measure_limits(folder, options.limits_s)
         if options.curves:
             curves = draw_curves(contest, spec.vocab_size, options.plot)

@@ -226,6 +226,23 @@ def test_an_engine_that_fails_is_out_and_the_others_go_on(fake: list[str], tmp_p
         contest.close()
 
 
+def test_each_round_can_begin_with_another_engine(
+    fake: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = read_case("1,4,2")
+    contest = Contest({"1,4,2": case}, tmp_path)
+    try:
+        for name in "abc":
+            contest.enter(Planned(name, tuple(fake), 2.0))
+        capsys.readouterr()
+        for number in range(4):
+            contest.round({"1,4,2": case}, {}, f"round {number}", first=number)
+    finally:
+        contest.close()
+    order = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert "".join(order) == "abcbcacababc"
+
+
 @pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 @pytest.mark.parametrize("kind", PackedWeight.KINDS)
 def test_a_weights_bytes_are_those_that_the_kernels_read(kind: str) -> None:
