@@ -43,6 +43,7 @@ template <int R>
 INLINE void add_numbers(const uint32_t* weights, const float* scales, const char* const* pieces,
                         const char* const* ahead, int64_t offset0, int64_t offset1, int words, float* sums, int ld,
                         const float* shrink) {
+    static_assert(int64_t{kKeyTile} * 127 * 32767 <= std::numeric_limits<int32_t>::max(), "a sum may overflow");
     constexpr int kPieceWords = 8, kStride = kKeyTile / 2;
     const bool both = offset1 >= 0;
     if (!both) offset1 = offset0;

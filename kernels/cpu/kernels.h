@@ -102,7 +102,7 @@ struct Attention {
     float* partials;  // per partial and query row: head_dim sums, maximum, denominator
 };
 
-constexpr int kKeyTile = 256;     // keys whose scores are held at once; with more than 516 add_numbers() may overflow
+constexpr int kKeyTile = 256;     // keys whose scores are held at once
 constexpr int kQueryRows = 48;    // query rows (tokens x heads of a group) of a task
 constexpr int kSplitKeys = 1024;  // a decode row longer than this is cut into tasks of so many keys
 constexpr int kTaskFields = 6;

@@ -214,15 +214,15 @@ class Member {
         // whom is then a matter of who goes on first.
         Clock::duration left = timeout_;
         for (;;) {
-            const auto began = Clock::now();
             const uint32_t value = line(peer).flag.load(std::memory_order_seq_cst);
             seen_[peer] = value;
             if (reached(value, target)) return;
+            const auto began = Clock::now();
             sleep_while(line(peer).flag, value);
+            left -= std::min<Clock::duration>(Clock::now() - began, kTick);
             if (line(peer).flag.load(std::memory_order_acquire) != value) continue;
             look_around(target, together ? -1 : peer);
             check_signals();
-            left -= std::min<Clock::duration>(Clock::now() - began, kTick);
             if (left <= Clock::duration::zero()) {
                 culprit_ = peer;
                 char seconds[32];

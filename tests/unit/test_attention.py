@@ -163,7 +163,7 @@ def test_the_kernels_compute_attention_for_any_mix_of_decodes_and_chunks(
 def test_a_querys_bits_depend_neither_on_the_chunk_it_is_in_nor_on_its_neighbours(
     instructions: str, int8_cache: bool, dtype: torch.dtype
 ) -> None:
-    backend, count, block_size, kv_heads, head_dim = CpuAttention(int8_cache), 300, 16, 3, 64
+    backend, count, block_size, kv_heads, head_dim = CpuAttention(int8_cache), 600, 16, 3, 64
     generator = torch.Generator().manual_seed(0)
     q = 3 * torch.randn(count, 3 * kv_heads, head_dim, generator=generator)
     k, v = (torch.randn(count, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
