@@ -37,7 +37,7 @@ from phalanx.benchmarks.peers.engines import weight_bytes
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.models.decoder import DecoderLayer, Step
+from phalanx.engine.models.decoder import Step
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
 from phalanx.engine.worker import Worker
@@ -96,36 +96,37 @@ class Parts:
 
     def __init__(self, worker: Worker, plan: StepPlan) -> None:
         self.worker, self.plan = worker, plan
-        model, cache = worker._model, worker._cache
+        model = worker._model
         worker._slots.apply(plan)
         self.batch = worker._slots.batch(plan)
         cos, sin = model.rope(self.batch.positions, self.batch.lengths)
         self.step = Step(cos, sin, self.batch.attention.slots, worker.backend.plan(self.batch.attention))
-        layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-        self.layers = list(zip(layers, cache.keys, cache.values, strict=True))
-        self.qkv = torch.randn(plan.num_tokens, layers[0].attention.qkv.rows).to(worker.dtype)
+        self.layers = range(len(model.layers))
+        qkv = next(model.layers.children()).attention.qkv
+        self.qkv = torch.randn(plan.num_tokens, qkv.rows).to(worker.dtype)
         self.stream = torch.randn(plan.num_tokens, model.spec.hidden_size)
         self.last = self.stream[: len(plan.sample_rows)].to(worker.dtype)
         self.logits = model.logits(self.last)
 
     def attention(self) -> None:
         """Each layer's first half: norm, projections, rotation, storing of keys and values, attention."""
-        residual = Residual(self.stream.clone())
-        for layer, keys, values in self.layers:
-            layer.attention(layer.input_norm, residual, self.step, keys, values)
+        self._halves(Residual(self.stream.clone()), [2 * layer for layer in self.layers])
 
     def mlp(self) -> None:
         """Each layer's second half; in the last layer only for the tokens from which others are sampled."""
         residual = Residual(self.stream.clone())
-        *but_last, (last, _, _) = self.layers
-        for layer, _, _ in but_last:
-            layer.mlp(layer.mlp_norm, residual)
-        last.mlp(last.mlp_norm, residual.select(self.batch.sample_tokens))
+        *but_last, last = [2 * layer + 1 for layer in self.layers]
+        self._halves(residual, but_last)
+        self._halves(residual.select(self.batch.sample_tokens), [last])
+
+    def _halves(self, residual: Residual, halves: list[int]) -> None:
+        for half in halves:
+            self.worker._model.run_halves(range(half, half + 1), residual, self.step, self.worker._cache)
 
     def attend(self) -> None:
         """Of attention(), what is no product with a weight: rotation, storing, attention."""
-        backend, step = self.worker.backend, self.step
-        for _, keys, values in self.layers:
+        backend, step, cache = self.worker.backend, self.step, self.worker._cache
+        for keys, values in zip(cache.keys, cache.values, strict=True):
             q = backend.rotate_and_store(self.qkv.clone(), step.cos, step.sin, None, keys, values, step.slots)
             backend.attend(q, keys, values, step.attention_plan)
 

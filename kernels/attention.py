@@ -51,8 +51,8 @@ class AttentionBackend(ABC):
     """Block sizes must be a multiple of this."""
     default_block_size: int
     supports_graph: bool
-    has_block = False
-    """Whether blocks.attention_block takes this backend's plans."""
+    has_stack = False
+    """Whether parallel/stack.py takes this backend's plans and cache."""
     reason = ""
     """Why choose.choose_backend took it, in one line."""
 

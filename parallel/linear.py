@@ -162,29 +162,14 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: torch.Tensor, residual: Residual) -> None:
         """Add the result for x (T, columns) to `residual`, the same on every rank: at once, or with its next norm."""
-        if self.packed is not None and self.collectives.size == 1:
+        if self.packed is None:
+            residual.add_later(self.multiply(x, None), self.bias, self.collectives)
+        elif self.collectives.size == 1:
             self.packed.add_to(residual.settled(), x, self.bias)
         else:
-            residual.add_later(self.multiply(x, None), self.bias, self.collectives)
-
-    def partial(self, total: torch.Tensor) -> torch.Tensor | None:
-        """Room for this rank's part of a result that somebody else computes; None if there are no other parts."""
-        if self.collectives.size == 1:
-            return None
-        return torch.empty(total.shape, dtype=self.weight.dtype, device=total.device)
-
-    def reduce(self, partial: torch.Tensor | None, total: torch.Tensor) -> None:
-        """Add the sum of all ranks' parts (T, out_features), and the bias, to the float32 `total`; nothing for None."""
-        if partial is None:
-            return
-        self.collectives.add_reduced(partial, total)
-        if self.bias is not None:
-            total.add_(self.bias)
-
-    @property
-    def own_bias(self) -> torch.Tensor | None:
-        """The bias, if it is added while multiplying: a sum over ranks must have it once."""
-        return self.bias if self.collectives.size == 1 else None
+            # At once, as other ranks do that run their layers in one piece (parallel/stack.py).
+            residual.add_later(self.packed.linear(x, None), self.bias, self.collectives)
+            residual.settled()
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ...kernels.attention import AttentionBackend, HeadNorms
-from ...kernels.blocks import attention_block, mlp_block
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
@@ -26,6 +25,7 @@ from ...parallel.linear import (
 )
 from ...parallel.partition import RankShare
 from ...parallel.residual import Residual
+from ...parallel.stack import DecoderStack, PackedLayer
 from ..batch import ForwardBatch
 from ..kv_cache import KVCache
 from .spec import ModelSpec
@@ -85,33 +85,17 @@ class Attention(nn.Module):
         self.q_norm = build.norm("q_norm", dim) if spec.qk_norm else None
         self.k_norm = build.norm("k_norm", dim) if spec.qk_norm else None
 
+    @property
+    def head_norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
     def forward(
         self, norm: ReplicatedNorm, residual: Residual, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
-        head_norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         place = k_cache, v_cache, step.slots
-        if self.backend.has_block and self.qkv.packed is not None and self.output.packed is not None:
-            total = residual.settled()
-            out = self.output.partial(total)
-            attention_block(
-                total,
-                norm.weight,
-                norm.eps,
-                (self.qkv.packed, self.qkv.bias),
-                (self.output.packed, self.output.own_bias),
-                head_norms,
-                self.heads,
-                step.cos,
-                step.sin,
-                *place,
-                step.attention_plan,
-                out,
-            )
-            self.output.reduce(out, total)
-            return
-        q = self.backend.rotate_and_store(self.qkv(norm(residual)), step.cos, step.sin, head_norms, *place)
+        q = self.backend.rotate_and_store(self.qkv(norm(residual)), step.cos, step.sin, self.head_norms, *place)
         self.output(self.backend.attend(q, k_cache, v_cache, step.attention_plan).flatten(1), residual)
 
 
@@ -132,15 +116,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, norm: ReplicatedNorm, residual: Residual) -> None:
-        gate_up, down = self.gate_up, self.down
-        if gate_up.packed is not None and down.packed is not None:
-            total = residual.settled()
-            out = down.partial(total)
-            projections = (gate_up.packed, gate_up.bias), (down.packed, down.own_bias)
-            mlp_block(total, norm.weight, norm.eps, *projections, out)
-            down.reduce(out, total)
-        else:
-            down(gate_up(norm(residual)), residual)
+        self.down(self.gate_up(norm(residual)), residual)
 
 
 class DecoderLayer(nn.Module):
@@ -151,24 +127,22 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = build.norm("post_attention_layernorm", build.spec.hidden_size)
         self.mlp = MLP(build)
 
-    def forward(
-        self,
-        residual: Residual,
-        step: Step,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        wanted: torch.Tensor | None,
-    ) -> Residual:
-        """Adds what attention and MLP make of `residual`, T tokens, to it, one after the other.
-
-        Returns it, or only its rows `wanted`, which alone go through the MLP.
-        """
-        self.attention(self.input_norm, residual, step, k_cache, v_cache)
-        if wanted is not None:
-            residual = residual.select(wanted)
-        if len(residual.total):
-            self.mlp(self.mlp_norm, residual)
-        return residual
+    @property
+    def packed(self) -> PackedLayer | None:
+        """What DecoderStack needs of it; None if not all of its projections are packed."""
+        attention, mlp = self.attention, self.mlp
+        qkv, output, gate_up, down = attention.qkv.packed, attention.output.packed, mlp.gate_up.packed, mlp.down.packed
+        if qkv is None or output is None or gate_up is None or down is None:
+            return None
+        return PackedLayer(
+            self.input_norm.weight,
+            (qkv, attention.qkv.bias),
+            attention.head_norms,
+            (output, attention.output.bias),
+            self.mlp_norm.weight,
+            (gate_up, mlp.gate_up.bias),
+            (down, mlp.down.bias),
+        )
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         yield from self.input_norm.weight_slices(prefix)
@@ -200,6 +174,8 @@ class CausalLM(nn.Module):
         head = Part("lm_head", share.vocab, spec.vocab_size)
         self.head = None if spec.tied_embeddings else LogitsLinear(spec.hidden_size, head, **build.placement)
         self.backend = build.attention
+        self._build = build
+        self._stack_of: tuple[KVCache, DecoderStack | None] | None = None
         self.rope = RotaryEmbedding(
             head_dim=spec.head_dim,
             max_position=spec.max_position,
@@ -216,11 +192,55 @@ class CausalLM(nn.Module):
         cos, sin = self.rope(batch.positions, batch.lengths)
         step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
         residual = Residual(self.embedding(batch.token_ids))
-        for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
+        halves = 2 * len(self.layers)
+        if wanted is None:
+            self.run_halves(range(halves), residual, step, cache)
+        else:
             # The last layer makes no keys and values of what its MLP adds: whoever is not wanted is done.
-            residual = layer(residual, step, k_cache, v_cache, wanted if layer is self.layers[-1] else None)
+            self.run_halves(range(halves - 1), residual, step, cache)
+            residual = residual.select(wanted)
+            self.run_halves(range(halves - 1, halves), residual, step, cache)
         hidden: torch.Tensor = self.norm(residual)
         return hidden
+
+    def run_halves(self, halves: range, residual: Residual, step: Step, cache: KVCache) -> None:
+        """Add to `residual` what these halves make of it: of layer i attention is 2 i, and the MLP 2 i + 1."""
+        stack = self._stack(cache)
+        if not len(residual.total):
+            return
+        if stack is not None:
+            stack.run(halves, residual.settled(), step.cos, step.sin, step.slots, step.attention_plan)
+            return
+        for half in halves:
+            layer = self.layers[half // 2]
+            assert isinstance(layer, DecoderLayer)
+            if half % 2:
+                layer.mlp(layer.mlp_norm, residual)
+            else:
+                layer.attention(layer.input_norm, residual, step, cache.keys[half // 2], cache.values[half // 2])
+
+    def _stack(self, cache: KVCache) -> DecoderStack | None:
+        """All layers over this cache, if they can run in one piece."""
+        if self._stack_of is None or self._stack_of[0] is not cache:
+            self._stack_of = cache, self._make_stack(cache)
+        return self._stack_of[1]
+
+    def _make_stack(self, cache: KVCache) -> DecoderStack | None:
+        packed = [layer.packed for layer in self.layers if isinstance(layer, DecoderLayer)]
+        layers = [layer for layer in packed if layer is not None]
+        if not self.backend.has_stack or len(layers) < len(packed):
+            return None
+        build = self._build
+        return DecoderStack(
+            layers,
+            cache.keys,
+            cache.values,
+            heads=len(build.share.query_heads),
+            hidden=self.spec.hidden_size,
+            eps=self.spec.rms_norm_eps,
+            dtype=build.dtype,
+            collectives=build.collectives,
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""

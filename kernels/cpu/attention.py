@@ -20,7 +20,7 @@ class CpuAttention(AttentionBackend):
     block_multiple = cpu.PANEL
     default_block_size = cpu.PANEL
     supports_graph = False
-    has_block = True
+    has_stack = True
 
     def __init__(self, int8_cache: bool = False) -> None:
         """`int8_cache`: the pool keeps 8 bits of each number, and a float32 scale for each head of a token."""

@@ -4,9 +4,11 @@
 
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "operations.h"
 #include "pool.h"
+#include "stack.h"
 #include "weights.h"
 
 namespace py = pybind11;
@@ -56,64 +58,48 @@ AttentionPlan make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t c
     return plan;
 }
 
-void attend(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, const void* q, int64_t ldq,
-            uintptr_t keys, uintptr_t values, bool int8_cache, void* out, DType dtype) {
+void attention(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, uintptr_t q, int64_t ldq,
+               uintptr_t keys, uintptr_t values, bool int8_cache, uintptr_t out, int dtype) {
+    py::gil_scoped_release release;
     Attention layer{};
-    layer.dtype = dtype;
+    layer.dtype = static_cast<DType>(dtype);
     layer.heads = heads;
     layer.kv_heads = kv_heads;
     layer.head_dim = head_dim;
     layer.block_size = block_size;
     layer.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    layer.q = q;
+    layer.q = at(q);
     layer.ldq = ldq;
     layer.keys = at(keys);
     layer.values = at(values);
     layer.int8_cache = int8_cache;
-    layer.out = out;
+    layer.out = at<void*>(out);
     run_attention(plan, layer);
 }
 
-void attention(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int block_size, uintptr_t q, int64_t ldq,
-               uintptr_t keys, uintptr_t values, bool int8_cache, uintptr_t out, int dtype) {
-    py::gil_scoped_release release;
-    attend(plan, heads, kv_heads, head_dim, block_size, at(q), ldq, keys, values, int8_cache, at<void*>(out),
-           static_cast<DType>(dtype));
+DecoderStack make_stack(int dtype, int hidden, int heads, int kv_heads, int head_dim, int block_size, bool int8_cache,
+                        float eps, uintptr_t add_reduced, uintptr_t group) {
+    return {static_cast<DType>(dtype),   hidden,          heads, kv_heads, head_dim, block_size, int8_cache, eps, {},
+            at<AddReduced>(add_reduced), at<void*>(group)};
 }
 
-void attention_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weight, float eps, const Linear& qkv,
-                     uintptr_t qkv_bias, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm,
-                     uintptr_t slots, uintptr_t keys, uintptr_t values, bool int8_cache, AttentionPlan& plan, int heads,
-                     int kv_heads, int head_dim, int block_size, const Linear& output, uintptr_t output_bias,
-                     uintptr_t out) {
-    py::gil_scoped_release release;
-    const int64_t bytes = qkv.dtype == DType::kFloat32 ? 4 : 2, width = static_cast<int64_t>(heads) * head_dim;
-    void* x = scratch(8, bytes * m * hidden);
-    void* projected = scratch(9, bytes * m * qkv.n);
-    void* attended = scratch(10, bytes * m * width);
-    run_norm({qkv.dtype, at<const float*>(residual), at<const float*>(norm_weight), eps, x, m, hidden});
-    multiply(qkv, x, hidden, m, at(qkv_bias), Output::kStore, projected, qkv.n);
-    run_rope({qkv.dtype, projected, qkv.n, at(cos), at(sin), at<const float*>(q_norm), at<const float*>(k_norm), eps,
-              at<void*>(keys), at<void*>(values), int8_cache, at<const int64_t*>(slots), m, heads, kv_heads, head_dim,
-              block_size});
-    attend(plan, heads, kv_heads, head_dim, block_size, projected, qkv.n, keys, values, int8_cache, attended,
-           qkv.dtype);
-    const bool partial = out != 0;  // the other ranks' parts are to be added first
-    multiply(output, attended, width, m, at(output_bias), partial ? Output::kStore : Output::kAddFloat,
-             at<void*>(partial ? out : residual), output.n);
+using PyProjection = std::pair<const Linear*, uintptr_t>;
+
+Projection projection(const PyProjection& given) { return {*given.first, at(given.second)}; }
+
+void add_layer(DecoderStack& stack, uintptr_t attention_norm, const PyProjection& qkv, uintptr_t q_norm,
+               uintptr_t k_norm, const PyProjection& output, uintptr_t mlp_norm, const PyProjection& gate_up,
+               const PyProjection& down, uintptr_t keys, uintptr_t values) {
+    stack.layers.push_back({at<const float*>(attention_norm), projection(qkv), at<const float*>(q_norm),
+                            at<const float*>(k_norm), projection(output), at<const float*>(mlp_norm),
+                            projection(gate_up), projection(down), at<void*>(keys), at<void*>(values)});
 }
 
-void mlp_block(uintptr_t residual, int m, int hidden, uintptr_t norm_weight, float eps, const Linear& gate_up,
-               uintptr_t gate_up_bias, const Linear& down, uintptr_t down_bias, uintptr_t out) {
+void run_stack(const DecoderStack& stack, int first, int last, uintptr_t total, uintptr_t partial, int tokens,
+               uintptr_t cos, uintptr_t sin, uintptr_t slots, AttentionPlan& plan) {
     py::gil_scoped_release release;
-    const int64_t bytes = gate_up.dtype == DType::kFloat32 ? 4 : 2;
-    void* x = scratch(8, bytes * m * hidden);
-    void* product = scratch(9, bytes * m * down.k);
-    run_norm({gate_up.dtype, at<const float*>(residual), at<const float*>(norm_weight), eps, x, m, hidden});
-    multiply(gate_up, x, hidden, m, at(gate_up_bias), Output::kSiluMul, product, down.k);
-    const bool partial = out != 0;
-    multiply(down, product, down.k, m, at(down_bias), partial ? Output::kStore : Output::kAddFloat,
-             at<void*>(partial ? out : residual), down.n);
+    stack.run({at<float*>(total), at<void*>(partial), tokens, at(cos), at(sin), at<const int64_t*>(slots), &plan},
+              first, last);
 }
 
 void norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int m, int size, int dtype) {
@@ -136,9 +122,11 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "phalanx's arithmetic on CPUs";
     py::class_<Linear>(m, "Weight").def(py::init(&make_weight));
     py::class_<AttentionPlan>(m, "AttentionPlan").def(py::init(&make_plan));
+    py::class_<DecoderStack>(m, "DecoderStack")
+        .def(py::init(&make_stack))
+        .def("add_layer", &add_layer)
+        .def("run", &run_stack);
     m.def("linear", &linear);
-    m.def("attention_block", &attention_block);
-    m.def("mlp_block", &mlp_block);
     m.def("attention", &attention);
     m.def("norm", &norm);
     m.def("rope", &rope);

@@ -110,31 +110,51 @@ void rope_token(const Rope& job, int token) {
     }
 }
 
-// The first place of the largest value; a NaN counts as larger than everything, as torch has it.
-inline int64_t largest(const float* row, int64_t size, float* value) {
-    float most = -std::numeric_limits<float>::infinity();
-    bool is_nan = false;
-    int64_t i = 0;
-    vf high = splat(most);
+// The largest of a piece of a row; NaN, of whatever sign, if there is one.
+INLINE float largest_of(const float* from, int64_t size) {
+    constexpr int kChains = 4;  // of instructions that wait for one another
+    vf high[kChains];
     vi odd{};
+    for (auto& part : high) part = splat(-std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + 16 * kChains <= size; i += 16 * kChains) {
+        for (int j = 0; j < kChains; ++j) {
+            vf v = load(from + i + 16 * j);
+            odd |= v != v;
+            high[j] = larger(high[j], v);
+        }
+    }
     for (; i + 16 <= size; i += 16) {
-        vf v = load(row + i);
+        vf v = load(from + i);
         odd |= v != v;
-        high = larger(high, v);
+        high[0] = larger(high[0], v);
     }
-    most = max_of(high);
-    for (int lane = 0; lane < 16; ++lane) is_nan |= odd[lane] != 0;
+    float most = max_of(larger(larger(high[0], high[1]), larger(high[2], high[3])));
+    bool is_nan = any_of(odd);
     for (; i < size; ++i) {
-        is_nan |= row[i] != row[i];
-        most = row[i] > most ? row[i] : most;
+        is_nan |= from[i] != from[i];
+        most = from[i] > most ? from[i] : most;
     }
-    if (size == 0) {
-        *value = most;
-        return 0;
+    return is_nan ? std::numeric_limits<float>::quiet_NaN() : most;
+}
+
+// The first place of the largest value; a NaN counts as larger than everything, as torch has it. One pass: only the
+// piece that has it is looked through again.
+inline int64_t largest(const float* row, int64_t size, float* value) {
+    constexpr int64_t kPiece = 1024;
+    float most = -std::numeric_limits<float>::infinity();
+    int64_t piece = 0;
+    for (int64_t first = 0; first < size; first += kPiece) {
+        const float high = largest_of(row + first, std::min(kPiece, size - first));
+        if (high <= most) continue;
+        most = high;
+        piece = first;
+        if (high != high) break;
     }
-    for (i = 0; i < size; ++i) {
-        if (is_nan ? row[i] != row[i] : row[i] == most) break;
-    }
+    *value = most;
+    if (size == 0) return 0;
+    int64_t i = piece;
+    while (most != most ? row[i] == row[i] : row[i] != most) ++i;
     *value = row[i];
     return i;
 }
@@ -196,22 +216,7 @@ inline int64_t noisy_largest(const float* row, int64_t size, float temperature, 
 inline void block_maxima(const float* row, int64_t size, int64_t block, float* out) {
     for (int64_t first = 0; first < size; first += block, ++out) {
         const int64_t last = std::min(size, first + block);
-        vf high = splat(-std::numeric_limits<float>::infinity());
-        vi odd{};
-        int64_t i = first;
-        for (; i + 16 <= last; i += 16) {
-            vf v = load(row + i);
-            odd |= v != v;
-            high = larger(high, v);
-        }
-        float most = max_of(high);
-        bool is_nan = false;
-        for (; i < last; ++i) {
-            is_nan |= row[i] != row[i];
-            most = row[i] > most ? row[i] : most;
-        }
-        for (int lane = 0; lane < 16; ++lane) is_nan |= odd[lane] != 0;
-        *out = is_nan ? std::numeric_limits<float>::quiet_NaN() : most;
+        *out = largest_of(row + first, last - first);
     }
 }
 

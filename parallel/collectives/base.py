@@ -53,6 +53,13 @@ class Collectives(ABC):
         """all_reduce, but the result may be good until the next operation only."""
         return self.all_reduce(x)
 
+    @property
+    def reducer(self) -> tuple[int, int] | None:
+        """Addresses for what is not Python: of a function that does add_reduced() of contiguous tensors, and of its
+        first argument (kernels/cpu/add_reduced.h), good as long as this object. None if there is no such function.
+        """
+        return None
+
     @abstractmethod
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
         """Every rank's `x`, in rank order, on rank `dst`; None on the others."""

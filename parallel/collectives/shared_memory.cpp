@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../../kernels/cpu/add_reduced.h"
 #include "member.h"
 #include "sum.h"
 
@@ -42,6 +43,20 @@ class Collectives : public Member {
             }
             if (total != 0) add_(dtype, reinterpret_cast<float*>(total), x, count);
         });
+    }
+
+    // An AddReduced, whose group is one of these.
+    static void add_reduced(void* group, void* x, int64_t count, int item_bytes, float* total) {
+        py::gil_scoped_acquire gil;
+        static_cast<Collectives*>(group)->all_reduce(reinterpret_cast<uintptr_t>(x), size_t(count),
+                                                     int(item_bytes == 4 ? Dtype::float32 : Dtype::bfloat16),
+                                                     reinterpret_cast<uintptr_t>(total));
+    }
+
+    // The addresses of the two.
+    std::pair<uintptr_t, uintptr_t> reducer() {
+        const AddReduced function = &Collectives::add_reduced;
+        return {reinterpret_cast<uintptr_t>(function), reinterpret_cast<uintptr_t>(this)};
     }
 
     void gather(uintptr_t address, size_t bytes, uintptr_t out, int dst) {
@@ -243,11 +258,23 @@ PYBIND11_MODULE(_native, module) {
     namespace py = pybind11;
     using phalanx::Collectives;
     using phalanx::Ring;
-    py::register_exception<phalanx::Failure>(module, "Failure", PyExc_RuntimeError);
+    // Whichever extension a Failure passes through on its way to Python.
+    module.def("raise_as", [](py::object exception) {
+        static PyObject* raised = nullptr;
+        Py_XDECREF(std::exchange(raised, exception.release().ptr()));
+        py::register_exception_translator([](std::exception_ptr thrown) {
+            try {
+                std::rethrow_exception(thrown);
+            } catch (const phalanx::Failure& failure) {
+                PyErr_SetString(raised, failure.what());
+            }
+        });
+    });
     py::class_<Collectives>(module, "Collectives")
         .def(py::init<int, int, int, size_t, size_t, double, int>())
         .def_static("segment_bytes", &Collectives::segment_bytes)
         .def("all_reduce", &Collectives::all_reduce)
+        .def("reducer", &Collectives::reducer)
         .def("gather", &Collectives::gather)
         .def("broadcast", &Collectives::broadcast)
         .def("barrier", &Collectives::barrier)

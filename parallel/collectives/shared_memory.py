@@ -26,6 +26,8 @@ try:
 except ImportError as error:
     _native = None
     _missing = str(error)
+else:
+    _native.raise_as(CollectiveError)
 
 _SLOT = 256 * 1024  # bytes of one rank's slot; a longer message goes in pieces
 _RING = 1024 * 1024  # bytes that rank 0 may have sent and others not yet received; a power of two
@@ -82,6 +84,11 @@ class SharedMemoryCollectives(Collectives):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def reducer(self) -> tuple[int, int]:
+        function, group = self._native.reducer()
+        return function, group
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, of float32, bfloat16, float16, float64, int32 or int64. In place where `x` is contiguous."""
         return self._all_reduce(x, 0)
@@ -114,36 +121,24 @@ class SharedMemoryCollectives(Collectives):
                 f"all_reduce of {x.dtype}; shared memory sums {', '.join(str(dtype) for dtype in _DTYPES)}"
             )
         x = _contiguous(x)
-        try:
-            self._native.all_reduce(x.data_ptr(), x.numel(), code, total)
-        except _failure() as error:
-            raise CollectiveError(str(error)) from None
+        self._native.all_reduce(x.data_ptr(), x.numel(), code, total)
         return x
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
         x = _contiguous(x)
         self._check_rank("dst", dst)
         parts = x.new_empty((self.size, *x.shape)) if self.rank == dst else None
-        try:
-            self._native.gather(x.data_ptr(), x.nbytes, 0 if parts is None else parts.data_ptr(), dst)
-        except _failure() as error:
-            raise CollectiveError(str(error)) from None
+        self._native.gather(x.data_ptr(), x.nbytes, 0 if parts is None else parts.data_ptr(), dst)
         return None if parts is None else list(parts.unbind(0))
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         x = _contiguous(x)
         self._check_rank("src", src)
-        try:
-            self._native.broadcast(x.data_ptr(), x.nbytes, src)
-        except _failure() as error:
-            raise CollectiveError(str(error)) from None
+        self._native.broadcast(x.data_ptr(), x.nbytes, src)
         return x
 
     def barrier(self) -> None:
-        try:
-            self._native.barrier()
-        except _failure() as error:
-            raise CollectiveError(str(error)) from None
+        self._native.barrier()
 
     def close(self) -> None:
         """Leave the group: the others' operations that still need this rank raise. Closing again does nothing."""
@@ -174,27 +169,16 @@ class SharedMemoryControl(ControlChannel):
     def send(self, data: bytes) -> None:
         if self._rank != 0:
             raise RuntimeError(f"rank {self._rank} cannot send control messages; rank 0 does")
-        try:
-            self._native.send(data)
-        except _failure() as error:
-            raise CollectiveError(str(error)) from None
+        self._native.send(data)
 
     def receive(self) -> bytes:
         if self._rank == 0:
             raise RuntimeError("rank 0 sends control messages; it receives none")
-        try:
-            return bytes(self._native.receive())
-        except _failure() as error:
-            raise CollectiveError(str(error)) from None
+        return bytes(self._native.receive())
 
     def close(self) -> None:
         """Leave: messages not yet received are lost to this rank only. Closing again does nothing."""
         self._native.close()
-
-
-def _failure() -> type[RuntimeError]:
-    failure: type[RuntimeError] = _native.Failure
-    return failure
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:

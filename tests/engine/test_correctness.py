@@ -179,13 +179,37 @@ def test_every_architecture_and_rope_scaling_gives_transformers_logits(
         assert np.abs(logits - reference).max() <= LOGIT_TOLERANCE, f"N={size}"
 
 
+@pytest.mark.parametrize("collectives", ["auto", "gloo"])
+def test_ranks_that_run_layers_in_one_piece_and_ranks_that_cannot_compute_together(
+    run_ranks: RunRanks, tmp_path: Path, collectives: str
+) -> None:
+    # Of 131 columns of an MLP one rank has an odd number, which bfloat16 kernels do not pack.
+    options = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 131}
+    folder = _save_random(tmp_path, "Llama", options)
+    tokens = _random_prompts(211)[1][:100]
+    config = {**CHUNKED, "dtype": "bfloat16", "tokenizer": "none", "max_model_len": 128, "collectives": collectives}
+    reference = score(folder, tokens).logits.numpy()
+    results = run_ranks(3, programs.logits_at_each_size, str(folder), [1, 2, 3], tokens, 33, config)[0]
+    for size, logits in results.items():
+        assert np.linalg.norm(logits - reference) / np.linalg.norm(reference) <= 1.5e-2, f"N={size}"
+    # Prompts in chunks: of most steps' last layer only some tokens, or none, go through the MLP.
+    greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    calls = [([tokens, tokens[:50], tokens[20:]], [greedy] * 3)]
+    by_rank = run_ranks(3, programs.generate_at_each_size, str(folder), [1, 2, 3], calls, config)
+    for size, answers in by_rank[0].items():
+        assert [len(found) for found in _tokens(answers[0])] == [8, 8, 8], f"N={size}"
+        for by_size in by_rank[1:size]:
+            assert _tokens(by_size[size][0]) == _tokens(answers[0]), f"N={size}"
+
+
 def _save_random(folder: Path, architecture: str, options: dict[str, Any]) -> Path:
     import transformers
 
+    options = dict(options)
     config = getattr(transformers, f"{architecture}Config")(
         vocab_size=211,
         hidden_size=96,
-        intermediate_size=160,
+        intermediate_size=options.pop("intermediate_size", 160),
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,

@@ -1,0 +1,50 @@
+// A rank's decoder layers in one go: with few tokens, what Python does between their parts would be a tenth of a step.
+#pragma once
+
+#include <vector>
+
+#include "add_reduced.h"
+#include "operations.h"
+
+namespace phalanx {
+
+struct Projection {
+    Linear weight;
+    const void* bias;  // of its dtype, or null
+};
+
+struct DecoderLayer {
+    const float* attention_norm;
+    Projection qkv;
+    const float *q_norm, *k_norm;  // (head_dim,) or null
+    Projection output;
+    const float* mlp_norm;
+    Projection gate_up, down;
+    void *keys, *values;  // its pools
+};
+
+// One step: T tokens, in their order.
+struct StackStep {
+    float* total;   // (T, hidden), the residual stream
+    void* partial;  // room for (T, hidden) of dtype, if there are other ranks
+    int tokens;     // T
+    const void *cos, *sin;
+    const int64_t* slots;
+    AttentionPlan* plan;  // these four are attention's alone
+};
+
+struct DecoderStack {
+    DType dtype;
+    int hidden, heads, kv_heads, head_dim, block_size;
+    bool int8_cache;
+    float eps;  // of all norms
+    std::vector<DecoderLayer> layers;
+    AddReduced add_reduced;  // null: the caller adds the ranks' partial results up, so it runs one half at a time
+    void* group;
+
+    // Halves first to last - 1, of which layer i has two: 2 i, attention, and 2 i + 1, the MLP. Each adds to the total;
+    // with room for partial results it leaves this rank's there, which add_reduced then sums and adds.
+    void run(const StackStep& step, int first, int last) const;
+};
+
+}  // namespace phalanx
