@@ -37,7 +37,6 @@ from phalanx.benchmarks.peers.engines import weight_bytes
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.models.decoder import Step
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
 from phalanx.engine.worker import Worker
@@ -99,36 +98,39 @@ class Parts:
         model = worker._model
         worker._slots.apply(plan)
         self.batch = worker._slots.batch(plan)
-        cos, sin = model.rope(self.batch.positions, self.batch.lengths)
-        self.step = Step(cos, sin, self.batch.attention.slots, worker.backend.plan(self.batch.attention))
+        self.step = model.step(self.batch, self.batch.sample_tokens)
         self.layers = range(len(model.layers))
         qkv = next(model.layers.children()).attention.qkv
         self.qkv = torch.randn(plan.num_tokens, qkv.rows).to(worker.dtype)
         self.stream = torch.randn(plan.num_tokens, model.spec.hidden_size)
-        self.last = self.stream[: len(plan.sample_rows)].to(worker.dtype)
+        self.few = self.stream[: len(plan.sample_rows)]
+        self.last = self.few.to(worker.dtype)
         self.logits = model.logits(self.last)
 
     def attention(self) -> None:
         """Each layer's first half: norm, projections, rotation, storing of keys and values, attention."""
-        self._halves(Residual(self.stream.clone()), [2 * layer for layer in self.layers])
+        self._halves(self.stream, [2 * layer for layer in self.layers])
 
     def mlp(self) -> None:
         """Each layer's second half; in the last layer only for the tokens from which others are sampled."""
-        residual = Residual(self.stream.clone())
         *but_last, last = [2 * layer + 1 for layer in self.layers]
-        self._halves(residual, but_last)
-        self._halves(residual.select(self.batch.sample_tokens), [last])
+        self._halves(self.stream, but_last)
+        self._halves(self.few, [last])
 
-    def _halves(self, residual: Residual, halves: list[int]) -> None:
+    def _halves(self, stream: torch.Tensor, halves: list[int]) -> None:
+        residual = Residual(stream.clone())
         for half in halves:
             self.worker._model.run_halves(range(half, half + 1), residual, self.step, self.worker._cache)
 
     def attend(self) -> None:
         """Of attention(), what is no product with a weight: rotation, storing, attention."""
         backend, step, cache = self.worker.backend, self.step, self.worker._cache
-        for keys, values in zip(cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             q = backend.rotate_and_store(self.qkv.clone(), step.cos, step.sin, None, keys, values, step.slots)
-            backend.attend(q, keys, values, step.attention_plan)
+            if step.wanted is not None and layer == self.layers[-1]:
+                backend.attend(q[step.wanted.tokens], keys, values, step.wanted.plan)
+            else:
+                backend.attend(q, keys, values, step.attention_plan)
 
     def head(self) -> None:
         """The logits."""

@@ -162,14 +162,10 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: torch.Tensor, residual: Residual) -> None:
         """Add the result for x (T, columns) to `residual`, the same on every rank: at once, or with its next norm."""
-        if self.packed is None:
-            residual.add_later(self.multiply(x, None), self.bias, self.collectives)
-        elif self.collectives.size == 1:
+        if self.packed is not None and self.collectives.size == 1:
             self.packed.add_to(residual.settled(), x, self.bias)
         else:
-            # At once, as other ranks do that run their layers in one piece (parallel/stack.py).
-            residual.add_later(self.packed.linear(x, None), self.bias, self.collectives)
-            residual.settled()
+            residual.add_later(self.multiply(x, None), self.bias, self.collectives)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""

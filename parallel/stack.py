@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..kernels import cpu
-from ..kernels.attention import HeadNorms
+from ..kernels.attention import AttentionMetadata, HeadNorms
 from ..kernels.cpu.attention import cache_shape
 from ..kernels.linear import PackedWeight
 from .collectives.base import Collectives
@@ -31,6 +31,19 @@ class PackedLayer:
     down: Projection
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The tokens of a step whose hidden states are wanted, if these are not all: int64 (C,), ascending.
+
+    `plan` is the attention backend's of them alone, each a row of its own, if the backend has_stack; it is good as long
+    as `metadata`.
+    """
+
+    tokens: torch.Tensor
+    metadata: AttentionMetadata | None
+    plan: Any
+
+
 class DecoderStack:
     """The layers of one rank over one cache of CpuAttention. Half 2 i is layer i's attention, 2 i + 1 its MLP."""
 
@@ -47,6 +60,7 @@ class DecoderStack:
         collectives: Collectives,
     ) -> None:
         """`keys` and `values` are the layers' pools; `heads` counts this rank's query heads; `eps` is of all norms."""
+        self._last_attention = 2 * len(layers) - 2
         self._kept = layers, keys, values  # whose memory is used by address
         self._collectives, self._dtype = collectives, dtype
         # Of each half; among several ranks it is added to the sum of their parts.
@@ -73,28 +87,39 @@ class DecoderStack:
             )
 
     def run(
-        self, halves: range, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, plan: Any
-    ) -> None:
+        self,
+        halves: range,
+        total: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        plan: Any,
+        wanted: Wanted | None = None,
+    ) -> torch.Tensor:
         """Add to the residual stream `total`, float32 (T, hidden), what these halves, one after the other, make of it.
 
         Attention stores the tokens' keys and values at `slots` (T,) and attends by `plan`, of CpuAttention.plan();
-        `cos` and `sin` are RotaryEmbedding's. Raises CollectiveError when a rank is lost.
+        `cos` and `sin` are RotaryEmbedding's. Returns `total`; or, if the last layer's attention is among the halves,
+        the stream of the tokens `wanted` alone, for which that makes nothing but keys and values of the others.
+        Raises CollectiveError when a rank is lost.
         """
         place = cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), plan
-        if self._collectives.size == 1:
-            self._native.run(halves.start, halves.stop, total.data_ptr(), 0, len(total), *place)
-            return
-        partial = torch.empty(total.shape, dtype=self._dtype)
-        where = total.data_ptr(), partial.data_ptr(), len(total), *place
-        if self._all_at_once:
-            self._native.run(halves.start, halves.stop, *where)
-            return
-        for half in halves:
-            self._native.run(half, half + 1, *where)
-            self._collectives.add_reduced(partial, total)
-            bias = self._biases[half]
-            if bias is not None:
-                total.add_(bias)
+        partial = None if self._collectives.size == 1 else torch.empty(total.shape, dtype=self._dtype)
+        chosen, choice = None, (-1, 0, 0, plan)
+        if wanted is not None and self._last_attention in halves:
+            chosen = total.new_empty(len(wanted.tokens), total.shape[1])
+            choice = len(chosen), wanted.tokens.data_ptr(), chosen.data_ptr(), wanted.plan
+        for piece in [halves] if self._all_at_once else [range(half, half + 1) for half in halves]:
+            addresses = total.data_ptr(), cpu.address(partial)
+            self._native.run(piece.start, piece.stop, *addresses, len(total), *place, *choice)
+            if chosen is not None and self._last_attention in piece:
+                total = chosen
+            if partial is not None and not self._all_at_once and len(total):
+                self._collectives.add_reduced(partial[: len(total)], total)
+                bias = self._biases[piece.start]
+                if bias is not None:
+                    total.add_(bias)
+        return total
 
 
 def _addresses(projection: Projection, with_bias: bool = True) -> tuple[Any, int]:

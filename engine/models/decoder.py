@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.attention import AttentionBackend, HeadNorms
+from ...kernels.attention import AttentionBackend, AttentionMetadata, HeadNorms
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
@@ -25,7 +25,7 @@ from ...parallel.linear import (
 )
 from ...parallel.partition import RankShare
 from ...parallel.residual import Residual
-from ...parallel.stack import DecoderStack, PackedLayer
+from ...parallel.stack import DecoderStack, PackedLayer, Wanted
 from ..batch import ForwardBatch
 from ..kv_cache import KVCache
 from .spec import ModelSpec
@@ -58,6 +58,8 @@ class Step:
     sin: torch.Tensor
     slots: torch.Tensor
     attention_plan: Any
+    wanted: Wanted | None = None
+    """None: all tokens."""
 
 
 class Attention(nn.Module):
@@ -189,35 +191,53 @@ class CausalLM(nn.Module):
 
         Writes the keys and values of all to `cache`.
         """
-        cos, sin = self.rope(batch.positions, batch.lengths)
-        step = Step(cos, sin, batch.attention.slots, self.backend.plan(batch.attention))
-        residual = Residual(self.embedding(batch.token_ids))
-        halves = 2 * len(self.layers)
-        if wanted is None:
-            self.run_halves(range(halves), residual, step, cache)
-        else:
-            # The last layer makes no keys and values of what its MLP adds: whoever is not wanted is done.
-            self.run_halves(range(halves - 1), residual, step, cache)
-            residual = residual.select(wanted)
-            self.run_halves(range(halves - 1, halves), residual, step, cache)
-        hidden: torch.Tensor = self.norm(residual)
+        halves = range(2 * len(self.layers))
+        embedded = Residual(self.embedding(batch.token_ids))
+        hidden: torch.Tensor = self.norm(self.run_halves(halves, embedded, self.step(batch, wanted), cache))
         return hidden
 
-    def run_halves(self, halves: range, residual: Residual, step: Step, cache: KVCache) -> None:
-        """Add to `residual` what these halves make of it: of layer i attention is 2 i, and the MLP 2 i + 1."""
+    def step(self, batch: ForwardBatch, wanted: torch.Tensor | None) -> Step:
+        """What the layers share, if only the tokens `wanted` are."""
+        cos, sin = self.rope(batch.positions, batch.lengths)
+        attention, plan = batch.attention, self.backend.plan(batch.attention)
+        if wanted is None or len(wanted) == len(batch.token_ids):
+            return Step(cos, sin, attention.slots, plan)
+        metadata = None
+        if self.backend.has_stack:
+            rows = torch.searchsorted(attention.cu_q[1:], wanted.int(), right=True)
+            metadata = AttentionMetadata(
+                num_decodes=len(wanted),
+                slots=attention.slots[wanted],
+                block_table=attention.block_table[rows],
+                cu_q=torch.arange(len(wanted) + 1, dtype=torch.int32),
+                seqused_k=batch.positions[wanted].int() + 1,
+                query_lengths=(1,) * len(wanted),
+                key_lengths=tuple((batch.positions[wanted] + 1).tolist()),
+                block_size=attention.block_size,
+            )
+        return Step(
+            cos, sin, attention.slots, plan, Wanted(wanted, metadata, self.backend.plan(metadata) if metadata else None)
+        )
+
+    def run_halves(self, halves: range, residual: Residual, step: Step, cache: KVCache) -> Residual:
+        """Add to `residual` what these halves make of it: of layer i attention is 2 i, and the MLP 2 i + 1.
+
+        Returns it, or after the last layer's attention only what step.wanted says: others have done their part.
+        """
         stack = self._stack(cache)
-        if not len(residual.total):
-            return
         if stack is not None:
-            stack.run(halves, residual.settled(), step.cos, step.sin, step.slots, step.attention_plan)
-            return
+            place = step.cos, step.sin, step.slots, step.attention_plan
+            return Residual(stack.run(halves, residual.settled(), *place, step.wanted))
         for half in halves:
             layer = self.layers[half // 2]
             assert isinstance(layer, DecoderLayer)
-            if half % 2:
-                layer.mlp(layer.mlp_norm, residual)
-            else:
+            if half % 2 == 0:
                 layer.attention(layer.input_norm, residual, step, cache.keys[half // 2], cache.values[half // 2])
+                if step.wanted is not None and layer is self.layers[-1]:
+                    residual = residual.select(step.wanted.tokens)
+            elif len(residual.total):
+                layer.mlp(layer.mlp_norm, residual)
+        return residual
 
     def _stack(self, cache: KVCache) -> DecoderStack | None:
         """All layers over this cache, if they can run in one piece."""

@@ -96,9 +96,11 @@ void add_layer(DecoderStack& stack, uintptr_t attention_norm, const PyProjection
 }
 
 void run_stack(const DecoderStack& stack, int first, int last, uintptr_t total, uintptr_t partial, int tokens,
-               uintptr_t cos, uintptr_t sin, uintptr_t slots, AttentionPlan& plan) {
+               uintptr_t cos, uintptr_t sin, uintptr_t slots, AttentionPlan& plan, int chosen, uintptr_t choice,
+               uintptr_t chosen_total, AttentionPlan& chosen_plan) {
     py::gil_scoped_release release;
-    stack.run({at<float*>(total), at<void*>(partial), tokens, at(cos), at(sin), at<const int64_t*>(slots), &plan},
+    stack.run({at<float*>(total), at<void*>(partial), tokens, at(cos), at(sin), at<const int64_t*>(slots), &plan,
+               chosen, at<const int64_t*>(choice), at<float*>(chosen_total), &chosen_plan},
               first, last);
 }
 

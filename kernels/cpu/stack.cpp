@@ -1,13 +1,14 @@
 #include "stack.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "pool.h"
 
 namespace phalanx {
 namespace {
 
-constexpr int kNormed = 8, kProduct = 9, kAttended = 10;  // places in scratch()
+constexpr int kNormed = 8, kProduct = 9, kAttended = 10, kChosen = 11;  // places in scratch()
 
 int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -24,19 +25,39 @@ void project(const Projection& last, const StackStep& step, const void* x) {
              alone ? step.total : step.partial, last.weight.n);
 }
 
-void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, const StackStep& step) {
+// Rows of `from`, `stride` bytes apart, one behind the other.
+void gather_rows(const void* from, int64_t stride, const int64_t* rows, int count, int64_t bytes, void* to) {
+    for (int i = 0; i < count; ++i)
+        std::memcpy(static_cast<char*>(to) + i * bytes, static_cast<const char*>(from) + rows[i] * stride, bytes);
+}
+
+// With `choose` the tokens of the choice alone go on.
+void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, StackStep& step, bool choose) {
     const int64_t item = item_bytes(stack.dtype);
     const void* x = normed(stack, step, layer.attention_norm);
     void* qkv = scratch(kProduct, item * step.tokens * layer.qkv.weight.n);
-    void* attended = scratch(kAttended, item * step.tokens * layer.output.weight.k);
     multiply(layer.qkv.weight, x, stack.hidden, step.tokens, layer.qkv.bias, Output::kStore, qkv, layer.qkv.weight.n);
     run_rope({stack.dtype, qkv, layer.qkv.weight.n, step.cos, step.sin, layer.q_norm, layer.k_norm, stack.eps,
               layer.keys, layer.values, stack.int8_cache, step.slots, step.tokens, stack.heads, stack.kv_heads,
               stack.head_dim, stack.block_size});
     Attention job{};
-    job.dtype = stack.dtype;
     job.q = qkv;
     job.ldq = layer.qkv.weight.n;
+    const int64_t width = layer.output.weight.k;  // of the queries, which come first
+    if (choose) {
+        void* queries = scratch(kChosen, item * step.chosen * width);
+        gather_rows(qkv, item * job.ldq, step.choice, step.chosen, item * width, queries);
+        const int64_t row = sizeof(float) * stack.hidden;
+        gather_rows(step.total, row, step.choice, step.chosen, row, step.chosen_total);
+        step.total = step.chosen_total;
+        step.tokens = step.chosen;
+        step.plan = step.chosen_plan;
+        job.q = queries;
+        job.ldq = width;
+    }
+    if (step.tokens == 0) return;
+    void* attended = scratch(kAttended, item * step.tokens * width);
+    job.dtype = stack.dtype;
     job.keys = layer.keys;
     job.values = layer.values;
     job.int8_cache = stack.int8_cache;
@@ -60,11 +81,16 @@ void run_mlp_half(const DecoderStack& stack, const DecoderLayer& layer, const St
 
 }  // namespace
 
-void DecoderStack::run(const StackStep& step, int first, int last) const {
-    for (int half = first; half < last; ++half) {
+void DecoderStack::run(StackStep step, int first, int last) const {
+    const int last_attention = 2 * static_cast<int>(layers.size()) - 2;
+    for (int half = first; half < last && step.tokens > 0; ++half) {
         const DecoderLayer& layer = layers[half / 2];
-        half % 2 == 0 ? run_attention_half(*this, layer, step) : run_mlp_half(*this, layer, step);
-        if (step.partial == nullptr || add_reduced == nullptr) continue;
+        if (half % 2 == 0) {
+            run_attention_half(*this, layer, step, half == last_attention && step.chosen >= 0);
+        } else {
+            run_mlp_half(*this, layer, step);
+        }
+        if (step.partial == nullptr || add_reduced == nullptr || step.tokens == 0) continue;
         const int64_t count = static_cast<int64_t>(step.tokens) * hidden;
         add_reduced(group, step.partial, count, static_cast<int>(item_bytes(dtype)), step.total);
     }

@@ -31,6 +31,12 @@ struct StackStep {
     const void *cos, *sin;
     const int64_t* slots;
     AttentionPlan* plan;  // these four are attention's alone
+    // Of the last layer only what some tokens make of its keys and values may be wanted. These, ascending, are C; -1
+    // without a choice.
+    int chosen;
+    const int64_t* choice;       // (C,)
+    float* chosen_total;         // (C, hidden), their residual stream from that attention on
+    AttentionPlan* chosen_plan;  // of C queries
 };
 
 struct DecoderStack {
@@ -44,7 +50,7 @@ struct DecoderStack {
 
     // Halves first to last - 1, of which layer i has two: 2 i, attention, and 2 i + 1, the MLP. Each adds to the total;
     // with room for partial results it leaves this rank's there, which add_reduced then sums and adds.
-    void run(const StackStep& step, int first, int last) const;
+    void run(StackStep step, int first, int last) const;
 };
 
 }  // namespace phalanx
