@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import random
@@ -71,6 +72,24 @@ def sums(rank: int, size: int) -> None:
             x = parts[rank]
             assert collectives.all_reduce(x) is x
             assert torch.equal(x.view(view), expected.view(view)), (dtype, length)
+    collectives.close()
+
+
+def reducer(rank: int, size: int) -> None:
+    """What the kernels call by address adds the same bits to a total as add_reduced(), which are those of the sum."""
+    collectives = _connect()
+    address, group = collectives.reducer
+    arguments = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    function = ctypes.CFUNCTYPE(None, *arguments)(address)
+    for dtype in (torch.bfloat16, torch.float32):
+        for length in LENGTHS:
+            parts = [_draw(length, dtype, 100 * length + part) for part in range(size)]
+            totals = [torch.arange(float(length)) for _ in range(2)]
+            x = parts[rank].clone()
+            function(group, x.data_ptr(), length, dtype.itemsize, totals[0].data_ptr())
+            collectives.add_reduced(parts[rank].clone(), totals[1])
+            assert torch.equal(totals[0], totals[1]), (dtype, length)
+            assert torch.equal(totals[0], torch.arange(float(length)) + _sum_in_rank_order(parts).float())
     collectives.close()
 
 

@@ -47,6 +47,11 @@ def test_sums_are_those_in_rank_order_for_every_dtype_and_length(run_ranks: RunR
     run_ranks(size, programs.sums)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_address_given_to_kernels_adds_the_same_sums(run_ranks: RunRanks, size: int) -> None:
+    run_ranks(size, programs.reducer)
+
+
 def test_sixteen_bit_floats_round_as_torch_rounds_them(run_ranks: RunRanks) -> None:
     run_ranks(3, programs.special_values)
 
