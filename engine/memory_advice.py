@@ -60,7 +60,7 @@ def out_of_memory_advice(
     grow with the tokens and the rows of a step, the same part as of these is saved.
     """
     left = max(0, total - kept - elsewhere)
-    needed = int(max(left, activations) * MARGIN)
+    needed = math.ceil(max(left, activations) * MARGIN)
     changes = []
     if (fewer := _scaled(config, left / needed if needed else 0.0)) is not None:
         changes.append(fewer)

@@ -307,6 +307,12 @@ def test_out_of_memory_without_any_value_that_helps_advises_more_ranks() -> None
     assert text.endswith("left (the largest step took 1,073,741,824 when the engine started): use more ranks")
 
 
+def test_of_a_few_bytes_left_the_advice_is_still_to_take_less() -> None:
+    config = EngineConfig(model="m", max_num_batched_tokens=513, max_num_seqs=6, kv_memory=float(GIB))
+    text = out_of_memory_advice(config, total=9 * GIB, kept=9 * GIB - 3, elsewhere=0, activations=0, cache=GIB)
+    assert "from 513 to 384" in text
+
+
 @given(st.data())
 def test_after_the_advice_the_step_that_failed_fits(data: st.DataObject) -> None:
     total = data.draw(st.integers(8, 200)) * GIB
