@@ -205,14 +205,15 @@ class CausalLM(nn.Module):
         metadata = None
         if self.backend.has_stack:
             rows = torch.searchsorted(attention.cu_q[1:], wanted.int(), right=True)
+            lengths = batch.positions[wanted].int() + 1
             metadata = AttentionMetadata(
                 num_decodes=len(wanted),
                 slots=attention.slots[wanted],
                 block_table=attention.block_table[rows],
                 cu_q=torch.arange(len(wanted) + 1, dtype=torch.int32),
-                seqused_k=batch.positions[wanted].int() + 1,
+                seqused_k=lengths,
                 query_lengths=(1,) * len(wanted),
-                key_lengths=tuple((batch.positions[wanted] + 1).tolist()),
+                key_lengths=tuple(lengths.tolist()),
                 block_size=attention.block_size,
             )
         return Step(
