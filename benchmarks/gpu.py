@@ -40,14 +40,14 @@ class Group:
 
 GROUPS = (
     Group("ceilings", QWQ, 0, {"ceilings": 30}),
-    Group("serving", QWQ, 60, {"engine": 0, "decode": 25, "prefill": 25, "throughput": 90, "profile": 25}),
-    Group("serving", QWEN3, 40, {"engine": 0, "decode": 15, "prefill": 10, "throughput": 30, "profile": 20}),
+    Group("serving", QWQ, 30, {"engine": 0, "decode": 12, "prefill": 30, "throughput": 75, "profile": 6}),
+    Group("serving", QWEN3, 25, {"engine": 0, "decode": 5, "prefill": 8, "throughput": 30, "profile": 4}),
     Group("attention", QWQ, 10, {"attention": 50}),
-    Group("peer", QWEN3, 20, {"peer": 60}),
-    Group("ready", QWEN3, 5, {"all": 35, "lazy": 30}),
-    Group("two_ranks", QWQ, 10, {"two_ranks": 45}),
-    Group("loading", QWEN3, 10, {"loading": 35}),
-    Group("ready", QWQ, 5, {"all": 80, "lazy": 60}),
+    Group("peer", QWEN3, 15, {"peer": 60}),
+    Group("two_ranks", QWQ, 10, {"two_ranks": 35}),
+    Group("ready", QWEN3, 5, {"all": 25, "lazy": 20}),
+    Group("loading", QWEN3, 10, {"loading": 30}),
+    Group("ready", QWQ, 5, {"all": 40, "lazy": 30}),
 )
 """In the order of what matters most, for when the time is up."""
 

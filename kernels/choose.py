@@ -19,8 +19,8 @@ BACKENDS: dict[str, type[AttentionBackend] | type[AttentionKernel]] = {
 }
 NAMES = ("auto", *BACKENDS)
 PROMPT_ORDER = ("flash_attn_3", "flash_attn_2", "triton")
-DECODE_ORDER = ("flash_attn_3", "triton", "flash_attn_2")
-"""On a GPU, the best first: torch where none of them can serve."""
+DECODE_ORDER = ("triton", "flash_attn_3", "flash_attn_2")
+"""On a GPU, the best first, as benchmarks/gpu.py measured them on an H200: torch where none of them can serve."""
 LARGEST_HEAD = 256
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 TOLERANCE = 0.05

@@ -12,8 +12,10 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import msgspec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -38,7 +40,7 @@ def supervise(folder: Path, config: EngineConfig) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        shutdown_timeout=int(RANK_STOP_TIMEOUT_S),
+        **_stop_timeout(),
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
     try:
@@ -49,6 +51,12 @@ def supervise(folder: Path, config: EngineConfig) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0
+
+
+def _stop_timeout() -> dict[str, Any]:
+    """Seconds that the launcher gives ranks to stop. Not every torch takes it (2.11 does not, and gives them 30)."""
+    known = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}
+    return {"shutdown_timeout": int(RANK_STOP_TIMEOUT_S)} if known else {}
 
 
 def first_failure(error: ChildFailedError) -> GroupFailure:

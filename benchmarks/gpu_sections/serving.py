@@ -197,15 +197,16 @@ def _submits(name: str, requests: list[MixedRequest]) -> list[Submit]:
 
 
 def measure_profile(served: Served) -> dict[str, Any]:
-    """Which kernels decode steps consist of, as torch's profiler sees them, of one row and of the most that fit.
+    """Which kernels decode steps consist of, as torch's profiler sees them, of one row and of the largest batch.
 
-    Its idle share is of all gaps, within steps too, and includes what profiling itself costs the host.
+    Rows for which the cache is too small have the context that fits. The idle share is of all gaps, within steps too,
+    and includes what profiling itself costs the host.
     """
     if served.device.type != "cuda":
         return {"skipped": "torch's profiler sees the kernels of a GPU only: device=cpu has none"}
     sizes = served.shape.sizes
     fill_cache(served.engine.worker)
-    most = max(rows for rows in sizes.batches if rows == 1 or rows <= served.rows_of(sizes.context))
+    most = max(rows for rows in sizes.batches if rows == 1 or served.context_of(rows) >= LEAST_CONTEXT)
     return {str(rows): _profiled(served, rows) for rows in sorted({1, most})}
 
 

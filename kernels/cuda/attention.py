@@ -13,6 +13,10 @@ from ..attention import AttentionBackend, AttentionMetadata, HeadNorms
 __all__ = ["AttentionKernel", "CudaAttention", "Rows", "TritonDecode", "TritonPrefill"]
 
 
+TRITON_BLOCK_SIZE = 128
+"""As many keys as prefill takes at a time: they then lie in one block, looked up once and copied as a whole."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of one kind, decodes or prompt chunks, for their kernel. Tensors are int32, on the device."""
@@ -47,8 +51,7 @@ class TritonDecode(AttentionKernel):
 
     name = "triton"
     block_multiple = 16
-    # As many keys as the kernel takes at a time: they then lie in one block, which it looks up once and not key by key.
-    default_block_size = 64
+    default_block_size = TRITON_BLOCK_SIZE
 
     def __init__(self) -> None:
         from .decode import decode_attention
@@ -67,7 +70,7 @@ class TritonPrefill(AttentionKernel):
 
     name = "triton"
     block_multiple = 16
-    default_block_size = 64  # TritonDecode's reason
+    default_block_size = TRITON_BLOCK_SIZE
 
     def __init__(self) -> None:
         from .prefill import prefill_attention

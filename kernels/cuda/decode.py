@@ -142,8 +142,9 @@ def decode_kernel(
     result, lse = attend_keys(
         queries,
         tl.zeros([BLOCK_H], tl.int32) + (keys - 1),
-        k_cache + kv_head * HEAD_DIM,
-        v_cache + kv_head * HEAD_DIM,
+        k_cache,
+        v_cache,
+        kv_head,
         block_table + row * table_stride,
         begin,
         begin,

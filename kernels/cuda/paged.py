@@ -1,7 +1,8 @@
 """What the Triton kernels of paged attention share: the walk over a row's keys, and the checks before a launch.
 
 A tile is BLOCK_N keys of one KV head. Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed
-2^31 elements, so places in them are 64-bit numbers.
+2^31 elements, so places in them are 64-bit numbers. A pool is given as a pointer, or as a tensor descriptor for the
+GPU's unit that copies whole tiles to shared memory (TMA, since sm_90): see tile_descriptors.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["attend_keys", "multiprocessors", "shape_constants"]
+__all__ = ["attend_keys", "multiprocessors", "shape_constants", "tile_descriptors"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -26,6 +28,7 @@ def attend_keys(
     last_seen,
     k_cache,
     v_cache,
+    kv_head,
     table,
     begin,
     full,
@@ -38,9 +41,9 @@ def attend_keys(
 ):
     """Attention of queries [M, D] over tiles `begin` to `end`: (result [M, D], log2 of the sum of weights [M]).
 
-    Both are float32. D is HEAD_DIM or the next power of two, with zeros. Pool pointers stand at the KV head, `table` at
-    the row, which has `keys` keys. A query sees positions up to its last_seen [M]: all of those before tile `full`, and
-    one at least of tile `begin`. Without tiles the result is zero.
+    Both are float32. D is HEAD_DIM or the next power of two, with zeros. `table` stands at the row, which has `keys`
+    keys. A query sees positions up to its last_seen [M]: all of those before tile `full`, and one at least of tile
+    `begin`. Without tiles the result is zero.
     """
     M: tl.constexpr = queries.shape[0]
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -50,12 +53,14 @@ def attend_keys(
     blocks = _look_up(table, begin * BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
     for tile in range(begin, full):
         first = tile * BLOCK_N
-        k, v = _load_tile(k_cache, v_cache, blocks, first, keys, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        k, v = _load_tile(
+            k_cache, v_cache, kv_head, blocks, first, keys, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N
+        )
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, False, HEAD_DIM)
     for tile in range(full, end):
         first = tile * BLOCK_N
-        k, v = _load_tile(k_cache, v_cache, blocks, first, keys, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        k, v = _load_tile(k_cache, v_cache, kv_head, blocks, first, keys, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
     total = tl.where(total == 0.0, 1.0, total)
@@ -77,6 +82,7 @@ def _look_up(table, first, keys, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 def _load_tile(
     k_cache,
     v_cache,
+    kv_head,
     blocks,
     first,
     keys,
@@ -91,17 +97,24 @@ def _load_tile(
     `MASKED`: some may be past the row's end. These are zero, as what a place's last owner left there may be NaN.
     """
     n = first + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
     inside = n < keys
-    places = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-    offsets = (places * (KV_HEADS * HEAD_DIM))[:, None] + d
-    if d.shape[1] != HEAD_DIM:
-        present = inside[:, None] & (d < HEAD_DIM)
-        k, v = tl.load(k_cache + offsets, present, 0.0), tl.load(v_cache + offsets, present, 0.0)
-    elif MASKED:
-        k, v = tl.load(k_cache + offsets, inside[:, None], 0.0), tl.load(v_cache + offsets, inside[:, None], 0.0)
+    column = kv_head * HEAD_DIM
+    if isinstance(k_cache, tl.tensor_descriptor):
+        place = blocks * BLOCK_SIZE + first % BLOCK_SIZE
+        k, v = k_cache.load([place, column]), v_cache.load([place, column])
+        if MASKED:  # of keys it is enough that nobody sees their scores
+            v = tl.where(inside[:, None], v, 0.0)
     else:
-        k, v = tl.load(k_cache + offsets), tl.load(v_cache + offsets)
+        d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+        places = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+        offsets = (places * (KV_HEADS * HEAD_DIM) + column)[:, None] + d
+        if d.shape[1] != HEAD_DIM:
+            present = inside[:, None] & (d < HEAD_DIM)
+            k, v = tl.load(k_cache + offsets, present, 0.0), tl.load(v_cache + offsets, present, 0.0)
+        elif MASKED:
+            k, v = tl.load(k_cache + offsets, inside[:, None], 0.0), tl.load(v_cache + offsets, inside[:, None], 0.0)
+        else:
+            k, v = tl.load(k_cache + offsets), tl.load(v_cache + offsets)
     return k, v
 
 
@@ -109,15 +122,16 @@ def _load_tile(
 def _attend_tile(queries, k, v, first, last_seen, peak, total, acc, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
     """A step of the online softmax (Milakov and Gimelshein, arXiv:1805.02867) in powers of two.
 
-    peak and total [M] are the largest score and the sum of weights so far, acc [M, D] the weighted values.
+    peak and total [M] are the largest score and the sum of weights so far, acc [M, D] the weighted values. Scores are
+    scaled as they are subtracted: a multiplication of each alone would take as long as another exponential.
     """
+    scale: tl.constexpr = LOG2_E * HEAD_DIM**-0.5
     scores = _dot(queries, tl.trans(k), tl.zeros([queries.shape[0], k.shape[0]], tl.float32))
-    scores *= LOG2_E * HEAD_DIM**-0.5
     if MASKED:
         visible = (first + tl.arange(0, k.shape[0]))[None, :] <= last_seen[:, None]
         scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_peak[:, None])
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_peak[:, None])
     correction = tl.exp2(peak - new_peak)
     acc = _dot(weights.to(v.dtype), v, acc * correction[:, None])
     return new_peak, total * correction + tl.sum(weights, 1), acc
@@ -129,6 +143,16 @@ def _dot(a, b, acc):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def tile_descriptors(k_cache: torch.Tensor, v_cache: torch.Tensor, block_n: int) -> list[TensorDescriptor]:
+    """Pools (blocks, block_size, kv_heads, head_dim) as rows of a token's heads, of which a tile takes one head's part.
+
+    A tile lies in one block: block_n is at most block_size. head_dim is a power of two.
+    """
+    blocks, block_size, kv_heads, head_dim = k_cache.shape
+    shape, strides = [blocks * block_size, kv_heads * head_dim], [kv_heads * head_dim, 1]
+    return [TensorDescriptor(pool, shape, strides, [block_n, head_dim]) for pool in (k_cache, v_cache)]
 
 
 def shape_constants(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> dict[str, int]:

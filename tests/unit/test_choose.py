@@ -19,24 +19,24 @@ MISSING = "ModuleNotFoundError: No module named 'it'"
 WORKS = {"flash_attn_3": None, "flash_attn_2": None, "triton": None}
 CHOICES = [
     # capability, dtype, what fails its trial, block_size; prompts, decodes, block_size
-    ((9, 0), "bfloat16", (), None, ("flash_attn_3", "flash_attn_3", 128)),
-    ((9, 0), "float16", (), 256, ("flash_attn_3", "flash_attn_3", 256)),
+    ((9, 0), "bfloat16", (), None, ("flash_attn_3", "triton", 128)),
+    ((9, 0), "float16", (), 256, ("flash_attn_3", "triton", 256)),
     ((9, 0), "bfloat16", (), 16, ("triton", "triton", 16)),
     ((9, 0), "bfloat16", ("flash_attn_3",), None, ("flash_attn_2", "triton", 256)),
     ((9, 0), "bfloat16", ("flash_attn_3",), 512, ("flash_attn_2", "triton", 512)),
     ((9, 0), "bfloat16", ("flash_attn_3",), 128, ("triton", "triton", 128)),
-    ((9, 0), "bfloat16", ("flash_attn_3", "flash_attn_2"), None, ("triton", "triton", 64)),
+    ((9, 0), "bfloat16", ("flash_attn_3", "flash_attn_2"), None, ("triton", "triton", 128)),
     ((9, 0), "bfloat16", ("flash_attn_3", "triton"), None, ("flash_attn_2", "flash_attn_2", 256)),
     ((9, 0), "bfloat16", ("flash_attn_3", "flash_attn_2", "triton"), None, ("torch", "torch", 16)),
-    ((9, 0), "float32", (), None, ("triton", "triton", 64)),
+    ((9, 0), "float32", (), None, ("triton", "triton", 128)),
     ((9, 0), "float32", ("triton",), None, ("torch", "torch", 16)),
     ((8, 0), "bfloat16", (), None, ("flash_attn_2", "triton", 256)),
     ((8, 0), "bfloat16", (), 64, ("triton", "triton", 64)),
     ((8, 0), "bfloat16", (), 768, ("flash_attn_2", "flash_attn_2", 768)),
     ((8, 0), "bfloat16", (), 48, ("torch", "torch", 48)),
     ((10, 0), "bfloat16", (), None, ("flash_attn_2", "triton", 256)),
-    ((10, 0), "bfloat16", ("flash_attn_2",), None, ("triton", "triton", 64)),
-    ((7, 5), "float16", (), None, ("triton", "triton", 64)),
+    ((10, 0), "bfloat16", ("flash_attn_2",), None, ("triton", "triton", 128)),
+    ((7, 5), "float16", (), None, ("triton", "triton", 128)),
 ]
 
 
@@ -115,7 +115,13 @@ def test_a_backend_that_was_asked_for_is_refused_where_it_cannot_serve(
 @pytest.mark.parametrize(
     ("name", "facts", "failing", "block_size", "reason"),
     [
-        ("auto", H100, (), None, "attention=auto: flash_attn_3 for prompts and decodes (sm_90; block_size 128)"),
+        (
+            "auto",
+            H100,
+            (),
+            None,
+            "attention=auto: flash_attn_3 for prompts, triton for decodes (sm_90; block_size 128)",
+        ),
         (
             "auto",
             H100,
@@ -132,7 +138,7 @@ def test_a_backend_that_was_asked_for_is_refused_where_it_cannot_serve(
             "attention=auto: triton for prompts and decodes (flash_attn_3: block_size=16 must be a multiple of 128; "
             "flash_attn_2: block_size=16 must be a multiple of 256; sm_90; block_size 16)",
         ),
-        ("triton", H100, (), None, "attention=triton: triton for prompts and decodes (block_size 64)"),
+        ("triton", H100, (), None, "attention=triton: triton for prompts and decodes (block_size 128)"),
         ("torch", H100, (), 24, "attention=torch: torch for prompts and decodes (block_size 24)"),
         (
             "auto",
@@ -158,7 +164,7 @@ def test_the_reason_says_what_was_chosen_and_what_was_not_and_why(
 
 
 def test_only_what_may_be_chosen_is_tried() -> None:
-    assert select("auto", H100, {"flash_attn_3": None}, None).decode == "flash_attn_3"
+    assert select("auto", H100, {"flash_attn_3": None, "triton": None}, None).decode == "triton"
     assert select("torch", H100, {}, None).decode == "torch"
     assert select("auto", DeviceFacts("cuda", (9, 0), torch.float32, 64, triton=True), {"triton": None}, None)
     assert select("auto", DeviceFacts("cpu", None, torch.float32, 64, cpu_kernels=True), {}, None).decode == "cpu"
@@ -208,7 +214,7 @@ def test_triton_serves_a_cpu_in_its_interpreter_alone() -> None:
     cuda.interpret(True)
     try:
         backend = _choose("triton", block_size=32)
-        assert (backend.name, backend.block_multiple, backend.default_block_size) == ("triton", 16, 64)
+        assert (backend.name, backend.block_multiple, backend.default_block_size) == ("triton", 16, 128)
         assert backend.reason == "attention=triton: triton for prompts and decodes (block_size 32)"
         assert _choose("auto").name != "triton"
         assert probe("triton", CPU, torch.bfloat16, 64, 5) is None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError, InvalidRequest
 from phalanx.engine.params import SamplingParams
+from phalanx.launch import group
 from phalanx.launch.chat import ChatKeys
 from phalanx.launch.compose import Job, compose, prepare_arguments
 from phalanx.launch.generate import GenerateKeys, check_keys
@@ -242,3 +243,22 @@ def test_a_failed_rank_is_named_with_its_error_or_signal(tmp_path: Path) -> None
 def test_the_configuration_folder_is_part_of_the_package() -> None:
     assert (CONFIGS / "config.yaml").is_file()
     assert (CONFIGS / "__init__.py").is_file()
+
+
+@dataclasses.dataclass
+class _LauncherWithout:
+    min_nodes: int = 1
+
+
+@dataclasses.dataclass
+class _LauncherWith(_LauncherWithout):
+    shutdown_timeout: int | None = None
+
+
+@pytest.mark.parametrize(("launcher", "said"), [(_LauncherWithout, {}), (_LauncherWith, {"shutdown_timeout": 10})])
+def test_the_launcher_is_told_how_long_ranks_may_take_to_stop_if_it_asks(
+    launcher: type, said: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "LaunchConfig", launcher)
+    monkeypatch.setattr(group, "RANK_STOP_TIMEOUT_S", 10.0)
+    assert group._stop_timeout() == said

@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: E402
 from phalanx.kernels.cuda import paged  # noqa: E402
 from phalanx.kernels.cuda.attention import AttentionKernel, CudaAttention, TritonDecode, TritonPrefill  # noqa: E402
 from phalanx.kernels.cuda.decode import _splits_used, decode_attention, plan_splits  # noqa: E402
-from phalanx.kernels.cuda.prefill import prefill_attention  # noqa: E402
+from phalanx.kernels.cuda.prefill import prefill_attention, tma_fits  # noqa: E402
 
 # (group, head_dim, block_size): tiles larger than blocks, as large and smaller; heads that are no power of two.
 SHAPES = [(1, 64, 16), (4, 64, 64), (5, 128, 32), (7, 64, 128), (8, 80, 16), (5, 256, 16)]
@@ -93,12 +93,30 @@ def _check_decode(cache: _Cache, keys: list[int], group: int, all_splits: tuple[
 def test_prefill_is_attention_of_whole_prompts_chunks_and_single_tokens(
     group: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> None:
-    queries, keys = [20, 1, 35, 9, 1], [20, 50, 100, 130, 1]
+    _check_prefill([20, 1, 35, 9, 1], [20, 50, 100, 130, 1], group, head_dim, block_size, dtype, tma=False)
+
+
+@pytest.mark.parametrize(("group", "head_dim", "block_size"), [(7, 64, 128), (5, 128, 256), (1, 128, 128)])
+def test_prefill_is_attention_where_whole_tiles_are_copied(group: int, head_dim: int, block_size: int) -> None:
+    assert tma_fits(head_dim, 2, block_size)
+    _check_prefill([20, 1, 35, 9, 128], [20, 129, 300, 130, 256], group, head_dim, block_size, torch.bfloat16, tma=True)
+
+
+def test_whole_tiles_are_not_copied_where_they_do_not_fit() -> None:
+    fits = [(64, 2, 128), (128, 2, 128), (128, 2, 512)]
+    others = [(128, 2, 64), (128, 4, 128), (80, 2, 128), (256, 2, 128)]
+    assert [tma_fits(*case) for case in (*fits, *others)] == [True] * 3 + [False] * 4
+    _check_prefill([20, 1], [20, 129], 5, 128, 64, torch.bfloat16, tma=True)
+
+
+def _check_prefill(
+    queries: list[int], keys: list[int], group: int, head_dim: int, block_size: int, dtype: torch.dtype, tma: bool
+) -> None:
     cache = _Cache(keys, head_dim, block_size, dtype)
     q = cache.queries(sum(queries), group)
     out = torch.full(q.shape, torch.nan, dtype=dtype)
     cu_q = _int32([0, *queries]).cumsum(0, dtype=torch.int32)
-    prefill_attention(q, cache.k, cache.v, cache.table.int(), cu_q, _int32(keys), out, max(queries))
+    prefill_attention(q, cache.k, cache.v, cache.table.int(), cu_q, _int32(keys), out, max(queries), tma)
     _close(out, cache.expected(q, queries, keys))
 
 
@@ -203,7 +221,7 @@ def test_the_backend_is_named_after_its_kernels_and_takes_blocks_that_suit_both(
     mixed = CudaAttention(TritonDecode(), _Other())
     assert mixed.name == "other for prompts, triton for decodes"
     assert mixed.block_multiple == 48
-    assert mixed.default_block_size == 64
+    assert mixed.default_block_size == 128
     assert mixed.supports_graph
 
 
@@ -249,7 +267,7 @@ def test_the_grid_is_split_until_an_h100_is_full(programs: int, max_k: int, expe
 def _load_far(pool, block, k, v):
     blocks = tl.load(block)
     start = pool - blocks.to(tl.int64) * (16 * 2 * 64)
-    keys, values = paged._load_tile(start, start + 64, blocks, 0, 16, False, 2, 64, 16, 16)
+    keys, values = paged._load_tile(start, start + 64, 0, blocks, 0, 16, False, 2, 64, 16, 16)
     places = tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(k + places, keys)
     tl.store(v + places, values)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from phalanx.tests.compile_triton import Compiled, compile_calls
+from phalanx.tests.compile_triton import REGISTERS, SHARED_LIMIT, Compiled, compile_calls
 
 pytest.importorskip("triton")
 
@@ -15,8 +15,8 @@ from phalanx.kernels.cuda.prefill import prefill_attention
 
 # head_dim, group, block_size, dtype: QwQ's heads of 128 in groups of 5, Qwen2.5-0.5B's of 64 in groups of 7.
 CASES = [
-    (128, 5, 64, torch.bfloat16),
-    (64, 7, 64, torch.bfloat16),
+    (128, 5, 128, torch.bfloat16),
+    (64, 7, 128, torch.bfloat16),
     (128, 5, 16, torch.bfloat16),
     (80, 1, 32, torch.float16),
     (256, 40, 64, torch.bfloat16),
@@ -25,7 +25,7 @@ CASES = [
 SMALL_SHARED = 99 * 1024
 """Bytes that a block may have on GPUs of sm_86, sm_89 and sm_120, which compile as sm_80 does."""
 FEW_BYTES = 64
-"""Spilled by sm_80's prefill of heads of 128: its products take whole tiles to registers, 255 of them."""
+"""Spilled by prefill of heads of 128: sm_80 takes whole tiles to registers, sm_90 larger ones."""
 
 
 def _calls(cases: list[tuple[int, int, int, torch.dtype]]) -> dict[str, functools.partial[None]]:
@@ -36,7 +36,7 @@ def _calls(cases: list[tuple[int, int, int, torch.dtype]]) -> dict[str, functool
         table, lengths = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((4, 16), (4,)))
         name = f"{dtype} heads of {head_dim} in groups of {group}, blocks of {block_size}"
         decode = functools.partial(decode_attention, q, pool, pool, table, lengths, q, 4096, 2)
-        prefill = functools.partial(prefill_attention, q, pool, pool, table, lengths, lengths, q, 4)
+        prefill = functools.partial(prefill_attention, q, pool, pool, table, lengths, lengths, q, 4, False)
         calls |= {f"decode, {name}": decode, f"prefill, {name}": prefill}
     return calls
 
@@ -49,6 +49,18 @@ def test_the_kernels_fit_every_architecture(cases: list[tuple[int, int, int, tor
     }
     assert [problem for kernel in compiled if not _spills_little(kernel) for problem in kernel.problems()] == []
     assert [kernel for kernel in compiled if kernel.arch == 80 and kernel.shared > SMALL_SHARED] == []
+
+
+@pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.slow)])
+def test_prefill_that_copies_whole_tiles_fits_the_architecture_that_does(head_dim: int) -> None:
+    q = torch.empty(4, 40, head_dim, dtype=torch.bfloat16, device="meta")
+    pool = torch.empty(64, 128, 8, head_dim, dtype=torch.bfloat16, device="meta")
+    table, lengths = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((4, 16), (4,)))
+    call = functools.partial(prefill_attention, q, pool, pool, table, lengths, lengths, q, 4, True)
+    [kernel] = compile_calls({f"prefill of heads of {head_dim}": call}, (90,))
+    assert kernel.shared <= SHARED_LIMIT[90]
+    assert kernel.spilled <= FEW_BYTES
+    assert kernel.registers * kernel.num_warps * 32 <= REGISTERS
 
 
 def _spills_little(kernel: Compiled) -> bool:
