@@ -58,6 +58,7 @@ class Coordinator:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._output = OutputProcessor(tokenizer, self._emit, self._stop_found)
+        self._events: dict[bytes, list[Event]] = {}  # by client, not sent yet; the output's thread owns them
         # From acceptance to the last event, (client, its id) of each request; intake adds, output removes. The lock
         # is for the moment of stopping: afterwards nothing is accepted, and all that was is failed.
         self._active: dict[str, tuple[bytes, str]] = {}
@@ -270,6 +271,10 @@ class Coordinator:
     def _give_out(self) -> None:
         while (action := self._outbox.get()) is not None:
             action()
+            # What a step brought a client goes as one message: each costs two threads and the client a wake-up.
+            outgoing, self._events = self._events, {}
+            for client, events in outgoing.items():
+                self._transport.send(client, *events)
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
@@ -301,7 +306,7 @@ class Coordinator:
             self._fail(client, client_id, request_id, error)
 
     def _emit(self, client: bytes, event: Event) -> None:
-        self._transport.send(client, event)
+        self._events.setdefault(client, []).append(event)
 
 
 def _raise(error: Exception) -> None:

@@ -28,8 +28,8 @@ class Transport(ABC):
         """Begin to deliver (client, command)."""
 
     @abstractmethod
-    def send(self, client: bytes, event: Event) -> None:
-        """Deliver an event to a client; one that has gone loses it, and its request is aborted."""
+    def send(self, client: bytes, *events: Event) -> None:
+        """Deliver events to a client, in order; one that has gone loses them, and their requests are aborted."""
 
     @abstractmethod
     def close(self) -> None:
@@ -69,9 +69,10 @@ class _InProcessTransport(Transport):
     def start(self, on_command: OnCommand) -> None:
         self._link.on_command = on_command
 
-    def send(self, client: bytes, event: Event) -> None:
-        if self._link.on_event is not None:
-            self._link.on_event(event)
+    def send(self, client: bytes, *events: Event) -> None:
+        for event in events:
+            if self._link.on_event is not None:
+                self._link.on_event(event)
 
     def close(self) -> None:
         self._link.on_command = None
@@ -170,7 +171,10 @@ def _unbounded(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket
 
 
 class ZmqTransport(Transport):
-    """Serves any number of clients at an address such as ipc:///run/engine or tcp://127.0.0.1:5555."""
+    """Serves any number of clients at an address such as ipc:///run/engine or tcp://127.0.0.1:5555.
+
+    A frame is one command or one event; a message to a client may have several frames.
+    """
 
     def __init__(self, address: str) -> None:
         self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
@@ -191,15 +195,16 @@ class ZmqTransport(Transport):
             on_command(client, command)
 
         def on_lost(frames: list[bytes]) -> None:
-            client, data = frames
-            event = msgspec.msgpack.decode(data, type=Event)
-            if isinstance(event, Delta):
-                on_command(client, Abort(event.id))
+            client, *lost = frames
+            events = [msgspec.msgpack.decode(data, type=Event) for data in lost]
+            for request_id in {event.id: None for event in events if isinstance(event, Delta)}:
+                on_command(client, Abort(request_id))
 
         self._wire.start(on_frames, on_lost)
 
-    def send(self, client: bytes, event: Event) -> None:
-        self._wire.send([client, self._encoder.encode(event)])
+    def send(self, client: bytes, *events: Event) -> None:
+        # Frames of one message: threads and the client wake up once for all.
+        self._wire.send([client, *map(self._encoder.encode, events)])
 
     def close(self) -> None:
         self._wire.close()
@@ -230,7 +235,11 @@ class ZmqConnection(Connection):
         self._decoder = msgspec.msgpack.Decoder(Event)
 
     def start(self, on_event: OnEvent) -> None:
-        self._wire.start(lambda frames: on_event(self._decoder.decode(frames[0])))
+        def on_frames(frames: list[bytes]) -> None:
+            for data in frames:
+                on_event(self._decoder.decode(data))
+
+        self._wire.start(on_frames)
 
     def send(self, command: Command) -> None:
         try:

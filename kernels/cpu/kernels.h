@@ -148,7 +148,7 @@ struct Kernels {
     float (*sum)(const float* from, int64_t size);
     float (*multiply_add)(int64_t steps);  // as many multiply-adds of registers: the arithmetic limit
     int64_t (*compress)(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number);
-    float (*choose_scale)(const bf16* from, int64_t count, float limit, int steps);
+    float (*choose_scale)(const bf16* from, int64_t count, float limit, float span, int steps);
 };
 
 // kCompressed: a panel is cut into groups of so many words, or what is left; see compressed.h.

@@ -91,9 +91,10 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
     }
 }
 
-// The scale of `count` numbers that are rounded to -limit - 1..limit: the largest one's, or of a few below that the one
-// with the least squared error, which few bits gain by.
-inline float choose_scale(const bf16* from, int64_t count, float limit, int steps) {
+// The scale of `count` numbers that are rounded to -limit - 1..limit: of `steps` from the largest one's to 1 + span
+// times that, the one with the least squared error. A few numbers of few bits gain by a lower one, which cuts off the
+// largest; of a few that have many bits, a higher one happens to leave a fifth less.
+inline float choose_scale(const bf16* from, int64_t count, float limit, float span, int steps) {
     vf most{};
     for (int64_t i = 0; i < count; i += 16) {
         vf v = load_up_to(from + i, count - i);
@@ -103,7 +104,7 @@ inline float choose_scale(const bf16* from, int64_t count, float limit, int step
     if (!(first > 0)) return 1.0f;
     float best = first, least = std::numeric_limits<float>::infinity();
     for (int step = 0; steps > 1 && step < steps; ++step) {
-        const float scale = first * (1.0f - 0.5f * step / steps), inverse = 1.0f / scale;
+        const float scale = first * (1.0f + span * step / steps), inverse = 1.0f / scale;
         vf errors{};
         for (int64_t i = 0; i < count; i += 16) {
             vf v = load_up_to(from + i, count - i);

@@ -58,12 +58,13 @@ void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64
     const auto* rows = static_cast<const bf16*>(weight);
     auto* to = static_cast<int8_t*>(numbers);
     const int64_t groups = ceil_div(k, group);
+    const int tried = group < k ? 32 : 1;  // of a whole row all scales leave about the same error
     auto body = [&](int row) {
         const bf16* from = rows + row * k;
         float sum = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(from + first, last - first, 127, 1);
+            const float scale = kernels().choose_scale(from + first, last - first, 127, 0.08f, tried);
             const float inverse = 1.0f / scale;
             scales[scale_place(row, groups, g)] = scale;
             for (int64_t i = first; i < last; ++i) {
@@ -86,7 +87,7 @@ void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void
         uint32_t* panel = to + row / kPanel * k / 8 * kPanel;
         for (int64_t g = 0; g < groups; ++g) {
             int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(from + first, last - first, 7, 16);
+            const float scale = kernels().choose_scale(from + first, last - first, 7, -0.5f, 16);
             const float inverse = 1.0f / scale;
             scales[scale_place(row, groups, g)] = scale;
             for (int64_t i = first; i < last; i += 8) {

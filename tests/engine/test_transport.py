@@ -87,7 +87,8 @@ def test_every_command_and_every_event_survives_the_way(address: str) -> None:
     assert [command for _, command in received] == COMMANDS
     for event in EVENTS:
         transport.send(received[0][0], event)
-    assert [events.get(timeout=PATIENCE_S) for _ in EVENTS] == EVENTS
+    transport.send(received[0][0], *EVENTS)  # as one message
+    assert [events.get(timeout=PATIENCE_S) for _ in 2 * EVENTS] == 2 * EVENTS
     connection.close()
     transport.close()
 
