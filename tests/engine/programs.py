@@ -61,6 +61,8 @@ def logits_at_each_size(
 
 def live_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) -> dict[str, Any]:
     """A caller's program around an engine: what it got, and what its process and its group were like meanwhile."""
+    import rich.style  # noqa: F401  # what others import draws a random number when it is first imported
+
     seen: dict[str, Any] = {"sums": [_sum(rank)], "before": _process_state()}
     group = dist.group.WORLD
     assert group is not None
