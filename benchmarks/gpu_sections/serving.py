@@ -74,7 +74,8 @@ class Served:
 def engine_config(shape: Shape, folder: Path, device: str, interpret: bool, max_model_len: int) -> EngineConfig:
     """As a server for many users would have it; `interpret` is the GPU's path on a CPU."""
     sizes = shape.sizes
-    interpreted = {"attention": "triton", "graphs": "eager"} if interpret else {}
+    # Small blocks, as the contexts are: the scheduler admits nobody who would leave no block.
+    interpreted = {"attention": "triton", "graphs": "eager", "block_size": 16} if interpret else {}
     return EngineConfig(
         model=str(folder),
         device=device,

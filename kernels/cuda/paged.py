@@ -107,7 +107,8 @@ def _load_tile(
     else:
         d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
         places = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-        offsets = (places * (KV_HEADS * HEAD_DIM) + column)[:, None] + d
+        offsets = (places * (KV_HEADS * HEAD_DIM))[:, None] + d
+        k_cache, v_cache = k_cache + column, v_cache + column
         if d.shape[1] != HEAD_DIM:
             present = inside[:, None] & (d < HEAD_DIM)
             k, v = tl.load(k_cache + offsets, present, 0.0), tl.load(v_cache + offsets, present, 0.0)
