@@ -64,7 +64,7 @@ void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64
         float sum = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(from + first, last - first, 127, 0.08f, tried);
+            const float scale = kernels().choose_scale(from + first, last - first, 127, 0.04f, tried);
             const float inverse = 1.0f / scale;
             scales[scale_place(row, groups, g)] = scale;
             for (int64_t i = first; i < last; ++i) {
