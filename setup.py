@@ -38,8 +38,8 @@ def extensions() -> list[Extension]:
     def extension(name: str, folder: str) -> Extension:
         return Extension(
             name,
-            sources=sorted(glob(f"{folder}/*.cpp")),
-            depends=sorted(glob(f"{folder}/*.h")),
+            sources=sorted(glob(f"{folder}/**/*.cpp", recursive=True)),
+            depends=sorted(glob(f"{folder}/**/*.h", recursive=True)),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=[
                 "-std=c++17",

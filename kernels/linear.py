@@ -57,7 +57,7 @@ class PackedWeight:
         self._dtype, self._code = weight.dtype, cpu.DTYPES[weight.dtype]
         self._weight = weight
         self._scales = self._sums = self._apart = torch.empty(0)
-        self._together = 4 if quantization == "w8a8" else 2
+        self._together = 4 if quantization == "w8a8" else cpu.native.int8_together()
         self._group = self.GROUPS.get(quantization, columns)
         if quantization == "none":
             cpu.native.pack_weight(weight.data_ptr(), padded, columns, self._code)
@@ -71,6 +71,7 @@ class PackedWeight:
             self._sums.data_ptr(),
             self._apart.data_ptr(),
             self._group,
+            self._together,
             rows,
             columns,
             self._code,

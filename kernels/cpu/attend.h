@@ -4,7 +4,7 @@
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// What a task has summed up so far, of kQueryRows rows at most.
+// What a task has summed up so far.
 struct Running {
     float* sums;    // (rows, head_dim)
     float* most;    // (rows,) largest score, scaled
@@ -289,7 +289,7 @@ void attention_task(const Attention& job, int number) {
     }
 
     if (task.partial >= 0) {
-        float* to = job.partials + static_cast<int64_t>(task.partial) * kQueryRows * (dim + 2);
+        float* to = job.partials + static_cast<int64_t>(task.partial) * job.query_rows * (dim + 2);
         std::memcpy(to, running.sums, sizeof(float) * rows * dim);
         std::memcpy(to + static_cast<int64_t>(rows) * dim, running.most, sizeof(float) * rows);
         std::memcpy(to + static_cast<int64_t>(rows) * (dim + 1), running.weight, sizeof(float) * rows);
@@ -309,8 +309,8 @@ template <class T>
 void merge_partials(const Attention& job, int row, int kv_head, int splits, int partial) {
     const int group = job.heads / job.kv_heads, dim = job.head_dim;
     const int rows = (job.cu_q[row + 1] - job.cu_q[row]) * group;
-    const float* from = job.partials + static_cast<int64_t>(partial) * kQueryRows * (dim + 2);
-    const int64_t stride = static_cast<int64_t>(kQueryRows) * (dim + 2);
+    const float* from = job.partials + static_cast<int64_t>(partial) * job.query_rows * (dim + 2);
+    const int64_t stride = static_cast<int64_t>(job.query_rows) * (dim + 2);
     for (int r = 0; r < rows; ++r) {
         float most = kMinusInfinity;
         for (int s = 0; s < splits; ++s) most = std::max(most, from[s * stride + rows * dim + r]);

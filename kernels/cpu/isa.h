@@ -1,10 +1,15 @@
-// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _FMA, _BF16 and _ROWS, and
-// turns the instructions on before it includes this, but after common.h.
+// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _FMA, _BF16 and _ROWS, for
+// AMX also _TILES, and turns the instructions on before it includes this, but after common.h.
 
 namespace phalanx {
 namespace PHALANX_ISA_NAME {
 
 constexpr int kMaxRows = PHALANX_ISA_ROWS;
+#if PHALANX_ISA_TILES
+constexpr int kTaskRows = 128;
+#else
+constexpr int kTaskRows = 48;
+#endif
 
 #include "vectors.h"
 #include "multiply.h"
@@ -13,6 +18,10 @@ constexpr int kMaxRows = PHALANX_ISA_ROWS;
 #include "linear.h"
 #include "attend.h"
 #include "rows.h"
+#if PHALANX_ISA_TILES
+#include "amx/linear.h"
+#include "amx/attention.h"
+#endif
 
 template <class F>
 INLINE void by_type(DType dtype, F&& f) {
@@ -20,6 +29,9 @@ INLINE void by_type(DType dtype, F&& f) {
 }
 
 void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
+#if PHALANX_ISA_TILES
+    if (job.dtype == DType::kBFloat16) return pack_tiles(job, block, to, scales);
+#endif
     by_type(job.dtype, [&](auto t) {
         using T = decltype(t);
         switch (job.kind) {
@@ -33,6 +45,13 @@ void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
     });
 }
 void linear(const Linear& job, const PackedRows& x, int task) {
+#if PHALANX_ISA_TILES
+    if (job.dtype == DType::kBFloat16) {
+        tile_linear(job, x, task);
+        if (streams(job)) fence();
+        return;
+    }
+#endif
     by_type(job.dtype, [&](auto t) {
         using T = decltype(t);
         switch (job.kind) {
@@ -52,6 +71,9 @@ void linear(const Linear& job, const PackedRows& x, int task) {
     if (streams(job)) fence();
 }
 void attention(const Attention& job, int task) {
+#if PHALANX_ISA_TILES
+    if (job.dtype == DType::kBFloat16 && !job.int8_cache) return tile_attention_task(job, task);
+#endif
     by_type(job.dtype, [&](auto t) {
         using T = decltype(t);
         job.int8_cache ? attention_task<T, int8_t>(job, task) : attention_task<T, T>(job, task);
@@ -74,6 +96,12 @@ void rope(const Rope& job, int token) {
 
 const Kernels PHALANX_ISA_TABLE = {
     PHALANX_STRING(PHALANX_ISA_NAME), PHALANX_ISA_ROWS,
+    PHALANX_ISA_NAME::kTaskRows,
+#if PHALANX_ISA_TILES
+    PHALANX_ISA_NAME::release_tiles,  PHALANX_ISA_NAME::packed_row_bytes,
+#else
+    nullptr,                          nullptr,
+#endif
     PHALANX_ISA_NAME::pack_x,         PHALANX_ISA_NAME::linear,
     PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,
     PHALANX_ISA_NAME::norm,           PHALANX_ISA_NAME::rope,

@@ -15,6 +15,13 @@
 
 namespace phalanx {
 
+// Whether the compiler is new enough for AMX.
+#if defined(__x86_64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || __GNUC__ >= 11)
+#define PHALANX_HAS_AMX 1
+#else
+#define PHALANX_HAS_AMX 0
+#endif
+
 constexpr int kPanel = 16;  // columns of a panel
 
 struct bf16 {
@@ -63,6 +70,7 @@ struct Linear {
     int64_t ldx;
     int m, k, n;            // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
     int words;              // of k in packed x
+    int together;           // kInt8, kW8A8: numbers of a row side by side in a panel, which are one word
     const void* weight;     // panels
     const uint32_t* apart;  // kCompressed: the groups that are not, (groups, kGroupWords, 16)
     const float* scales;    // quantized: (panels, groups, 16)
@@ -75,6 +83,7 @@ struct Linear {
     // of which m_tiles are made; the columns into units of two panels. A task is one tile by units_per_task units.
     int row_blocks, m_tiles, n_units, units_per_task;
     int word_block;  // words of k that are multiplied in one go
+    int block_rows;  // with tiles: rows of a block, also of the last, in which some may be missing
 };
 
 // x as the micro-kernel takes it.
@@ -99,11 +108,11 @@ struct Attention {
     void* out;             // (tokens, heads, head_dim)
     const int32_t* tasks;  // (count, 6): row, kv head, first token, tokens, first key, partial (or -1)
     int count;
+    int query_rows;   // query rows (tokens x heads of a group) of a task at most, unless a group has more
     float* partials;  // per partial and query row: head_dim sums, maximum, denominator
 };
 
 constexpr int kKeyTile = 256;     // keys whose scores are held at once
-constexpr int kQueryRows = 48;    // query rows (tokens x heads of a group) of a task
 constexpr int kSplitKeys = 1024;  // a decode row longer than this is cut into tasks of so many keys
 constexpr int kTaskFields = 6;
 
@@ -134,7 +143,10 @@ struct Rope {
 
 struct Kernels {
     const char* name;
-    int max_rows;  // rows of x that the micro-kernel takes
+    int max_rows;                         // rows of x that the micro-kernel takes
+    int query_rows;                       // of a task of attention
+    void (*release)();                    // gives up the calling thread's tiles; null where there are none
+    int64_t (*row_bytes)(const Linear&);  // of packed x, with tiles
     void (*pack_x)(const Linear&, int row_block, uint32_t* to, float* scales);
     void (*linear)(const Linear&, const PackedRows& x, int task);
     void (*attention)(const Attention&, int task);
@@ -168,6 +180,11 @@ inline const uint32_t* words_apart(const uint8_t* table, const uint32_t* apart) 
     return apart + static_cast<int64_t>(number) * kGroupWords * kPanel;
 }
 
+// Whether a set of kernels multiplies this by tiles, for which x is packed and the tasks are planned in another way.
+inline bool by_tiles(const Kernels& kernels, const Linear& job) {
+    return kernels.release != nullptr && job.dtype == DType::kBFloat16;
+}
+
 // Words of x that a word of the weight stands for.
 inline int words_per_stored(WeightKind kind) { return kind == WeightKind::kInt4 ? 4 : 1; }
 
@@ -183,6 +200,6 @@ inline int64_t number_place(int64_t row, int64_t k, int64_t i, int together) {
 // The first row of block `i` when m rows are cut into `blocks` even ones.
 inline int block_start(int64_t m, int64_t blocks, int64_t i) { return static_cast<int>(m * i / blocks); }
 
-extern const Kernels kAvx512Bf16, kAvx512, kAvx2, kPortable;
+extern const Kernels kAvx512Amx, kEmulatedAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable;
 
 }  // namespace phalanx

@@ -21,16 +21,16 @@ T at(uintptr_t address) {
     return reinterpret_cast<T>(address);
 }
 
-Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, uintptr_t apart, int group, int n,
-                   int k, int dtype) {
+Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, uintptr_t apart, int group,
+                   int together, int n, int k, int dtype) {
     Linear job{};
     job.dtype = static_cast<DType>(dtype);
     job.kind = static_cast<WeightKind>(kind);
     job.k = k;
     job.n = n;
     job.words = job.dtype == DType::kFloat32 ? k : k / 2;
-    if (job.kind == WeightKind::kInt8) job.words = k / 2;
-    if (job.kind == WeightKind::kW8A8) job.words = k / 4;
+    job.together = together;
+    if (job.kind == WeightKind::kInt8 || job.kind == WeightKind::kW8A8) job.words = k / together;
     if (job.kind != WeightKind::kPlain && job.kind != WeightKind::kCompressed) {
         job.word_block = job.words * static_cast<int64_t>(group) / k;
         job.groups = (k + group - 1) / group;
@@ -193,6 +193,11 @@ PYBIND11_MODULE(_native, m) {
         const Kernels* found = find_kernels(name.c_str());
         if (found == nullptr) throw py::value_error("this processor cannot run the kernels " + name);
         use_kernels(found);
+    });
+    m.def("int8_together", [] {  // numbers of a row that an int8 weight has side by side
+        Linear job{};
+        job.dtype = DType::kBFloat16;
+        return by_tiles(kernels(), job) ? 4 : 2;
     });
     m.def("can_run", [](const std::string& name) { return find_kernels(name.c_str()) != nullptr; });
     m.def("read_rate", [](int64_t bytes, int repeats) {

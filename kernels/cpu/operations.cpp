@@ -9,7 +9,14 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string_view>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "pool.h"
 
@@ -19,19 +26,20 @@ namespace {
 // Words of k multiplied in one go: two panels of so many bfloat16 stay in the first cache; fewer floats are summed up
 // at once, for precision.
 constexpr int kWordBlock = 512, kFloatWordBlock = 64;
-constexpr int kTileRows = 96;    // rows of x whose packed words stay in the second cache
-constexpr int kChunkRows = 768;  // rows of x that are packed at once
+constexpr int kTileRows = 96;                           // rows of x whose packed words stay in the second cache
+constexpr int kChunkRows = 768, kTileChunkRows = 1024;  // rows of x that are packed at once
 // Each thread packs x for itself, which costs it as much as some 8 columns do, as long as the columns are many and the
 // copies fit into a cache: to write lines that another core has read costs more, if that core is far away.
 constexpr int64_t kOwnPackedBytes = 16 << 20;
-constexpr int kOwnPackedColumns = 64;  // for each thread
-constexpr int kTasksPerThread = 16;    // of many rows: so that a thread which is held up costs little
+constexpr int64_t kOwnTileBytes = 1 << 18;  // tiles multiply so fast that fewer rows pay
+constexpr int kOwnPackedColumns = 64;       // for each thread
+constexpr int kTasksPerThread = 16;         // of many rows: so that a thread which is held up costs little
 
 const Kernels* best_kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    for (const Kernels* each : {&kAvx512Bf16, &kAvx512, &kAvx2}) {
-        if (find_kernels(each->name)) return each;
+    for (const char* name : {"avx512_amx", "avx512_bf16", "avx512", "avx2"}) {
+        if (const Kernels* found = find_kernels(name)) return found;
     }
 #endif
     return &kPortable;
@@ -39,28 +47,66 @@ const Kernels* best_kernels() {
 
 const Kernels* current = nullptr;
 
-void run_chunk(Linear& job, int rows_each) {
-    const Kernels& k = kernels();
+// The rows of x as row blocks, and the tasks: for the micro-kernel of vectors.
+void plan_vectors(Linear& job, int rows_each) {
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
     job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kTileRows));
     if (job.kind == WeightKind::kPlain || job.kind == WeightKind::kCompressed) {
         int64_t passes = ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock);
         job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
     }
-    int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
-    job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
     // Of many rows a task does several units, for which it finds its rows in the second cache.
     int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
     job.units_per_task = job.m_tiles > 1 ? static_cast<int>(std::max<int64_t>(1, job.n_units / wanted)) : 1;
+}
+
+// The same for tiles. Row blocks are even in number, unless there is but one, and as even in size as can be.
+void plan_amx(Linear& job) {
+    constexpr int kRows = 16, kTaskRows = 512;
+    constexpr int kFewRowsWords = 128, kManyRowsWords = 256;  // of a chunk; two or four panels stay in the first cache
+    constexpr int64_t kLeastUnits = 4, kMostUnits = 8;        // of many rows: C stays in the second cache
+    const bool grouped = job.kind == WeightKind::kInt8 || job.kind == WeightKind::kInt4, one = job.m <= kRows;
+    job.row_blocks = static_cast<int>(one ? 1 : grouped ? ceil_div(job.m, kRows) : 2 * ceil_div(job.m, 2 * kRows));
+    job.block_rows = static_cast<int>(ceil_div(job.m, job.row_blocks));
+    job.m_tiles = static_cast<int>(ceil_div(job.m, kTaskRows));
+    if (!grouped) {
+        const int64_t passes = ceil_div(job.words, one ? kFewRowsWords : kManyRowsWords);
+        job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
+    }
+    const int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
+    int64_t units = std::max<int64_t>(1, job.n_units / wanted);
+    if (one) {
+        units = ceil_div(units, 2) * 2;
+    } else if (!grouped && job.m > 4 * kRows) {
+        const int64_t fair = std::max<int64_t>(1, static_cast<int64_t>(job.n_units) * job.m_tiles / threads());
+        units = std::min(std::max(units, std::min(fair, kLeastUnits)), kMostUnits);
+    }
+    job.units_per_task = static_cast<int>(units);
+}
+
+// Whether one row of x can be multiplied where it stands.
+bool as_it_stands(const Kernels& k, const Linear& job) {
+    if (job.m != 1 || job.kind == WeightKind::kInt8 || job.kind == WeightKind::kW8A8) return false;
+    return !by_tiles(k, job) || k.row_bytes(job) == int64_t{job.words} * 4;
+}
+
+void run_chunk(Linear& job) {
+    const Kernels& k = kernels();
+    const bool tiles = by_tiles(k, job);
+    int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
+    job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
+    tiles ? plan_amx(job) : plan_vectors(job, k.max_rows);
 
     const int tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
-    const int64_t bytes = static_cast<int64_t>(job.m) * job.words * 4;
+    const int64_t bytes = tiles ? int64_t{job.row_blocks} * job.block_rows * k.row_bytes(job)
+                                : static_cast<int64_t>(job.m) * job.words * 4;
     const auto room = [&] { return static_cast<uint32_t*>(scratch(3, bytes)); };
     const auto room_for_scales = [&] { return static_cast<float*>(scratch(7, job.m * sizeof(float))); };
-    if (job.m == 1 && job.kind != WeightKind::kInt8 && job.kind != WeightKind::kW8A8) {
+    const int64_t own_bytes = tiles ? kOwnTileBytes : kOwnPackedBytes;
+    if (as_it_stands(k, job)) {
         const PackedRows x{static_cast<const uint32_t*>(job.x), nullptr};
         parallel(tasks, [&](int task) { k.linear(job, x, task); });
-    } else if (bytes * threads() <= kOwnPackedBytes && job.n >= kOwnPackedColumns * threads()) {
+    } else if (bytes * threads() <= own_bytes && job.n >= kOwnPackedColumns * threads()) {
         static std::atomic<uint64_t> jobs{0};
         const uint64_t number = ++jobs;
         parallel(tasks, [&](int task) {
@@ -81,6 +127,21 @@ void run_chunk(Linear& job, int rows_each) {
     }
 }
 
+#if PHALANX_HAS_AMX
+// Whether the processor has AMX for both kinds of numbers, and the system lets this process use it: the state of its
+// tiles is large, so Linux wants to be asked, once a process (arch_prctl(2), ARCH_REQ_XCOMP_PERM).
+bool may_use_tiles() {
+    static const bool may = [] {
+        constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTiles | kInt8;
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+        constexpr long kRequest = 0x1023, kTileData = 18;
+        return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    }();
+    return may;
+}
+#endif
+
 }  // namespace
 
 const Kernels* find_kernels(const char* name) {
@@ -91,10 +152,14 @@ const Kernels* find_kernels(const char* name) {
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#if PHALANX_HAS_AMX
+    if (bf16 && wanted == kAvx512Amx.name && may_use_tiles()) return &kAvx512Amx;
+#endif
     if (bf16 && wanted == kAvx512Bf16.name) return &kAvx512Bf16;
     if (avx512 && wanted == kAvx512.name) return &kAvx512;
     if (avx2 && wanted == kAvx2.name) return &kAvx2;
 #endif
+    if (wanted == kEmulatedAmx.name) return &kEmulatedAmx;
     return wanted == kPortable.name ? &kPortable : nullptr;
 }
 
@@ -106,18 +171,20 @@ const Kernels& kernels() {
 }
 
 void run_linear(Linear job) {
+    if (job.kind == WeightKind::kInt8 && (job.together == 4) != by_tiles(kernels(), job))
+        throw std::invalid_argument("an int8 weight is multiplied by the kind of kernels that it was packed for");
     int64_t out_bytes =
         job.output == Output::kStoreFloat || job.output == Output::kAddFloat ? 4 : element_bytes(job.dtype);
     const char* x = static_cast<const char*>(job.x);
     char* out = static_cast<char*>(job.out);
     // Even chunks, so that none is too small for all threads.
-    int chunks = static_cast<int>(ceil_div(job.m, kChunkRows)), m = job.m;
+    int chunks = static_cast<int>(ceil_div(job.m, by_tiles(kernels(), job) ? kTileChunkRows : kChunkRows)), m = job.m;
     for (int i = 0; i < chunks; ++i) {
         int first = block_start(m, chunks, i);
         job.m = block_start(m, chunks, i + 1) - first;
         job.x = x + first * job.ldx * element_bytes(job.dtype);
         job.out = out + first * job.ldo * out_bytes;
-        run_chunk(job, kernels().max_rows);
+        run_chunk(job);
     }
 }
 
@@ -142,12 +209,12 @@ void plan_tasks(AttentionPlan& plan, int heads, int kv_heads) {
     plan.partials = 0;
     plan.heads = heads;
     plan.kv_heads = kv_heads;
-    const int group = heads / kv_heads, most = std::max(1, kQueryRows / group);
+    const int group = heads / kv_heads, rows = kernels().query_rows, most = std::max(1, rows / group);
     for (int row = 0; row < plan.rows; ++row) {
         const int queries = job.cu_q[row + 1] - job.cu_q[row], keys = job.seqused_k[row];
         if (queries == 0) continue;
         const int tiles = static_cast<int>(ceil_div(queries, most));
-        const int splits = tiles == 1 && group <= kQueryRows ? static_cast<int>(ceil_div(keys, kSplitKeys)) : 1;
+        const int splits = tiles == 1 && group <= rows ? static_cast<int>(ceil_div(keys, kSplitKeys)) : 1;
         for (int head = 0; head < kv_heads; ++head) {
             if (splits > 1) {
                 plan.merges.insert(plan.merges.end(), {row, head, splits, plan.partials});
@@ -176,8 +243,9 @@ void run_attention(AttentionPlan& plan, const Attention& layer) {
     job.seqused_k = plan.job.seqused_k;
     job.tasks = plan.tasks.data();
     job.count = static_cast<int>(plan.tasks.size()) / kTaskFields;
+    job.query_rows = k.query_rows;
     job.partials = static_cast<float*>(
-        scratch(5, static_cast<int64_t>(plan.partials) * kQueryRows * (job.head_dim + 2) * sizeof(float)));
+        scratch(5, static_cast<int64_t>(plan.partials) * job.query_rows * (job.head_dim + 2) * sizeof(float)));
     auto body = [&](int task) { k.attention(job, task); };
     parallel(job.count, body);
     auto merge = [&](int i) {

@@ -1,0 +1,261 @@
+// Attention over a cache of bfloat16 by tiles: attend.h's way, with both of its products made of tiles. Included inside
+// an instruction set's namespace.
+//
+//     scores (rows x keys)  =  queries (A: rows x head_dim)   *  keys (B: head_dim x 16 keys, as a block has them)
+//     sums (rows x head_dim) += weights (A: rows x 32 keys)   *  values (B: 32 keys x 16 dimensions)
+//
+// A block may have only 16 keys, half a tile of values, so values are put together first, once for all rows of a task.
+// Rows are the heads of a group below each other, token by token; two blocks of them are multiplied at once.
+//
+// Softmax takes longer than both products together: 2^x has 10 instructions for 16 scores here, and its relative error
+// of 1e-4 is far below the 2e-3 of a weight's bfloat16. (AVX512-FP16 would halve three of them, and add two of
+// conversion for each half.)
+
+constexpr int kTileKeys = 128;  // keys whose scores are held at once
+
+// 2^x for x <= 0, or little above; 0 below -126. With the polynomial of degree 3 with 2^0 = 1 of least relative error.
+INLINE vf power_of_two(vf x) {
+    const vf shifted = x + kRounder;  // its low bits are x, rounded
+    const vf r = x - (shifted - kRounder);
+    vf p = fused(splat(0.055171654f), r, splat(0.24261112f));
+    p = fused(p, r, splat(0.69326099f));
+    p = fused(p, r, splat(1.0f));
+    const vf value = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+    return x > -126.0f ? value : vf{};
+}
+
+// The first `count` keys' weights, side by side.
+INLINE void store_weights(bf16* to, vf first, vf second) {
+#if PHALANX_ISA_BF16
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+    std::memcpy(to, &both, sizeof(both));
+#else
+    store_as(to, first);
+    store_as(to + 16, second);
+#endif
+}
+
+// As soften(), in powers of two: `scale` has log2(e) in it, and running.most has it too.
+INLINE float soften_tile(float* scores, bf16* weights, int visible, int width, float scale, Running& running, int row,
+                         bool first) {
+    if (visible < width) {
+        const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int i = std::max(visible, 0) / 16 * 16; i < width; i += 16)
+            store(scores + i, lanes + i < visible ? load(scores + i) : splat(kMinusInfinity));
+    }
+    vf most0 = load(scores), most1 = load(scores + 16);
+    for (int i = 32; i < width; i += 32) {
+        most0 = larger(most0, load(scores + i));
+        most1 = larger(most1, load(scores + i + 16));
+    }
+    const float before = first ? kMinusInfinity : running.most[row];
+    float now = std::max(before, max_of(larger(most0, most1)) * scale);
+    if (!(now > kMinusInfinity)) now = 0.0f;  // nothing visible yet: all weights are zero
+    vf total0{}, total1{};
+    for (int i = 0; i < width; i += 32) {
+        const vf w0 = power_of_two(fused(load(scores + i), splat(scale), splat(-now)));
+        const vf w1 = power_of_two(fused(load(scores + i + 16), splat(scale), splat(-now)));
+        total0 += w0;
+        total1 += w1;
+        store_weights(weights + i, w0, w1);
+    }
+    const float shrink = first ? 0.0f : power_of_two(splat(before - now))[0];
+    running.most[row] = now;
+    running.weight[row] = (first ? 0.0f : running.weight[row] * shrink) + sum_of(total0 + total1);
+    return shrink;
+}
+
+// A task's memory, and what it does with a tile of keys.
+struct TileAttention {
+    using S = Stored<bf16, bf16>;
+
+    const Attention& job;
+    const TaskView task;
+    int group, dim, rows, before, last_key;
+    int blocks, block_rows;         // of rows
+    int64_t dim_tiles, width;       // tiles along head_dim; floats of a row of sums, a whole number of panel pairs
+    char *queries, *values, *keys;  // as tiles
+    float* scores;
+    bf16* weights;
+    Running running;
+
+    TileAttention(const Attention& job, int number) : job(job), task(view(job, number)) {
+        group = job.heads / job.kv_heads;
+        dim = job.head_dim;
+        rows = task.tokens * group;
+        before = keys_before(job, task);
+        last_key = end_of_keys(job, task);
+        blocks = rows <= kTileRows ? 1 : 2 * static_cast<int>(ceil_div(rows, 2 * kTileRows));
+        block_rows = static_cast<int>(ceil_div(rows, blocks));
+        dim_tiles = ceil_div(dim, 32);
+        width = ceil_div(dim, 32) * 32;
+        const int64_t all_rows = int64_t{blocks} * block_rows, some_rows = std::min(2, blocks) * int64_t{block_rows};
+        const int64_t sizes[] = {all_rows * dim_tiles * kTileRowBytes,
+                                 kTileKeys * width * 2,
+                                 kTileKeys * dim_tiles * 64,
+                                 some_rows * kTileKeys * 4,
+                                 some_rows * kTileKeys * 2,
+                                 all_rows * width * 4,
+                                 all_rows * 4,
+                                 all_rows * 4};
+        int64_t all = 0;
+        for (int64_t size : sizes) all += ceil_div(size, 64) * 64;
+        char *memory = static_cast<char*>(scratch(1, all)), *parts[8];
+        for (int i = 0; i < 8; ++i) {
+            parts[i] = memory;
+            memory += ceil_div(sizes[i], 64) * 64;
+        }
+        queries = parts[0];
+        values = parts[1];
+        keys = parts[2];
+        scores = reinterpret_cast<float*>(parts[3]);
+        weights = reinterpret_cast<bf16*>(parts[4]);
+        running = {reinterpret_cast<float*>(parts[5]), reinterpret_cast<float*>(parts[6]),
+                   reinterpret_cast<float*>(parts[7])};
+    }
+
+    Pieces locate(const TaskView& of, int key) const {
+        return Pieces(job, job.block_table + of.row * job.table_stride, of.kv_head, S{}, key, end_of_keys(job, of));
+    }
+
+    int64_t query_at(int row) const {
+        const int64_t token = job.cu_q[task.row] + task.first_token + row / group;
+        return token * job.ldq + (static_cast<int64_t>(task.kv_head) * group + row % group) * dim;
+    }
+
+    // Missing rows, and what is past head_dim, are zero.
+    void pack_queries() {
+        std::memset(queries, 0, int64_t{blocks} * block_rows * dim_tiles * kTileRowBytes);
+        for (int row = 0; row < rows; ++row) {
+            const char* from = reinterpret_cast<const char*>(static_cast<const bf16*>(job.q) + query_at(row));
+            char* to =
+                queries + row / block_rows * block_rows * dim_tiles * kTileRowBytes + row % block_rows * kTileRowBytes;
+            for (int64_t t = 0; t < dim_tiles; ++t)
+                std::memcpy(to + t * block_rows * kTileRowBytes, from + t * kTileRowBytes,
+                            std::min<int64_t>(kTileRowBytes, dim * 2 - t * kTileRowBytes));
+        }
+    }
+
+    // [dim / 16][keys / 32] tiles of the pieces' values, zero from key `count` on: what a cache has there is anything.
+    void gather_values(const Pieces& pieces, const Pieces& next, int count) {
+        constexpr int64_t kPieceBytes = kTileBytes / 2, kPanelBytes = kTileKeys / 32 * kTileBytes;
+        const int64_t panel = static_cast<int64_t>(job.block_size) / S::kPerWord * 16 * S::kWordBytes;
+        const int all = static_cast<int>(ceil_div(count, 32)) * 2;
+        for (int d = 0; d < dim / 16; ++d) {
+            for (int i = 0; i < all; ++i) {
+                const char *from = pieces.values[i] + d * panel, *ahead = next.values[i] + d * panel;
+                char* to = values + d * kPanelBytes + i * kPieceBytes;
+                const int64_t filled = std::min<int64_t>(std::max(0, count - 16 * i) + 1, 16) / 2 * 64;
+                for (int64_t line = 0; line < filled; line += 64) {
+                    __builtin_prefetch(ahead + line, 0, 2);
+                    store(reinterpret_cast<float*>(to + line), load(reinterpret_cast<const float*>(from + line)));
+                }
+                zero_past(to, filled, kPieceBytes);
+            }
+        }
+    }
+
+    // Sixteen keys as tiles: where they stand, or in `keys` if their last tile is not full.
+    const char* key_tiles(const Pieces& pieces, int i) {
+        if (dim % 32 == 0) return pieces.keys[i];
+        char* to = keys + i * dim_tiles * kTileBytes;
+        std::memcpy(to, pieces.keys[i], int64_t{dim} * 32);
+        zero_past(to, int64_t{dim} * 32, dim_tiles * kTileBytes);
+        return to;
+    }
+
+    template <int Panels>
+    void multiply_keys(const TilesOfA& a, int both, const char* const* b, int piece, const Pieces& next, bool fetches) {
+        Ahead ahead;
+        if (fetches) {
+            ahead.bytes = int64_t{dim} * 32;
+            ahead.step = ceil_div(ahead.bytes, dim_tiles * 64) * 64;
+            for (int p = 0; p < Panels; ++p) ahead.panels[p] = next.keys[piece + p];
+        }
+        const TilesOfC c{reinterpret_cast<char*>(scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4, 128};
+        multiply_tiles<Bfloat16Products, Panels>(a, both, b, dim_tiles, c, false, ahead);
+    }
+
+    // A tile's keys, the first of which is `key`, with one row block or two.
+    void add_keys(const char* const* b, const Pieces& next, int first_block, int key, int count) {
+        const int both = first_block + 1 < blocks ? 2 : 1, start = first_block * block_rows;
+        const int end = std::min(rows, start + both * block_rows);
+        const int keys32 = static_cast<int>(ceil_div(count, 32)) * 32;
+        if (end <= start || before + task.first_token + (end - 1) / group + 1 <= key) return;  // none is visible
+        const bool first = key == task.first_key;
+        const int64_t block_bytes = block_rows * dim_tiles * kTileRowBytes;
+        const TilesOfA a{queries + first_block * block_bytes, int64_t{block_rows} * kTileRowBytes, kTileRowBytes,
+                         block_bytes};
+        int piece = 0;
+        if (both == 1)
+            for (; piece + 4 <= keys32 / 16; piece += 4)
+                multiply_keys<4>(a, both, b + piece, piece, next, first_block == 0);
+        for (; piece < keys32 / 16; piece += 2) multiply_keys<2>(a, both, b + piece, piece, next, first_block == 0);
+
+        const float scale = job.scale * 1.44269504f;
+        for (int row = start; row < end; ++row) {
+            const int i = row - start, visible = before + task.first_token + row / group + 1 - key;
+            const float shrink = soften_tile(scores + i * kTileKeys, weights + i * kTileKeys, std::min(visible, count),
+                                             keys32, scale, running, row, first);
+            float* sums = running.sums + row * width;
+            if (first || shrink == 1.0f) continue;
+            for (int64_t d = 0; d < width; d += 16) store(sums + d, load(sums + d) * shrink);
+        }
+        add_values(both, start, keys32, first);
+    }
+
+    void add_values(int both, int start, int keys32, bool first) {
+        constexpr int64_t kPanelBytes = kTileKeys / 32 * kTileBytes;
+        const TilesOfA a{reinterpret_cast<const char*>(weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
+        Ahead nothing;
+        const int panels = dim / 16;
+        for (int d = 0; d < panels;) {
+            const char* b[4];
+            for (int p = 0; p < 4; ++p) b[p] = values + std::min(d + p, panels - 1) * kPanelBytes;
+            const TilesOfC c{reinterpret_cast<char*>(running.sums + start * width + d * 16), width * 4,
+                             block_rows * width * 4, 128};
+            const bool four = both == 1 && d + 4 <= panels;
+            four ? multiply_tiles<Bfloat16Products, 4>(a, both, b, keys32 / 32, c, !first, nothing)
+                 : multiply_tiles<Bfloat16Products, 2>(a, both, b, keys32 / 32, c, !first, nothing);
+            d += four ? 4 : 2;
+        }
+    }
+
+    void finish() {
+        if (task.partial >= 0) {
+            float* to = job.partials + static_cast<int64_t>(task.partial) * job.query_rows * (dim + 2);
+            for (int r = 0; r < rows; ++r) {
+                std::memcpy(to + static_cast<int64_t>(r) * dim, running.sums + r * width, sizeof(float) * dim);
+                to[static_cast<int64_t>(rows) * dim + r] = running.most[r] * 0.693147181f;
+                to[static_cast<int64_t>(rows) * (dim + 1) + r] = running.weight[r];
+            }
+            return;
+        }
+        for (int r = 0; r < rows; ++r) {
+            const int64_t token = job.cu_q[task.row] + task.first_token + r / group;
+            bf16* out = static_cast<bf16*>(job.out) + (token * job.heads + task.kv_head * group + r % group) * dim;
+            const float share = 1.0f / running.weight[r];
+            for (int i = 0; i < dim; i += 16) store_as(out + i, load(running.sums + r * width + i) * share);
+        }
+    }
+};
+
+inline void tile_attention_task(const Attention& job, int number) {
+    TileAttention work(job, number);
+    configure(work.block_rows, kTileWords);
+    work.pack_queries();
+    Pieces pieces = work.locate(work.task, work.task.first_key);
+    for (int key = work.task.first_key; key < work.last_key; key += kTileKeys) {
+        const int count = std::min(kTileKeys, work.last_key - key);
+        // What is fetched meanwhile: the next tile, or the first of the next task, which likely is this thread's too.
+        const bool more = key + kTileKeys < work.last_key;
+        const TaskView following = more ? work.task : view(job, std::min(number + 1, job.count - 1));
+        const Pieces next = work.locate(following, more ? key + kTileKeys : following.first_key);
+        work.gather_values(pieces, next, count);
+        const char* keys[kTileKeys / 16];
+        for (int i = 0; i < kTileKeys / 16; ++i) keys[i] = work.key_tiles(pieces, i);
+        for (int block = 0; block < work.blocks; block += 2) work.add_keys(keys, next, block, key, count);
+        pieces = next;
+    }
+    work.finish();
+}

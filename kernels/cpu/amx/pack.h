@@ -1,0 +1,92 @@
+// Rows of x as A tiles: for each block of `block_rows` rows, tile after tile along k. Included inside an instruction
+// set's namespace.
+//
+// A tile's rows stand 64 bytes apart. Read where x stands, they would be a row of x apart, often a multiple of 4 KB:
+// all sixteen would then share one set of the first cache. What is past the last row or the last column is zero.
+//
+//     block 0: [tile 0: row 0 | row 1 | ... ] [tile 1] ...      block 1: ...        each row 64 bytes
+//
+// kInt8 has two tiles for a group of 32 numbers of 16 bits, 256 * high + low, with rows of 32 bytes: first the high
+// bytes, which are signed, then the low ones, which are not.
+
+// Rows of a block that there are; the others are zero.
+INLINE int rows_of_block(const Linear& job, int block) {
+    return std::max(0, std::min(job.block_rows, job.m - block * job.block_rows));
+}
+
+// A whole number of tiles, or of groups' pairs of tiles: bytes of one row of x.
+inline int64_t packed_row_bytes(const Linear& job) {
+    if (job.kind == WeightKind::kInt8) return int64_t{job.groups} * kTileRowBytes;
+    if (job.kind == WeightKind::kInt4) return int64_t{job.groups} * 2 * kTileRowBytes;
+    return ceil_div(job.words, kTileWords) * kTileRowBytes;
+}
+
+INLINE void zero_past(char* room, int64_t filled, int64_t bytes) { std::memset(room + filled, 0, bytes - filled); }
+
+inline void pack_tile_rows(const Linear& job, int block, char* to) {
+    const int rows = rows_of_block(job, block);
+    const int64_t bytes = int64_t{job.words} * 4, tiles = packed_row_bytes(job) / kTileRowBytes;
+    const int64_t tile_bytes = int64_t{job.block_rows} * kTileRowBytes;
+    for (int r = 0; r < job.block_rows; ++r) {
+        char* row = to + r * kTileRowBytes;
+        if (r >= rows) {
+            for (int64_t t = 0; t < tiles; ++t) std::memset(row + t * tile_bytes, 0, kTileRowBytes);
+            continue;
+        }
+        const char* x = reinterpret_cast<const char*>(static_cast<const bf16*>(job.x) +
+                                                      (int64_t{block} * job.block_rows + r) * job.ldx);
+        const int64_t whole = bytes / kTileRowBytes;
+        for (int64_t t = 0; t < whole; ++t)
+            store(reinterpret_cast<float*>(row + t * tile_bytes),
+                  load(reinterpret_cast<const float*>(x + t * kTileRowBytes)));
+        for (int64_t t = whole; t < tiles; ++t) {
+            const int64_t left = std::max<int64_t>(0, bytes - t * kTileRowBytes);
+            std::memcpy(row + t * tile_bytes, x + t * kTileRowBytes, left);
+            zero_past(row + t * tile_bytes, left, kTileRowBytes);
+        }
+    }
+}
+
+// x as numbers of 8 bits plus 128, a scale for each row.
+inline void pack_tile_bytes(const Linear& job, int block, char* to, float* scales) {
+    const int rows = rows_of_block(job, block);
+    const int64_t tile_bytes = int64_t{job.block_rows} * kTileRowBytes;
+    std::memset(to, 0, ceil_div(job.words, kTileWords) * tile_bytes);
+    for (int r = 0; r < rows; ++r) {
+        const int64_t number = int64_t{block} * job.block_rows + r;
+        const bf16* x = static_cast<const bf16*>(job.x) + number * job.ldx;
+        float inverse;
+        scales[number] = scale_of(x, job.k, 127, &inverse);
+        for (int64_t k = 0; k < job.k; k += 16) {
+            typedef uint8_t vn __attribute__((vector_size(16)));
+            const vf v = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
+            const vn numbers = __builtin_convertvector(__builtin_convertvector(v, vi) + 128, vn);
+            char* at = to + k / kTileRowBytes * tile_bytes + r * kTileRowBytes + k % kTileRowBytes;
+            std::memcpy(at, &numbers, std::min<int64_t>(16, job.k - k));
+        }
+    }
+}
+
+// x as numbers of 16 bits, a scale for each row, in their high and their low bytes.
+inline void pack_tile_shorts(const Linear& job, int block, char* to, float* scales) {
+    constexpr int kGroup = 32;
+    const int rows = rows_of_block(job, block);
+    const int64_t half = int64_t{job.block_rows} * kGroup;  // bytes of a tile
+    std::memset(to, 0, job.groups * 2 * half);
+    for (int r = 0; r < rows; ++r) {
+        const int64_t number = int64_t{block} * job.block_rows + r;
+        const bf16* x = static_cast<const bf16*>(job.x) + number * job.ldx;
+        float inverse;
+        scales[number] = scale_of(x, job.k, 32767, &inverse);
+        for (int64_t k = 0; k < job.k; k += 16) {
+            typedef uint8_t vn __attribute__((vector_size(16)));
+            const vf v = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
+            const vi both = __builtin_convertvector(v, vi);
+            const vn high = __builtin_convertvector(both >> 8, vn), low = __builtin_convertvector(both & 255, vn);
+            char* at = to + k / kGroup * 2 * half + r * kGroup + k % kGroup;
+            const int64_t count = std::min<int64_t>(16, job.k - k);
+            std::memcpy(at, &high, count);
+            std::memcpy(at + half, &low, count);
+        }
+    }
+}

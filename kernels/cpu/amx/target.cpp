@@ -1,0 +1,26 @@
+#include "../common.h"
+
+// AVX512-BF16 with AMX: from GCC 11 and Clang 12 on, whose assemblers know it. operations.cpp says so where it is left
+// out.
+#if PHALANX_HAS_AMX
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                          \
+    __attribute__((                                                                                                    \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8,fma,avx2,bmi2"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8,fma,avx2,bmi2")
+#endif
+#include <immintrin.h>
+#define PHALANX_ISA_NAME avx512_amx
+#define PHALANX_ISA_TABLE kAvx512Amx
+#define PHALANX_ISA_AVX512 1
+#define PHALANX_ISA_FMA 1
+#define PHALANX_ISA_BF16 1
+#define PHALANX_ISA_TILES 1
+#define PHALANX_ISA_ROWS 12
+#include "../isa.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,171 @@
+// The eight instructions of AMX, as functions, or plain C++ that does what they do, with the same bits: that is how
+// every machine can test what is made of them. Included inside an instruction set's namespace, after vectors.h.
+//
+// A tile is up to 16 rows of up to 64 bytes. There are eight, named by number; one product takes three:
+//
+//     C (rows x 16 sums)  +=  A (rows x 16 words)  *  B (16 words x 16 columns)
+//
+// A word has 32 bits along the summed dimension: two bfloat16, or four 8-bit numbers. Row w of B holds word w of 16
+// columns, which is how a panel stands in memory (kernels.h): 16 words of a panel are one B tile, without a copy.
+
+constexpr int kTileRows = 16, kTileWords = 16, kTileBytes = 1024, kTileRowBytes = 64;
+
+// What the tiles' shapes are while they are in use: LDTILECFG's operand (Intel SDM, volume 1, chapter 18).
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int tile_rows, int bytes) {
+        rows[tile] = static_cast<uint8_t>(tile_rows);
+        row_bytes[tile] = static_cast<uint16_t>(bytes);
+    }
+};
+static_assert(sizeof(TileConfig) == 64, "LDTILECFG reads 64 bytes");
+
+#if PHALANX_ISA_EMULATED_TILES
+
+struct EmulatedTiles {
+    TileConfig config;
+    uint8_t bytes[8][kTileRows][kTileRowBytes];
+};
+
+inline EmulatedTiles& emulated() {
+    static thread_local EmulatedTiles tiles;
+    return tiles;
+}
+
+inline void tile_configure(const TileConfig& config) {
+    emulated().config = config;
+    std::memset(emulated().bytes, 0, sizeof(emulated().bytes));
+}
+inline void tile_release() { tile_configure(TileConfig{}); }
+
+template <int Tile>
+inline void tile_zero() {
+    std::memset(emulated().bytes[Tile], 0, kTileBytes);
+}
+template <int Tile>
+inline void tile_load(const void* from, int64_t stride) {
+    EmulatedTiles& t = emulated();
+    tile_zero<Tile>();
+    for (int r = 0; r < t.config.rows[Tile]; ++r)
+        std::memcpy(t.bytes[Tile][r], static_cast<const char*>(from) + r * stride, t.config.row_bytes[Tile]);
+}
+template <int Tile>
+inline void tile_store(void* to, int64_t stride) {
+    const EmulatedTiles& t = emulated();
+    for (int r = 0; r < t.config.rows[Tile]; ++r)
+        std::memcpy(static_cast<char*>(to) + r * stride, t.bytes[Tile][r], t.config.row_bytes[Tile]);
+}
+
+// Calls f(sum's address, word of A, word of B, first word of the row) in the processor's order.
+template <int C, int A, int B, class F>
+inline void each_product(F&& f) {
+    EmulatedTiles& t = emulated();
+    for (int m = 0; m < t.config.rows[C]; ++m)
+        for (int n = 0; n < t.config.row_bytes[C] / 4; ++n)
+            f(t.bytes[C][m] + 4 * n, t.bytes[A][m], &t.bytes[B][0][4 * n], t.config.row_bytes[A] / 4);
+}
+
+inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+
+// The two numbers of a word have sums of their own, fused and rounded one product at a time; these two are added, and
+// that to C. Denormal numbers count as zero, as operands and as results.
+template <int C, int A, int B>
+inline void tile_dot_bf16() {
+    each_product<C, A, B>([](uint8_t* sum, const uint8_t* a, const uint8_t* b, int words) {
+        float halves[2] = {0.0f, 0.0f};
+        for (int w = 0; w < words; ++w) {
+            for (int i = 0; i < 2; ++i) {
+                bf16 x, y;
+                std::memcpy(&x, a + 4 * w + 2 * i, 2);
+                std::memcpy(&y, b + kTileRowBytes * w + 2 * i, 2);
+                halves[i] = flushed(std::fmaf(flushed(to_float(x)), flushed(to_float(y)), halves[i]));
+            }
+        }
+        float c;
+        std::memcpy(&c, sum, 4);
+        c = flushed(flushed(c) + flushed(halves[0] + halves[1]));
+        std::memcpy(sum, &c, 4);
+    });
+}
+
+template <int C, int A, int B, class Left>
+inline void emulate_dot_int8() {
+    each_product<C, A, B>([](uint8_t* sum, const uint8_t* a, const uint8_t* b, int words) {
+        uint32_t c;  // wraps around
+        std::memcpy(&c, sum, 4);
+        for (int i = 0; i < 4 * words; ++i)
+            c += static_cast<uint32_t>(static_cast<Left>(a[i]) *
+                                       static_cast<int8_t>(b[kTileRowBytes * (i / 4) + i % 4]));
+        std::memcpy(sum, &c, 4);
+    });
+}
+template <int C, int A, int B>
+inline void tile_dot_us8() {
+    emulate_dot_int8<C, A, B, uint8_t>();
+}
+template <int C, int A, int B>
+inline void tile_dot_ss8() {
+    emulate_dot_int8<C, A, B, int8_t>();
+}
+
+#else
+
+// The compiler's own intrinsics take the tile's number as text, so a template could not pass it on; and they do not say
+// that a load reads memory, which the stores just before it must have reached.
+INLINE void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
+INLINE void tile_release() { asm volatile("tilerelease" ::: "memory"); }
+
+template <int Tile>
+INLINE void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+template <int Tile>
+INLINE void tile_load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+template <int Tile>
+INLINE void tile_store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(Tile) : "memory");
+}
+template <int C, int A, int B>
+INLINE void tile_dot_bf16() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+INLINE void tile_dot_us8() {  // A unsigned, B signed
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+INLINE void tile_dot_ss8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+#endif
+
+// What the calling thread's tiles are configured for, so that it is done again only for another shape: it takes some
+// 100 ns. Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B.
+inline int& configured() {
+    static thread_local int shape = 0;
+    return shape;
+}
+
+INLINE void configure(int rows, int words) {
+    const int shape = rows * 256 + words;
+    if (configured() == shape) return;
+    TileConfig config;
+    for (int tile = 0; tile < 4; ++tile) config.set(tile, rows, kTileRowBytes);
+    for (int tile = 4; tile < 6; ++tile) config.set(tile, rows, 4 * words);
+    for (int tile = 6; tile < 8; ++tile) config.set(tile, words, kTileRowBytes);
+    tile_configure(config);
+    configured() = shape;
+}
+
+// Tiles that are in use make a switch to another thread slower, and keep a core from its deeper sleep.
+inline void release_tiles() {
+    if (configured() == 0) return;
+    tile_release();
+    configured() = 0;
+}
