@@ -26,11 +26,12 @@ from typing import Any
 
 from phalanx.benchmarks.common import ROOT, model_folder, percentiles, run
 from phalanx.benchmarks.latency import whole_numbers
-from phalanx.benchmarks.limits import Work, case_limit_tokens_per_s, read_bandwidth_now, share
+from phalanx.benchmarks.limits import Work, case_limit_tokens_per_s, share
 from phalanx.benchmarks.peers.engines import Planned, Sizes, plan_peers, plan_phalanx
 from phalanx.benchmarks.peers.plot import chart, document
 from phalanx.benchmarks.peers.process import EngineProcess
 from phalanx.benchmarks.peers.program import Case, read_case
+from phalanx.benchmarks.rates import measure_now
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 
@@ -40,6 +41,7 @@ RATES = (0.5, 1.0, 2.0, 4.0)
 RATE_CASE = "16,128,64,{}"
 WARM_UP_TOKENS = 3
 WHOLE_NUMBERS_BELOW = 1.3  # bytes of a weight: such are multiplied as integers
+RATE_UNITS = ("_gb_s", "_gflops", "_one_thread")
 IDLE_S = 2.0
 
 Lines = dict[str, list[tuple[float, float]]]
@@ -60,7 +62,7 @@ class Options:
     curves: bool = False  # also throughput by concurrency and latency by request rate, one round each
     plot: str | None = None  # an SVG file for the curves
     peers_folder: str | None = None  # as install.py filled it; without one the folder `peers` beside the repository
-    limits_s: float = 1.0  # of each measurement of the machine's limits; 0 leaves them out
+    limits_s: float = 0.5  # of each measurement of the machine's limits; 0 leaves them out
     out: str | None = None  # a file for the JSON line
 
     def read_cases(self, vocab_size: int) -> dict[str, Case]:
@@ -112,7 +114,7 @@ class Contest:
     def run(self, name: str, case: Case) -> dict[str, Any] | None:
         """The outcome of a case; None if the engine failed, which puts it out of the contest."""
         process = self._processes[name]
-        before = read_bandwidth_now()
+        before = measure_now()
         process.go_on()
         try:
             outcome = process.run(case)
@@ -121,8 +123,8 @@ class Contest:
             return None
         finally:
             process.stop()
-        if before is not None:
-            outcome["read_gb_s"] = max(before, read_bandwidth_now() or 0.0)
+        after = measure_now()
+        outcome |= {rate: max(value, after.get(rate, 0.0)) for rate, value in before.items()}
         return outcome
 
     def round(self, cases: Mapping[str, Case], outcomes: Outcomes, title: str, first: int = 0) -> None:
@@ -161,7 +163,7 @@ def measure_limits(folder: Path, seconds: float) -> dict[str, float]:
     if process.returncode:
         raise ConfigError(f"limits.py ended with exit code {process.returncode}; its error stands above")
     line = json.loads(process.stdout.splitlines()[-1])
-    return {name: value for name, value in line.items() if name.startswith(("read_", "bf16_", "int8_")) and value}
+    return {name: value for name, value in line.items() if name.endswith(RATE_UNITS) and value}
 
 
 def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,13 +202,15 @@ def limits_of(
     """Output tokens a second at best, of each run of a case with weights of so many bytes; empty if nothing says."""
     if not limits or any(case.due_s):
         return []
-    flops = limits["bf16_gflops"]
-    if weight_bytes < WHOLE_NUMBERS_BELOW:
-        flops = max(flops, limits.get("int8_gflops", 0.0))
+    kinds = ["bf16_gflops"] + ["int8_gflops"] * (weight_bytes < WHOLE_NUMBERS_BELOW)
     work = Work(spec, weight_bytes)
     shape = (len(case.prompts), len(case.prompts[0]), case.new_tokens)
-    rates = [1e9 * run.get("read_gb_s", limits["read_gb_s"]) for run in runs]
-    return [case_limit_tokens_per_s(work, *shape, rate, 1e9 * flops) for rate in rates]
+    best = []
+    for outcome in runs:
+        rates = {**limits, **{name: value for name, value in outcome.items() if name in limits}}
+        flops = max(rates.get(kind, 0.0) for kind in kinds)
+        best.append(case_limit_tokens_per_s(work, *shape, 1e9 * rates["read_gb_s"], 1e9 * flops))
+    return best
 
 
 def judge(

@@ -23,17 +23,16 @@ import torch
 from phalanx.benchmarks.common import model_folder, run
 from phalanx.benchmarks.latency import whole_numbers
 from phalanx.benchmarks.limits import (
-    Limits,
     Work,
     decode_step_s,
     kv_token_bytes,
-    measure_limits,
     prefill_s,
     share,
     step_weight_bytes,
     token_flops,
 )
 from phalanx.benchmarks.peers.engines import weight_bytes
+from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
@@ -55,7 +54,7 @@ class Options:
     prompts: str = "1024"  # tokens of the prompts
     repeats: int = 15
     quantization: str = "none"
-    limits_s: float = 1.0  # of each measurement of the machine's limits
+    limits_s: float = 0.5  # of each measurement of the machine's limits
     out: str | None = None  # a file for the JSON line
 
 

@@ -80,7 +80,7 @@ const Kernels PHALANX_ISA_TABLE = {
     PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::noisy_largest,
     PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::sum_all,
     PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::compress,
-    PHALANX_ISA_NAME::choose_scale,
+    PHALANX_ISA_NAME::choose_scale,   nullptr,
 };
 
 }  // namespace phalanx

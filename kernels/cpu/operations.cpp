@@ -2,13 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
 #include <string_view>
 
 #include "pool.h"
@@ -230,44 +225,6 @@ void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t bl
     const int64_t blocks = ceil_div(size, block);
     run_rows(static_cast<int>(count), size,
              [&](int row) { k.block_maxima(rows + row * size, size, block, out + row * blocks); });
-}
-
-double read_rate(int64_t bytes, int repeats) {
-    const Kernels& k = kernels();
-    int64_t count = bytes / 4, pieces = static_cast<int64_t>(threads()) * 64;
-    std::unique_ptr<float, decltype(&std::free)> memory(
-        static_cast<float*>(std::aligned_alloc(4096, ceil_div(bytes, 4096) * 4096)), &std::free);
-    if (!memory) throw std::bad_alloc();
-    auto start_of = [&](int64_t i) { return count * i / pieces; };
-    auto touch = [&](int i) {  // no two pages alike: a host may keep those once
-        for (int64_t at = start_of(i); at < start_of(i + 1); ++at) memory.get()[at] = static_cast<float>(at);
-    };
-    parallel(static_cast<int>(pieces), touch);
-    double best = 0;
-    std::vector<float> sums(pieces);
-    auto read = [&](int i) { sums[i] = k.sum(memory.get() + start_of(i), start_of(i + 1) - start_of(i)); };
-    for (int repeat = 0; repeat < repeats; ++repeat) {
-        auto begin = std::chrono::steady_clock::now();
-        parallel(static_cast<int>(pieces), read);
-        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-        best = std::max(best, count * 4.0 / seconds.count());
-    }
-    return best;
-}
-
-double multiply_rate(int64_t steps) {
-    const Kernels& k = kernels();
-    int pieces = threads() * 16;
-    std::vector<float> sums(pieces);
-    auto body = [&](int i) { sums[i] = k.multiply_add(steps); };
-    double best = 0;
-    for (int repeat = 0; repeat < 3; ++repeat) {
-        auto begin = std::chrono::steady_clock::now();
-        parallel(pieces, body);
-        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-        best = std::max(best, 2.0 * 32 * 12 * steps * pieces / seconds.count());
-    }
-    return best;
 }
 
 }  // namespace phalanx
