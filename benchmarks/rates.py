@@ -71,6 +71,10 @@ class Limits:
     apart: dict[str, float]  # by the name of what was measured, see Rate
     repeats: dict[str, int]
 
+    def gflops(self, int8: bool) -> float:
+        """The most it multiplies in bf16, or in either where both operands have 8 bits."""
+        return max(self.bf16_gflops, (self.int8_gflops or 0.0) if int8 else 0.0)
+
     @property
     def unsteady(self) -> list[str]:
         """What was measured while something else used the machine."""

@@ -44,8 +44,11 @@ def test_the_limit_of_arithmetic_is_the_best_of_vectors_tiles_and_torch() -> Non
     found = machine(read_gb_s=25, vectors_bf16_gflops=400, tiles_bf16_gflops=4000, bf16_matmul_gflops=900)
     assert (found.bf16_gflops, found.bf16_gflops_one_thread) == (4000, 2000)
     assert found.int8_gflops is found.tiles_int8_gflops is None
+    assert found.gflops(int8=True) == found.gflops(int8=False) == 4000
     assert machine(read_gb_s=25, vectors_bf16_gflops=400, bf16_matmul_gflops=450).bf16_gflops == 450
-    assert machine(read_gb_s=25, vectors_bf16_gflops=400, tiles_int8_gflops=9, int8_matmul_gflops=7).int8_gflops == 9
+    for vectors, both in ((400, 400), (4, 9)):
+        found = machine(read_gb_s=25, vectors_bf16_gflops=vectors, tiles_int8_gflops=9, int8_matmul_gflops=7)
+        assert (found.int8_gflops, found.gflops(int8=True)) == (9, both)
     with pytest.raises(ValueError, match="neither"):
         machine(read_gb_s=25)
 
