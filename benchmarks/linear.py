@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from phalanx.benchmarks.limits import share
 from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.models.spec import ModelSpec, spec_from_config
+from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.kernels.cpu import PANEL, native
 from phalanx.kernels.linear import PackedWeight
 from phalanx.launch.get_model import load_shape
@@ -43,7 +44,8 @@ WARN_BELOW = 5
 class Options:
     """What to measure."""
 
-    random: str = "qwen2_5_0_5b"  # a preset of configs/models, for its shapes
+    model: str | None = None  # a folder with a config.json, for its shapes; without one those of `random`
+    random: str = "qwen2_5_0_5b"  # a preset of configs/models
     formats: str = ",".join(FORMATS)
     rows: str = "1,2,4,8,16,32,64,128,1024"
     instructions: str = ""  # names of instruction sets; all that this machine has
@@ -238,7 +240,8 @@ def measure(options: Options) -> dict[str, Any]:
     if native is None:
         raise ConfigError("the C++ kernels are not built: install again where a C++17 compiler is found")
     options.check()
-    spec = spec_from_config(load_shape(options.random), options.random)
+    config = load_shape(options.random) if options.model is None else read_config(Path(options.model))
+    spec = spec_from_config(config, options.model or options.random)
     rows = whole_numbers("rows", options.rows)
     if options.repeats < WARN_BELOW:
         print(f"repeats={options.repeats}: a median of fewer than {WARN_BELOW} says little", flush=True)

@@ -26,6 +26,7 @@ from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import spec_from_config
 from phalanx.kernels import cpu
 from phalanx.launch.presets import load_preset
+from phalanx.tests.models import TINY_SHAPE
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = spec_from_config(load_preset("qwen2_5_0_5b")["shape"], "qwen2_5_0_5b")
@@ -95,10 +96,20 @@ def test_what_cannot_be_measured_is_refused(options: Options, message: str) -> N
 
 
 def test_every_format_is_measured_on_every_instruction_set_from_memory_and_cached(tmp_path: Path) -> None:
-    small = ("layers=2", "rows=1,3", "repeats=1", "pass_s=0", "slowest_s=60", "limits_s=0.01", "formats=bf16,int4")
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_SHAPE, "torch_dtype": "bfloat16"}))
+    small = (
+        f"model={tmp_path}",
+        "layers=2",
+        "rows=1,3",
+        "repeats=1",
+        "pass_s=0",
+        "slowest_s=60",
+        "limits_s=0.01",
+        "formats=bf16,int4",
+    )
     program = str(ROOT / "benchmarks" / "linear.py")
     process = subprocess.run(
-        [sys.executable, program, "random=qwen2_5_0_5b", *small, "instructions=portable"],
+        [sys.executable, program, *small, "instructions=portable"],
         capture_output=True,
         text=True,
         check=False,
