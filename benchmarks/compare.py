@@ -1,13 +1,14 @@
 """phalanx beside other engines: same weights, same prompts, same run, in turns and never two at once.
 
-    python benchmarks/compare.py model=models/qwen2-5-0-5b peers=vllm,openvino,llamacpp ranks=1,2 repeats=3 out=FILE
+    python benchmarks/compare.py model=models/qwen2-5-0-5b peers=vllm,openvino,llamacpp ranks=1,2 repeats=5 out=FILE
 
 Each engine is a process of its own, loaded once. All others are suspended while one runs. Round after round, each case
 is given to one engine after the other, and each round begins one engine later: what a machine has just done tells on
-how fast it is next. The figures are medians over the rounds. The limits are this machine's: its arithmetic is measured
-before and after the rounds, the rate at which it reads memory before and after each run too, for on a shared host that
-changes from minute to minute. share_of_limit counts the bytes that an engine's weights take, share_of_bf16_limit two a
-weight. The last line is JSON. benchmarks/peers/install.py installs the peers.
+how fast it is next. The figures are medians over the rounds, and a ratio is the median of the ratios within the rounds;
+where the machine is too noisy to tell, it says so instead (peers/verdict.py). The limits are this machine's, measured
+before and after the rounds, and the rates of memory and of tiles before and after each run too, for on a shared host
+they change from minute to minute. share_of_limit counts the bytes that an engine's weights take, share_of_bf16_limit
+two a weight. The last line is JSON. benchmarks/peers/install.py installs the peers.
 """
 
 from __future__ import annotations
@@ -26,24 +27,25 @@ from typing import Any
 
 from phalanx.benchmarks.common import ROOT, model_folder, percentiles, run
 from phalanx.benchmarks.latency import whole_numbers
-from phalanx.benchmarks.limits import Work, case_limit_tokens_per_s, read_bandwidth_now, share
 from phalanx.benchmarks.peers.engines import Planned, Sizes, plan_peers, plan_phalanx
 from phalanx.benchmarks.peers.plot import chart, document
 from phalanx.benchmarks.peers.process import EngineProcess
 from phalanx.benchmarks.peers.program import Case, read_case
+from phalanx.benchmarks.peers.verdict import Outcomes, judge, lines
+from phalanx.benchmarks.rates import measure_now
 from phalanx.engine.errors import ConfigError, EngineStopped
-from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
+from phalanx.engine.models.spec import read_config, spec_from_config
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 CONCURRENCY_CASE = "{},128,128"
 RATES = (0.5, 1.0, 2.0, 4.0)
 RATE_CASE = "16,128,64,{}"
 WARM_UP_TOKENS = 3
-WHOLE_NUMBERS_BELOW = 1.3  # bytes of a weight: such are multiplied as integers
+WARN_BELOW = 5  # rounds
+RATE_UNITS = ("_gb_s", "_gflops", "_one_thread")
 IDLE_S = 2.0
 
 Lines = dict[str, list[tuple[float, float]]]
-Outcomes = dict[str, dict[str, list[dict[str, Any]]]]  # by case and engine, of each round
 
 
 @dataclass
@@ -52,15 +54,15 @@ class Options:
 
     model: str | None = None  # a folder; without one the random checkpoint of `random`
     random: str = "qwen2_5_0_5b"  # a preset of configs/models
-    peers: str | None = "vllm,openvino,llamacpp,llamacpp_q8,transformers"
+    peers: str | None = "vllm,openvino,openvino_int8,llamacpp,llamacpp_q8,transformers"
     cases: str | None = "1,64,64;32,128,128;1,1024,1"  # REQUESTS,PROMPT,NEW[,REQUESTS A SECOND]
     ranks: str = "1,2"  # of phalanx and of the peers that know ranks
     variants: str = ""  # of phalanx, fields of EngineConfig: ";quantization=int8" is as it is, and quantized
-    repeats: int = 3
+    repeats: int = 5
     curves: bool = False  # also throughput by concurrency and latency by request rate, one round each
     plot: str | None = None  # an SVG file for the curves
     peers_folder: str | None = None  # as install.py filled it; without one the folder `peers` beside the repository
-    limits_s: float = 1.0  # of each measurement of the machine's limits; 0 leaves them out
+    limits_s: float = 0.5  # of each measurement of the machine's limits; 0 leaves them out
     out: str | None = None  # a file for the JSON line
 
     def read_cases(self, vocab_size: int) -> dict[str, Case]:
@@ -78,11 +80,13 @@ class Options:
 class Contest:
     """The engines that are still in, all suspended but the one that runs."""
 
-    def __init__(self, cases: Mapping[str, Case], logs: Path) -> None:
+    def __init__(
+        self, cases: Mapping[str, Case], logs: Path, measure: Callable[[], dict[str, float]] = measure_now
+    ) -> None:
         self.report: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.planned: dict[str, Planned] = {}
-        self._cases, self._logs = cases, logs
+        self._cases, self._logs, self._measure = cases, logs, measure
         self._processes: dict[str, EngineProcess] = {}
 
     def enter(self, planned: Planned) -> None:
@@ -112,33 +116,36 @@ class Contest:
     def run(self, name: str, case: Case) -> dict[str, Any] | None:
         """The outcome of a case; None if the engine failed, which puts it out of the contest."""
         process = self._processes[name]
-        before = read_bandwidth_now()
         process.go_on()
         try:
-            outcome = process.run(case)
+            return process.run(case)
         except EngineStopped as error:
             self._fail(name, error)
             return None
         finally:
             process.stop()
-        if before is not None:
-            outcome["read_gb_s"] = max(before, read_bandwidth_now() or 0.0)
-        return outcome
 
     def round(self, cases: Mapping[str, Case], outcomes: Outcomes, title: str, first: int = 0) -> None:
-        """Every case by every engine that can, one after another from place `first` on; adds to the outcomes."""
+        """Every case by every engine that can, one after another from place `first` on; adds to the outcomes.
+
+        The machine's rates are measured between the runs, while all engines are suspended.
+        """
         for text, case in cases.items():
+            before = self._measure()
             names = list(self._processes)
             start = first % max(1, len(names))
             for name in names[start:] + names[:start]:
                 if any(case.due_s) and not self.planned[name].arrivals:
                     continue
                 outcome = self.run(name, case)
+                after = self._measure()
                 if outcome is not None:
+                    outcome |= {"limits_before": before, "limits_after": after}
                     outcomes.setdefault(text, {}).setdefault(name, []).append(outcome)
                     ttft = statistics.median(outcome["ttft_s"])
                     speed = outcome["output_tokens_per_s"]
                     print(f"{title}, {text}: {name}: {speed} output tokens/s, TTFT {ttft:.3f} s", flush=True)
+                before = after
 
     def close(self) -> None:
         """End all engines."""
@@ -153,96 +160,17 @@ class Contest:
 
 
 def measure_limits(folder: Path, seconds: float) -> dict[str, float]:
-    """limits.py's figures, by a process of its own: nothing of it stays. Empty if seconds is 0. Raises ConfigError."""
+    """limits.py's rates, by a process of its own: nothing of it stays. Empty if seconds is 0. Raises ConfigError."""
     if not seconds:
         return {}
     command = [sys.executable, str(ROOT / "benchmarks" / "limits.py"), f"model={folder}", f"seconds={seconds}"]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if process.returncode:
         raise ConfigError(f"limits.py ended with exit code {process.returncode}; its error stands above")
-    line = json.loads(process.stdout.splitlines()[-1])
-    return {name: value for name, value in line.items() if name.startswith(("read_", "bf16_", "int8_")) and value}
-
-
-def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An engine's figures of a case: medians over the rounds, and every round's throughput."""
-    speeds = [run["output_tokens_per_s"] for run in runs]
-    first = [statistics.median(run["ttft_s"]) for run in runs]
-    gaps = [_tpots_ms(run) for run in runs] if runs[0]["new_tokens"] > 1 else []
-    return {
-        "output_tokens_per_s": round(statistics.median(speeds), 2),
-        "runs_output_tokens_per_s": speeds,
-        "ttft_s": round(statistics.median(first), 4),
-        "tpot_ms": round(statistics.median(map(statistics.median, gaps)), 2) if gaps else None,
-        # Of the request that began last, beside which no prompt is computed any more.
-        "last_tpot_ms": round(statistics.median(every[-1] for every in gaps), 2) if gaps else None,
-        "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
-        "runs_read_gb_s": [run.get("read_gb_s") for run in runs],
-    }
-
-
-def _tpots_ms(run: Mapping[str, Any]) -> list[float]:
-    """Of each request, in the order of their first tokens."""
-    ends = sorted(zip(run["ttft_s"], run["latency_s"], strict=True))
-    return [1000 * (last - first) / (run["new_tokens"] - 1) for first, last in ends]
-
-
-def agreement(runs: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> float:
-    """Share of the requests whose first token is the reference's: near 1 if the weights are the same."""
-    pairs = zip(runs[0]["tokens"], reference[0]["tokens"], strict=True)
-    same = [tokens[0] == others[0] for tokens, others in pairs]
-    return round(sum(same) / len(same), 3)
-
-
-def limits_of(
-    weight_bytes: float, spec: ModelSpec, case: Case, limits: Mapping[str, float], runs: Sequence[Mapping[str, Any]]
-) -> list[float]:
-    """Output tokens a second at best, of each run of a case with weights of so many bytes; empty if nothing says."""
-    if not limits or any(case.due_s):
-        return []
-    flops = limits["bf16_gflops"]
-    if weight_bytes < WHOLE_NUMBERS_BELOW:
-        flops = max(flops, limits.get("int8_gflops", 0.0))
-    work = Work(spec, weight_bytes)
-    shape = (len(case.prompts), len(case.prompts[0]), case.new_tokens)
-    rates = [1e9 * run.get("read_gb_s", limits["read_gb_s"]) for run in runs]
-    return [case_limit_tokens_per_s(work, *shape, rate, 1e9 * flops) for rate in rates]
-
-
-def judge(
-    cases: Mapping[str, Case],
-    outcomes: Outcomes,
-    planned: Mapping[str, Planned],
-    spec: ModelSpec,
-    limits: Mapping[str, float],
-) -> dict[str, Any]:
-    """By case: each engine's figures and share of its limit, and phalanx's ratios to every peer (above 1: better)."""
-    result = {}
-    for text, engines in outcomes.items():
-        figures = {name: summarize(runs) for name, runs in engines.items()}
-        ours = [name for name in engines if planned[name].ours]
-        for name, runs in engines.items():
-            speeds = figures[name]["runs_output_tokens_per_s"]
-            for of, weight_bytes in (("limit", planned[name].weight_bytes), ("bf16_limit", 2.0)):
-                if best := limits_of(weight_bytes, spec, cases[text], limits, runs):
-                    figures[name][f"{of}_tokens_per_s"] = round(statistics.median(best), 1)
-                    shares = [share(*pair) for pair in zip(speeds, best, strict=True)]
-                    figures[name][f"share_of_{of}"] = round(statistics.median(shares), 3)
-            if ours:
-                figures[name]["first_tokens_as_phalanx"] = agreement(runs, engines[ours[0]])
-        ratios = {
-            mine: {name: _ratios(figures[mine], figures[name]) for name in engines if not planned[name].ours}
-            for mine in ours
-        }
-        result[text] = {"engines": figures, "phalanx_to": ratios}
-    return result
-
-
-def _ratios(mine: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        "output_tokens_per_s": round(mine["output_tokens_per_s"] / other["output_tokens_per_s"], 2),
-        "ttft": round(other["ttft_s"] / max(mine["ttft_s"], 1e-4), 2),
-    }
+    *said, last = process.stdout.splitlines()
+    print("\n".join(text for text in said if text.startswith("the machine is busy")), end="", flush=True)
+    line = json.loads(last)
+    return {name: value for name, value in line.items() if name.endswith(RATE_UNITS) and value}
 
 
 def sizes_of(cases: Sequence[Case]) -> Sizes:
@@ -306,6 +234,8 @@ def measure(options: Options) -> dict[str, Any]:
     )
     for message in missing:
         print(message, file=sys.stderr)
+    if options.repeats < WARN_BELOW:
+        print(f"repeats={options.repeats}: a median of fewer than {WARN_BELOW} rounds says little", flush=True)
     before = measure_limits(folder, options.limits_s)
     outcomes: Outcomes = {}
     curves = None
@@ -326,9 +256,11 @@ def measure(options: Options) -> dict[str, Any]:
         if options.curves:
             curves = draw_curves(contest, spec.vocab_size, options.plot)
     limits = {name: max(value, after.get(name, value)) for name, value in before.items()}
+    verdict = judge(cases, outcomes, contest.planned, spec, limits)
+    print("\n".join(lines(verdict)), flush=True)
     return {
         "benchmark": "compare",
-        "cases": judge(cases, outcomes, contest.planned, spec, limits),
+        "cases": verdict,
         "curves": curves,
         "engines": contest.report,
         "failed": contest.failures,

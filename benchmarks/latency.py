@@ -19,15 +19,14 @@ from phalanx import LLM
 from phalanx.benchmarks import throughput
 from phalanx.benchmarks.common import model_folder, run
 from phalanx.benchmarks.limits import (
-    Limits,
     Work,
     case_limit_tokens_per_s,
     decode_step_s,
-    measure_limits,
     prefill_s,
     share,
 )
 from phalanx.benchmarks.peers.engines import weight_bytes
+from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 
@@ -45,7 +44,7 @@ class Options:
     dtype: str = "bfloat16"
     threads: int = 0
     repeats: int = 5
-    limits_s: float = 1.0  # of each measurement of the machine's limits
+    limits_s: float = 0.5  # of each measurement of the machine's limits
     out: str | None = None  # a file for the JSON line
 
 

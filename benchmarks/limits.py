@@ -1,8 +1,9 @@
 """What the machine could do at best: it reads memory and multiplies matrices at some rate, and no engine is faster.
 
-    python benchmarks/limits.py [seconds=1] [gib=1] [random=qwen2_5_0_5b]
+    python benchmarks/limits.py [seconds=0.5] [gib=1] [random=qwen2_5_0_5b]
 
 Measures both, of one thread and of all, and what a context switch costs; and says which speed of the model follows.
+Each rate is the best of its repeats; if their median is far below, something else uses the machine, which it says.
 The last line is JSON. The functions let every other benchmark state its share of the limit of this machine.
 """
 
@@ -10,21 +11,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from phalanx.benchmarks.common import model_folder, run
+from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
-from phalanx.kernels.cpu import native
 
 KV_BYTES = 2  # of an element, in bf16
-SHAPES = ((1024, 2048, 2048), (2048, 4864, 896))  # rows, outputs and inputs of the multiplications
 SWITCHES = 20000
-READS = 6
-MULTIPLY_STEPS = 1_000_000
 
 
 @dataclass
@@ -33,24 +29,9 @@ class Options:
 
     model: str | None = None  # a folder; without one the shape of `random`
     random: str = "qwen2_5_0_5b"  # a preset of configs/models
-    seconds: float = 1.0  # of each measurement
+    seconds: float = 0.5  # of each measurement
     gib: float = 1.0  # of memory to read; much more than the caches hold
     out: str | None = None  # a file for the JSON line
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Rates of this machine: the best seen, for the median says what disturbed it."""
-
-    read_gb_s: float
-    read_gb_s_one_thread: float
-    bf16_gflops: float  # the processor's own rate where the C++ kernels can tell, or else torch's
-    bf16_gflops_one_thread: float
-    bf16_matmul_gflops: float  # torch's, of a large matrix multiplication
-    bf16_matmul_gflops_one_thread: float
-    int8_gflops: float | None  # None where torch has no such multiplication
-    int8_gflops_one_thread: float | None
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -145,66 +126,6 @@ def share(value: float, limit: float) -> float:
     return round(value / limit, 3)
 
 
-def measure_limits(seconds: float = 1.0, gib: float = 1.0) -> Limits:
-    """Takes about eight times `seconds`, and the machine for itself. Restores torch's number of threads."""
-    threads = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0))
-    try:
-        values: dict[str, Any] = {}
-        for suffix, count in (("_one_thread", 1), ("", cores)):
-            torch.set_num_threads(count)
-            values["read_gb_s" + suffix] = read_bandwidth(seconds, gib, count)
-            matmul = values["bf16_matmul_gflops" + suffix] = matmul_rate("bf16", seconds)
-            peaks = _native_rates("multiply_rate", count, MULTIPLY_STEPS)
-            values["bf16_gflops" + suffix] = max([matmul or 0.0, *(round(rate / 1e9, 1) for rate in peaks)])
-            values["int8_gflops" + suffix] = matmul_rate("int8", seconds)
-    finally:
-        torch.set_num_threads(threads)
-    return Limits(**values, threads=cores)
-
-
-def read_bandwidth(seconds: float, gib: float, threads: int) -> float:
-    """GB/s (10^9 bytes) at which torch's threads, or the C++ kernels', stream through memory."""
-    rates, held = _native_rates("read_rate", threads, int(gib * 2**30), READS), []
-    for _ in range(2):  # two at once: how fast memory is read varies with where it lies
-        buffer = torch.empty(int(gib * 2**27), dtype=torch.int64).random_()  # a host may share equal pages
-        held.append(buffer)
-        size = buffer.numel() * buffer.element_size()
-        rates += [size / best_s(work, seconds / 4) for work in (buffer.sum, buffer.view(torch.int32).amax)]
-    return round(max(rates) / 1e9, 2)
-
-
-def read_bandwidth_now(gib: float = 0.5) -> float | None:
-    """GB/s at which the C++ kernels' threads read memory just now, within half a second; None without the kernels."""
-    rates = _native_rates("read_rate", len(os.sched_getaffinity(0)), int(gib * 2**30), READS)
-    return round(rates[0] / 1e9, 2) if rates else None
-
-
-def matmul_rate(kind: str, seconds: float) -> float | None:
-    """GFLOP/s of torch's best large multiplication of `kind` bf16 or int8; None if it has none on this processor."""
-    rates = []
-    for m, n, k in SHAPES:
-        for name, prepare in _multiplications(kind, m, n, k).items():
-            try:
-                rates.append(2.0 * m * n * k / best_s(prepare(), seconds / (2 * len(SHAPES))))
-            except (RuntimeError, AttributeError, NotImplementedError) as error:
-                reason = str(error).partition("\n")[0]
-                print(f"{kind} multiplication by {name} is left out, torch cannot do it here: {reason}", flush=True)
-    return round(max(rates) / 1e9, 1) if rates else None
-
-
-def best_s(work: Callable[[], Any], seconds: float) -> float:
-    """The shortest of the runs of `work` that fit into some seconds; at least two, after one that does not count."""
-    work()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < until:
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 def context_switch_us(switches: int = SWITCHES) -> float:
     """Microseconds from one process to another on the same core and through a pipe."""
     (here, there), (back, forth) = os.pipe(), os.pipe()
@@ -229,35 +150,6 @@ def context_switch_us(switches: int = SWITCHES) -> float:
     return round(1e6 * seconds / switches, 2)
 
 
-def _multiplications(kind: str, m: int, n: int, k: int) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """By name what prepares a multiplication, where torch has it, and returns it."""
-    if kind == "bf16":
-        a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
-        return {"linear": lambda: lambda: torch.nn.functional.linear(a, b)}
-    x, w = (torch.randint(-127, 127, (rows, k), dtype=torch.int8) for rows in (m, n))
-
-    def onednn() -> Callable[[], Any]:
-        packed = torch.ops.onednn.qlinear_prepack(w, [m, k])
-        unsigned, scales, zeros = x.view(torch.uint8), torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
-        linear = torch.ops.onednn.qlinear_pointwise
-        options: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-        return lambda: linear(unsigned, 0.01, 0, packed, scales, zeros, *options)
-
-    return {"_int_mm": lambda: lambda: torch._int_mm(x, w.T), "onednn.qlinear_pointwise": onednn}
-
-
-def _native_rates(name: str, threads: int, *arguments: int) -> list[float]:
-    """What the C++ kernels measure on so many threads, as a list of one; none where they are not built or lack it."""
-    if not hasattr(native, name):
-        return []
-    before = native.threads()
-    native.set_threads(threads)
-    try:
-        return [float(getattr(native, name)(*arguments))]
-    finally:
-        native.set_threads(before)
-
-
 def model_limits(spec: ModelSpec, limits: Limits) -> dict[str, float]:
     """Speeds of a bf16 model that follow, tokens a second."""
     rates = (1e9 * limits.read_gb_s, 1e9 * limits.bf16_gflops)
@@ -277,7 +169,8 @@ def measure(options: Options) -> dict[str, Any]:
     limits = measure_limits(options.seconds, options.gib)
     switch = context_switch_us()
     speeds = model_limits(spec, limits)
-    for name, value in {**asdict(limits), "context_switch_us": switch, **speeds}.items():
+    print("\n".join(limits.lines()))
+    for name, value in {"context_switch_us": switch, **speeds}.items():
         print(f"{name}: {value}")
     return {
         "benchmark": "limits",

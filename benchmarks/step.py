@@ -23,17 +23,17 @@ import torch
 from phalanx.benchmarks.common import model_folder, run
 from phalanx.benchmarks.latency import whole_numbers
 from phalanx.benchmarks.limits import (
-    Limits,
     Work,
     decode_step_s,
     kv_token_bytes,
-    measure_limits,
+    layer_weights,
     prefill_s,
     share,
     step_weight_bytes,
     token_flops,
 )
 from phalanx.benchmarks.peers.engines import weight_bytes
+from phalanx.benchmarks.rates import measure_limits
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
@@ -55,7 +55,7 @@ class Options:
     prompts: str = "1024"  # tokens of the prompts
     repeats: int = 15
     quantization: str = "none"
-    limits_s: float = 1.0  # of each measurement of the machine's limits
+    limits_s: float = 0.5  # of each measurement of the machine's limits
     out: str | None = None  # a file for the JSON line
 
 
@@ -146,10 +146,26 @@ class Parts:
         self.worker._slots.batch(self.plan)
 
 
-def bounds(work: Work, plan: StepPlan, limits: Limits) -> dict[str, float]:
+def linear_flops(spec: ModelSpec, tokens: int, sampled: int) -> float:
+    """Of the layers' products with weights in one step, 2 a weight and token.
+
+    In the last layer only the tokens from which others are sampled go on after the keys and values.
+    """
+    qkv = spec.hidden_size * spec.head_dim * (spec.num_query_heads + 2 * spec.num_kv_heads)
+    layer = layer_weights(spec) // spec.num_layers
+    return 2.0 * ((spec.num_layers - 1) * layer * tokens + qkv * tokens + (layer - qkv) * sampled)
+
+
+def linear_rate(spec: ModelSpec, plan: StepPlan, linear_ms: float, best_gflops: float) -> dict[str, float]:
+    """GFLOP/s of the linear layers that took so long, and their share of the machine's."""
+    rate = linear_flops(spec, plan.num_tokens, len(plan.sample_rows)) / (1e6 * linear_ms)
+    return {"linear_ms": round(linear_ms, 3), "linear_gflops": round(rate, 1), "linear_share": share(rate, best_gflops)}
+
+
+def bounds(work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float) -> dict[str, float]:
     """What the machine needs for the step at least, in milliseconds."""
     rows, first, count = len(plan.slots), plan.positions[0], plan.counts[0]
-    rates = 1e9 * limits.read_gb_s, 1e9 * limits.bf16_gflops
+    rates = 1e9 * read_gb_s, 1e9 * best_gflops
     read = step_weight_bytes(work) + rows * first * kv_token_bytes(work)
     if count == 1:
         flops = rows * token_flops(work.spec, first + 1)
@@ -160,7 +176,9 @@ def bounds(work: Work, plan: StepPlan, limits: Limits) -> dict[str, float]:
     return {"read_ms": 1000 * read / rates[0], "multiply_ms": 1000 * flops / rates[1], "least_ms": 1000 * least}
 
 
-def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, repeats: int) -> dict[str, Any]:
+def measure_step(
+    worker: Worker, work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float, repeats: int
+) -> dict[str, Any]:
     """One step, whole and in parts: milliseconds, and the share of what the machine allows."""
     with torch.inference_mode(), one_torch_thread():
         whole = median_ms(lambda: worker.execute(plan), repeats)
@@ -169,12 +187,14 @@ def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, rep
         found = {f"{name}_ms": median_ms(getattr(parts, name), repeats) for name in names}
         rest = whole - sum(found.values())
         attend = median_ms(parts.attend, repeats)
-    least = bounds(work, plan, limits)
-    products = found["attention_ms"] - attend + found["mlp_ms"] + found["head_ms"]
+    least = bounds(work, plan, read_gb_s, best_gflops)
+    linear = found["attention_ms"] - attend + found["mlp_ms"]
+    products = linear + found["head_ms"]
     values = {"step_ms": whole, **found, "rest_ms": rest, "attend_ms": attend, "products_ms": products, **least}
     return {name: round(value, 3) for name, value in values.items()} | {
         "share_of_limit": share(least["least_ms"], whole),
         "products_share_of_step": share(products, whole),
+        **linear_rate(work.spec, plan, linear, best_gflops),
     }
 
 
@@ -195,6 +215,7 @@ def measure(options: Options) -> dict[str, Any]:
         max_num_batched_tokens=max(*rows, *prompts),
     )
     limits = measure_limits(options.limits_s)
+    best = limits.gflops(int8=options.quantization == "w8a8")
     worker = Worker(config, spec, folder, local_group(torch.device("cpu")))
     work = Work(spec, weight_bytes({"quantization": options.quantization}))
     size = worker.capacity.block_size
@@ -202,7 +223,7 @@ def measure(options: Options) -> dict[str, Any]:
     plans |= {f"prompt_{count}": step_plan(1, 0, count, size) for count in prompts}
     steps = {}
     for name, plan in plans.items():
-        steps[name] = measure_step(worker, work, plan, limits, options.repeats)
+        steps[name] = measure_step(worker, work, plan, limits.read_gb_s, best, options.repeats)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in steps[name].items()), flush=True)
     return {"benchmark": "step", "steps": steps, "limits": dataclasses.asdict(limits)}
 

@@ -13,6 +13,7 @@ from phalanx.kernels import cpu
 from phalanx.kernels.linear import PackedWeight
 
 HERE = Path(__file__).resolve().parent
+OPENVINO_INT8_BYTES = 1.0  # of a weight: a whole row shares a scale and a zero point
 Q8_0_BYTES = 34 / 32  # of a weight: 32 of one byte share a scale of two
 
 
@@ -31,6 +32,7 @@ class Peer:
 PEERS: Mapping[str, Peer] = {
     "vllm": Peer("run_vllm.py", "vllm", None, ("ranks", "max_model_len")),
     "openvino": Peer("run_openvino.py", "openvino", "models/NAME-openvino-fp16"),
+    "openvino_int8": Peer("run_openvino.py", "openvino", "models/NAME-openvino-int8", weight_bytes=OPENVINO_INT8_BYTES),
     "llamacpp": Peer("run_llamacpp.py", "llama", "models/NAME-bf16.gguf", ("context",)),
     "llamacpp_q8": Peer("run_llamacpp.py", "llama", "models/NAME-q8_0.gguf", ("context",), weight_bytes=Q8_0_BYTES),
     "transformers": Peer("run_transformers.py", None, None, arrivals=False),

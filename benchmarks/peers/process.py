@@ -15,6 +15,8 @@ from phalanx.benchmarks.peers.program import Case, encode
 from phalanx.engine.errors import EngineStopped
 
 CLOSE_TIMEOUT_S = 30.0
+RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
+"""What would keep an engine from instructions or cores that the machine has. No engine gets them."""
 LOG_LINES = 15
 
 
@@ -24,9 +26,10 @@ class EngineProcess:
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         """Starts and waits until the engine is ready. Raises EngineStopped, with the end of its log, if it fails."""
         self.name, self._log = name, log
+        environment = {name: value for name, value in os.environ.items() if name not in RESTRICTIONS}
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
         try:
             ready = self._answer()

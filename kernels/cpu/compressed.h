@@ -42,15 +42,19 @@ struct Expander {
 #endif
 };
 
-// The words of a group, `words` of them.
-inline void expand_group(const uint8_t* table, const uint8_t* quad, const uint32_t* apart, int64_t words,
-                         uint32_t* to) {
+// The words of a group, `words` of them. Meanwhile it fetches as many bytes at `next`, if it is not null.
+inline void expand_group(const uint8_t* table, const uint8_t* quad, const uint32_t* apart, int64_t words, uint32_t* to,
+                         const char* next = nullptr) {
     if (stands_apart(table)) {
         std::memcpy(to, words_apart(table, apart), words * kPanel * 4);
         return;
     }
     const Expander expand(table);
     for (int64_t k = 0; k < words; k += 4, quad += kQuadBytes, to += 4 * kPanel) {
+        if (next) {
+            for (int line = 0; line < kQuadBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+            next += kQuadBytes;
+        }
         vu w[4];
         expand.template operator()<0>(quad, w[0], w[1]);
         expand.template operator()<1>(quad, w[2], w[3]);

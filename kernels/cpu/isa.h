@@ -21,6 +21,7 @@ constexpr int kTaskRows = 48;
 #if PHALANX_ISA_TILES
 #include "amx/linear.h"
 #include "amx/attention.h"
+#include "amx/rate.h"
 #endif
 
 template <class F>
@@ -109,6 +110,11 @@ const Kernels PHALANX_ISA_TABLE = {
     PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::sum_all,
     PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::compress,
     PHALANX_ISA_NAME::choose_scale,
+#if PHALANX_ISA_TILES
+    PHALANX_ISA_NAME::tile_products,
+#else
+    nullptr,
+#endif
 };
 
 }  // namespace phalanx

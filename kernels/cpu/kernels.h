@@ -141,6 +141,14 @@ struct Rope {
     int tokens, heads, kv_heads, head_dim, block_size;
 };
 
+// How `sum` goes through memory. Which is fastest differs between machines, and between one core and all.
+enum class ReadPattern : int {
+    kOneStream = 0,            // from the first to the last, prefetched by the processor alone
+    kOneStreamPrefetched = 1,  // the same, prefetched by instructions too
+    kFourStreams = 2,          // from four places at once, prefetched by instructions too
+};
+constexpr int kReadPatterns = 3;
+
 struct Kernels {
     const char* name;
     int max_rows;                         // rows of x that the micro-kernel takes
@@ -157,10 +165,14 @@ struct Kernels {
     int64_t (*noisy_argmax)(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
                             float* value);
     void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
-    float (*sum)(const float* from, int64_t size);
-    float (*multiply_add)(int64_t steps);  // as many multiply-adds of registers: the arithmetic limit
+    // What rates.cpp measures the machine with.
+    float (*sum)(const float* from, int64_t size, int64_t times, ReadPattern pattern);
+    float (*multiply_add)(int64_t steps);
     int64_t (*compress)(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number);
     float (*choose_scale)(const bf16* from, int64_t count, float limit, float span, int steps);
+    // 4 * steps products of tiles, 2x2 blocks of 16x16x32 bfloat16 or 16x16x64 int8, whose operands are loaded again
+    // from the first cache each time and are random numbers. Null where there are no tiles.
+    float (*tile_products)(bool int8, int64_t steps);
 };
 
 // kCompressed: a panel is cut into groups of so many words, or what is left; see compressed.h.

@@ -1,6 +1,7 @@
 // Python's view: tensors come as addresses, their shapes as numbers. The caller has checked both.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cmath>
 #include <string>
@@ -8,6 +9,7 @@
 
 #include "operations.h"
 #include "pool.h"
+#include "rates.h"
 #include "stack.h"
 #include "weights.h"
 
@@ -200,12 +202,23 @@ PYBIND11_MODULE(_native, m) {
         return by_tiles(kernels(), job) ? 4 : 2;
     });
     m.def("can_run", [](const std::string& name) { return find_kernels(name.c_str()) != nullptr; });
-    m.def("read_rate", [](int64_t bytes, int repeats) {
+    m.def("read_rate", [](int64_t bytes, double seconds) {
         py::gil_scoped_release release;
-        return read_rate(bytes, repeats);
+        return read_rate(bytes, seconds);
     });
-    m.def("multiply_rate", [](int64_t steps) {
+    m.def("cache_rate", [](int level, double seconds) {
         py::gil_scoped_release release;
-        return multiply_rate(steps);
+        return cache_rate(level, seconds);
     });
+    m.def("multiply_rate", [](int64_t steps, double seconds) {
+        py::gil_scoped_release release;
+        return multiply_rate(steps, seconds);
+    });
+    m.def(
+        "tile_rate",
+        [](bool int8, int64_t steps, double seconds) {
+            py::gil_scoped_release release;
+            return tile_rate(int8, steps, seconds);
+        },
+        py::arg("int8"), py::arg("steps"), py::arg("seconds") = 0.0);
 }

@@ -2,13 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string_view>
 
@@ -60,24 +55,22 @@ void plan_vectors(Linear& job, int rows_each) {
     job.units_per_task = job.m_tiles > 1 ? static_cast<int>(std::max<int64_t>(1, job.n_units / wanted)) : 1;
 }
 
-// The same for tiles. Row blocks are even in number, unless there is but one, and as even in size as can be.
+// The same for tiles: as few row blocks as there can be, or an even number of many, as even in size as can be.
 void plan_amx(Linear& job) {
-    constexpr int kRows = 16, kTaskRows = 512;
-    constexpr int kFewRowsWords = 128, kManyRowsWords = 256;  // of a chunk; two or four panels stay in the first cache
-    constexpr int64_t kLeastUnits = 4, kMostUnits = 8;        // of many rows: C stays in the second cache
-    const bool grouped = job.kind == WeightKind::kInt8 || job.kind == WeightKind::kInt4, one = job.m <= kRows;
-    job.row_blocks = static_cast<int>(one ? 1 : grouped ? ceil_div(job.m, kRows) : 2 * ceil_div(job.m, 2 * kRows));
+    constexpr int kRows = 16, kFewRows = 32, kTaskRows = 512;
+    constexpr int kChunkWords = 448;
+    constexpr int64_t kLeastUnits = 4, kMostUnits = 8;  // of many rows: C stays in the second cache
+    const bool grouped = job.kind == WeightKind::kInt8 || job.kind == WeightKind::kInt4, few = job.m <= kFewRows;
+    job.row_blocks = static_cast<int>(few || grouped ? ceil_div(job.m, kRows) : 2 * ceil_div(job.m, 2 * kRows));
     job.block_rows = static_cast<int>(ceil_div(job.m, job.row_blocks));
     job.m_tiles = static_cast<int>(ceil_div(job.m, kTaskRows));
     if (!grouped) {
-        const int64_t passes = ceil_div(job.words, one ? kFewRowsWords : kManyRowsWords);
+        const int64_t passes = ceil_div(job.words, kChunkWords);
         job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
     }
     const int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
     int64_t units = std::max<int64_t>(1, job.n_units / wanted);
-    if (one) {
-        units = ceil_div(units, 2) * 2;
-    } else if (!grouped && job.m > 4 * kRows) {
+    if (!grouped && !few) {
         const int64_t fair = std::max<int64_t>(1, static_cast<int64_t>(job.n_units) * job.m_tiles / threads());
         units = std::min(std::max(units, std::min(fair, kLeastUnits)), kMostUnits);
     }
@@ -298,44 +291,6 @@ void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t bl
     const int64_t blocks = ceil_div(size, block);
     run_rows(static_cast<int>(count), size,
              [&](int row) { k.block_maxima(rows + row * size, size, block, out + row * blocks); });
-}
-
-double read_rate(int64_t bytes, int repeats) {
-    const Kernels& k = kernels();
-    int64_t count = bytes / 4, pieces = static_cast<int64_t>(threads()) * 64;
-    std::unique_ptr<float, decltype(&std::free)> memory(
-        static_cast<float*>(std::aligned_alloc(4096, ceil_div(bytes, 4096) * 4096)), &std::free);
-    if (!memory) throw std::bad_alloc();
-    auto start_of = [&](int64_t i) { return count * i / pieces; };
-    auto touch = [&](int i) {  // no two pages alike: a host may keep those once
-        for (int64_t at = start_of(i); at < start_of(i + 1); ++at) memory.get()[at] = static_cast<float>(at);
-    };
-    parallel(static_cast<int>(pieces), touch);
-    double best = 0;
-    std::vector<float> sums(pieces);
-    auto read = [&](int i) { sums[i] = k.sum(memory.get() + start_of(i), start_of(i + 1) - start_of(i)); };
-    for (int repeat = 0; repeat < repeats; ++repeat) {
-        auto begin = std::chrono::steady_clock::now();
-        parallel(static_cast<int>(pieces), read);
-        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-        best = std::max(best, count * 4.0 / seconds.count());
-    }
-    return best;
-}
-
-double multiply_rate(int64_t steps) {
-    const Kernels& k = kernels();
-    int pieces = threads() * 16;
-    std::vector<float> sums(pieces);
-    auto body = [&](int i) { sums[i] = k.multiply_add(steps); };
-    double best = 0;
-    for (int repeat = 0; repeat < 3; ++repeat) {
-        auto begin = std::chrono::steady_clock::now();
-        parallel(pieces, body);
-        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-        best = std::max(best, 2.0 * 32 * 12 * steps * pieces / seconds.count());
-    }
-    return best;
 }
 
 }  // namespace phalanx

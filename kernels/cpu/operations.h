@@ -40,8 +40,4 @@ void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const floa
                       const int64_t* counters, float* values, int64_t* places);
 void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out);
 
-// Bytes a second of memory that is read once, by all threads; and multiply-adds a second of bfloat16, counted as two.
-double read_rate(int64_t bytes, int repeats);
-double multiply_rate(int64_t steps);
-
 }  // namespace phalanx

@@ -220,14 +220,37 @@ inline void block_maxima(const float* row, int64_t size, int64_t block, float* o
     }
 }
 
-inline float sum_all(const float* from, int64_t size) {
-    vf sums[8] = {};
-    int64_t i = 0;
-    for (; i + 128 <= size; i += 128) {
+// The sums of `size` numbers, a multiple of 128, added to 8 others. Each of kStreams equal parts is fetched so many
+// bytes ahead of what is added; 0 leaves that to the processor.
+template <int kStreams, int kBytesAhead>
+INLINE void add_all(const float* from, int64_t size, vf* sums) {
+    constexpr int kLines = 8 / kStreams;  // of a stream, one after another
+    const int64_t part = size / kStreams;
+    for (int64_t i = 0; i < part; i += 16 * kLines) {
         for (int j = 0; j < 8; ++j) {
-            __builtin_prefetch(from + i + 16 * j + 8192, 0, 2);
-            sums[j] += load(from + i + 16 * j);
+            const float* line = from + j / kLines * part + i + j % kLines * 16;
+            if (kBytesAhead) __builtin_prefetch(line + kBytesAhead / 4, 0, 3);
+            sums[j] += load(line);
         }
+    }
+}
+
+// The sum of `size` numbers, a multiple of 128, so many times over.
+inline float sum_all(const float* from, int64_t size, int64_t times, ReadPattern pattern) {
+    vf sums[8] = {};
+    for (int64_t i = 0; i < times; ++i) {
+        switch (pattern) {
+            case ReadPattern::kOneStream:
+                add_all<1, 0>(from, size, sums);
+                break;
+            case ReadPattern::kOneStreamPrefetched:
+                add_all<1, 32768>(from, size, sums);
+                break;
+            case ReadPattern::kFourStreams:
+                add_all<4, 4096>(from, size, sums);
+                break;
+        }
+        asm volatile("" : : : "memory");  // each time it is read again
     }
     vf sum{};
     for (auto& part : sums) sum += part;

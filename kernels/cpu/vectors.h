@@ -51,6 +51,16 @@ INLINE vf load_as_float(const float* p) { return load(p); }
 INLINE void store_as(bf16* p, vf v) { *reinterpret_cast<vh_any*>(p) = narrow(v); }
 INLINE void store_as(float* p, vf v) { store(p, v); }
 
+INLINE void store_pair(bf16* p, vf first, vf second) {
+#if PHALANX_ISA_BF16
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+    std::memcpy(p, &both, sizeof(both));
+#else
+    store_as(p, first);
+    store_as(p + 16, second);
+#endif
+}
+
 // The first `count` of 16 lanes.
 template <class T>
 INLINE vf load_some(const T* p, int64_t count) {

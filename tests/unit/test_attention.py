@@ -14,7 +14,9 @@ from phalanx.kernels.cpu.attention import CpuAttention
 from phalanx.kernels.reference import paged_attention
 
 INSTRUCTION_SETS = [
-    name for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", "portable") if cpu.native and cpu.native.can_run(name)
+    name
+    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", "portable")
+    if cpu.native and cpu.native.can_run(name)
 ]
 
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from phalanx.benchmarks.common import percentiles, read_options, settings
+from phalanx.benchmarks.limits import layer_weights
 from phalanx.benchmarks.peers.program import random_prompts
+from phalanx.benchmarks.step import linear_flops
 from phalanx.engine.errors import ConfigError
+from phalanx.engine.models.spec import spec_from_config
 from phalanx.launch.presets import load_preset
 from phalanx.launch.random_model import make_random_model
 
@@ -140,3 +143,12 @@ def test_step_times_each_part_of_a_step_and_states_its_limit(tiny: Path) -> None
         assert all(step[f"{part}_ms"] > 0 for part in ("step", "mlp", "head", "attention", "sampling", "tensors"))
         assert step["least_ms"] == pytest.approx(max(step["read_ms"], step["multiply_ms"]), rel=0.1)
         assert 0 < step["share_of_limit"] <= 2
+        assert step["products_ms"] == pytest.approx(step["linear_ms"] + step["head_ms"], abs=0.01)
+        assert step["linear_gflops"] / result["limits"]["bf16_gflops"] == pytest.approx(step["linear_share"], abs=0.01)
+
+
+def test_a_steps_linear_layers_are_counted_once_a_token_and_the_last_mlp_for_the_sampled_alone() -> None:
+    spec = spec_from_config(load_preset("qwen2_5_0_5b")["shape"], "qwen2_5_0_5b")
+    assert linear_flops(spec, 3, 3) == 3 * 2 * layer_weights(spec)
+    layer, qkv = 896 * (14 * 64 * 2 + 2 * 2 * 64) + 3 * 896 * 4864, 896 * (14 + 4) * 64
+    assert linear_flops(spec, 1024, 1024) - linear_flops(spec, 1024, 1) == 2 * 1023 * (layer - qkv)

@@ -13,12 +13,23 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from phalanx.benchmarks import limits
-from phalanx.benchmarks.compare import Contest, Options, agreement, curve, judge, sizes_of
+from phalanx.benchmarks.compare import Contest, Options, curve, sizes_of
 from phalanx.benchmarks.limits import Work
 from phalanx.benchmarks.peers.engines import Q8_0_BYTES, Planned, Sizes, plan_peers, plan_phalanx, weight_bytes
 from phalanx.benchmarks.peers.plot import chart, document, nice_top
 from phalanx.benchmarks.peers.process import EngineProcess
 from phalanx.benchmarks.peers.program import Case, Seen, Stepping, arrivals, note, outcome, read_case
+from phalanx.benchmarks.peers.verdict import (
+    UNSTEADY_ABOVE,
+    agreement,
+    around,
+    judge,
+    lines,
+    moved,
+    quartiles,
+    ratio,
+    ratios,
+)
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.models.spec import ModelSpec, spec_from_config
 from phalanx.kernels import cpu
@@ -211,7 +222,8 @@ def test_an_engine_in_a_process_is_stopped_and_goes_on(fake: list[str], tmp_path
 
 def test_an_engine_that_fails_is_out_and_the_others_go_on(fake: list[str], tmp_path: Path) -> None:
     case = read_case("2,4,2")
-    contest = Contest({"2,4,2": case}, tmp_path)
+    rates = iter(range(1, 100))
+    contest = Contest({"2,4,2": case}, tmp_path, measure=lambda: {"read_gb_s": float(next(rates))})
     outcomes: dict[str, Any] = {}
     try:
         contest.enter(Planned("absent", (sys.executable, "-c", "raise SystemExit('no engine')"), 2.0))
@@ -220,6 +232,7 @@ def test_an_engine_that_fails_is_out_and_the_others_go_on(fake: list[str], tmp_p
         assert list(contest.report) == ["fake"]
         assert "no engine" in contest.failures["absent"]
         assert list(outcomes) == ["2,4,2"]  # what takes no arrivals is given none
+        assert around(outcomes["2,4,2"]["fake"][0]) == {"read_gb_s": 2.0}
         contest.round({"2,4,13": read_case("2,4,13")}, outcomes, "round 2")
         assert "out of luck" in contest.failures["fake"]
     finally:
@@ -230,7 +243,7 @@ def test_each_round_can_begin_with_another_engine(
     fake: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = read_case("1,4,2")
-    contest = Contest({"1,4,2": case}, tmp_path)
+    contest = Contest({"1,4,2": case}, tmp_path, measure=dict)
     try:
         for name in "abc":
             contest.enter(Planned(name, tuple(fake), 2.0))
@@ -270,9 +283,14 @@ def test_phalanx_is_planned_for_each_variant_and_number_of_ranks() -> None:
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_what_to_do(tmp_path: Path) -> None:
-    python = tmp_path / "vllm" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.touch()
+    for name in ("vllm", "openvino"):
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.touch()
+    exported = tmp_path / "models" / f"{tmp_path.name}-openvino-int8"
+    exported.mkdir(parents=True)
+    [int8], _ = plan_peers(tmp_path, ["openvino_int8"], [1], SIZES, tmp_path)
+    assert (int8.command[2], int8.weight_bytes) == (str(exported), 1.0)
     planned, missing = plan_peers(tmp_path, ["vllm", "llamacpp_q8", "transformers"], [1, 2], SIZES, tmp_path)
     assert [engine.name for engine in planned] == ["vllm ranks=1", "vllm ranks=2", "transformers"]
     assert planned[1].command[-2:] == ("ranks=2", "max_model_len=99")
@@ -309,21 +327,78 @@ def test_a_verdict_is_of_medians_with_ratios_to_every_peer_and_shares_of_the_lim
     assert (mine["first_tokens_as_phalanx"], other["first_tokens_as_phalanx"]) == (1.0, 0.0)
     # Each run's share is of what memory gave when it ran.
     for run, rate in zip(outcomes["1,64,11"]["q8"], (1.0, 2.0, 4.0), strict=True):
-        run["read_gb_s"] = rate * BANDWIDTH / 1e9
+        run["limits_before"] = {"read_gb_s": rate * BANDWIDTH / 1e9}
     again = judge(cases, outcomes, planned, spec, rates)["1,64,11"]["engines"]["q8"]
     assert 1.4 * other["limit_tokens_per_s"] < again["limit_tokens_per_s"] < 2 * other["limit_tokens_per_s"]
     assert again["share_of_limit"] == pytest.approx(4.0 / again["limit_tokens_per_s"], abs=0.01)
     assert again["share_of_bf16_limit"] > again["share_of_limit"]
-    assert verdict["phalanx_to"] == {"phalanx ranks=1": {"q8": {"output_tokens_per_s": 2.0, "ttft": 0.5}}}
+    to = verdict["phalanx_to"]["phalanx ranks=1"]["q8"]
+    assert (to["output_tokens_per_s"], to["ttft"], to["rounds_left_out"]) == (2.0, 0.5, 0)
+    assert to["rounds_output_tokens_per_s"] == [2.0, 2.25, 0.5]
     assert "share_of_limit" not in judge(cases, outcomes, planned, spec, {})["1,64,11"]["engines"]["q8"]
     assert agreement(outcomes["1,64,11"]["q8"], outcomes["1,64,11"]["q8"]) == 1.0
-    lines = curve(outcomes, 0, lambda run: run["output_tokens_per_s"])
-    assert lines == {"phalanx ranks=1": [(1.0, 8.0)], "q8": [(1.0, 4.0)]}
+    points = curve(outcomes, 0, lambda run: run["output_tokens_per_s"])
+    assert points == {"phalanx ranks=1": [(1.0, 8.0)], "q8": [(1.0, 4.0)]}
+
+
+def steady(run: dict[str, Any], before: float, after: float) -> dict[str, Any]:
+    return run | {"limits_before": {"read_gb_s": before}, "limits_after": {"read_gb_s": after}}
+
+
+def test_ratios_are_of_the_runs_of_one_round_so_that_a_machine_that_drifts_does_not_matter() -> None:
+    drift = (1.0, 2.0, 4.0, 3.0, 0.5)
+    mine, other = ([figures(speed * factor, 0.1, 5) for factor in drift] for speed in (12.0, 10.0))
+    assert ratios(mine, other)["output_tokens_per_s"] == 1.2
+    assert ratios(mine, other[:2])["rounds_output_tokens_per_s"] == [1.2, 1.2]  # the other failed after two
+
+
+def test_a_round_in_which_the_machine_changed_does_not_count() -> None:
+    mine = [steady(figures(speed, 0.1, 5), 20.0, 20.0) for speed in (12.0, 12.0, 99.0)]
+    other = [steady(figures(10.0, 0.1, 5), 20.0, after) for after in (20.0, 16.0, 20.0 * (0.99 - UNSTEADY_ABOVE))]
+    found = ratios(mine, other)
+    assert (found["rounds_output_tokens_per_s"], found["rounds_left_out"]) == ([1.2, 1.2], 1)
+    assert moved(other) == pytest.approx(0.01 + UNSTEADY_ABOVE)
+    again = ratios(mine[1:], other[2:] * 2)
+    assert again["output_tokens_per_s"] == "too noisy: the machine's rates fell by more than 25% within 2 of 2 rounds"
+
+
+def test_a_ratio_whose_quartiles_lie_on_both_sides_of_1_is_too_noisy_to_tell() -> None:
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert ratio([0.5, 1.1, 1.2, 1.3, 9.0], 5) == 1.2
+    assert ratio([0.8, 0.9, 1.2, 1.3, 9.0], 5) == "too noisy: 0.90 to 1.30 in the middle half of 5 rounds"
+    assert ratio([1.0, 1.0], 2) == 1.0
+    assert ratio([2.0], 1) == 2.0
+
+
+def test_a_verdict_in_words_says_how_steady_the_machine_was() -> None:
+    planned = {name: Planned(name, (), 2.0) for name in ("phalanx ranks=1", "peer")}
+    engines = {
+        "phalanx ranks=1": [steady(figures(speed, 0.2, 5), 20.0, 19.0) for speed in (8.0, 12.0)],
+        "peer": [steady(figures(10.0, 0.1, 5), 18.0, 20.0)] * 2,
+    }
+    verdict = judge({"1,64,11": read_case("1,64,11")}, {"1,64,11": engines}, planned, preset_spec("qwen2_5_0_5b"), {})
+    assert lines(verdict) == [
+        "1,64,11: the machine's rates fell by up to 10% from round to round",
+        "1,64,11: phalanx ranks=1 to peer: too noisy: 0.90 to 1.10 in the middle half of 2 rounds (TTFT: 0.5)",
+    ]
+
+
+def test_what_keeps_an_engine_from_instructions_is_not_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("HELLO", "there")
+    show = "import json, os; print(json.dumps({'ready_s': 0, 'version': os.environ.get({!r}, 'none')}))"
+    for name, expected in (("ONEDNN_MAX_CPU_ISA", "none"), ("HELLO", "there")):
+        code = show.replace("{!r}", repr(name))
+        process = EngineProcess("fake", [sys.executable, "-c", code], tmp_path / "log")
+        process.close()
+        assert process.version == expected
 
 
 def test_a_plot_is_well_formed_with_every_line_named() -> None:
-    lines = {"phalanx <1>": [(1, 10.0), (32, 200.0)], "vllm": [(4, 50.0)], "none": []}
-    text = document([chart("Speed & more", "at once", "tokens/s", lines), chart("Empty", "x", "y", {})])
+    drawn = {"phalanx <1>": [(1, 10.0), (32, 200.0)], "vllm": [(4, 50.0)], "none": []}
+    text = document([chart("Speed & more", "at once", "tokens/s", drawn), chart("Empty", "x", "y", {})])
     root = ElementTree.fromstring(text)
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"Speed & more", "phalanx <1>", "vllm", "32", "200", "Empty"} <= set(words)
@@ -365,7 +440,8 @@ def test_a_comparison_ends_with_one_json_line_and_a_plot(tiny: Path, tmp_path: P
     options = ("peers=transformers,vllm", "cases=2,9,4;1,9,1", "ranks=1", "repeats=1", "limits_s=0.01")
     result = run_benchmark("compare", f"model={tiny}", f"peers_folder={tmp_path}", *options)
     assert set(result["cases"]) == {"2,9,4", "1,9,1"}
-    assert result["cases"]["1,9,1"]["phalanx_to"]["phalanx ranks=1"]["transformers"]["output_tokens_per_s"] > 0
+    to = result["cases"]["1,9,1"]["phalanx_to"]["phalanx ranks=1"]["transformers"]
+    assert len(to["rounds_output_tokens_per_s"]) + to["rounds_left_out"] == 1
     assert set(result["engines"]) == {"phalanx ranks=1", "transformers"}
     assert [message.split()[0] for message in result["missing"]] == ["vllm"]
     assert not result["failed"]

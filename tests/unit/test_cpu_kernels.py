@@ -20,7 +20,9 @@ from phalanx.kernels.noise import gumbel
 from phalanx.kernels.norm import rms_norm
 
 INSTRUCTION_SETS = [
-    name for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", "portable") if cpu.native and cpu.native.can_run(name)
+    name
+    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", "portable")
+    if cpu.native and cpu.native.can_run(name)
 ]
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

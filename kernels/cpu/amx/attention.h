@@ -24,17 +24,6 @@ INLINE vf power_of_two(vf x) {
     return x > -126.0f ? value : vf{};
 }
 
-// The first `count` keys' weights, side by side.
-INLINE void store_weights(bf16* to, vf first, vf second) {
-#if PHALANX_ISA_BF16
-    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
-    std::memcpy(to, &both, sizeof(both));
-#else
-    store_as(to, first);
-    store_as(to + 16, second);
-#endif
-}
-
 // As soften(), in powers of two: `scale` has log2(e) in it, and running.most has it too.
 INLINE float soften_tile(float* scores, bf16* weights, int visible, int width, float scale, Running& running, int row,
                          bool first) {
@@ -57,7 +46,7 @@ INLINE float soften_tile(float* scores, bf16* weights, int visible, int width, f
         const vf w1 = power_of_two(fused(load(scores + i + 16), splat(scale), splat(-now)));
         total0 += w0;
         total1 += w1;
-        store_weights(weights + i, w0, w1);
+        store_pair(weights + i, w0, w1);
     }
     const float shrink = first ? 0.0f : power_of_two(splat(before - now))[0];
     running.most[row] = now;
@@ -173,7 +162,7 @@ struct TileAttention {
             for (int p = 0; p < Panels; ++p) ahead.panels[p] = next.keys[piece + p];
         }
         const TilesOfC c{reinterpret_cast<char*>(scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4, 128};
-        multiply_tiles<Bfloat16Products, Panels>(a, both, b, dim_tiles, c, false, ahead);
+        multiply_tiles<Bfloat16Products, Panels>(a, both, b, dim_tiles, c, false, [&] { ahead.fetch<Panels>(); });
     }
 
     // A tile's keys, the first of which is `key`, with one row block or two.
@@ -207,7 +196,7 @@ struct TileAttention {
     void add_values(int both, int start, int keys32, bool first) {
         constexpr int64_t kPanelBytes = kTileKeys / 32 * kTileBytes;
         const TilesOfA a{reinterpret_cast<const char*>(weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
-        Ahead nothing;
+        const auto nothing = [] {};
         const int panels = dim / 16;
         for (int d = 0; d < panels;) {
             const char* b[4];

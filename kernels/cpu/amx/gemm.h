@@ -1,17 +1,23 @@
 // Linear layers whose sums run over all of k: bfloat16, plain or in 12 bits, and 8-bit numbers with one scale a row.
 // Included inside an instruction set's namespace.
 //
-// A task multiplies some row blocks of x with some units, which are two panels each, chunk by chunk along k. A unit's
-// chunk of B stays in the first cache while all row blocks pass, and 12-bit weights are expanded once for all of them.
-//     Few rows: unit by unit, in each chunk by chunk. All of A stays in the second cache.
-//     Many rows: chunk by chunk, in each unit by unit. A's chunk stays in the second cache, and so does C, whose sums
-//     go on in the next chunk where they stood.
-// Two row blocks by two panels are multiplied at once: four products for four loads, as the tiles' registers allow. An
-// only row block takes the four panels of two units instead. Either way a sum is made of the same products in the same
-// order, 32 elements of k by themselves first, whatever its row is multiplied beside: batches change no bit.
+// Few rows (up to 32): memory is what they wait for. A task reads its panels one after the other, and multiplies each
+// with both row blocks, if there are two, whose sums stay in tiles.
 //
-// Tried, and slower on Emerald Rapids: one row block by two panels (products then wait for each other, 52 cycles), and
-// x where it stands instead of packed.
+// Many rows: a task multiplies two row blocks by two panels at once, four products for four loads, chunk by chunk along
+// k. A chunk of 12-bit weights is expanded once for all its row blocks.
+//     x's rows fit into the second cache: unit by unit, in each chunk by chunk.
+//     They do not: chunk by chunk, in each unit by unit. A's chunk stays in the second cache, and so does C, whose sums
+//     go on in the next chunk where they stood.
+//
+// Either way a sum is made of the same products in the same order, 32 elements of k by themselves first, whatever its
+// row is multiplied beside: batches change no bit.
+//
+// Tried on Emerald Rapids. Operands from the first cache are multiplied at 2.0 to 2.3 TFLOP/s a core, from the second
+// at 1.6; smaller chunks, whose B stays in the first cache, gain nothing, since C then travels more often. Few rows by
+// four panels at once read memory at 0.7 of its rate, since the processor's prefetcher does not follow four panels; one
+// panel after the other at 0.9. x where it stands, with rows a multiple of 4 KB apart, crowds into one set of the
+// cache.
 
 // What is fetched into the second cache while a chunk is multiplied: the chunk that comes next.
 struct Ahead {
@@ -55,10 +61,11 @@ struct TilesOfC {
 };
 
 // C = or += one row block by two panels or four, or two row blocks by two panels. Panels of a pair stand side by side
-// in C; a panel's tiles stand one behind the other in B.
-template <class Products, int Panels>
+// in C; a panel's tiles stand one behind the other in B. `meanwhile` is called once for each tile along k, before C is
+// stored: tiles leave the vectors' units idle, which are as much of the processor.
+template <class Products, int Panels, class F>
 INLINE void multiply_tiles(const TilesOfA& a, int blocks, const char* const* b, int64_t tiles, const TilesOfC& c,
-                           bool add, Ahead& ahead) {
+                           bool add, F&& meanwhile) {
     char *c0 = c.first, *c1 = c0 + 64, *c2 = c0 + (Panels == 4 ? c.pair : c.block), *c3 = c2 + 64;
     const char *a0 = a.first, *a1 = a.first + a.block;
     const bool four = Panels == 4 || blocks == 2;
@@ -90,7 +97,7 @@ INLINE void multiply_tiles(const TilesOfA& a, int blocks, const char* const* b, 
             Products::template add<2, 5, 6>();
             Products::template add<3, 5, 7>();
         }
-        ahead.fetch<Panels>();
+        meanwhile();
     }
     tile_store<0>(c0, c.row);
     tile_store<1>(c1, c.row);
@@ -133,40 +140,77 @@ struct CompressedPanels {
         for (int64_t done = 0; done < words; done += kGroupWords) {
             const uint8_t* table = bytes + (k + done) / kGroupWords * kTableBytes;
             const uint8_t* quad = bytes + tables_bytes(job.words) + (k + done) / 4 * kQuadBytes;
-            if (next) {
-                const char* line = next + done / 4 * kQuadBytes;
-                for (int i = 0; i < kGroupWords / 4 * kQuadBytes; i += 64) __builtin_prefetch(line + i, 0, 2);
-            }
             expand_group(table, quad, job.apart, std::min<int64_t>(kGroupWords, words - done),
-                         reinterpret_cast<uint32_t*>(room + done * kPanel * 4));
+                         reinterpret_cast<uint32_t*>(room + done * kPanel * 4),
+                         next ? next + done / 4 * kQuadBytes : nullptr);
         }
         zero_past(room, words * kPanel * 4, ceil_div(words, kTileWords) * kTileBytes);
         return room;
     }
 };
 
-// The rows of C of a row block, which are done, to where they belong.
-INLINE void finish_block(const Linear& job, const PackedRows& x, int block, int64_t unit, const char* c) {
-    const int64_t first_row = int64_t{block} * job.block_rows;
-    if (job.kind != WeightKind::kW8A8) {
-        const float* sums = reinterpret_cast<const float*>(c);
-        for (int r = 0; r < rows_of_block(job, block); ++r)
-            finish_row<bf16>(job, first_row + r, unit, load(sums + r * 32), load(sums + r * 32 + 16));
-        return;
+// Rows of C, which are done, to where they belong.
+INLINE void finish_bfloat16(const Linear& job, int64_t first_row, int rows, int64_t unit, const float* sums) {
+    // The usual cases by themselves, with nothing to decide for each row.
+    const int64_t ldo = job.ldo, gated = job.n / 2 - unit * kPanel, plain = job.n - 2 * unit * kPanel;
+    if (job.output == Output::kSiluMul && !job.bias && gated >= kPanel) {
+        bf16* to = static_cast<bf16*>(job.out) + first_row * ldo + unit * kPanel;
+        for (int r = 0; r < rows; ++r, to += ldo, sums += 32) store_as(to, silu(load(sums)) * load(sums + 16));
+    } else if (job.output == Output::kStore && !job.bias && plain >= 2 * kPanel) {
+        bf16* to = static_cast<bf16*>(job.out) + first_row * ldo + 2 * unit * kPanel;
+        for (int r = 0; r < rows; ++r, to += ldo, sums += 32) store_pair(to, load(sums), load(sums + 16));
+    } else if (job.output == Output::kAddFloat && !job.bias && plain >= 2 * kPanel) {
+        float* to = static_cast<float*>(job.out) + first_row * ldo + 2 * unit * kPanel;
+        for (int r = 0; r < rows; ++r, to += ldo, sums += 32) {
+            store(to, load(to) + load(sums));
+            store(to + 16, load(to + 16) + load(sums + 16));
+        }
+    } else {
+        for (int r = 0; r < rows; ++r, sums += 32)
+            finish_row<bf16>(job, first_row + r, unit, load(sums), load(sums + 16));
     }
-    // As linear_task_of_numbers: x's offset of 128 added 128 times the sum of a column's weights.
+}
+
+// As linear_task_of_numbers: x's offset of 128 added 128 times the sum of a column's weights.
+INLINE void finish_int8(const Linear& job, const float* scales, int64_t first_row, int rows, int64_t unit,
+                        const int32_t* sums) {
     const Panels panels = panels_of(job, unit);
     const vf o0 = load(job.sums + panels.first * kPanel) * 128.0f,
              o1 = load(job.sums + panels.second * kPanel) * 128.0f;
     const vf s0 = load(scales_of(job, panels.first, 0)), s1 = load(scales_of(job, panels.second, 0));
-    const auto* sums = reinterpret_cast<const int32_t*>(c);
-    for (int r = 0; r < rows_of_block(job, block); ++r) {
+    for (int r = 0; r < rows; ++r) {
         const vi* both = reinterpret_cast<const vi*>(sums + r * 32);
-        const float scale = x.scales[first_row + r];
+        const float scale = scales[first_row + r];
         const vf sum0 = fused(to_floats(both[0]), s0, vf{}), sum1 = fused(to_floats(both[1]), s1, vf{});
         finish_row<bf16>(job, first_row + r, unit, (sum0 - o0) * scale, (sum1 - o1) * scale);
     }
 }
+
+// Rows of C that are done, and still to be finished: some of them while the next ones are multiplied.
+struct Unfinished {
+    const char* c = nullptr;
+    int64_t row = 0, unit = 0;
+    int left = 0;
+    int step = 0;  // rows that one call of some() finishes
+
+    INLINE void some(const Linear& job, const float* scales) { finish(job, scales, std::min(left, step)); }
+
+    INLINE void finish(const Linear& job, const float* scales, int count) {
+        if (count == 0) return;
+        if (job.kind == WeightKind::kW8A8) {
+            finish_int8(job, scales, row, count, unit, reinterpret_cast<const int32_t*>(c));
+        } else {
+            finish_bfloat16(job, row, count, unit, reinterpret_cast<const float*>(c));
+        }
+        c += count * 128;
+        row += count;
+        left -= count;
+    }
+};
+
+// Row blocks whose sums all stay in tiles.
+constexpr int kMostFewBlocks = 2;
+INLINE bool few_rows(const Linear& job) { return job.row_blocks <= kMostFewBlocks; }
 
 // The row blocks and units of a task.
 struct TileRange {
@@ -187,97 +231,138 @@ struct TileTask : TileRange {
     const PackedRows& x;
     char *sums, *room;
     int64_t block_bytes, unit_bytes;  // of C
-    bool by_units;                    // the outer loop goes over units, the inner one over chunks
+    Unfinished unfinished;
+    bool by_units;  // the outer loop goes over units, the inner one over chunks
 
     TileTask(const Linear& job, const PackedRows& x, int task) : TileRange(tile_range(job, task)), job(job), x(x) {
         block_bytes = int64_t{job.block_rows} * 128;
         unit_bytes = (last_block - first_block) * block_bytes;
         by_units = (last_block - first_block) * job.block_rows * packed_row_bytes(job) <= kCachedBytes;
-        sums = static_cast<char*>(scratch(0, (by_units ? 2 : job.units_per_task) * unit_bytes));
-        room = static_cast<char*>(scratch(6, 4 * (ceil_div(job.word_block, kTileWords) * kTileBytes)));
+        sums = static_cast<char*>(scratch(0, (by_units ? 1 : job.units_per_task) * unit_bytes));
+        const int64_t words = few_rows(job) ? 3 * kGroupWords : 2 * job.word_block;
+        room = static_cast<char*>(scratch(6, ceil_div(words, kTileWords) * kTileBytes + kTileBytes));
     }
 
     void run() {
         configure(job.block_rows, kTileWords);
-        if (by_units) {
-            int64_t unit = first_unit;
-            if (last_block - first_block == 1)
-                for (; unit + 2 <= last_unit; unit += 2) multiply_all_chunks<4>(unit);
-            for (; unit < last_unit; ++unit) multiply_all_chunks<2>(unit);
-            return;
-        }
-        for (int64_t k = 0; k < job.words; k += job.word_block)
+        if (few_rows(job)) {
             for (int64_t unit = first_unit; unit < last_unit; ++unit)
-                multiply_chunk<2>(unit, k, sums + (unit - first_unit) * unit_bytes);
+                last_block == 2 ? stream_unit<2>(unit) : stream_unit<1>(unit);
+        } else if (by_units) {
+            for (int64_t unit = first_unit; unit < last_unit; ++unit)
+                for (int64_t k = 0; k < job.words; k += job.word_block) multiply_chunk(unit, k, sums);
+        } else {
+            for (int64_t k = 0; k < job.words; k += job.word_block)
+                for (int64_t unit = first_unit; unit < last_unit; ++unit)
+                    multiply_chunk(unit, k, sums + (unit - first_unit) * unit_bytes);
+        }
+        unfinished.finish(job, x.scales, unfinished.left);
     }
 
-    template <int Panels>
-    void multiply_all_chunks(int64_t unit) {
-        for (int64_t k = 0; k < job.words; k += job.word_block) multiply_chunk<Panels>(unit, k, sums);
+    // Few rows wait for memory, so the weights are read as memory likes it best: from the first byte to the last, panel
+    // by panel, and fetched from 4 KB ahead on. All row blocks' sums stay in tiles.
+    template <int Blocks>
+    void stream_unit(int64_t unit) {
+        const char *panels[2], *following[2];
+        panels_at(unit, panels);
+        panels_at(std::min<int64_t>(unit + 1, job.n_units - 1), following);
+        const int64_t groups = ceil_div(job.words, kGroupWords);
+        unfinished.step = static_cast<int>(ceil_div(unfinished.left, 2 * groups));
+        stream_panel<Blocks>(panels[0], panels[1]);
+        unfinished.finish(job, x.scales, unfinished.left);
+        store_sums<Blocks>(0);
+        stream_panel<Blocks>(panels[1], following[0]);
+        store_sums<Blocks>(64);
+        unfinished = {sums, 0, unit, job.m, 0};
     }
 
-    // A unit's chunk of words from k on, or two units' chunks, with all row blocks of the task.
-    template <int Panels>
+    template <int Blocks>
+    INLINE void store_sums(int64_t offset) {
+        tile_store<0>(sums + offset, 128);
+        if constexpr (Blocks > 1) tile_store<1>(sums + offset + block_bytes, 128);
+    }
+
+    template <int Blocks>
+    INLINE void stream_panel(const char* panel, const char* next) {
+        constexpr int64_t kAheadBytes = 4096, kRoomTiles = kGroupWords / kTileWords;
+        const int64_t step = int64_t{job.block_rows} * kTileRowBytes,
+                      row_block = packed_row_bytes(job) * job.block_rows;
+        const char* a = reinterpret_cast<const char*>(x.words);
+        tile_zero<0>();
+        if constexpr (Blocks > 1) tile_zero<1>();
+        for (int64_t k = 0; k < job.words; k += kGroupWords) {
+            const int64_t words = std::min<int64_t>(kGroupWords, job.words - k);
+            const int64_t ahead = Source::offset(job, k) + kAheadBytes, past = ahead - Source::panel_bytes(job);
+            const char* fetched = past < 0 ? panel + ahead : next + past;
+            // Of the room there is as much as three groups need: what one has stored must not wait for the next.
+            const char* b =
+                Source::tiles(job, panel, k, words, room + k / kGroupWords % 3 * kRoomTiles * kTileBytes, fetched);
+            unfinished.some(job, x.scales);
+            for (int64_t t = 0; t < ceil_div(words, kTileWords); ++t, a += step) {
+                if constexpr (!Source::kExpands)
+                    for (int line = 0; line < kTileBytes; line += 64)
+                        __builtin_prefetch(fetched + t * kTileBytes + line, 0, 2);
+                tile_load<6>(b + t * kTileBytes, kTileRowBytes);
+                add_block<0>(a);
+                if constexpr (Blocks > 1) add_block<1>(a + row_block);
+            }
+        }
+    }
+
+    template <int Block>
+    INLINE void add_block(const char* a) {
+        tile_load<4 + Block % 2>(a, kTileRowBytes);
+        Products::template add<Block, 4 + Block % 2, 6>();
+    }
+
+    // A unit's chunk of words from k on, with all row blocks of the task.
     void multiply_chunk(int64_t unit, int64_t k, char* unit_sums) {
         const int64_t words = std::min<int64_t>(job.word_block, job.words - k), tiles = ceil_div(words, kTileWords);
         const int64_t room_each = ceil_div(job.word_block, kTileWords) * kTileBytes;
-        const int blocks = last_block - first_block;
-        const char *from[4], *b[4];
-        panels_at<Panels>(unit, from);
-        Ahead ahead = next_chunk<Panels>(unit, k);
-        // With few rows there is hardly time to fetch while multiplying, so it is done while expanding.
-        const bool early = Source::kExpands && blocks <= 2;
-        for (int p = 0; p < Panels; ++p)
-            b[p] = Source::tiles(job, from[p], k, words, room + p * room_each, early ? ahead.panels[p] : nullptr);
-        const int64_t steps = ceil_div(blocks, 2) * tiles;
-        ahead.step = early ? 0 : ceil_div(ceil_div(ahead.bytes, 64), steps) * 64;
+        const char *from[2], *b[2];
+        panels_at(unit, from);
+        for (int p = 0; p < 2; ++p) b[p] = Source::tiles(job, from[p], k, words, room + p * room_each, nullptr);
+        Ahead ahead = next_chunk(unit, k);
+        ahead.step = ceil_div(ceil_div(ahead.bytes, 64), ceil_div(last_block - first_block, 2) * tiles) * 64;
 
         const int64_t row_block = packed_row_bytes(job) * job.block_rows,
                       step = int64_t{job.block_rows} * kTileRowBytes;
         TilesOfA a{reinterpret_cast<const char*>(x.words) + first_block * row_block + k / kTileWords * step, step,
                    kTileRowBytes, row_block};
-        TilesOfC c{unit_sums, 128, block_bytes, unit_bytes};
-        const bool last = k + words == job.words;
+        TilesOfC c{unit_sums, 128, block_bytes, 0};
+        const auto meanwhile = [&] {
+            ahead.fetch<2>();
+            unfinished.some(job, x.scales);
+        };
         for (int block = first_block; block < last_block; block += 2, a.first += 2 * a.block, c.first += 2 * c.block) {
-            const int both = Panels == 2 && block + 1 < last_block ? 2 : 1;
-            multiply_tiles<Products, Panels>(a, both, b, tiles, c, k > 0, ahead);
-            if (!last) continue;
-            finish_block(job, x, block, unit, c.first);
-            if (Panels == 4) finish_block(job, x, block, unit + 1, c.first + c.pair);
-            if (both == 2) finish_block(job, x, block + 1, unit, c.first + c.block);
+            const int both = block + 1 < last_block ? 2 : 1;
+            unfinished.step = static_cast<int>(ceil_div(unfinished.left, tiles));
+            multiply_tiles<Products, 2>(a, both, b, tiles, c, k > 0, meanwhile);
+            const int64_t row = int64_t{block} * job.block_rows;
+            const int rows = static_cast<int>(std::min<int64_t>(both * job.block_rows, job.m - row));
+            if (k + words == job.words && rows > 0) unfinished = {c.first, row, unit, rows, 0};
         }
     }
 
-    template <int Panels>
-    void panels_at(int64_t unit, const char** at) {
-        const auto* weight = static_cast<const char*>(job.weight);
-        for (int i = 0; i < Panels / 2; ++i) {
-            const phalanx::PHALANX_ISA_NAME::Panels both = panels_of(job, unit + i);
-            at[2 * i] = weight + both.first * Source::panel_bytes(job);
-            at[2 * i + 1] = weight + both.second * Source::panel_bytes(job);
-        }
+    void panels_at(int64_t unit, const char** at) const {
+        const Panels both = panels_of(job, unit);
+        at[0] = static_cast<const char*>(job.weight) + both.first * Source::panel_bytes(job);
+        at[1] = static_cast<const char*>(job.weight) + both.second * Source::panel_bytes(job);
     }
 
     // The chunk that comes after this one; after a task's last, the first of what stands behind its last unit, which
     // likely is this thread's next task. What is past the weight's end is fetched in vain.
-    template <int Panels>
-    Ahead next_chunk(int64_t unit, int64_t k) {
-        const int64_t step = Panels / 2, after = k + job.word_block < job.words ? k + job.word_block : 0;
-        const bool turns = by_units ? after == 0 : unit + step >= last_unit;
-        int64_t next_unit = unit, next_k = k;
-        if (by_units) {
-            next_k = after;
-            if (turns) next_unit += step;
-        } else {
-            if (turns) next_k = after;
-            next_unit = turns && after ? first_unit : unit + step;
-        }
+    Ahead next_chunk(int64_t unit, int64_t k) const {
+        const int64_t after = k + job.word_block < job.words ? k + job.word_block : 0;
+        const bool turns = by_units ? after == 0 : unit + 1 == last_unit;
+        const int64_t next_k = by_units || turns ? after : k;
+        const int64_t next_unit = by_units ? unit + turns : turns && after ? first_unit : unit + 1;
         Ahead ahead;
-        panels_at<Panels>(next_unit, ahead.panels);
+        panels_at(next_unit, ahead.panels);
         const int64_t start = Source::offset(job, next_k);
         const int64_t end = next_k + job.word_block < job.words ? Source::offset(job, next_k + job.word_block)
                                                                 : Source::panel_bytes(job);
-        for (int p = 0; p < Panels; ++p) ahead.panels[p] += start;
+        for (int p = 0; p < 2; ++p) ahead.panels[p] += start;
         ahead.bytes = end - start;
         return ahead;
     }
