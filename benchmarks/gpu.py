@@ -47,9 +47,9 @@ GROUPS = (
     Group("peer", QWEN3, 15, {"peer": 60}),
     Group("two_ranks", QWQ, 10, {"two_ranks": 35}),
     Group("ready", QWEN3, 5, {"all": 25, "lazy": 20}),
-    Group("kernels", QWEN3, 15, {"eager": 6, "prompt": 3, "graphs": 6}),
+    Group("kernels", QWEN3, 15, {"eager": 6, "prompt": 3, "graphs": 6, "host": 2}),
     Group("loading", QWQ, 10, {"checkpoint": 15, "limits": 10, "warm": 10, "cold": 10, "engine": 15}),
-    Group("kernels", QWQ, 25, {"eager": 8, "prompt": 3, "graphs": 8}),
+    Group("kernels", QWQ, 25, {"eager": 8, "prompt": 3, "graphs": 8, "host": 2}),
     Group("nccl_one", QWQ, 10, {"group": 5, "graph": 3, "engine": 20, "teardown": 3}),
     Group("nccl_one", QWQ, 10, {"rendezvous": 3, "sums": 5, "tune": 10}),
     Group("ready", QWQ, 5, {"all": 40, "lazy": 30}),
@@ -235,7 +235,7 @@ def open_group(job: Job) -> Iterator[Sections]:
                 }
         elif job.kind == "kernels":
             with kernels.open_bench(shape, folder, device, job.interpret, ceilings) as bench:
-                yield {"eager": bench.eager, "prompt": bench.prompt, "graphs": bench.graphs}
+                yield {"eager": bench.eager, "prompt": bench.prompt, "graphs": bench.graphs, "host": bench.host}
         else:
             yield _sections_alone(job, folder, device, ceilings, host_to_device)
 

@@ -202,6 +202,10 @@ def _entry(
 
 def describe(name: str, table: dict[str, Any]) -> Iterator[str]:
     """A table's lines, to be printed."""
+    if "functions" in table:
+        yield f"{name}: launched in {table['launch_us']} us"
+        yield from (f"  {f['us']:9.1f} us {f['calls']:7.1f} x {f['function']}" for f in table["functions"][:12])
+        return
     if "roles" not in table:
         yield f"{name}: {table.get('error') or table.get('skipped')}"
         return

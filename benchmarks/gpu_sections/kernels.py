@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import random
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +35,8 @@ from .shapes import Shape
 MOST_ROWS = 64
 MOST_BATCHED_TOKENS = 2048
 TIMED_STEPS, PROFILED_STEPS, WARM_STEPS = 30, 10, 3
+LAUNCHES, FUNCTIONS_SHOWN = 10, 20
+INTERPRETED = "interpret=true: what a profiler sees are the interpreter's own operations"
 
 
 class Bench:
@@ -58,6 +64,28 @@ class Bench:
             self._worker.capture(case.rows)
         return self._measure(cases)
 
+    def host(self) -> dict[str, Any]:
+        """What the host does until a step is launched, by function: after graphs(), a decode is a replay."""
+        if cuda.interpreting():
+            return {"skipped": INTERPRETED}
+        [first, *_], prompt = self._decodes(), Case(1, 0, self._shape.sizes.prompts[0])
+        return {case.name: self._launches(case) for case in (first, prompt)}
+
+    def _launches(self, case: Case) -> dict[str, Any]:
+        plans, times, profile = self._plans(case), [], cProfile.Profile()
+        self._run(plans, WARM_STEPS)
+        for profiled in (False, True):
+            for plan in islice(plans, min(LAUNCHES, self._shape.sizes.steps)):
+                synchronize(self._device)
+                if profiled:
+                    step = profile.runcall(self._worker.launch, plan)
+                else:
+                    started = time.perf_counter()
+                    step = self._worker.launch(plan)
+                    times.append(time.perf_counter() - started)
+                step.result()
+        return {"launch_us": round(1e6 * statistics.median(times), 1), "functions": functions_of(profile, len(times))}
+
     def _decodes(self) -> list[Case]:
         """Every batch at the context wanted, or at as much of it as the KV cache holds."""
         sizes, capacity = self._shape.sizes, self._worker.capacity
@@ -77,7 +105,7 @@ class Bench:
     def _measure(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Every case's table; of one that fails, how."""
         if cuda.interpreting():
-            return {"skipped": "interpret=true: what a profiler sees are the interpreter's own operations"}
+            return {"skipped": INTERPRETED}
         fill_cache(self._worker)
         results: dict[str, Any] = {}
         for case in cases:
@@ -88,7 +116,7 @@ class Bench:
         return results
 
     def _table(self, case: Case) -> dict[str, Any]:
-        plans = plans_of(case, self._most_steps, self._worker.capacity.block_size, self._shape.spec.vocab_size)
+        plans = self._plans(case)
         timed, profiled = self._steps
         self._run(plans, WARM_STEPS)
         begin = Mark(self._device)
@@ -98,6 +126,9 @@ class Bench:
         events = self._trace(plans, profiled)
         least = least_of(Work(self._shape.spec), replace(case, context=case.context + self._most_steps // 2))
         return tabulate(events, profiled, end.seconds_since(begin) / timed, least, self._ceilings)
+
+    def _plans(self, case: Case) -> Iterator[StepPlan]:
+        return plans_of(case, self._most_steps, self._worker.capacity.block_size, self._shape.spec.vocab_size)
 
     def _run(self, plans: Iterator[StepPlan], steps: int) -> None:
         """As the engine does: the next step is launched before this one's tokens are asked for."""
@@ -143,6 +174,22 @@ def open_bench(
         yield Bench(shape, engine.worker, device, ceilings)
     finally:
         engine.worker.close()
+
+
+def functions_of(profile: cProfile.Profile, steps: int) -> list[dict[str, Any]]:
+    """Those with the most time of their own, in microseconds a step; profiling adds to each call."""
+    stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]]
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    largest = sorted(stats.items(), key=lambda item: -item[1][2])[:FUNCTIONS_SHOWN]
+    return [
+        {
+            "function": f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"[-90:],
+            "calls": round(calls / steps, 1),
+            "us": round(1e6 * own / steps, 1),
+            "with_callees_us": round(1e6 * whole / steps, 1),
+        }
+        for (file, line, name), (_, calls, own, whole, _) in largest
+    ]
 
 
 def plans_of(case: Case, steps: int, block_size: int, vocab_size: int) -> Iterator[StepPlan]:

@@ -448,7 +448,7 @@ def test_where_no_time_is_left_every_section_says_so() -> None:
     skipped += [
         section for name in ("ready", "kernels") for shape in result[name].values() for section in shape.values()
     ]
-    assert len(skipped) == 3 + 5 + 7 + 2 * 5 + 2 * 2 + 2 * 3
+    assert len(skipped) == 3 + 5 + 7 + 2 * 5 + 2 * 2 + 2 * 4
     assert {entry["skipped"].partition(":")[0] for entry in skipped} == {"time budget"}
 
 
@@ -473,6 +473,7 @@ def test_every_section_runs_on_a_cpu_and_the_file_has_what_was_printed(tmp_path:
     for tables in result["kernels"].values():
         assert tables["eager"]["decode_1x24"]["busy_us"] > 0
         assert tables["prompt"]["prompt_8"]["busy_us"] > 0
+        assert tables["host"]["prompt_8"]["launch_us"] > 0
     assert result["loading"]["warm"]["tensors_checked"] > 0
     assert result["nccl_one"]["teardown"]["gone"] is True
     assert result["settings"]["shape"] == "tiny"

@@ -206,9 +206,17 @@ def test_a_case_that_fails_leaves_the_others_their_tables(monkeypatch: pytest.Mo
         monkeypatch.setattr(bench, "_table", fail)
         found = bench.eager()
         prompt = bench.prompt()
+        host = bench.host()
         assert "no CUDA graphs" in bench.graphs()["skipped"]
     assert list(found) == [f"decode_{rows}x{TINY.context}" for rows in TINY.batches]
     assert found["decode_2x24"]["error"] == "RuntimeError: out of memory"
     assert found["decode_5x24"]["step_us"] > 0
     assert found["decode_5x24"]["kernels_a_step"] >= 1
     assert prompt["prompt_8"]["busy_us"] > 0
+    assert list(host) == ["decode_1x24", "prompt_8"]
+    for launches in host.values():
+        assert launches["launch_us"] > 0
+        own = [function["us"] for function in launches["functions"]]
+        assert own == sorted(own, reverse=True)
+        assert any("worker.py" in function["function"] for function in launches["functions"])
+    assert "launched in" in next(describe("prompt_8", host["prompt_8"]))
