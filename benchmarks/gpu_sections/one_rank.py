@@ -21,7 +21,7 @@ from phalanx.engine.transport import InProcess
 from phalanx.parallel.collectives import peer_memory
 from phalanx.parallel.collectives.base import Collectives
 from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
-from phalanx.parallel.collectives.symmetric_memory import SymmetricMemoryCollectives
+from phalanx.parallel.collectives.symmetric_memory import INNER, UNFUSED, SymmetricMemoryCollectives
 from phalanx.parallel.collectives.thresholds import describe
 from phalanx.parallel.group import Group, _gloo, _group_of, local_group
 
@@ -234,17 +234,17 @@ class OneMemory:
         return found
 
     def tune(self) -> dict[str, Any]:
-        """The tables that a start would measure."""
-        if self._memory is None or self._host is None:
-            return {"skipped": NO_MEMORY}
-        carrier = ProcessGroupCollectives(dist.group.WORLD, self._device)
-        collectives = SymmetricMemoryCollectives(carrier, self._host, self._memory)
+        """The tables that a start would measure; then the group is given up."""
+        found: dict[str, Any] = {"skipped": NO_MEMORY}
+        if self._memory is not None and self._host is not None:
+            carrier = ProcessGroupCollectives(dist.group.WORLD, self._device)
+            found = {"tables": tried(partial(self._tables, carrier, self._host, self._memory))}
+        return {**found, "teardown": tried(dist.destroy_process_group)}
 
-        def tables() -> dict[str, str]:
-            collectives.tune(COLUMNS, torch.bfloat16, 64)
-            return {"sums": describe(collectives._sums, "inner"), "norms": describe(collectives._norms, "unfused")}
-
-        return {"tables": tried(tables), "teardown": tried(dist.destroy_process_group)}
+    def _tables(self, carrier: Collectives, host: Collectives, memory: peer_memory.PeerMemory) -> dict[str, str]:
+        collectives = SymmetricMemoryCollectives(carrier, host, memory)
+        collectives.tune(COLUMNS, torch.bfloat16, 64)
+        return {"sums": describe(collectives._sums, INNER), "norms": describe(collectives._norms, UNFUSED)}
 
     def _sum(
         self, memory: peer_memory.PeerMemory, name: str, x: torch.Tensor
