@@ -11,6 +11,7 @@ section that fails or is skipped says why, and the others go on; ceilings are al
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -176,7 +177,8 @@ def measure(options: Options) -> dict[str, Any]:
             print(line[:LINE], flush=True)
             if group.kind == "kernels":
                 tables = (item for item in result.items() if isinstance(item[1], dict))
-                print(*(line for item in tables for line in describe(*item)), sep="\n", flush=True)
+                for line in itertools.chain.from_iterable(describe(*item) for item in tables):
+                    print(line, flush=True)
     whole = results.whole()
     for name, goal in whole["goals"].items():
         print(f"{name}: {goal}")
