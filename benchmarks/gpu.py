@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py out=benchmarks/results/gpu_h200.json        # at most 9 minutes
     python benchmarks/gpu.py sections=decode,profile shapes=qwen3_0_6b
+    python benchmarks/gpu.py sections=kernels,loading,nccl_one
     python benchmarks/gpu.py device=cpu shape=tiny                       # the same code on any machine, to try it
 
 Models are made in place: a config.json and load_format=dummy. Each group of sections runs in a process of its own. A
@@ -10,6 +11,7 @@ section that fails or is skipped says why, and the others go on; ceilings are al
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -46,7 +48,11 @@ GROUPS = (
     Group("peer", QWEN3, 15, {"peer": 60}),
     Group("two_ranks", QWQ, 10, {"two_ranks": 35}),
     Group("ready", QWEN3, 5, {"all": 25, "lazy": 20}),
-    Group("loading", QWEN3, 10, {"loading": 30}),
+    Group("kernels", QWEN3, 20, {"eager": 6, "prompt": 3, "graphs": 6, "host": 2}),
+    Group("loading", QWQ, 10, {"checkpoint": 15, "limits": 10, "warm": 10, "cold": 10, "engine": 15}),
+    Group("kernels", QWQ, 30, {"eager": 8, "prompt": 3, "graphs": 8, "host": 2}),
+    Group("nccl_one", QWQ, 10, {"group": 5, "graph": 3, "engine": 20, "teardown": 3}),
+    Group("nccl_one", QWQ, 10, {"rendezvous": 3, "sums": 5, "tune": 10}),
     Group("ready", QWQ, 5, {"all": 40, "lazy": 30}),
 )
 """In the order of what matters most, for when the time is up."""
@@ -57,7 +63,11 @@ CEILINGS_S = 60.0
 PATIENCE = 1.6
 """Times the seconds that a group is expected to take."""
 
-SECTIONS = ("decode", "prefill", "throughput", "profile", "attention", "peer", "ready", "two_ranks", "loading")
+SECTIONS = ("decode", "prefill", "throughput", "profile", "attention", "peer", "ready", "two_ranks")
+SECTIONS += ("kernels", "loading", "nccl_one")
+OF_A_FAMILY = ("ready", "kernels")
+OF_A_KIND = ("loading", "nccl_one")
+"""Kinds whose groups have several sections: these stand under their kind, with or without the family's name."""
 
 
 @dataclass
@@ -92,7 +102,7 @@ class Options:
         for group in GROUPS:
             served = group.kind == "serving"
             sections = {name: s for name, s in group.sections.items() if self._wants(name if served else group.kind)}
-            if served or group.kind == "ready":
+            if served or group.kind in OF_A_FAMILY:
                 sections = sections if group.family in self.shapes.split(",") else {}
             if sections:
                 found.append(replace(group, sections={"engine": 0.0, **sections} if served else sections))
@@ -119,8 +129,10 @@ class Results:
         name = group.family if self.options.shape == "full" else f"{group.family}_tiny"
         if group.kind == "serving":
             self.shapes.setdefault(name, {})[section] = result
-        elif group.kind == "ready":
-            self.values.setdefault("ready", {}).setdefault(name, {})[section] = result
+        elif group.kind in OF_A_FAMILY:
+            self.values.setdefault(group.kind, {}).setdefault(name, {})[section] = result
+        elif group.kind in OF_A_KIND:
+            self.values.setdefault(group.kind, {})[section] = result
         else:
             self.values[section] = result
 
@@ -147,6 +159,7 @@ class Results:
 def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
     import torch
+    from phalanx.benchmarks.gpu_sections.kernel_roles import describe
 
     options.check()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -162,6 +175,10 @@ def measure(options: Options) -> dict[str, Any]:
                 f"{options.limit_s - until + time.monotonic():.0f} s: {group.kind} {group.family} {section}: {result}"
             )
             print(line[:LINE], flush=True)
+            if group.kind == "kernels":
+                tables = (item for item in result.items() if isinstance(item[1], dict))
+                for line in itertools.chain.from_iterable(describe(*item) for item in tables):
+                    print(line, flush=True)
     whole = results.whole()
     for name, goal in whole["goals"].items():
         print(f"{name}: {goal}")
@@ -190,12 +207,11 @@ def _outcome(
 def open_group(job: Job) -> Iterator[Sections]:
     """The functions that measure a group's sections, in its process."""
     import torch
-    from phalanx.benchmarks.gpu_sections import processes, serving
-    from phalanx.benchmarks.gpu_sections.attention import measure_attention
+    from phalanx.benchmarks.gpu_sections import kernels, serving
     from phalanx.benchmarks.gpu_sections.ceilings import measure_ceilings
     from phalanx.benchmarks.gpu_sections.device import facts
     from phalanx.benchmarks.gpu_sections.roofline import Ceilings
-    from phalanx.benchmarks.gpu_sections.shapes import shape_of, two_ranks_shape
+    from phalanx.benchmarks.gpu_sections.shapes import shape_of
     from phalanx.kernels import cuda
 
     if job.interpret:
@@ -219,15 +235,48 @@ def open_group(job: Job) -> Iterator[Sections]:
                     "throughput": lambda: serving.measure_throughput(served),
                     "profile": lambda: serving.measure_profile(served),
                 }
-            return
-        small = two_ranks_shape().make_folder(Path(parent))
-        yield {
-            "attention": lambda: measure_attention(shape, device, ceilings),
-            "peer": lambda: processes.measure_peer(shape, folder, device),
-            "two_ranks": lambda: processes.measure_two_ranks(small, device),
-            "loading": lambda: processes.measure_loading(shape, device, host_to_device),
-            **{graphs: partial(processes.measure_ready, shape, folder, device, graphs) for graphs in ("all", "lazy")},
-        }
+        elif job.kind == "kernels":
+            with kernels.open_bench(shape, folder, device, job.interpret, ceilings) as bench:
+                yield {"eager": bench.eager, "prompt": bench.prompt, "graphs": bench.graphs, "host": bench.host}
+        else:
+            yield _sections_alone(job, folder, device, ceilings, host_to_device)
+
+
+def _sections_alone(job: Job, folder: Path, device: Any, ceilings: Any, host_to_device: float | None) -> Sections:
+    """Of groups that need no engine which serves all of them; `folder` holds the family's config.json."""
+    from phalanx.benchmarks.gpu_sections import loading, one_rank, processes
+    from phalanx.benchmarks.gpu_sections.attention import measure_attention
+    from phalanx.benchmarks.gpu_sections.shapes import shape_of, two_ranks_shape
+
+    shape, small = shape_of(job.family, job.tiny), two_ranks_shape().make_folder(folder.parent)
+    stored = loading.loading_shape(shape, job.tiny)
+    checkpoint = loading.Checkpoint(
+        stored, stored.make_folder(folder.parent / "stored"), device, host_to_device, job.tiny
+    )
+    rank, memory = one_rank.OneRank(device), one_rank.OneMemory(device)
+    kinds: dict[str, Sections] = {
+        "attention": {"attention": lambda: measure_attention(shape, device, ceilings)},
+        "peer": {"peer": lambda: processes.measure_peer(shape, folder, device)},
+        "two_ranks": {"two_ranks": lambda: processes.measure_two_ranks(small, device)},
+        "ready": {name: partial(processes.measure_ready, shape, folder, device, name) for name in ("all", "lazy")},
+        "loading": {
+            "checkpoint": checkpoint.write,
+            "limits": checkpoint.limits,
+            "warm": checkpoint.warm,
+            "cold": checkpoint.cold,
+            "engine": checkpoint.engine,
+        },
+        "nccl_one": {
+            "group": rank.group,
+            "graph": rank.graph,
+            "engine": lambda: rank.engine(small),
+            "teardown": rank.teardown,
+            "rendezvous": memory.rendezvous,
+            "sums": memory.sums,
+            "tune": memory.tune,
+        },
+    }
+    return kinds[job.kind]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Limits:
     int8_matmul_gflops: float | None
     int8_matmul_gflops_one_thread: float | None
     threads: int
+    cpu_share: float  # of the cores' time, what this process got of it while all threads multiplied
     apart: dict[str, float]  # by the name of what was measured, see Rate
     repeats: dict[str, int]
 
@@ -89,6 +90,8 @@ class Limits:
                 value = Rate(value, self.apart[name], self.repeats[name])
             if not isinstance(value, dict):
                 found.append(f"{name}: {value}")
+        if self.cpu_share < 1 - BUSY_ABOVE:
+            found.append(f"the machine is busy: others took {1 - self.cpu_share:.0%} of the cores' time")
         if self.unsteady:
             found.append(
                 f"the machine is busy: medians are more than {BUSY_ABOVE:.0%} below the best repeats of "
@@ -110,7 +113,7 @@ def better(*rates: Rate | None) -> float | None:
     return max((rate.best for rate in rates if rate is not None), default=None)
 
 
-def limits_from(measured: dict[str, Rate | None], threads: int) -> Limits:
+def limits_from(measured: dict[str, Rate | None], threads: int, cpu_share: float) -> Limits:
     """The Limits that follow from measurements by their names; raises ValueError if nothing multiplied or read."""
     values: dict[str, float | None] = {name: rate.best if rate else None for name, rate in measured.items()}
     for suffix in ("", ONE_THREAD):
@@ -123,6 +126,7 @@ def limits_from(measured: dict[str, Rate | None], threads: int) -> Limits:
     return Limits(
         **values,  # type: ignore[arg-type]
         threads=threads,
+        cpu_share=cpu_share,
         apart={name: rate.apart for name, rate in found.items()},
         repeats={name: rate.repeats for name, rate in found.items()},
     )
@@ -140,25 +144,27 @@ def measure_limits(seconds: float = 0.5, gib: float = 1.0) -> Limits:
             measured["read_gb_s" + suffix] = read_rate(seconds, gib, count)
             for level in (1, 2):
                 measured[f"l{level}_read_gb_s{suffix}"] = rate_of(native_rates("cache_rate", count, level, short))
-            vectors = native_rates("multiply_rate", count, MULTIPLY_STEPS, short)
-            measured["vectors_bf16_gflops" + suffix] = rate_of(vectors)
+            measured["vectors_bf16_gflops" + suffix], cpu_share = vector_rate(short, count)
             for kind in ("bf16", "int8"):
                 measured[f"tiles_{kind}_gflops{suffix}"] = tile_rate(kind, short, count)
                 measured[f"{kind}_matmul_gflops{suffix}"] = matmul_rate(kind, seconds)
     finally:
         torch.set_num_threads(threads)
-    return limits_from(measured, cores)
+    return limits_from(measured, cores, cpu_share)
 
 
 def measure_now() -> dict[str, float]:
-    """The rates of all threads just now, within a second: read_gb_s and, where there are tiles, theirs.
+    """The rates of all threads just now, within a second: read_gb_s, where there are tiles theirs, and cpu_share.
 
     Empty without the C++ kernels.
     """
     cores = len(os.sched_getaffinity(0))
+    vectors, cpu_share = vector_rate(NOW_S, cores)
+    if vectors is None:
+        return {}
     found = {"read_gb_s": _best_pattern(native_rates("read_rate", cores, int(NOW_GIB * 2**30), 0.0))}
     found |= {f"{kind}_gflops": tile_rate(kind, NOW_S, cores) for kind in ("bf16", "int8")}
-    return {name: rate.best for name, rate in found.items() if rate is not None}
+    return {name: rate.best for name, rate in found.items() if rate is not None} | {"cpu_share": cpu_share}
 
 
 def read_rate(seconds: float, gib: float, threads: int) -> Rate | None:
@@ -170,6 +176,17 @@ def read_rate(seconds: float, gib: float, threads: int) -> Rate | None:
     works = (buffer.sum, buffer.view(torch.int32).amax)
     runs = [[size / spent for spent in times_s(work, seconds / len(works))] for work in works]
     return rate_of(max(runs, key=max), 2)
+
+
+def vector_rate(seconds: float, threads: int) -> tuple[Rate | None, float]:
+    """GFLOP/s of bf16 in registers, None without the kernels; and the share of the threads' time that they ran.
+
+    Where a thread does not run although there is work for it, something else uses its core.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    rate = rate_of(native_rates("multiply_rate", threads, MULTIPLY_STEPS, seconds))
+    ran = (time.process_time() - cpu) / (time.perf_counter() - wall) / threads
+    return rate, round(min(1.0, ran), 3) if rate else 1.0
 
 
 def tile_rate(kind: str, seconds: float, threads: int) -> Rate | None:

@@ -1,8 +1,7 @@
-"""What is not one engine's serving: the peer, two ranks on one device, starts of a process, loading weights."""
+"""What is not one engine's serving: the peer, two ranks on one device, starts of a process."""
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,7 @@ import torch
 from phalanx import LLM, SamplingParams
 from phalanx.benchmarks.peers.program import random_prompts
 from phalanx.benchmarks.startup import start_once
-from phalanx.engine.config import EngineConfig
-from phalanx.engine.engine import Engine
 from phalanx.engine.models.spec import read_config
-from phalanx.engine.transport import InProcess
-from phalanx.launch.random_model import make_random_model
-from phalanx.parallel.group import local_group
 
 from .serving import engine_config
 from .shapes import Shape, mixed_requests
@@ -90,22 +84,3 @@ def measure_ready(shape: Shape, folder: Path, device: torch.device, graphs: str)
     [prompt] = random_prompts(1, min(32, shape.sizes.context), shape.spec.vocab_size)
     phases = start_once({**msgspec.to_builtins(config), "graphs": graphs}, prompt)
     return {"model": shape.name, "graphs": graphs, **{name: at for name, at in phases.items() if at is not None}}
-
-
-def measure_loading(shape: Shape, device: torch.device, host_to_device_gb_s: float | None) -> dict[str, Any]:
-    """How fast the weights of a checkpoint reach the device, from the page cache: its files were just written."""
-    if device.type != "cuda":
-        return {"skipped": "device=cpu has no bus that weights are copied over"}
-    with tempfile.TemporaryDirectory() as parent:
-        folder = make_random_model(Path(parent) / "model", shape.config)
-        config = EngineConfig(
-            model=str(folder), device="cuda", tokenizer="none", max_model_len=1024, max_num_seqs=1, graphs="none"
-        )
-        engine = Engine(config, local_group(device), InProcess().transport)
-        report = engine.worker.load_report
-        engine.worker.close()
-    rate = report.bytes_read / report.seconds / 1e9
-    result: dict[str, Any] = {"bytes": report.bytes_read, "seconds": round(report.seconds, 3), "gb_s": round(rate, 2)}
-    if host_to_device_gb_s:
-        result["share_of_host_to_device"] = round(rate / host_to_device_gb_s, 3)
-    return result

@@ -52,7 +52,7 @@ def llamacpp(folder: Path, model: Path) -> None:
     python = folder / "llama" / "bin" / "python"
     if _environment(folder / "llama"):
         _pip(python, "install", "numpy", "gguf")
-        os.environ["CMAKE_ARGS"] = "-DGGML_NATIVE=ON"
+        os.environ |= {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CXXFLAGS": f"-include {HERE / 'tile_config.h'}"}
         _pip(python, "install", "--no-binary", "llama-cpp-python", LLAMA_CPP)
         _check_amx(python)
     for kind in ("bf16", "q8_0"):

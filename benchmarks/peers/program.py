@@ -142,7 +142,7 @@ def outcome(case: Case, everything: list[Seen]) -> dict[str, Any]:
         "prompt_tokens": len(case.prompts[0]),
         "new_tokens": case.new_tokens,
         "seconds": round(seconds, 4),
-        "output_tokens_per_s": round(tokens / seconds, 2),
+        "output_tokens_per_s": round(tokens / seconds, 4),
         "ttft_s": [round(seen.first_s - due, 4) for seen, due in zip(everything, case.due_s, strict=True)],
         "latency_s": [round(seen.last_s - due, 4) for seen, due in zip(everything, case.due_s, strict=True)],
         "tokens": [seen.tokens for seen in everything],

@@ -1,5 +1,8 @@
-"""llama.cpp, its C functions as llama-cpp-python binds them: run_llamacpp.py FILE.gguf [threads=] [CASE ...]; see
-program.py. Requests are batched continuously, as llama.cpp's own server does it."""
+"""llama.cpp, its C functions as llama-cpp-python binds them: run_llamacpp.py FILE.gguf [threads=] [ubatch=] [CASE ...]
+
+See program.py. Requests are batched continuously, as llama.cpp's own server does it. AMX multiplies q8_0 alone, where
+llama.cpp was compiled for it, as its version says.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ class Sequence:
 class LlamaCpp:
     """A step computes one token of each sequence that decodes, and as many of the prompts as the batch has room for."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, ubatch: int) -> None:
         lib.llama_backend_init()
         self._model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = context, SEQUENCES, True
-        params.n_batch, params.n_ubatch = BATCH_TOKENS, 512
+        params.n_batch, params.n_ubatch = BATCH_TOKENS, ubatch
         params.n_threads = params.n_threads_batch = threads
         self._context = lib.llama_init_from_model(self._model, params)
         self._memory = lib.llama_get_memory(self._context)
@@ -96,8 +99,9 @@ class LlamaCpp:
 def make(model: str, options: dict[str, str]) -> Engine:
     """A context on all cores of this process."""
     threads = int(options.get("threads", len(cores())))
-    stepper = LlamaCpp(model, threads, int(options.get("context", "32768")))
-    return Stepping(stepper, f"llama-cpp-python {version('llama-cpp-python')}")
+    stepper = LlamaCpp(model, threads, int(options.get("context", "32768")), int(options.get("ubatch", "512")))
+    amx = " with AMX" if b"AMX_INT8 = 1" in lib.llama_print_system_info() else ""
+    return Stepping(stepper, f"llama-cpp-python {version('llama-cpp-python')}{amx}")
 
 
 if __name__ == "__main__":

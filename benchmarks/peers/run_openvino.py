@@ -1,6 +1,7 @@
-"""OpenVINO GenAI's continuous batching: run_openvino.py EXPORTED_FOLDER [threads=] [precision=] [CASE ...]
+"""OpenVINO GenAI's continuous batching: run_openvino.py EXPORTED_FOLDER [threads=] [PROPERTY=] [CASE ...]
 
-See program.py. Whatever the weights are stored in, it computes in bf16, with AMX where the processor has it.
+See program.py. Whatever the weights are stored in, it computes in bf16, with AMX where the processor has it. A PROPERTY
+in capitals is one of the CPU plugin's.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from program import Engine, Stepping, cores, main
 class OpenVino:
     """ContinuousBatchingPipeline, step by step."""
 
-    def __init__(self, model: str, threads: int, kv_gib: int, precision: str) -> None:
+    def __init__(self, model: str, kv_gib: int, properties: dict[str, str | int]) -> None:
         import openvino_genai as genai
 
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = kv_gib
         scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 64, 2048
         scheduler.dynamic_split_fuse, scheduler.enable_prefix_caching = True, False
-        properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
         self._pipeline: Any = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
         self._handles: dict[int, Any] = {}
 
@@ -51,8 +51,12 @@ class OpenVino:
 
 def make(model: str, options: dict[str, str]) -> Engine:
     """A pipeline on all cores of this process."""
-    threads, kv_gib = int(options.get("threads", len(cores()))), int(options.get("kv_gib", "1"))
-    pipeline = OpenVino(model, threads, kv_gib, options.get("precision", "bf16"))
+    properties: dict[str, str | int] = {
+        "INFERENCE_NUM_THREADS": int(options.get("threads", len(cores()))),
+        "INFERENCE_PRECISION_HINT": "bf16",
+    }
+    properties |= {name: value for name, value in options.items() if name.isupper()}
+    pipeline = OpenVino(model, int(options.get("kv_gib", "1")), properties)
     return Stepping(pipeline, f"openvino-genai {version('openvino-genai')}")
 
 

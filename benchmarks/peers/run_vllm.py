@@ -1,4 +1,7 @@
-"""vLLM's CPU build: run_vllm.py MODEL [ranks=] [max_model_len=] [kv_gib=] [CASE ...]; see program.py."""
+"""vLLM's CPU build: run_vllm.py MODEL [ranks=] [max_model_len=] [kv_gib=] [VARIABLE=] [CASE ...]; see program.py.
+
+A VARIABLE in capitals is one of the environment.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,7 @@ def make(model: str, options: dict[str, str]) -> Engine:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = options.get("kv_gib", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.update({name: value for name, value in options.items() if name.isupper()})
     stepper = Vllm(model, ranks, int(options.get("max_model_len", "2048")))
     import vllm
 

@@ -358,6 +358,8 @@ def test_a_round_in_which_the_machine_changed_does_not_count() -> None:
     found = ratios(mine, other)
     assert (found["rounds_output_tokens_per_s"], found["rounds_left_out"]) == ([1.2, 1.2], 1)
     assert moved(other) == pytest.approx(0.01 + UNSTEADY_ABOVE)
+    assert moved([]) == moved([figures(1.0, 0.1, 5)]) == 0
+    assert moved([figures(1.0, 0.1, 5) | {"limits_before": {"cpu_share": 0.4}}]) == 0.6  # others had the rest
     again = ratios(mine[1:], other[2:] * 2)
     assert again["output_tokens_per_s"] == "too noisy: the machine's rates fell by more than 25% within 2 of 2 rounds"
 

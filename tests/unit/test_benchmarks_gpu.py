@@ -442,10 +442,13 @@ def _errors(result: Any) -> list[str]:
 def test_where_no_time_is_left_every_section_says_so() -> None:
     result = _run("limit_s=0")
     assert result["ceilings"]["copy_gb_s"] > 0
-    skipped = [result[name] for name in ("attention", "peer", "two_ranks", "loading")]
+    skipped = [result[name] for name in ("attention", "peer", "two_ranks")]
+    skipped += [section for name in ("loading", "nccl_one") for section in result[name].values()]
     skipped += [section for shape in result["shapes"].values() for section in shape.values()]
-    skipped += [start for shape in result["ready"].values() for start in shape.values()]
-    assert len(skipped) == 4 + 2 * 5 + 2 * 2
+    skipped += [
+        section for name in ("ready", "kernels") for shape in result[name].values() for section in shape.values()
+    ]
+    assert len(skipped) == 3 + 5 + 7 + 2 * 5 + 2 * 2 + 2 * 4
     assert {entry["skipped"].partition(":")[0] for entry in skipped} == {"time budget"}
 
 
@@ -467,7 +470,12 @@ def test_every_section_runs_on_a_cpu_and_the_file_has_what_was_printed(tmp_path:
     assert result["peer"]["phalanx_to_peer"] > 0
     for starts in result["ready"].values():
         assert 0 < starts["all"]["ready_s"] <= starts["all"]["first_token_s"]
-    assert "no bus" in result["loading"]["skipped"]
+    for tables in result["kernels"].values():
+        assert tables["eager"]["decode_1x24"]["busy_us"] > 0
+        assert tables["prompt"]["prompt_8"]["busy_us"] > 0
+        assert tables["host"]["prompt_8"]["launch_us"] > 0
+    assert result["loading"]["warm"]["tensors_checked"] > 0
+    assert result["nccl_one"]["teardown"]["gone"] is True
     assert result["settings"]["shape"] == "tiny"
     assert result["ceilings"]["machine"]["device"] == "cpu"
 

@@ -23,14 +23,14 @@ MEASURED = (
 built = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 
 
-def machine(**best: float | None) -> Limits:
+def machine(cpu_share: float = 1.0, **best: float | None) -> Limits:
     """Of rates by name, without a suffix those of all threads; others are not there."""
     measured: dict[str, Rate | None] = {}
     for name in MEASURED:
         for suffix, share in (("", 1.0), (ONE_THREAD, 0.5)):
             value = best.get(name)
             measured[name + suffix] = None if value is None else Rate(share * value, 0.02, 6)
-    return limits_from(measured, threads=2)
+    return limits_from(measured, threads=2, cpu_share=cpu_share)
 
 
 def test_a_rate_is_the_best_repeat_and_says_how_far_below_it_the_median_is() -> None:
@@ -63,6 +63,12 @@ def test_a_machine_whose_repeats_are_far_apart_is_said_to_be_busy() -> None:
     busy = Limits(**values)
     assert busy.unsteady == ["read_gb_s"]
     assert busy.lines()[-1].startswith("the machine is busy: medians are more than 10% below the best repeats of read")
+
+
+def test_a_machine_whose_cores_others_use_is_busy_however_close_the_repeats_are() -> None:
+    found = machine(cpu_share=0.55, read_gb_s=25, vectors_bf16_gflops=400)
+    assert found.lines()[-1] == "the machine is busy: others took 45% of the cores' time"
+    assert "busy" not in "".join(machine(cpu_share=0.95, read_gb_s=25, vectors_bf16_gflops=400).lines())
 
 
 def test_limits_are_plain_data() -> None:
@@ -110,7 +116,8 @@ def test_the_rates_of_now_are_those_of_memory_and_of_tiles(monkeypatch: pytest.M
     monkeypatch.setattr(rates, "NOW_S", 0.0)
     found = measure_now()
     assert found["read_gb_s"] > 0
-    assert set(found) - {"read_gb_s"} in (set(), {"bf16_gflops", "int8_gflops"})
+    assert 0 < found["cpu_share"] <= 1
+    assert set(found) - {"read_gb_s", "cpu_share"} in (set(), {"bf16_gflops", "int8_gflops"})
 
 
 def test_without_the_kernels_torch_reads_and_nothing_is_said_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
