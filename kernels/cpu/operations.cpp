@@ -156,10 +156,13 @@ const Kernels* find_kernels(const char* name) {
     return wanted == kPortable.name ? &kPortable : nullptr;
 }
 
-void use_kernels(const Kernels* kernels) { current = kernels; }
+void use_kernels(const Kernels* kernels) {
+    current = kernels;
+    set_idle(kernels->release);
+}
 
 const Kernels& kernels() {
-    if (current == nullptr) current = best_kernels();
+    if (current == nullptr) use_kernels(best_kernels());
     return *current;
 }
 

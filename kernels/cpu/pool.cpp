@@ -62,6 +62,12 @@ struct alignas(64) Share {
 
 constexpr int kMaxThreads = 256;
 
+std::atomic<void (*)()> on_idle{nullptr};
+
+void become_idle() {
+    if (auto* idle = on_idle.load(std::memory_order_relaxed)) idle();
+}
+
 struct Pool {
     Share shares[kMaxThreads];
     alignas(64) std::atomic<int> unfinished{0};
@@ -93,6 +99,7 @@ struct Pool {
             int spins = 0;
             while (operation.load(std::memory_order_acquire) == seen && ++spins < kSpins) relax();
             if (operation.load(std::memory_order_acquire) == seen) {
+                become_idle();
                 sleepers.fetch_add(1, std::memory_order_seq_cst);
                 if (operation.load(std::memory_order_seq_cst) == seen) futex_wait(operation, seen);
                 sleepers.fetch_sub(1, std::memory_order_relaxed);
@@ -177,10 +184,13 @@ void run_tasks(int tasks, Task task, void* context) {
     if (tasks > 1 && current.wanted > 1 && current.busy.try_lock()) {
         std::lock_guard<std::mutex> lock(current.busy, std::adopt_lock);
         current.run(tasks, task, context);
-        return;
+    } else {
+        for (int i = 0; i < tasks; ++i) task(context, i);
     }
-    for (int i = 0; i < tasks; ++i) task(context, i);
+    become_idle();
 }
+
+void set_idle(void (*idle)()) { on_idle.store(idle, std::memory_order_relaxed); }
 
 void* scratch(int slot, int64_t bytes) {
     struct Buffer {

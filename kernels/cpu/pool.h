@@ -15,6 +15,10 @@ int threads();
 // Called by two threads at once, the second runs its tasks by itself.
 void run_tasks(int tasks, Task task, void* context);
 
+// What a thread does when it has no more tasks: one of the pool before it sleeps, the caller's before run_tasks()
+// returns, since what the caller does next may be another library's. Null for nothing.
+void set_idle(void (*idle)());
+
 template <class F>
 void parallel(int tasks, const F& body) {
     run_tasks(tasks, [](void* context, int task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&body));

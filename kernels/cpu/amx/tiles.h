@@ -146,7 +146,9 @@ INLINE void tile_dot_ss8() {
 #endif
 
 // What the calling thread's tiles are configured for, so that it is done again only for another shape: it takes some
-// 100 ns. Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B.
+// 100 ns. That holds until release_tiles(): other libraries configure tiles for themselves (oneDNN does), and whoever
+// uses them otherwise than they are configured gets an illegal instruction. Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7
+// are B.
 inline int& configured() {
     static thread_local int shape = 0;
     return shape;
@@ -163,7 +165,7 @@ INLINE void configure(int rows, int words) {
     configured() = shape;
 }
 
-// Tiles that are in use make a switch to another thread slower, and keep a core from its deeper sleep.
+// The pool calls it when a thread has nothing to do. Tiles that are in use make a switch to another thread slower, and keep a core from its deeper sleep.
 inline void release_tiles() {
     if (configured() == 0) return;
     tile_release();
