@@ -27,6 +27,7 @@ from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
+from phalanx.kernels import linear
 from phalanx.kernels.cpu import PANEL, native
 from phalanx.kernels.linear import PackedWeight
 from phalanx.launch.get_model import load_shape
@@ -75,31 +76,29 @@ class Options:
 
 @dataclass(frozen=True)
 class Shape:
-    """A linear layer of a decoder layer."""
+    """A linear layer of a decoder layer, and what becomes of its output."""
 
     name: str
     outputs: int
     inputs: int
-    silu_mul: bool = False
+    output: int = linear._STORE
 
-    def call(self, weight: PackedWeight, x: torch.Tensor, total: torch.Tensor) -> None:
-        """As a step uses it: what feeds the residual is added to it."""
-        if self.silu_mul:
-            weight.silu_mul(x, None)
-        elif self.name in ("output", "down"):
-            weight.add_to(total, x, None)
-        else:
-            weight.linear(x, None)
+    def make_out(self, rows: int) -> torch.Tensor:
+        """What it writes to, or adds to."""
+        if self.output == linear._ADD_FLOAT:
+            return torch.zeros(rows, self.outputs)
+        columns = self.outputs // 2 if self.output == linear._SILU_MUL else self.outputs
+        return torch.zeros(rows, columns, dtype=torch.bfloat16)
 
 
 def shapes_of(spec: ModelSpec) -> list[Shape]:
-    """The four of a layer."""
+    """The four of a layer, as a step uses them: what feeds the residual is added to it."""
     queries, keys = spec.num_query_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return [
         Shape("qkv", queries + 2 * keys, spec.hidden_size),
-        Shape("output", spec.hidden_size, queries),
-        Shape("gate_up", 2 * spec.intermediate_size, spec.hidden_size, silu_mul=True),
-        Shape("down", spec.hidden_size, spec.intermediate_size),
+        Shape("output", spec.hidden_size, queries, linear._ADD_FLOAT),
+        Shape("gate_up", 2 * spec.intermediate_size, spec.hidden_size, linear._SILU_MUL),
+        Shape("down", spec.hidden_size, spec.intermediate_size, linear._ADD_FLOAT),
     ]
 
 
@@ -124,12 +123,12 @@ class Layers:
         self._next = itertools.cycle(self.weights)
 
     def inputs(self, rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """x and the total of each shape."""
+        """x and the output of each shape. No output is made while time is taken: its memory would cost some too."""
         draw = torch.Generator().manual_seed(rows)
         return {
             shape.name: (
                 torch.randn(rows, shape.inputs, generator=draw).to(torch.bfloat16),
-                torch.zeros(rows, shape.outputs),
+                shape.make_out(rows),
             )
             for shape in self.shapes
         }
@@ -149,9 +148,9 @@ class Layers:
         return found
 
 
-def _seconds(shape: Shape, weight: PackedWeight, x: torch.Tensor, total: torch.Tensor) -> float:
+def _seconds(shape: Shape, weight: PackedWeight, x: torch.Tensor, out: torch.Tensor) -> float:
     started = time.perf_counter()
-    shape.call(weight, x, total)
+    weight._multiply(x, None, out, shape.output)
     return time.perf_counter() - started
 
 

@@ -20,6 +20,7 @@ QUANTIZED_BYTES = {"int8": 1 + 4 / 32, "w8a8": 1.0, "int4": 0.5 + 4 / 64}
 KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 GRAPHS = ("auto", "none", "all", "lazy", "eager")
+BIND_CPUS = ("auto", "always", "never")
 COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl", "symmetric_memory")
 
 
@@ -44,7 +45,12 @@ class EngineConfig:
     or symmetric_memory (nccl, and memory that GPUs of one host share, for small sums). The last two need device=cuda;
     the first two take tensors of a GPU by way of the host, which is slow, but lets ranks share one."""
     threads: int = 0
-    """CPU threads of each rank; 0 divides the cores of this host among its ranks."""
+    """CPU threads of each rank; 0 divides the physical cores of this host among its ranks (hyperthreads of one core
+    share what multiplies)."""
+    bind_cpus: str = "auto"
+    """Bind CPU ranks to NUMA nodes, and each thread that computes to a core: auto (where this process may use CPUs of
+    several nodes), always (on one node too), or never (also for ranks that somebody else has bound, with numactl or
+    torchrun --numa-binding: set threads as well then). In a process of the caller's own, only the kernels' threads."""
     max_model_len: int | None = None
     """Prompt and output tokens of one request at most; None takes the model's own limit."""
     max_num_seqs: int = 64
@@ -95,6 +101,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("collectives", self.collectives, COLLECTIVES)
+        _one_of("bind_cpus", self.bind_cpus, BIND_CPUS)
         _one_of("attention", self.attention, ATTENTION_BACKENDS)
         _one_of("graphs", self.graphs, GRAPHS)
         _one_of("quantization", self.quantization, QUANTIZATIONS)

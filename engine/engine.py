@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..parallel.collectives.agree import exchange, exchange_texts
 from ..parallel.group import Group
+from ..parallel.topology import format_cpu_list
+from .binding import Binding
 from .config import EngineConfig
 from .coordinator import Coordinator
 from .errors import CheckpointError, ConfigError
@@ -20,20 +23,30 @@ from .models.spec import ModelSpec, check_transformers, read_config, spec_from_c
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer, read_generation_config
 from .transport import Transport, ZmqTransport
-from .worker import Progress, Worker, follow, threads_of
+from .worker import Progress, Worker, follow
 
 
 class Engine:
-    """One rank of an engine. Every rank of the group makes one at the same time; rank 0 gives a transport."""
+    """One rank of an engine. Every rank of the group makes one at the same time; rank 0 gives a transport.
+
+    A process that is this rank's alone gives its `binding` (engine/binding.py).
+    """
 
     def __init__(
-        self, config: EngineConfig, group: Group, transport: Transport | None, on_progress: Progress | None = None
+        self,
+        config: EngineConfig,
+        group: Group,
+        transport: Transport | None,
+        on_progress: Progress | None = None,
+        binding: Binding | None = None,
     ) -> None:
         self.config, self.group = config, group
         folder = resolve_model(config.model)
         spec = spec_from_config(read_config(folder), str(folder))
         tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
-        self.worker = Worker(config, spec, folder, group, on_progress)
+        self.worker = Worker(config, spec, folder, group, on_progress, binding)
+        self._threads = [threads for [threads] in exchange(group.host, [self.worker.binding.threads])]
+        self._bindings = exchange_texts(group.host, str(self.worker.binding))
         self.coordinator: Coordinator | None = None
         if group.rank == 0:
             assert transport is not None
@@ -43,11 +56,22 @@ class Engine:
         """Work until the engine is told to stop; returns the stop's payload. Rank 0's must have been started."""
         if self.group.device.type == "cuda":
             torch.cuda.set_device(self.group.device)  # it is each thread's own
-        with one_torch_thread() if self.worker.uses_kernels else nullcontext():
+        with self._computing():
             if self.coordinator is None:
                 return follow(self.worker, self.group)
             self.coordinator.run(payload)
             return b""
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Set the calling thread up to run the steps. torch's own threads would inherit a single CPU from it: without
+        the kernels, which do without them, it stays as it is.
+        """
+        if not self.worker.uses_kernels:
+            yield
+            return
+        with one_torch_thread(), self.worker.binding.of_steps():
+            yield
 
     def close(self) -> None:
         """Deliver what is due, and give up what holds on to the group: after run(), and before that is closed."""
@@ -85,9 +109,11 @@ class Engine:
     def _report(self) -> list[str]:
         group, worker, capacity = self.group, self.worker, self.worker.capacity
         loaded = worker.load_report
+        threads = sorted({min(self._threads), max(self._threads)})
         return [
-            f"{group.size} rank(s) on {group.device.type}, {worker.threads} thread(s) each, {worker.dtype}, "
-            f"attention={worker.backend.name}",
+            f"{group.size} rank(s) on {group.device.type}, {' to '.join(map(str, threads))} thread(s) each, "
+            f"{worker.dtype}, attention={worker.backend.name}",
+            _of_ranks(self._bindings),
             worker.backend.reason,
             f"{worker.graphs_reason}; steps overlap: {'yes' if worker.overlap else 'no'}",
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
@@ -126,17 +152,18 @@ def run_rank(
     config: EngineConfig,
     group: Group,
     address: str | None,
+    binding: Binding,
     on_progress: Progress | None = None,
     on_ready: Callable[[Engine], None] | None = None,
 ) -> None:
     """The whole life of a rank in a process of its own: rank 0 serves clients over ZeroMQ at `address`.
 
+    `binding` is bind_process()'s, called before the group was joined, whose memory then stands where it should.
     Blocks until a client or a signal handler (through on_ready's engine) ends the group.
     """
-    set_threads(config, group.local_size)
     transport = ZmqTransport(address) if group.rank == 0 and address is not None else None
     try:
-        engine = Engine(config, group, transport, on_progress)
+        engine = Engine(config, group, transport, on_progress, binding)
     except BaseException:
         if transport is not None:
             transport.close()
@@ -160,11 +187,6 @@ def device_type(config: EngineConfig) -> str:
     return config.device
 
 
-def set_threads(config: EngineConfig, local_size: int) -> None:
-    """Give this process its share of the host's cores, for ranks in processes of their own."""
-    torch.set_num_threads(threads_of(config, local_size))
-
-
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Keep torch's own threads out of what the calling thread does: after each operation they spin for milliseconds,
@@ -180,6 +202,14 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _of_ranks(texts: list[str]) -> str:
+    """What each rank says, each text once."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"rank {format_cpu_list(of)}: {text}" for text, of in ranks.items())
 
 
 def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer | None:

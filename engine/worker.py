@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from ..parallel.dummy import fill_dummy
 from ..parallel.group import Group
 from ..parallel.partition import Partition, PartitionError, partition
 from .batch import ForwardBatch, SlotTable
+from .binding import Binding, choose_binding, start_threads
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .graphs import CudaRecorder, DecodeGraphs, EagerRecorder, choose_graphs, graph_sizes
@@ -53,17 +53,27 @@ class Capacity:
 
 
 class Worker:
-    """Built by every rank of the group at the same time; the constructor exchanges sizes with the others."""
+    """Built by every rank of the group at the same time; the constructor exchanges sizes with the others.
+
+    `binding` is that of a process which is this rank's alone; without, only the kernels' own threads may be bound.
+    """
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, folder: Path, group: Group, on_progress: Progress | None = None
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        folder: Path,
+        group: Group,
+        on_progress: Progress | None = None,
+        binding: Binding | None = None,
     ) -> None:
         self._group = group
         self.dtype = _dtype(config, spec, group.device)
-        self.threads = threads_of(config, group.local_size)
-        cpu.set_threads(self.threads)
-        self.backend = _attention(config, spec, self.dtype, group.device)
         self.uses_kernels = cpu.usable(group.device, self.dtype)
+        place = group.rank % group.local_size, group.local_size
+        binding = binding or choose_binding(config, group.device.type, *place)
+        self.binding = start_threads(config, binding, self.uses_kernels)
+        self.backend = _attention(config, spec, self.dtype, group.device)
         self.overlap = config.overlap if config.overlap is not None else group.device.type == "cuda"
         self.graphs, self.graphs_reason = _graphs(config, self.backend, group)
         self.max_model_len = resolve_max_model_len(config, spec)
@@ -80,7 +90,7 @@ class Worker:
         def make_model() -> tuple[CausalLM, LoadReport]:
             with torch.inference_mode():
                 model = CausalLM(build, self.max_model_len)
-                return model, _load(model, config, folder, self.threads, on_progress)
+                return model, _load(model, config, folder, self.binding.threads, on_progress)
 
         self._model, self.load_report = _on_own_thread(make_model) if group.device.type == "cpu" else make_model()
         history = TokenHistory(config.max_num_seqs, share.vocab, group.device) if self.overlap else None
@@ -260,11 +270,6 @@ def follow(worker: Worker, group: Group) -> bytes:
             return message.payload
         else:
             assert isinstance(message, Idle)
-
-
-def threads_of(config: EngineConfig, local_size: int) -> int:
-    """CPU threads of a rank: as configured, or its share of the cores that this process may use."""
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:

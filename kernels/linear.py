@@ -47,7 +47,8 @@ class PackedWeight:
         """Of `weight` (padded rows, columns), the first `rows` count; see row_multiple.
 
         Without quantization the weight is packed in its own memory; with it, it is only read. `in_place` says whether
-        that memory is needed from then on. Raises ValueError.
+        that memory is needed from then on: not if the kernels' threads are bound to CPUs, for each then keeps what it
+        multiplies with on its own NUMA node. Raises ValueError.
         """
         padded, columns = weight.shape
         self._columns = columns
@@ -62,8 +63,10 @@ class PackedWeight:
         if quantization == "none":
             cpu.native.pack_weight(weight.data_ptr(), padded, columns, self._code)
             self._compress(weight)
+            self._move(weight)
         else:
             self._quantize(weight, quantization)
+        self._in_place = self._weight is weight
         self.native = cpu.native.Weight(
             self._weight.data_ptr(),
             self._kind,
@@ -94,6 +97,12 @@ class PackedWeight:
         stored = self._weight.data_ptr(), self._apart.data_ptr(), firsts.data_ptr()
         cpu.native.compress_weight(*source, *stored)
 
+    def _move(self, packed: torch.Tensor) -> None:
+        """Let the threads write first to the memory of a weight that is not compressed, if they are bound to CPUs."""
+        if self._kind == 0 and cpu.native.bound():
+            self._weight = empty(tuple(packed.shape), packed.dtype, packed.device)
+            cpu.native.copy_panels(packed.data_ptr(), *packed.shape, self._code, self._weight.data_ptr())
+
     def _quantize(self, weight: torch.Tensor, quantization: str) -> None:
         padded, columns = weight.shape
         multiple = 8 if quantization == "int4" else 4
@@ -121,7 +130,7 @@ class PackedWeight:
     @property
     def in_place(self) -> bool:
         """Whether the weight stands where it stood before it was packed."""
-        return self._kind == 0
+        return self._in_place
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) W^T + bias (rows,) -> (T, rows), summed up in float32 and rounded once."""

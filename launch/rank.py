@@ -21,7 +21,7 @@ def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
     from ..engine.engine import Engine, run_rank
     from ..parallel.collectives.base import CollectiveError
     from .progress import loading_progress
-    from .session import join
+    from .session import bind, join
 
     stopped_by: list[int] = []
 
@@ -35,9 +35,10 @@ def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
 
             stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
 
+    binding = bind(config, place)
     group = join(config, place)
     try:
-        run_rank(config, group, address, loading_progress(place), on_ready)
+        run_rank(config, group, address, binding, loading_progress(place), on_ready)
     except CollectiveError:
         # The signal reached the other ranks too, which left at once: that rank 0 misses them is no failure.
         if not stopped_by:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..engine.binding import Binding, bind_process
 from ..engine.config import EngineConfig
-from ..engine.engine import Engine, device_type, set_threads
+from ..engine.engine import Engine, device_type
 from ..engine.errors import ConfigError, EngineStopped, PhalanxError
 from ..engine.llm import LLM
 from ..engine.transport import InProcess
@@ -14,6 +15,14 @@ from ..engine.worker import Progress
 from ..parallel.collectives.base import CollectivesUnavailable
 from ..parallel.group import Group, join_group
 from .place import Place
+
+
+def bind(config: EngineConfig, place: Place) -> Binding:
+    """Bind this process, a rank's own, to its CPUs: before join(), whose memory then stands on their NUMA node.
+
+    Raises ConfigError if this machine has not what is asked for.
+    """
+    return bind_process(config, device_type(config), place.local_rank, place.local_size)
 
 
 def join(config: EngineConfig, place: Place) -> Group:
@@ -37,9 +46,9 @@ def join(config: EngineConfig, place: Place) -> Group:
 
 def follow(config: EngineConfig, place: Place) -> None:
     """The life of a rank other than 0: until rank 0 stops the group."""
+    binding = bind(config, place)
     group = join(config, place)
-    set_threads(config, group.local_size)
-    engine = Engine(config, group, None)
+    engine = Engine(config, group, None, binding=binding)
     engine.run()
     engine.close()
     group.close()
@@ -55,10 +64,10 @@ def open_llm(config: EngineConfig, place: Place, on_progress: Progress | None = 
         with LLM.from_config(config, on_progress) as llm:
             yield llm
         return
+    binding = bind(config, place)
     group = join(config, place)
-    set_threads(config, group.local_size)
     link = InProcess()
-    engine = Engine(config, group, link.transport, on_progress)
+    engine = Engine(config, group, link.transport, on_progress, binding)
     coordinator = engine.coordinator
     assert coordinator is not None
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +57,11 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def set_threads(count: int) -> None:
-    """Let later operations of this process run on `count` threads, the caller's included."""
+def set_threads(count: int, cpus: Sequence[int] = ()) -> None:
+    """Let later operations of this process run on `count` threads, the caller's included.
+
+    With `cpus`, one for each thread, thread i runs on cpus[i] alone; the first is the caller's, which stays as it is.
+    Raises OSError, and leaves the threads to the system, if it refuses one its CPU.
+    """
     if native is not None:
-        native.set_threads(count)
+        native.set_threads(count, list(cpus))

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cmath>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "operations.h"
 #include "pool.h"
@@ -138,6 +140,10 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         pack_weight(static_cast<DType>(dtype), at<void*>(weight), n, k);
     });
+    m.def("copy_panels", [](uintptr_t panels, int64_t n, int64_t k, int dtype, uintptr_t to) {
+        py::gil_scoped_release release;
+        copy_panels(static_cast<DType>(dtype), at(panels), n, k, at<void*>(to));
+    });
     m.def("look_up",
           [](uintptr_t weight, int64_t n, int64_t k, uintptr_t rows, int64_t count, uintptr_t out, int dtype) {
               py::gil_scoped_release release;
@@ -185,11 +191,26 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         run_block_maxima(at<const float*>(rows), count, size, block, at<float*>(out));
     });
-    m.def("set_threads", [](int count) {
-        py::gil_scoped_release release;
-        set_threads(count);
-    });
+    m.def(
+        "set_threads",
+        [](int count, const std::vector<int>& cpus) {
+            if (!cpus.empty() && static_cast<int>(cpus.size()) != count)
+                throw py::value_error(std::to_string(cpus.size()) + " CPUs for " + std::to_string(count) +
+                                      " threads; give one for each, or none");
+            int error = 0;
+            {
+                py::gil_scoped_release release;
+                error = set_threads(count, cpus);
+            }
+            if (error != 0) {
+                errno = error;
+                PyErr_SetFromErrno(PyExc_OSError);
+                throw py::error_already_set();
+            }
+        },
+        py::arg("count"), py::arg("cpus") = std::vector<int>());
     m.def("threads", &threads);
+    m.def("bound", &bound);
     m.def("kernels", [] { return std::string(kernels().name); });
     m.def("use_kernels", [](const std::string& name) {
         const Kernels* found = find_kernels(name.c_str());

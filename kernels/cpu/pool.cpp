@@ -2,11 +2,13 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <climits>
 #include <cstdlib>
 #include <mutex>
@@ -38,6 +40,20 @@ void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
 
 void futex_wake(std::atomic<uint32_t>& word) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// Lets the calling thread run on one CPU alone. Returns 0, or the system's error number. A host may have more CPUs than
+// a cpu_set_t holds.
+int run_on(int cpu) {
+    if (cpu < 0) return EINVAL;
+    cpu_set_t* set = CPU_ALLOC(cpu + 1);
+    if (set == nullptr) return ENOMEM;
+    const size_t bytes = CPU_ALLOC_SIZE(cpu + 1);
+    CPU_ZERO_S(bytes, set);
+    CPU_SET_S(cpu, bytes, set);
+    const int error = pthread_setaffinity_np(pthread_self(), bytes, set);
+    CPU_FREE(set);
+    return error;
 }
 
 // Tasks that one thread takes from the front and others, when they have none left, from the back: neighbouring tasks
@@ -79,6 +95,9 @@ struct Pool {
     std::mutex busy;
     std::vector<std::thread> workers;
     std::atomic<int> wanted{1};
+    std::vector<int> cpus;        // one for each thread, the caller included, or none: then the system chooses
+    std::atomic<int> settled{0};  // workers that have tried to go to their CPU
+    std::atomic<int> refused{0};  // the error number of one that may not
 
     // The operation's fields are read after a task was taken: they stay as they are until that task is done. Whoever
     // slept through an operation finds its shares empty, or those of the next one, which it may take from as well.
@@ -116,8 +135,26 @@ struct Pool {
     void start() {
         while (static_cast<int>(workers.size()) < wanted - 1) {
             int self = static_cast<int>(workers.size()) + 1;
-            workers.emplace_back([this, self] { work(self); });
+            workers.emplace_back([this, self] {
+                settle(self);
+                work(self);
+            });
         }
+    }
+
+    // A worker's beginning: under a name that a person finds in /proc, on its own CPU.
+    void settle(int self) {
+        pthread_setname_np(pthread_self(), "phalanx-pool");
+        const int error = cpus.empty() ? 0 : run_on(cpus[self]);
+        if (error != 0) refused.store(error, std::memory_order_relaxed);
+        settled.fetch_add(1, std::memory_order_release);
+    }
+
+    // Starts the workers and returns once each is on its CPU: 0, or the error number of one that may not.
+    int start_on_cpus() {
+        start();
+        while (settled.load(std::memory_order_acquire) < static_cast<int>(workers.size())) std::this_thread::yield();
+        return refused.load(std::memory_order_relaxed);
     }
 
     void stop() {
@@ -126,6 +163,8 @@ struct Pool {
         for (auto& worker : workers) worker.join();
         workers.clear();
         stopping.store(false);
+        settled.store(0);
+        refused.store(0);
     }
 
     void run(int tasks, Task body, void* with) {
@@ -154,7 +193,8 @@ Pool* pool = nullptr;
 Pool& the_pool() {
     static const bool made = [] {
         pool = new Pool;
-        // A forked child has none of its parent's threads: it starts with a pool of its own.
+        // A forked child has none of its parent's threads: it starts with a pool of its own, on CPUs that the system
+        // chooses, for the parent computes on the others.
         pthread_atfork(nullptr, nullptr, [] {
             int wanted = pool->wanted;
             pool = new Pool;
@@ -168,15 +208,24 @@ Pool& the_pool() {
 
 }  // namespace
 
-void set_threads(int threads) {
+int set_threads(int threads, const std::vector<int>& cpus) {
     Pool& current = the_pool();
     std::lock_guard<std::mutex> lock(current.busy);
     threads = std::min(kMaxThreads, std::max(1, threads));
-    if (threads < current.wanted) current.stop();
+    if (threads < current.wanted || cpus != current.cpus) current.stop();
     current.wanted = threads;
+    current.cpus = cpus;
+    const int error = cpus.empty() ? 0 : current.start_on_cpus();
+    if (error != 0) {
+        current.stop();
+        current.cpus.clear();
+    }
+    return error;
 }
 
 int threads() { return the_pool().wanted; }
+
+bool bound() { return !the_pool().cpus.empty(); }
 
 void run_tasks(int tasks, Task task, void* context) {
     if (tasks <= 0) return;

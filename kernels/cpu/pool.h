@@ -2,14 +2,21 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace phalanx {
 
 using Task = void (*)(void* context, int task);
 
 // Threads that later operations use, the caller included; at least 1. Waits for an operation that is under way.
-void set_threads(int threads);
+// With `cpus`, one for each thread, thread i runs on cpus[i] alone, except the caller, thread 0, which belongs to
+// somebody else. Returns 0, or the system's error number if a thread may not: then they all run where the system puts
+// them, as without `cpus`.
+int set_threads(int threads, const std::vector<int>& cpus = {});
 int threads();
+
+// Whether each of them has a CPU of its own.
+bool bound();
 
 // Run task(context, i) for each i below `tasks`, in any order, on all threads; returns when all are done.
 // Called by two threads at once, the second runs its tasks by itself.

@@ -24,6 +24,13 @@ void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
     parallel(static_cast<int>(n / kPanel), body);
 }
 
+void copy_panels(DType dtype, const void* panels, int64_t n, int64_t k, void* to) {
+    const int64_t bytes = k * element_bytes(dtype) * kPanel;
+    parallel(static_cast<int>(n / kPanel), [&](int panel) {
+        std::memcpy(static_cast<char*>(to) + panel * bytes, static_cast<const char*>(panels) + panel * bytes, bytes);
+    });
+}
+
 int64_t compress_weight(const void* weight, int64_t n, int64_t k, void* to, void* apart, int64_t* firsts) {
     const int64_t panels = n / kPanel, words = k / 2;
     const auto* from = static_cast<const uint32_t*>(weight);

@@ -8,6 +8,9 @@ namespace phalanx {
 // Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels.
 void pack_weight(DType dtype, void* weight, int64_t n, int64_t k);
 
+// Copy such panels to memory that nobody has touched: each thread writes first to what it will multiply with.
+void copy_panels(DType dtype, const void* panels, int64_t n, int64_t k, void* to);
+
 // A bfloat16 weight of n rows, a multiple of 16, to panels of 8 bits, `together` (2 or 4) numbers of a row side by
 // side, with a scale for each `group` of k and the sum of what each row became; k is a multiple of 4. And to panels of
 // 4 bits, where k and the group are multiples of 8.

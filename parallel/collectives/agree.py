@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +39,25 @@ def exchange(host: Collectives, values: Sequence[int]) -> list[list[int]]:
     table[host.rank] = torch.tensor(values)
     rows: list[list[int]] = host.all_reduce(table).tolist()
     return rows
+
+
+def exchange_texts(host: Collectives, text: str) -> list[str]:
+    """Every rank's text, on every rank of `host`, CPU collectives."""
+    data = text.encode()
+    longest = max(length for [length] in exchange(host, [len(data)]))
+    rows = exchange(host, [len(data), *data, *bytes(longest - len(data))])
+    return [bytes(row[1 : 1 + row[0]]).decode() for row in rows]
+
+
+def cores_of_all(host: Collectives) -> int:
+    """The CPUs that the ranks of `host`, on one machine, may use together: each may be bound to some of its own."""
+    mine = os.sched_getaffinity(0)
+    words = max(most for [most] in exchange(host, [max(mine)])) // 62 + 1
+    masks = [sum(1 << cpu % 62 for cpu in mine if cpu // 62 == word) for word in range(words)]
+    united = [0] * words
+    for row in exchange(host, masks):
+        united = [word | other for word, other in zip(united, row, strict=True)]
+    return sum(word.bit_count() for word in united)
 
 
 def boot() -> int:

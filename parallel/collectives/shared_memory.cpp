@@ -1,9 +1,11 @@
 // Collectives and a message ring in shared memory, for shared_memory.py, which says what the operations promise.
 // Knows nothing of torch: addresses, counts and a dtype code come in.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "../../kernels/cpu/add_reduced.h"
 #include "member.h"
@@ -24,8 +26,11 @@ class Collectives : public Member {
           sources_(size) {}
 
     static size_t data_bytes(int size, size_t slot_bytes) { return 2 * size * slot_bytes; }
-    static size_t segment_bytes(int size, size_t slot_bytes) {
-        return data_offset(size) + data_bytes(size, slot_bytes);
+    // Where each rank's slots end; before those of rank 0 stands what is everybody's.
+    static std::vector<size_t> part_ends(int size, size_t slot_bytes) {
+        std::vector<size_t> ends(size);
+        for (int rank = 0; rank < size; ++rank) ends[rank] = data_offset(size) + data_bytes(rank + 1, slot_bytes);
+        return ends;
     }
 
     // With a `total` of floats, adds the sums to it as well.
@@ -176,7 +181,10 @@ class Ring : public Member {
     Ring(int fd, int rank, int size, size_t capacity, double timeout_s, int spin_us)
         : Member(fd, rank, size, capacity, timeout_s, spin_us), capacity_(uint32_t(capacity)) {}
 
-    static size_t segment_bytes(int size, size_t capacity) { return data_offset(size) + capacity; }
+    // Where each rank's part ends: rank 0, which alone writes to the ring, has all of it.
+    static std::vector<size_t> part_ends(int size, size_t capacity) {
+        return std::vector<size_t>(size, data_offset(size) + capacity);
+    }
 
     void send(const py::bytes& message) {
         char* content = nullptr;
@@ -272,7 +280,7 @@ PYBIND11_MODULE(_native, module) {
     });
     py::class_<Collectives>(module, "Collectives")
         .def(py::init<int, int, int, size_t, size_t, double, int>())
-        .def_static("segment_bytes", &Collectives::segment_bytes)
+        .def_static("part_ends", &Collectives::part_ends)
         .def("all_reduce", &Collectives::all_reduce)
         .def("reducer", &Collectives::reducer)
         .def("gather", &Collectives::gather)
@@ -281,7 +289,7 @@ PYBIND11_MODULE(_native, module) {
         .def("close", &Collectives::close);
     py::class_<Ring>(module, "Ring")
         .def(py::init<int, int, int, size_t, double, int>())
-        .def_static("segment_bytes", &Ring::segment_bytes)
+        .def_static("part_ends", &Ring::part_ends)
         .def("send", &Ring::send)
         .def("receive", &Ring::receive)
         .def("close", &Ring::close);

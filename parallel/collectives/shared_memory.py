@@ -17,7 +17,7 @@ import torch
 
 from ...kernels.norm import rms_norm
 from ..control import ControlChannel
-from .agree import attempt, boot, exchange, first_problem, other_host
+from .agree import attempt, boot, cores_of_all, exchange, first_problem, other_host
 from .base import CollectiveError, Collectives, CollectivesUnavailable
 
 try:
@@ -75,10 +75,10 @@ class SharedMemoryCollectives(Collectives):
         """
         rank, size = host.rank, host.size
 
-        def attach(fd: int) -> Any:
-            return _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, _spin(size))
+        def attach(fd: int, spin: int) -> Any:
+            return _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, spin)
 
-        return cls(_connect(host, lambda: int(_native.Collectives.segment_bytes(size, _SLOT)), attach), rank, size)
+        return cls(_connect(host, lambda: _native.Collectives.part_ends(size, _SLOT), attach), rank, size)
 
     @property
     def device(self) -> torch.device:
@@ -161,10 +161,10 @@ class SharedMemoryControl(ControlChannel):
         """Called by all ranks of `host`. Raises SharedMemoryUnavailable, on all, if they are not all on one host."""
         rank, size = host.rank, host.size
 
-        def attach(fd: int) -> Any:
-            return _native.Ring(fd, rank, size, _RING, timeout_s, _spin(size))
+        def attach(fd: int, spin: int) -> Any:
+            return _native.Ring(fd, rank, size, _RING, timeout_s, spin)
 
-        return cls(_connect(host, lambda: int(_native.Ring.segment_bytes(size, _RING)), attach), rank)
+        return cls(_connect(host, lambda: _native.Ring.part_ends(size, _RING), attach), rank)
 
     def send(self, data: bytes) -> None:
         if self._rank != 0:
@@ -187,20 +187,23 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
-def _spin(size: int) -> int:
-    return _SPIN_US if size <= len(os.sched_getaffinity(0)) else 0
-
-
 def _one_shot_bytes(size: int) -> int:
     return _SLOT if size == 2 else _SLOT // 4
 
 
-def _connect(host: Collectives, segment_bytes: Callable[[], int], attach: Callable[[int], T]) -> T:
-    """`attach` of one segment's file descriptor, on every rank; what it returns owns the descriptor."""
+def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Callable[[int, int], T]) -> T:
+    """`attach` of one segment's file descriptor and of how long to spin, on every rank; what it returns owns the
+    descriptor. part_ends() says where each rank's part of the segment ends.
+    """
     _agree(host, unavailable() or "")
-    fd = _open_segment(host, segment_bytes())
+    ends = [0, *part_ends()]
+    fd = _open_segment(host, ends[-1])
     try:
-        attached, problem = attempt(lambda: attach(fd))
+        # Memory stands on the NUMA node of the rank that allocates it: each does so for what it writes to.
+        _, problem = attempt(lambda: _allocate(fd, ends[host.rank], ends[host.rank + 1]))
+        _agree(host, problem)
+        spin = _SPIN_US if host.size <= cores_of_all(host) else 0
+        attached, problem = attempt(lambda: attach(fd, spin))
         _agree(host, problem)
     except BaseException:
         os.close(fd)
@@ -257,9 +260,15 @@ def _open_by_name(host: Collectives, length: int, nonce: int) -> int:
     return fd
 
 
+def _allocate(fd: int, first: int, last: int) -> None:
+    # Memory that is lacking is an error here, not a SIGBUS later.
+    if first < last:
+        os.posix_fallocate(fd, first, last - first)
+
+
 def _fill(fd: int, length: int, nonce: int) -> int:
     try:
-        os.posix_fallocate(fd, 0, length)  # memory that is lacking is an error here, not a SIGBUS later
+        os.ftruncate(fd, length)
         os.pwrite(fd, nonce.to_bytes(_NONCE_BYTES, "little"), 0)
     except BaseException:
         os.close(fd)

@@ -17,6 +17,7 @@ from phalanx.engine.llm import RequestOutput
 from phalanx.engine.messages import Timings
 from phalanx.engine.params import SamplingParams
 from phalanx.engine.plan import StepPlan
+from phalanx.tests.threads import other_cpus
 
 Calls = list[tuple[list[list[int]], list[SamplingParams]]]
 
@@ -68,6 +69,7 @@ def live_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) 
     assert group is not None
     llm = GroupLLM(group, folder, **config)
     greedy = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    seen["binding"] = str(llm._engine.worker.binding)
     seen["outputs"] = llm.generate([[5, 6, 7], [8]], greedy)
     seen["sums"].append(_sum(rank))
     seen["refused"] = _error(lambda: llm.generate([[5], [99999]], greedy))
@@ -118,7 +120,7 @@ def _process_state() -> list[Any]:
     handlers = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
     python, numbers = hash(random.getstate()), np.random.get_state()
     generators = [python, torch.random.get_rng_state().tolist(), [str(part) for part in numbers]]
-    return [handlers, generators, torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)]
+    return [handlers, generators, torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), other_cpus()]
 
 
 def generate_with_lazy_graphs(

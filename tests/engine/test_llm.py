@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -18,6 +19,8 @@ from phalanx.engine.llm import RequestOutput
 from phalanx.engine.messages import Delta, Finished, Submit
 from phalanx.engine.plan import StepPlan
 from phalanx.engine.worker import Worker
+from phalanx.parallel.placement import place
+from phalanx.parallel.topology import read_topology
 from phalanx.tests.engine import programs
 from phalanx.tests.engine.conftest import CONFIG
 
@@ -394,7 +397,7 @@ def test_a_repeated_prompt_comes_from_the_prefix_cache_unless_the_salt_differs(l
 
 @pytest.fixture(scope="module")
 def in_group(run_ranks: Callable[..., list[Any]], tiny: Path) -> list[dict[str, Any]]:
-    return run_ranks(2, programs.live_in_a_group, str(tiny), CONFIG)
+    return run_ranks(2, programs.live_in_a_group, str(tiny), {**CONFIG, "bind_cpus": "always"})
 
 
 def test_all_ranks_of_a_group_get_the_same_answers_as_one_rank_alone(in_group: list[dict[str, Any]], llm: LLM) -> None:
@@ -414,8 +417,11 @@ def test_an_error_is_raised_on_every_rank_of_a_group_and_the_next_call_works(in_
 
 
 def test_an_engine_in_a_group_leaves_the_process_as_it_was(in_group: list[dict[str, Any]]) -> None:
-    for answers in in_group:
+    for rank, answers in enumerate(in_group):
         assert answers["before"] == answers["after"]
+        # Only the kernels' threads were bound, to CPUs of this rank's own.
+        placement = place(read_topology(os.sched_getaffinity(0)), rank, 2)
+        assert answers["binding"] == str(placement)
 
 
 def test_the_callers_own_collectives_work_between_calls_and_after(in_group: list[dict[str, Any]]) -> None:

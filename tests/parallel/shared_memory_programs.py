@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from phalanx.parallel.collectives import shared_memory
+from phalanx.parallel.collectives.agree import cores_of_all, exchange_texts
 from phalanx.parallel.collectives.base import CollectiveError, Collectives
 from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
 from phalanx.parallel.collectives.shared_memory import (
@@ -279,6 +280,40 @@ def cannot_share(rank: int, size: int) -> list[str]:
     connect()
     resource.setrlimit(resource.RLIMIT_AS, before)
     return reasons
+
+
+def allocate(rank: int, size: int) -> list[list[tuple[int, int]]]:
+    """From where to where this rank allocates memory of the ring's segment and of the collectives'."""
+    allocated: list[tuple[int, int]] = []
+    allocate = os.posix_fallocate
+
+    def noted(fd: int, offset: int, length: int) -> None:
+        allocated.append((offset, offset + length))
+        allocate(fd, offset, length)
+
+    segments = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", noted)
+        for connect in (SharedMemoryControl.connect, SharedMemoryCollectives.connect):
+            connect(_host(), 60.0).close()
+            segments.append(allocated[:])
+            allocated.clear()
+    return segments
+
+
+def count_cores(rank: int, size: int) -> list[int]:
+    """The CPUs of all ranks together: as they are, all on the first, and each on one of its own."""
+    allowed = sorted(os.sched_getaffinity(0))
+    counts = [cores_of_all(_host())]
+    for mine in ({allowed[0]}, {allowed[rank % len(allowed)]}):
+        os.sched_setaffinity(0, mine)
+        counts.append(cores_of_all(_host()))
+    return counts
+
+
+def say(rank: int, size: int) -> list[str]:
+    """Every rank's text."""
+    return exchange_texts(_host(), ["", "zwei Kerne", "ένας κόμβος"][rank])
 
 
 def misuse(rank: int, size: int) -> list[str]:

@@ -102,6 +102,24 @@ def test_ranks_that_cannot_share_memory_all_hear_why(run_ranks: RunRanks) -> Non
         assert len(reasons) == 3
 
 
+def test_each_rank_allocates_what_it_writes_to_and_together_they_have_it_all(run_ranks: RunRanks) -> None:
+    rings, collectives = zip(*run_ranks(3, programs.allocate), strict=True)
+    assert [len(ring) for ring in rings] == [1, 0, 0]
+    parts = [part for [part] in collectives]
+    assert parts[0][0] == 0
+    assert [last for _, last in parts[:-1]] == [first for first, _ in parts[1:]]
+    assert parts[1][1] - parts[1][0] == parts[2][1] - parts[2][0] == 2 * shared_memory._SLOT
+
+
+def test_ranks_that_are_bound_to_cpus_of_their_own_count_them_all(run_ranks: RunRanks) -> None:
+    allowed = len(os.sched_getaffinity(0))
+    assert run_ranks(2, programs.count_cores) == [[allowed, 1, min(2, allowed)]] * 2
+
+
+def test_every_rank_hears_every_ranks_text(run_ranks: RunRanks) -> None:
+    assert run_ranks(3, programs.say) == [["", "zwei Kerne", "ένας κόμβος"]] * 3
+
+
 def test_ranks_out_of_step_are_told_what_happened(run_ranks: RunRanks) -> None:
     zero, one = run_ranks(2, programs.misuse)
     disagreed = "rank 1 called another operation, or with another size or dtype"

@@ -19,6 +19,8 @@ from phalanx import ConfigError, EngineConfig, SamplingParams
         ("dtype", "int7", "auto, bfloat16, float16, float32"),
         ("device", "tpu", "auto, cpu, cuda"),
         ("collectives", "mpi", "auto, shared_memory, gloo, nccl"),
+        ("bind_cpus", "on", "auto, always, never"),
+        ("bind_cpus", True, "auto, always, never"),
         ("attention", "magic", "auto, cpu, torch"),
         ("quantization", "int1", "none"),
         ("load_format", "pickle", "auto, safetensors, dummy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import threading
 from collections.abc import Iterator
 
@@ -18,6 +19,8 @@ from phalanx.kernels.largest import block_maxima, largest, noisy_largest
 from phalanx.kernels.linear import PackedWeight, row_multiple
 from phalanx.kernels.noise import gumbel
 from phalanx.kernels.norm import rms_norm
+from phalanx.parallel.topology import format_cpu_list
+from phalanx.tests.threads import pool_cpus
 
 INSTRUCTION_SETS = [
     name
@@ -296,6 +299,92 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     child.join(30)
     assert child.exitcode == 0
     assert results.get() == 4 * 512 * 64
+
+
+def _compute() -> None:
+    weight = _random(512, 64, dtype=torch.float32, seed=0)
+    x = _random(4, 64, dtype=torch.float32, seed=1)
+    _close(PackedWeight(weight.clone(), 512).linear(x, None), x.double() @ weight.double().T, torch.float32)
+
+
+@pytest.fixture
+def two_cpus() -> Iterator[tuple[int, int]]:
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("only one CPU may be used here")
+    yield allowed[0], allowed[1]
+    cpu.set_threads(1)
+
+
+def _pool_is_on(*cpus: int | str) -> bool:
+    expected = sorted(map(str, cpus))
+    return pool_cpus(expected) == expected
+
+
+def test_the_pools_threads_run_on_the_cpus_they_are_given_and_the_caller_where_it_did(
+    two_cpus: tuple[int, int],
+) -> None:
+    first, second = two_cpus
+    before = os.sched_getaffinity(0)
+    cpu.set_threads(2, [first, second])
+    assert _pool_is_on(second)
+    _compute()
+    cpu.set_threads(4, [second, first, second, first])
+    assert _pool_is_on(first, second, first)
+    assert cpu.native.bound()
+    _compute()
+    assert _pool_is_on(first, second, first)
+    assert os.sched_getaffinity(0) == before
+    cpu.set_threads(2)
+    _compute()
+    assert _pool_is_on(format_cpu_list(before))
+    assert not cpu.native.bound()
+
+
+def test_a_cpu_that_is_refused_is_an_error_and_the_threads_go_on_unbound(two_cpus: tuple[int, int]) -> None:
+    everywhere = format_cpu_list(os.sched_getaffinity(0))
+    for wrong in (-1, 100_000):
+        with pytest.raises(OSError, match="Invalid argument"):
+            cpu.set_threads(3, [*two_cpus, wrong])
+        assert cpu.native.threads() == 3
+        assert not cpu.native.bound()
+        _compute()
+        assert _pool_is_on(everywhere, everywhere)
+    with pytest.raises(ValueError, match="1 CPUs for 2 threads; give one for each"):
+        cpu.set_threads(2, [two_cpus[0]])
+
+
+def _threads_of_child(results: multiprocessing.SimpleQueue) -> None:  # type: ignore[type-arg]
+    PackedWeight(torch.ones(512, 64), 512).linear(torch.ones(4, 64), None)  # torch's own products may hang after a fork
+    everywhere = format_cpu_list(os.sched_getaffinity(0))
+    results.put((cpu.native.bound(), _pool_is_on(everywhere)))
+
+
+def test_a_forked_childs_threads_are_not_on_its_parents_cpus_alone(two_cpus: tuple[int, int]) -> None:
+    cpu.set_threads(2, two_cpus)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_threads_of_child, args=(results,), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert results.get() == (False, True)
+
+
+def test_bound_threads_move_a_weight_that_is_not_compressed_to_memory_they_touch_first(
+    two_cpus: tuple[int, int],
+) -> None:
+    weight, x = _random(96, 64, dtype=torch.float32, seed=0), _random(5, 64, dtype=torch.float32, seed=1)
+    cpu.set_threads(2)
+    plain = PackedWeight(weight.clone(), 90)
+    cpu.set_threads(2, two_cpus)
+    source = weight.clone()
+    moved = PackedWeight(source, 90)
+    source.fill_(torch.nan)
+    assert (plain.in_place, moved.in_place) == (True, False)
+    assert moved.nbytes == plain.nbytes
+    assert torch.equal(moved.linear(x, None), plain.linear(x, None))
+    assert torch.equal(moved.look_up(torch.arange(90)), weight[:90])
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

@@ -117,6 +117,12 @@ def test_a_key_that_does_not_exist_in_a_preset_is_refused(tmp_path: Path) -> Non
         composed("model=mine", "--config-dir", str(tmp_path))
 
 
+def test_the_runtime_for_numa_binds_cpu_ranks_unless_told_otherwise() -> None:
+    made = config("runtime=cpu_numa")
+    assert (made.device, made.bind_cpus) == ("cpu", "always")
+    assert config("runtime=cpu_numa", "bind_cpus=never").bind_cpus == "never"
+
+
 @pytest.mark.parametrize("group", ["engine", "runtime", "models", "bench"])
 def test_every_preset_composes(group: str) -> None:
     assert choices(group)
