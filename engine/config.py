@@ -50,7 +50,8 @@ class EngineConfig:
     bind_cpus: str = "auto"
     """Bind CPU ranks to NUMA nodes, and each thread that computes to a core: auto (where this process may use CPUs of
     several nodes), always (on one node too), or never (also for ranks that somebody else has bound, with numactl or
-    torchrun --numa-binding: set threads as well then). In a process of the caller's own, only the kernels' threads."""
+    torchrun --numa-binding: set threads as well then). In a process of the caller's own, only the kernels' threads.
+    Several engines on one host would choose the same CPUs: start each with its own, by taskset or numactl."""
     max_model_len: int | None = None
     """Prompt and output tokens of one request at most; None takes the model's own limit."""
     max_num_seqs: int = 64

@@ -113,9 +113,9 @@ class Engine:
         return [
             f"{group.size} rank(s) on {group.device.type}, {' to '.join(map(str, threads))} thread(s) each, "
             f"{worker.dtype}, attention={worker.backend.name}",
-            _of_ranks(self._bindings),
             worker.backend.reason,
             f"{worker.graphs_reason}; steps overlap: {'yes' if worker.overlap else 'no'}",
+            _of_ranks(self._bindings),
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",

@@ -52,6 +52,8 @@ def run_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]
     finally:
         for process in processes:
             process.kill()
+        for process in processes:
+            process.join()  # none stays behind, a zombie, for a later test to find among this process's children
     return [collected[rank] for rank in range(count)]
 
 

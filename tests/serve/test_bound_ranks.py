@@ -37,12 +37,12 @@ def test_ranks_of_a_group_are_bound_and_compute_what_one_that_is_not_does(tiny: 
     allowed = os.sched_getaffinity(0)
     with LLM(str(tiny), dtype="float32", max_model_len=256, bind_cpus="never") as llm:
         expected = _tokens(llm)
-        assert "not bound to CPUs: bind_cpus=never" in llm.status().report[1]
+        assert "not bound to CPUs: bind_cpus=never" in llm.status().report[3]
     with LLM(str(tiny), ranks=2, dtype="float32", max_model_len=256, bind_cpus="always", threads=2) as llm:
         assert _tokens(llm) == expected
         placements = [place(read_topology(allowed), rank, 2, threads=2) for rank in range(2)]
         assert llm.status().report[0].startswith("2 rank(s) on cpu, 2 thread(s) each")
-        assert llm.status().report[1] == f"rank 0: {placements[0]}; rank 1: {placements[1]}"
+        assert llm.status().report[3] == f"rank 0: {placements[0]}; rank 1: {placements[1]}"
         processes = _rank_processes()
         for rank, placement in enumerate(placements):
             first, second = map(str, placement.cpus)
@@ -59,7 +59,7 @@ def test_an_engine_in_the_callers_process_binds_the_kernels_threads_alone(tiny: 
     with LLM(str(tiny), dtype="float32", max_model_len=256, bind_cpus="always") as llm:
         _tokens(llm)
         placement = place(read_topology(allowed), 0, 1)
-        assert llm.status().report[1] == f"rank 0: {placement}"
+        assert llm.status().report[3] == f"rank 0: {placement}"
         expected = sorted(map(str, placement.cpus[1:]))
         assert pool_cpus(expected) == expected
         assert other_cpus() == before
