@@ -24,8 +24,8 @@ INLINE float soften(float* scores, int visible, int width, float scale, Running&
     vf most = load(scores);
     for (int i = 16; i < width; i += 16) most = larger(most, load(scores + i));
     const float before = first ? kMinusInfinity : running.most[row];
-    float now = std::max(before, max_of(most) * scale);
-    if (!(now > kMinusInfinity)) now = 0.0f;  // nothing visible yet: all weights are zero
+    const float largest = std::max(before, max_of(most) * scale);
+    const float now = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
     vf total{};
     for (int i = 0; i < width; i += 16) {
         const vf weight = exponential(fused(load(scores + i), splat(scale), splat(-now)));
@@ -33,7 +33,7 @@ INLINE float soften(float* scores, int visible, int width, float scale, Running&
         put(i, weight);
     }
     const float shrink = first ? 0.0f : exponential(splat(before - now))[0];
-    running.most[row] = now;
+    running.most[row] = largest;
     running.weight[row] = (first ? 0.0f : running.weight[row] * shrink) + sum_of(total);
     return shrink;
 }
@@ -304,28 +304,35 @@ void attention_task(const Attention& job, int number) {
     }
 }
 
+// One row of partial results to `out` (head_dim,): `splits` of them, `stride` floats apart, each of `rows` rows' sums,
+// then their largest scores, then their denominators. A split in which the row saw nothing counts for nothing.
+template <class T>
+INLINE void merge_row(const float* from, int64_t stride, int splits, int rows, int r, int dim, T* out) {
+    const float *largest = from + static_cast<int64_t>(rows) * dim + r, *weights = largest + rows;
+    float most = kMinusInfinity, total = 0.0f;
+    for (int s = 0; s < splits; ++s) most = std::max(most, largest[s * stride]);
+    for (int s = 0; s < splits; ++s)
+        if (largest[s * stride] > kMinusInfinity) total += weights[s * stride] * std::exp(largest[s * stride] - most);
+    for (int i = 0; i < dim; i += 16) {
+        vf sum{};
+        for (int s = 0; s < splits; ++s) {
+            if (!(largest[s * stride] > kMinusInfinity)) continue;
+            const float share = std::exp(largest[s * stride] - most) / total;
+            sum = fused(load(from + s * stride + static_cast<int64_t>(r) * dim + i), splat(share), sum);
+        }
+        store_as(out + i, sum);
+    }
+}
+
 // The tasks of one row and kv head, which each saw some of its keys, into the row's result.
 template <class T>
 void merge_partials(const Attention& job, int row, int kv_head, int splits, int partial) {
     const int group = job.heads / job.kv_heads, dim = job.head_dim;
     const int rows = (job.cu_q[row + 1] - job.cu_q[row]) * group;
-    const float* from = job.partials + static_cast<int64_t>(partial) * job.query_rows * (dim + 2);
     const int64_t stride = static_cast<int64_t>(job.query_rows) * (dim + 2);
     for (int r = 0; r < rows; ++r) {
-        float most = kMinusInfinity;
-        for (int s = 0; s < splits; ++s) most = std::max(most, from[s * stride + rows * dim + r]);
-        float total = 0.0f;
-        for (int s = 0; s < splits; ++s)
-            total += from[s * stride + rows * (dim + 1) + r] * std::exp(from[s * stride + rows * dim + r] - most);
-        int64_t token = job.cu_q[row] + r / group;
+        const int64_t token = job.cu_q[row] + r / group;
         T* out = static_cast<T*>(job.out) + (token * job.heads + kv_head * group + r % group) * dim;
-        for (int i = 0; i < dim; i += 16) {
-            vf sum{};
-            for (int s = 0; s < splits; ++s) {
-                float share = std::exp(from[s * stride + rows * dim + r] - most) / total;
-                sum += load(from + s * stride + static_cast<int64_t>(r) * dim + i) * share;
-            }
-            store_as(out + i, sum);
-        }
+        merge_row(job.partials + partial * stride, stride, splits, rows, r, dim, out);
     }
 }

@@ -38,8 +38,8 @@ INLINE float soften_tile(float* scores, bf16* weights, int visible, int width, f
         most1 = larger(most1, load(scores + i + 16));
     }
     const float before = first ? kMinusInfinity : running.most[row];
-    float now = std::max(before, max_of(larger(most0, most1)) * scale);
-    if (!(now > kMinusInfinity)) now = 0.0f;  // nothing visible yet: all weights are zero
+    const float largest = std::max(before, max_of(larger(most0, most1)) * scale);
+    const float now = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
     vf total0{}, total1{};
     for (int i = 0; i < width; i += 32) {
         const vf w0 = power_of_two(fused(load(scores + i), splat(scale), splat(-now)));
@@ -49,12 +49,14 @@ INLINE float soften_tile(float* scores, bf16* weights, int visible, int width, f
         store_pair(weights + i, w0, w1);
     }
     const float shrink = first ? 0.0f : power_of_two(splat(before - now))[0];
-    running.most[row] = now;
+    running.most[row] = largest;
     running.weight[row] = (first ? 0.0f : running.weight[row] * shrink) + sum_of(total0 + total1);
     return shrink;
 }
 
-// A task's memory, and what it does with a tile of keys.
+// A task's memory, and what it does with a tile of keys. Sums begin anew every kSplitKeys keys, and the pieces are
+// merged as merge_partials() merges those of several tasks: so a token's bits are the same in a prompt's chunk and in a
+// decode.
 struct TileAttention {
     using S = Stored<bf16, bf16>;
 
@@ -62,11 +64,13 @@ struct TileAttention {
     const TaskView task;
     int group, dim, rows, before, last_key;
     int blocks, block_rows;         // of rows
+    int segments;                   // of keys
     int64_t dim_tiles, width;       // tiles along head_dim; floats of a row of sums, a whole number of panel pairs
     char *queries, *values, *keys;  // as tiles
     float* scores;
     bf16* weights;
-    Running running;
+    Running running, first_segment;
+    int64_t all_rows;
 
     TileAttention(const Attention& job, int number) : job(job), task(view(job, number)) {
         group = job.heads / job.kv_heads;
@@ -78,15 +82,17 @@ struct TileAttention {
         block_rows = static_cast<int>(ceil_div(rows, blocks));
         dim_tiles = ceil_div(dim, 32);
         width = ceil_div(dim, 32) * 32;
-        const int64_t all_rows = int64_t{blocks} * block_rows, some_rows = std::min(2, blocks) * int64_t{block_rows};
+        segments = static_cast<int>(ceil_div(last_key - task.first_key, kSplitKeys));
+        all_rows = int64_t{blocks} * block_rows;
+        const int64_t some_rows = std::min(2, blocks) * int64_t{block_rows};
         const int64_t sizes[] = {all_rows * dim_tiles * kTileRowBytes,
                                  kTileKeys * width * 2,
                                  kTileKeys * dim_tiles * 64,
                                  some_rows * kTileKeys * 4,
                                  some_rows * kTileKeys * 2,
-                                 all_rows * width * 4,
-                                 all_rows * 4,
-                                 all_rows * 4};
+                                 segments * all_rows * width * 4,
+                                 segments * all_rows * 4,
+                                 segments * all_rows * 4};
         int64_t all = 0;
         for (int64_t size : sizes) all += ceil_div(size, 64) * 64;
         char *memory = static_cast<char*>(scratch(1, all)), *parts[8];
@@ -99,8 +105,16 @@ struct TileAttention {
         keys = parts[2];
         scores = reinterpret_cast<float*>(parts[3]);
         weights = reinterpret_cast<bf16*>(parts[4]);
-        running = {reinterpret_cast<float*>(parts[5]), reinterpret_cast<float*>(parts[6]),
-                   reinterpret_cast<float*>(parts[7])};
+        running = first_segment = {reinterpret_cast<float*>(parts[5]), reinterpret_cast<float*>(parts[6]),
+                                   reinterpret_cast<float*>(parts[7])};
+        std::fill_n(running.most, segments * all_rows, kMinusInfinity);
+    }
+
+    // What the keys from `key` on are summed up in.
+    Running segment_of(int key) const {
+        const int64_t before_it = (key - task.first_key) / kSplitKeys * all_rows;
+        return {first_segment.sums + before_it * width, first_segment.most + before_it,
+                first_segment.weight + before_it};
     }
 
     Pieces locate(const TaskView& of, int key) const {
@@ -171,7 +185,8 @@ struct TileAttention {
         const int end = std::min(rows, start + both * block_rows);
         const int keys32 = static_cast<int>(ceil_div(count, 32)) * 32;
         if (end <= start || before + task.first_token + (end - 1) / group + 1 <= key) return;  // none is visible
-        const bool first = key == task.first_key;
+        const bool first = (key - task.first_key) % kSplitKeys == 0;
+        running = segment_of(key);
         const int64_t block_bytes = block_rows * dim_tiles * kTileRowBytes;
         const TilesOfA a{queries + first_block * block_bytes, int64_t{block_rows} * kTileRowBytes, kTileRowBytes,
                          block_bytes};
@@ -210,19 +225,33 @@ struct TileAttention {
         }
     }
 
-    void finish() {
-        if (task.partial >= 0) {
-            float* to = job.partials + static_cast<int64_t>(task.partial) * job.query_rows * (dim + 2);
-            for (int r = 0; r < rows; ++r) {
-                std::memcpy(to + static_cast<int64_t>(r) * dim, running.sums + r * width, sizeof(float) * dim);
-                to[static_cast<int64_t>(rows) * dim + r] = running.most[r] * 0.693147181f;
-                to[static_cast<int64_t>(rows) * (dim + 1) + r] = running.weight[r];
-            }
-            return;
+    // Each segment as merge_row() takes it.
+    void store_partial(int segment, float* to) const {
+        const Running from = segment_of(task.first_key + segment * kSplitKeys);
+        for (int r = 0; r < rows; ++r) {
+            if (from.most[r] > kMinusInfinity)
+                std::memcpy(to + static_cast<int64_t>(r) * dim, from.sums + r * width, sizeof(float) * dim);
+            to[static_cast<int64_t>(rows) * dim + r] = from.most[r] * 0.693147181f;
+            to[static_cast<int64_t>(rows) * (dim + 1) + r] = from.weight[r];
+        }
+    }
+
+    void finish() const {
+        const int64_t stride = static_cast<int64_t>(rows) * (dim + 2);
+        float* partials = nullptr;
+        if (task.partial >= 0)
+            return store_partial(0, job.partials + static_cast<int64_t>(task.partial) * job.query_rows * (dim + 2));
+        if (segments > 1) {
+            partials = static_cast<float*>(scratch(12, segments * stride * 4));
+            for (int s = 0; s < segments; ++s) store_partial(s, partials + s * stride);
         }
         for (int r = 0; r < rows; ++r) {
             const int64_t token = job.cu_q[task.row] + task.first_token + r / group;
             bf16* out = static_cast<bf16*>(job.out) + (token * job.heads + task.kv_head * group + r % group) * dim;
+            if (segments > 1) {
+                merge_row(partials, stride, segments, rows, r, dim, out);
+                continue;
+            }
             const float share = 1.0f / running.weight[r];
             for (int i = 0; i < dim; i += 16) store_as(out + i, load(running.sums + r * width + i) * share);
         }

@@ -26,8 +26,8 @@ inline void tile_linear(const Linear& job, const PackedRows& x, int task) {
         case WeightKind::kW8A8:
             return TileTask<StoredPanels, Int8Products>(job, x, task).run();
         case WeightKind::kInt8:
-            return grouped_tile_task<Int8Groups>(job, x, task);
+            return GroupedTask<Int8Groups>(job, x, task).run();
         case WeightKind::kInt4:
-            return grouped_tile_task<Int4Groups>(job, x, task);
+            return GroupedTask<Int4Groups>(job, x, task).run();
     }
 }

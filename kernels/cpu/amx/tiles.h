@@ -70,8 +70,8 @@ inline void each_product(F&& f) {
 
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 
-// The two numbers of a word have sums of their own, fused and rounded one product at a time; these two are added, and
-// that to C. Denormal numbers count as zero, as operands and as results.
+// The two numbers of a word have sums of their own, rounded once a product, as a product of two bfloat16 is exact in
+// float; these two are added, and that to C. Denormal numbers count as zero, as operands and as results.
 template <int C, int A, int B>
 inline void tile_dot_bf16() {
     each_product<C, A, B>([](uint8_t* sum, const uint8_t* a, const uint8_t* b, int words) {
@@ -81,7 +81,7 @@ inline void tile_dot_bf16() {
                 bf16 x, y;
                 std::memcpy(&x, a + 4 * w + 2 * i, 2);
                 std::memcpy(&y, b + kTileRowBytes * w + 2 * i, 2);
-                halves[i] = flushed(std::fmaf(flushed(to_float(x)), flushed(to_float(y)), halves[i]));
+                halves[i] = flushed(flushed(to_float(x)) * flushed(to_float(y)) + halves[i]);
             }
         }
         float c;
@@ -165,7 +165,8 @@ INLINE void configure(int rows, int words) {
     configured() = shape;
 }
 
-// The pool calls it when a thread has nothing to do. Tiles that are in use make a switch to another thread slower, and keep a core from its deeper sleep.
+// The pool calls it when a thread has nothing to do. Tiles that are in use make a switch to another thread slower, and
+// keep a core from its deeper sleep.
 inline void release_tiles() {
     if (configured() == 0) return;
     tile_release();

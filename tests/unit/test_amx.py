@@ -1,0 +1,150 @@
+"""AMX's part of the kernels: its own bits, on the processor and emulated, and how it is asked for and given up."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from phalanx.kernels import cpu
+from phalanx.kernels.attention import AttentionMetadata
+from phalanx.kernels.cpu.attention import CpuAttention
+from phalanx.kernels.linear import PackedWeight
+
+AMX, EMULATED, VECTORS = "avx512_amx", "emulated_amx", "avx512_bf16"
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
+HAS_AMX = cpu.native is not None and cpu.native.can_run(AMX)
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX")
+TILED = [AMX, EMULATED] if HAS_AMX else [EMULATED]
+SHAPES = [(1, 64, 896), (5, 80, 128), (17, 33, 72), (33, 90, 1504), (40, 32, 320), (70, 48, 96), (3, 1, 8)]
+
+
+@pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    before = cpu.native.kernels()
+    yield
+    cpu.native.use_kernels(before)
+
+
+def _product(kernels: str, kind: str, rows: int, n: int, k: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * n * k)
+    weight = (torch.randn(n + -n % cpu.PANEL, k, generator=generator) / k**0.5).bfloat16()
+    x = torch.randn(rows, k, generator=generator).bfloat16()
+    cpu.native.use_kernels(kernels)
+    return PackedWeight(weight, n, kind).linear_float(x)
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", SHAPES)
+def test_emulated_tiles_have_the_processors_bits(shape: tuple[int, int, int]) -> None:
+    assert torch.equal(_product(AMX, "none", *shape), _product(EMULATED, "none", *shape))
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_of_8_bit_numbers_have_the_bits_of_vectors(kind: str, shape: tuple[int, int, int]) -> None:
+    assert torch.equal(_product(AMX, kind, *shape), _product(VECTORS, kind, *shape))
+
+
+@pytest.mark.parametrize("kernels", TILED)
+@pytest.mark.parametrize("kind", PackedWeight.KINDS)
+@pytest.mark.parametrize("n", [48, 4096])
+def test_a_rows_bits_are_the_same_beside_any_number_of_others(kernels: str, kind: str, n: int) -> None:
+    if kernels == EMULATED and n > 48:
+        pytest.skip("emulated tiles are slow, and the tasks' plan is the same code")
+    cpu.native.use_kernels(kernels)
+    generator = torch.Generator().manual_seed(n)
+    weight = PackedWeight((torch.randn(n, 1056, generator=generator) / 32).bfloat16(), n, kind)
+    x = torch.randn(600 if kernels == AMX else 70, 1056, generator=generator).bfloat16()
+    alone = [weight.linear_float(x[row : row + 1]) for row in range(8)]
+    for rows in (2, 16, 17, 32, 33, 64, 65, len(x)):
+        together = weight.linear_float(x[:rows])
+        assert all(torch.equal(together[row : row + 1], alone[row]) for row in range(min(8, rows))), rows
+
+
+@pytest.mark.parametrize("kernels", TILED)
+@pytest.mark.parametrize(("keys", "head_dim"), [(300, 64), (2100, 80)])
+def test_a_tokens_attention_has_the_same_bits_in_a_decode_and_in_a_chunk(
+    kernels: str, keys: int, head_dim: int
+) -> None:
+    cpu.native.use_kernels(kernels)
+    heads, kv_heads, block_size, queries = 6, 2, 16, 40
+    generator = torch.Generator().manual_seed(keys)
+    blocks = -(-keys // block_size)
+    caches = [torch.zeros(blocks, block_size, kv_heads, head_dim, dtype=torch.bfloat16) for _ in range(2)]
+    k, v = (torch.randn(keys, kv_heads, head_dim, generator=generator).bfloat16() for _ in range(2))
+    q = torch.randn(queries, heads, head_dim, generator=generator).bfloat16()
+    backend = CpuAttention()
+    backend.store_kv(k, v, caches[0], caches[1], torch.arange(keys))
+
+    def attend(first: int, last: int) -> torch.Tensor:
+        """Queries first to last - 1 of the last ones, as one chunk."""
+        metadata = AttentionMetadata(
+            num_decodes=int(last - first == 1),
+            slots=torch.arange(keys - queries + first, keys - queries + last),
+            block_table=torch.arange(blocks)[None],
+            cu_q=torch.tensor([0, last - first], dtype=torch.int32),
+            seqused_k=torch.tensor([keys - queries + last], dtype=torch.int32),
+            query_lengths=(last - first,),
+            key_lengths=(keys - queries + last,),
+            block_size=block_size,
+        )
+        return backend.attend(q[first:last], caches[0], caches[1], backend.plan(metadata))
+
+    whole = attend(0, queries)
+    assert torch.equal(torch.cat([attend(0, 13), attend(13, queries)]), whole)
+    assert torch.equal(torch.cat([attend(i, i + 1) for i in range(queries)]), whole)
+
+
+@needs_amx
+def test_tiles_of_another_library_are_no_harm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(256, 256, generator=generator) / 16).bfloat16()
+    x = torch.randn(64, 256, generator=generator).bfloat16()
+    packed = PackedWeight(weight.clone(), 256)
+    first = packed.linear_float(x)
+    for _ in range(3):
+        x @ weight.T  # oneDNN configures the same thread's tiles for itself
+        assert torch.equal(packed.linear_float(x), first)
+
+
+@needs_amx
+def test_an_int8_weight_of_other_kernels_is_refused() -> None:
+    cpu.native.use_kernels(VECTORS)
+    packed = PackedWeight(torch.randn(16, 32).bfloat16(), 16, "int8")
+    cpu.native.use_kernels(AMX)
+    with pytest.raises(ValueError, match="packed for"):
+        packed.linear_float(torch.randn(1, 32).bfloat16())
+
+
+REFUSED = """
+import ctypes, struct
+# A filter of system calls (seccomp(2)): arch_prctl, number 158, answers EPERM, as on a system that masks AMX off.
+def code(op, jt, jf, k): return struct.pack("HBBI", op, jt, jf, k)
+program = code(0x20, 0, 0, 0) + code(0x15, 0, 1, 158) + code(0x06, 0, 0, 0x00050001) + code(0x06, 0, 0, 0x7FFF0000)
+buffer = ctypes.create_string_buffer(program)
+filter_of = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.c_char_p(filter_of), 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
+import torch
+from phalanx.kernels import cpu
+from phalanx.kernels.linear import PackedWeight
+assert not cpu.native.can_run("avx512_amx")
+weight = torch.randn(32, 64).bfloat16()
+x = torch.randn(3, 64).bfloat16()
+product = PackedWeight(weight.clone(), 32).linear_float(x)
+torch.testing.assert_close(product, x.float() @ weight.float().T, atol=1e-3, rtol=1e-3)
+print(cpu.native.kernels())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "prctl"), reason="filters of system calls are Linux's")
+def test_where_the_system_refuses_tiles_other_kernels_serve() -> None:
+    process = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() in {"avx512_bf16", "avx512", "avx2", "portable"}
