@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2-135m"
@@ -62,13 +63,18 @@ def require_smollm2() -> Path:
 
 @dataclass(frozen=True)
 class Scored:
-    """transformers' view of one sequence: logits (tokens, vocabulary) float32 at every position."""
+    """transformers' view of one sequence: logits (tokens, vocabulary) at every position, in its own dtype."""
 
     logits: torch.Tensor
 
     def greedy(self, prompt_length: int) -> list[int]:
         """The token transformers would choose after each prefix that begins with the prompt."""
         return self.logits[prompt_length - 1 : -1].argmax(-1).tolist()
+
+    def margin(self, prompt_length: int) -> float:
+        """How far the logits of those choices are above the next largest, at least."""
+        first, second = self.logits[prompt_length - 1 : -1].topk(2).values.unbind(-1)
+        return float((first - second).min())
 
     def logprobs(self) -> torch.Tensor:
         """Log-probabilities (tokens, vocabulary) of each next token."""
@@ -83,7 +89,27 @@ def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
+class _KeepFloat64(TorchFunctionMode):
+    """Ignore requests to make float64 tensors float32: transformers' norms and softmaxes ask for that in every dtype.
+
+    The angles of RoPE are float32 in every dtype too. They stay so: they define the model.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            args = tuple(_not_float32(value) for value in args)
+            kwargs = {name: _not_float32(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+def _not_float32(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
 def score(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Scored:
-    """Run transformers once over `tokens`."""
-    with torch.inference_mode():
-        return Scored(reference_model(folder, dtype)(torch.tensor([tokens])).logits[0].float())
+    """Run transformers once over `tokens`. In float64 it is the truth: nothing but the angles of RoPE is float32."""
+    with torch.inference_mode(), _KeepFloat64():
+        return Scored(reference_model(folder, dtype)(torch.tensor([tokens])).logits[0])

@@ -1,7 +1,6 @@
 #include "../common.h"
 
-// AVX512-BF16 with AMX: from GCC 11 and Clang 12 on, whose assemblers know it. operations.cpp says so where it is left
-// out.
+// AVX512-BF16 with AMX.
 #if PHALANX_HAS_AMX
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                          \
@@ -23,4 +22,6 @@
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
+#elif defined(__x86_64__)
+#pragma message("phalanx is built without AMX, which needs Linux, and GCC 11 or Clang 12")
 #endif

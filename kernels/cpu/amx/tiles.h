@@ -27,7 +27,7 @@ static_assert(sizeof(TileConfig) == 64, "LDTILECFG reads 64 bytes");
 
 struct EmulatedTiles {
     TileConfig config;
-    uint8_t bytes[8][kTileRows][kTileRowBytes];
+    alignas(64) uint8_t bytes[8][kTileRows][kTileRowBytes];
 };
 
 inline EmulatedTiles& emulated() {
@@ -59,48 +59,43 @@ inline void tile_store(void* to, int64_t stride) {
         std::memcpy(static_cast<char*>(to) + r * stride, t.bytes[Tile][r], t.config.row_bytes[Tile]);
 }
 
-// Calls f(sum's address, word of A, word of B, first word of the row) in the processor's order.
-template <int C, int A, int B, class F>
-inline void each_product(F&& f) {
-    EmulatedTiles& t = emulated();
-    for (int m = 0; m < t.config.rows[C]; ++m)
-        for (int n = 0; n < t.config.row_bytes[C] / 4; ++n)
-            f(t.bytes[C][m] + 4 * n, t.bytes[A][m], &t.bytes[B][0][4 * n], t.config.row_bytes[A] / 4);
+// Denormal numbers count as zero, as operands and as results.
+inline vf flushed(vf x) {
+    const vu bits = float_to_bits(x);
+    return bits_to_float((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
 }
 
-inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
-
 // The two numbers of a word have sums of their own, rounded once a product, as a product of two bfloat16 is exact in
-// float; these two are added, and that to C. Denormal numbers count as zero, as operands and as results.
+// float; these two are added, and that to C.
 template <int C, int A, int B>
 inline void tile_dot_bf16() {
-    each_product<C, A, B>([](uint8_t* sum, const uint8_t* a, const uint8_t* b, int words) {
-        float halves[2] = {0.0f, 0.0f};
-        for (int w = 0; w < words; ++w) {
-            for (int i = 0; i < 2; ++i) {
-                bf16 x, y;
-                std::memcpy(&x, a + 4 * w + 2 * i, 2);
-                std::memcpy(&y, b + kTileRowBytes * w + 2 * i, 2);
-                halves[i] = flushed(flushed(to_float(x)) * flushed(to_float(y)) + halves[i]);
-            }
+    EmulatedTiles& t = emulated();
+    for (int m = 0; m < t.config.rows[C]; ++m) {
+        vf low{}, high{};
+        for (int w = 0; w < t.config.row_bytes[A] / 4; ++w) {
+            uint32_t x;
+            std::memcpy(&x, t.bytes[A][m] + 4 * w, 4);
+            const vu y = load(reinterpret_cast<const uint32_t*>(t.bytes[B][w]));
+            low = flushed(flushed(bits_to_float(splat(x << 16))) * flushed(bits_to_float(y << 16)) + low);
+            high = flushed(flushed(bits_to_float(splat(x & 0xffff0000u))) * flushed(bits_to_float(y & 0xffff0000u)) +
+                           high);
         }
-        float c;
-        std::memcpy(&c, sum, 4);
-        c = flushed(flushed(c) + flushed(halves[0] + halves[1]));
-        std::memcpy(sum, &c, 4);
-    });
+        float* c = reinterpret_cast<float*>(t.bytes[C][m]);
+        store(c, flushed(flushed(load(c)) + flushed(low + high)));
+    }
 }
 
 template <int C, int A, int B, class Left>
 inline void emulate_dot_int8() {
-    each_product<C, A, B>([](uint8_t* sum, const uint8_t* a, const uint8_t* b, int words) {
-        uint32_t c;  // wraps around
-        std::memcpy(&c, sum, 4);
-        for (int i = 0; i < 4 * words; ++i)
-            c += static_cast<uint32_t>(static_cast<Left>(a[i]) *
-                                       static_cast<int8_t>(b[kTileRowBytes * (i / 4) + i % 4]));
-        std::memcpy(sum, &c, 4);
-    });
+    EmulatedTiles& t = emulated();
+    for (int m = 0; m < t.config.rows[C]; ++m) {
+        auto* c = reinterpret_cast<uint32_t*>(t.bytes[C][m]);  // wraps around
+        for (int i = 0; i < t.config.row_bytes[A]; ++i) {
+            const int x = static_cast<Left>(t.bytes[A][m][i]);
+            for (int n = 0; n < kTileWords; ++n)
+                c[n] += static_cast<uint32_t>(x * static_cast<int8_t>(t.bytes[B][i / 4][4 * n + i % 4]));
+        }
+    }
 }
 template <int C, int A, int B>
 inline void tile_dot_us8() {
