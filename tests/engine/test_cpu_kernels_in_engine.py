@@ -74,7 +74,7 @@ def test_a_quantized_model_still_knows_the_capital_of_france(smollm2: Path, quan
 
 
 def test_quantized_weights_are_the_same_at_two_ranks(smollm2: Path) -> None:
-    """The same tokens, but for a tie: two ranks round to bfloat16 elsewhere, which moves log-probabilities by 0.1 here."""
+    """The same tokens, but for ties: two ranks round to bfloat16 elsewhere, which moves log-probabilities by 0.1."""
     prompts = ["The capital of France is", "Water boils at", "Once upon a time"]
     config: dict[str, Any] = {"dtype": "bfloat16", "quantization": "int8", "max_model_len": 256}
     sampling = SamplingParams(max_tokens=12, temperature=0.0, logprobs=2)
