@@ -168,7 +168,9 @@ def measure_limits(folder: Path, seconds: float) -> dict[str, float]:
     if process.returncode:
         raise ConfigError(f"limits.py ended with exit code {process.returncode}; its error stands above")
     *said, last = process.stdout.splitlines()
-    print("\n".join(text for text in said if text.startswith("the machine is busy")), end="", flush=True)
+    for text in said:
+        if text.startswith("the machine is busy"):
+            print(text, flush=True)
     line = json.loads(last)
     return {name: value for name, value in line.items() if name.endswith(RATE_UNITS) and value}
 
