@@ -13,11 +13,9 @@
 // Either way a sum is made of the same products in the same order, 32 elements of k by themselves first, whatever its
 // row is multiplied beside: batches change no bit.
 //
-// Tried on Emerald Rapids. Operands from the first cache are multiplied at 2.0 to 2.3 TFLOP/s a core, from the second
-// at 1.6; smaller chunks, whose B stays in the first cache, gain nothing, since C then travels more often. Few rows by
-// four panels at once read memory at 0.7 of its rate, since the processor's prefetcher does not follow four panels; one
-// panel after the other at 0.9. x where it stands, with rows a multiple of 4 KB apart, crowds into one set of the
-// cache.
+// Tried on Emerald Rapids, a noisy machine. Operands from the first cache are multiplied at 2.0 to 2.3 TFLOP/s a core,
+// from the second at 1.6; smaller chunks, whose B stays in the first cache, gain nothing: C then travels more often.
+// Few rows by four panels at once read memory at about 0.7 of its rate, one panel after the other at 0.9 and more.
 
 // What is fetched into the second cache while a chunk is multiplied: the chunk that comes next.
 struct Ahead {

@@ -1,8 +1,8 @@
 // Rows of x as A tiles: for each block of `block_rows` rows, tile after tile along k. Included inside an instruction
 // set's namespace.
 //
-// A tile's rows stand 64 bytes apart. Read where x stands, they would be a row of x apart, often a multiple of 4 KB:
-// all sixteen would then share one set of the first cache. What is past the last row or the last column is zero.
+// A tile's rows stand 64 bytes apart. Read where x stands, they would be a row of x apart; where that is a multiple of
+// 4 KB, all sixteen would share one set of the first cache. What is past the last row or the last column is zero.
 //
 //     block 0: [tile 0: row 0 | row 1 | ... ] [tile 1] ...      block 1: ...        each row 64 bytes
 //
