@@ -50,12 +50,9 @@ def test_tiles_of_8_bit_numbers_have_the_bits_of_vectors(kind: str, shape: tuple
     assert torch.equal(_product(AMX, kind, *shape), _product(VECTORS, kind, *shape))
 
 
-@pytest.mark.parametrize("kernels", TILED)
+@pytest.mark.parametrize(("kernels", "n"), [(EMULATED, 48), *([(AMX, 48), (AMX, 4096)] if HAS_AMX else [])])
 @pytest.mark.parametrize("kind", PackedWeight.KINDS)
-@pytest.mark.parametrize("n", [48, 4096])
 def test_a_rows_bits_are_the_same_beside_any_number_of_others(kernels: str, kind: str, n: int) -> None:
-    if kernels == EMULATED and n > 48:
-        pytest.skip("emulated tiles are slow, and the tasks' plan is the same code")
     cpu.native.use_kernels(kernels)
     generator = torch.Generator().manual_seed(n)
     weight = PackedWeight((torch.randn(n, 1056, generator=generator) / 32).bfloat16(), n, kind)

@@ -47,46 +47,43 @@ inline void pack_tile_rows(const Linear& job, int block, char* to) {
     }
 }
 
-// x as numbers of 8 bits plus 128, a scale for each row.
-inline void pack_tile_bytes(const Linear& job, int block, char* to, float* scales) {
-    const int rows = rows_of_block(job, block);
-    const int64_t tile_bytes = int64_t{job.block_rows} * kTileRowBytes;
-    std::memset(to, 0, ceil_div(job.words, kTileWords) * tile_bytes);
-    for (int r = 0; r < rows; ++r) {
-        const int64_t number = int64_t{block} * job.block_rows + r;
-        const bf16* x = static_cast<const bf16*>(job.x) + number * job.ldx;
+// Rounds a block's rows to numbers of at most `most`, a scale for each row, and calls put(row of the block, k, sixteen
+// numbers, how many of them there are).
+template <class F>
+INLINE void round_rows(const Linear& job, int block, int most, float* scales, F&& put) {
+    for (int r = 0; r < rows_of_block(job, block); ++r) {
+        const int64_t row = int64_t{block} * job.block_rows + r;
+        const bf16* x = static_cast<const bf16*>(job.x) + row * job.ldx;
         float inverse;
-        scales[number] = scale_of(x, job.k, 127, &inverse);
+        scales[row] = scale_of(x, job.k, most, &inverse);
         for (int64_t k = 0; k < job.k; k += 16) {
-            typedef uint8_t vn __attribute__((vector_size(16)));
-            const vf v = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
-            const vn numbers = __builtin_convertvector(__builtin_convertvector(v, vi) + 128, vn);
-            char* at = to + k / kTileRowBytes * tile_bytes + r * kTileRowBytes + k % kTileRowBytes;
-            std::memcpy(at, &numbers, std::min<int64_t>(16, job.k - k));
+            const vf rounded = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
+            put(r, k, __builtin_convertvector(rounded, vi), std::min<int64_t>(16, job.k - k));
         }
     }
 }
 
-// x as numbers of 16 bits, a scale for each row, in their high and their low bytes.
+typedef uint8_t vb __attribute__((vector_size(16)));
+
+// x as numbers of 8 bits plus 128.
+inline void pack_tile_bytes(const Linear& job, int block, char* to, float* scales) {
+    const int64_t tile_bytes = int64_t{job.block_rows} * kTileRowBytes;
+    std::memset(to, 0, ceil_div(job.words, kTileWords) * tile_bytes);
+    round_rows(job, block, 127, scales, [&](int r, int64_t k, vi numbers, int64_t count) {
+        const vb bytes = __builtin_convertvector(numbers + 128, vb);
+        std::memcpy(to + k / kTileRowBytes * tile_bytes + r * kTileRowBytes + k % kTileRowBytes, &bytes, count);
+    });
+}
+
+// x as numbers of 16 bits, in their high and their low bytes.
 inline void pack_tile_shorts(const Linear& job, int block, char* to, float* scales) {
     constexpr int kGroup = 32;
-    const int rows = rows_of_block(job, block);
-    const int64_t half = int64_t{job.block_rows} * kGroup;  // bytes of a tile
-    std::memset(to, 0, job.groups * 2 * half);
-    for (int r = 0; r < rows; ++r) {
-        const int64_t number = int64_t{block} * job.block_rows + r;
-        const bf16* x = static_cast<const bf16*>(job.x) + number * job.ldx;
-        float inverse;
-        scales[number] = scale_of(x, job.k, 32767, &inverse);
-        for (int64_t k = 0; k < job.k; k += 16) {
-            typedef uint8_t vn __attribute__((vector_size(16)));
-            const vf v = load_up_to(x + k, job.k - k) * inverse + kRounder - kRounder;
-            const vi both = __builtin_convertvector(v, vi);
-            const vn high = __builtin_convertvector(both >> 8, vn), low = __builtin_convertvector(both & 255, vn);
-            char* at = to + k / kGroup * 2 * half + r * kGroup + k % kGroup;
-            const int64_t count = std::min<int64_t>(16, job.k - k);
-            std::memcpy(at, &high, count);
-            std::memcpy(at + half, &low, count);
-        }
-    }
+    const int64_t tile_bytes = int64_t{job.block_rows} * kGroup;
+    std::memset(to, 0, job.groups * 2 * tile_bytes);
+    round_rows(job, block, 32767, scales, [&](int r, int64_t k, vi numbers, int64_t count) {
+        const vb high = __builtin_convertvector(numbers >> 8, vb), low = __builtin_convertvector(numbers & 255, vb);
+        char* at = to + k / kGroup * 2 * tile_bytes + r * kGroup + k % kGroup;
+        std::memcpy(at, &high, count);
+        std::memcpy(at + tile_bytes, &low, count);
+    });
 }
