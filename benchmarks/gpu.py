@@ -243,7 +243,7 @@ def open_group(job: Job) -> Iterator[Sections]:
 
 
 def _sections_alone(job: Job, folder: Path, device: Any, ceilings: Any, host_to_device: float | None) -> Sections:
-    """Of groups that need no engine which serves all of them; `folder` holds the family's config.json."""
+    """Results of the groups that need no engine serving all of them; `folder` holds the family's config.json."""
     from phalanx.benchmarks.gpu_sections import loading, one_rank, processes
     from phalanx.benchmarks.gpu_sections.attention import measure_attention
     from phalanx.benchmarks.gpu_sections.shapes import shape_of, two_ranks_shape

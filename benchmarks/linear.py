@@ -36,7 +36,7 @@ INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 FORMATS = {"bf16_12": "none", "bf16": "none", "int8": "int8", "w8a8": "w8a8", "int4": "int4"}
 """A name for each, and the `quantization` that makes it. bf16_12 are bf16 numbers kept in 12 bits."""
 EXPONENTS = 60
-"""Of so many, bf16 numbers do not fit into 12 bits."""
+"""Different exponents, too many for bf16 numbers to fit into 12 bits."""
 PLACES = ("memory", "cached")
 WARN_BELOW = 5
 
@@ -193,7 +193,7 @@ def turns(
 
 
 def figures(seconds: float, nbytes: int, flops: float, read_gb_s: float | None, gflops: float) -> dict[str, float]:
-    """Of one shape; read_gb_s is None for what comes from a cache."""
+    """Figures of one shape; read_gb_s is None for what comes from a cache."""
     least = flops / (1e9 * gflops)
     if read_gb_s is not None:
         least = max(least, nbytes / (1e9 * read_gb_s))

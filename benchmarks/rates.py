@@ -101,7 +101,7 @@ class Limits:
 
 
 def rate_of(rates: Sequence[float], digits: int = 1) -> Rate | None:
-    """Of repeats in units a second, as a Rate in 10^9 of them; None of no repeats."""
+    """A Rate, in 10^9 units a second, of repeats in units a second; None without repeats."""
     if not rates:
         return None
     best = max(rates)

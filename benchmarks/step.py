@@ -147,7 +147,7 @@ class Parts:
 
 
 def linear_flops(spec: ModelSpec, tokens: int, sampled: int) -> float:
-    """Of the layers' products with weights in one step, 2 a weight and token.
+    """Operations of the layers' products with weights in one step, 2 a weight and token.
 
     In the last layer only the tokens from which others are sampled go on after the keys and values.
     """

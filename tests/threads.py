@@ -22,7 +22,7 @@ def thread_cpus(process: int | str = "self") -> list[tuple[str, str]]:
 
 
 def pool_cpus(expected: list[str], process: int | str = "self") -> list[str]:
-    """Of the pool's threads alone. A thread has its name only once it runs, and may be listed for a moment after it has
+    """CPUs of the pool's threads. A thread has its name only once it runs, and may be listed for a moment after it has
     ended: for a while, what is `expected` is waited for.
     """
     deadline = time.monotonic() + 30
@@ -33,5 +33,5 @@ def pool_cpus(expected: list[str], process: int | str = "self") -> list[str]:
 
 
 def other_cpus(process: int | str = "self") -> set[str]:
-    """Of all threads but the pool's."""
+    """CPUs of all threads but the pool's."""
     return {cpus for name, cpus in thread_cpus(process) if name != POOL}

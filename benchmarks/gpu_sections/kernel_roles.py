@@ -70,7 +70,7 @@ class Least:
 
 
 def least_of(work: Work, case: Case) -> dict[str, Least]:
-    """Of every role whose work is known, for the whole step."""
+    """Least work of every role for which it is known, for the whole step."""
     spec, layers = work.spec, work.spec.num_layers
     hidden, width = spec.hidden_size, spec.intermediate_size
     queries, keys = spec.num_query_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -129,7 +129,7 @@ def roles(names: Sequence[str]) -> list[str]:
 
 
 def _role(before: str | None, after: str | None, name: str) -> str:
-    """Of a kernel between two anchors."""
+    """The role of a kernel between two anchors."""
     if (before, after) in BETWEEN:
         return BETWEEN[before, after]  # type: ignore[index]
     if before == ROTATE:

@@ -36,7 +36,7 @@ from safetensors import safe_open
 from .shapes import Shape
 
 LAYERS = 5
-"""Of QwQ-32B's 64: 8.0 GB with embedding and head."""
+"""Layers of QwQ-32B's 64: 8.0 GB with embedding and head."""
 TINY_SHARD_BYTES = 2**17
 BLOCK_ELEMENTS = 2**25
 """Random numbers that are drawn; every tensor is written from another place in them."""

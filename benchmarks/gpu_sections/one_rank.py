@@ -30,7 +30,7 @@ from .device import best_s, synchronize
 TIMEOUT_S = 20.0
 REPLAYS = 50
 ROWS, COLUMNS = 8, 5120
-"""Of the messages: decodes of QwQ-32B."""
+"""Shapes of the messages: decodes of QwQ-32B."""
 PROMPTS = ([5, 6, 7], [9] * 20)
 PROBLEM_LENGTH = 600
 NO_MEMORY = "there is no symmetric memory: rendezvous says why"

@@ -45,7 +45,7 @@ def _ttft_s(run: Outcome) -> float:
 
 
 def _tpots_ms(run: Outcome) -> list[float]:
-    """Of each request, in the order of their first tokens."""
+    """Milliseconds a token of each request, in the order of their first tokens."""
     ends = sorted(zip(run["ttft_s"], run["latency_s"], strict=True))
     return [1000 * (last - first) / (run["new_tokens"] - 1) for first, last in ends]
 
@@ -95,7 +95,7 @@ def limits_of(
 
 
 def ratios(mine: Sequence[Outcome], other: Sequence[Outcome]) -> dict[str, Any]:
-    """Of one engine's rounds to another's, above 1 where the first is better; see ratio()."""
+    """Ratios of one engine's rounds to another's, above 1 where the first is better; see ratio()."""
     pairs = list(zip(mine, other, strict=False))  # one that failed has fewer
     steady = [pair for pair in pairs if moved(pair) <= UNSTEADY_ABOVE]
     speeds = [a["output_tokens_per_s"] / b["output_tokens_per_s"] for a, b in steady]

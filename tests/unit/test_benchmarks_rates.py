@@ -24,7 +24,7 @@ built = pytest.mark.skipif(cpu.native is None, reason="not built; see test_exten
 
 
 def machine(cpu_share: float = 1.0, **best: float | None) -> Limits:
-    """Of rates by name, without a suffix those of all threads; others are not there."""
+    """Limits made of rates by name, without a suffix those of all threads; others are not there."""
     measured: dict[str, Rate | None] = {}
     for name in MEASURED:
         for suffix, share in (("", 1.0), (ONE_THREAD, 0.5)):
