@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from phalanx.kernels.linear import PackedWeight
 from phalanx.launch.get_model import load_shape
 
 INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+EMULATED = "emulated_amx"  # measured only where it is named: it is slow, and tells nothing of the machine
 FORMATS = {"bf16_12": "none", "bf16": "none", "int8": "int8", "w8a8": "w8a8", "int4": "int4"}
 """A name for each, and the `quantization` that makes it. bf16_12 are bf16 numbers kept in 12 bits."""
 EXPONENTS = 60
@@ -66,7 +68,7 @@ class Options:
             if name not in FORMATS:
                 raise ConfigError(unknown_name("format", name, list(FORMATS)))
         for name in self.instruction_sets():
-            if name not in INSTRUCTION_SETS or not native.can_run(name):
+            if name not in (*INSTRUCTION_SETS, EMULATED) or not native.can_run(name):
                 raise ConfigError(f"instructions={name} must be among {_here()}, which this machine can run")
 
     def instruction_sets(self) -> list[str]:
@@ -166,15 +168,32 @@ def fill(work: Callable[[], dict[str, float]], seconds: float) -> dict[str, floa
     return {name: statistics.fmean(call[name] for call in calls) for name in calls[0]}
 
 
+def packed_layers(kind: str, spec: ModelSpec, options: Options) -> dict[str, Layers]:
+    """Weights of a format by instruction set. Sets that pack it alike share them: all do, but for int8."""
+    shapes = shapes_of(spec)
+    shared: dict[int, Layers] = {}
+    found = {}
+    for name in options.instruction_sets():
+        native.use_kernels(name)
+        layout = native.int8_together() if kind == "int8" else 0
+        if layout not in shared:
+            weights = [
+                {shape.name: make_weight(shape, kind, 4 * layer + i) for i, shape in enumerate(shapes)}
+                for layer in range(options.layers or spec.num_layers)
+            ]
+            shared[layout] = Layers(shapes, weights)
+        found[name] = shared[layout]
+    return found
+
+
 def turns(
-    layers: Layers, rows: int, options: Options, report: Callable[[str], None]
+    by_set: Mapping[str, Layers], rows: int, options: Options, report: Callable[[str], None]
 ) -> dict[tuple[str, str, str], float]:
     """Median seconds by instruction set, place and shape; the sets and places take turns, those that are too slow are
     left out."""
-    inputs = layers.inputs(rows)
-    works = {"memory": lambda: layers.from_memory(inputs), "cached": lambda: layers.cached(inputs)}
+    inputs = next(iter(by_set.values())).inputs(rows)
     entrants = []
-    for name in options.instruction_sets():
+    for name, layers in by_set.items():
         native.use_kernels(name)
         spent = sum(layers.from_memory(inputs).values())
         if options.slowest_s < spent < 2 * options.slowest_s:  # the first call pays for memory that no later one does
@@ -187,7 +206,8 @@ def turns(
     for _ in range(options.repeats):
         for name, place in itertools.product(entrants, PLACES):
             native.use_kernels(name)
-            for shape, seconds in fill(works[place], options.pass_s).items():
+            measured = by_set[name].from_memory if place == "memory" else by_set[name].cached
+            for shape, seconds in fill(partial(measured, inputs), options.pass_s).items():
                 found.setdefault((name, place, shape), []).append(seconds)
     return {key: statistics.median(every) for key, every in found.items()}
 
@@ -210,19 +230,15 @@ def measure_format(
 ) -> Iterator[dict[str, Any]]:
     """Every case of a format; the shape `layer` is all four."""
     shapes = shapes_of(spec)
-    count = options.layers or spec.num_layers
-    weights = [
-        {shape.name: make_weight(shape, kind, 4 * layer + i) for i, shape in enumerate(shapes)}
-        for layer in range(count)
-    ]
-    layers = Layers(shapes, weights)
-    nbytes = {shape.name: weights[0][shape.name].nbytes for shape in shapes}
+    by_set = packed_layers(kind, spec, options)
+    weights = next(iter(by_set.values())).weights[0]
+    nbytes = {shape.name: weights[shape.name].nbytes for shape in shapes}
     elements = {shape.name: shape.outputs * shape.inputs for shape in shapes}
     for each in (nbytes, elements):
         each["layer"] = sum(each.values())
     gflops = limits.gflops(int8=kind == "w8a8")
     for number in rows:
-        seconds = turns(layers, number, options, lambda message: print(f"{kind}: {message}", flush=True))
+        seconds = turns(by_set, number, options, lambda message: print(f"{kind}: {message}", flush=True))
         for name, place in dict.fromkeys((name, place) for name, place, _ in seconds):
             mine = {shape.name: seconds[name, place, shape.name] for shape in shapes}
             mine["layer"] = sum(mine.values())

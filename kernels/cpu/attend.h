@@ -177,6 +177,13 @@ INLINE int end_of_keys(const Attention& job, const TaskView& task) {
     return task.partial >= 0 ? std::min(end, task.first_key + kSplitKeys) : end;
 }
 
+// Where a head's numbers from i on go, i a multiple of sixteen.
+template <class T>
+INLINE T* out_at(const Attention& job, int64_t token, int64_t head, int i) {
+    const int64_t dim = job.head_dim;
+    return element<T>(job.out, job.heads * dim, job.out_tiles, token, head * dim + i);
+}
+
 template <class T, class Cache>
 void attention_task(const Attention& job, int number) {
     using S = Stored<T, Cache>;
@@ -297,17 +304,19 @@ void attention_task(const Attention& job, int number) {
     }
     for (int r = 0; r < rows; ++r) {
         int64_t token = first_query + r / group;
-        T* out = static_cast<T*>(job.out) + (token * job.heads + task.kv_head * group + r % group) * dim;
+        const int head = task.kv_head * group + r % group;
         float share = 1.0f / running.weight[r];
         for (int i = 0; i < dim; i += 16)
-            store_as(out + i, load(running.sums + static_cast<int64_t>(r) * dim + i) * share);
+            store_as(out_at<T>(job, token, head, i), load(running.sums + static_cast<int64_t>(r) * dim + i) * share);
     }
 }
 
-// One row of partial results to `out` (head_dim,): `splits` of them, `stride` floats apart, each of `rows` rows' sums,
+// One row of partial results to a head's place: `splits` of them, `stride` floats apart, each of `rows` rows' sums,
 // then their largest scores, then their denominators. A split in which the row saw nothing counts for nothing.
 template <class T>
-INLINE void merge_row(const float* from, int64_t stride, int splits, int rows, int r, int dim, T* out) {
+INLINE void merge_row(const Attention& job, const float* from, int64_t stride, int splits, int rows, int r,
+                      int64_t token, int64_t head) {
+    const int dim = job.head_dim;
     const float *largest = from + static_cast<int64_t>(rows) * dim + r, *weights = largest + rows;
     float most = kMinusInfinity, total = 0.0f;
     for (int s = 0; s < splits; ++s) most = std::max(most, largest[s * stride]);
@@ -320,7 +329,7 @@ INLINE void merge_row(const float* from, int64_t stride, int splits, int rows, i
             const float share = std::exp(largest[s * stride] - most) / total;
             sum = fused(load(from + s * stride + static_cast<int64_t>(r) * dim + i), splat(share), sum);
         }
-        store_as(out + i, sum);
+        store_as(out_at<T>(job, token, head, i), sum);
     }
 }
 
@@ -332,7 +341,6 @@ void merge_partials(const Attention& job, int row, int kv_head, int splits, int 
     const int64_t stride = static_cast<int64_t>(job.query_rows) * (dim + 2);
     for (int r = 0; r < rows; ++r) {
         const int64_t token = job.cu_q[row] + r / group;
-        T* out = static_cast<T*>(job.out) + (token * job.heads + kv_head * group + r % group) * dim;
-        merge_row(job.partials + partial * stride, stride, splits, rows, r, dim, out);
+        merge_row<T>(job, job.partials + partial * stride, stride, splits, rows, r, token, kv_head * group + r % group);
     }
 }

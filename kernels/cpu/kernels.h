@@ -53,6 +53,20 @@ inline int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A tiles of bfloat16, see amx/pack.h: rows and columns of one.
+constexpr int kTileRows = 16, kTileColumns = 32;
+
+// Where an element of a matrix stands whose rows have `ld` elements: row by row; or as A tiles, blocks of 16 rows, each
+// tile after tile along the columns, so that it is multiplied as it stands. Either way sixteen elements, from a multiple
+// of sixteen on, stand together.
+template <class T>
+inline T* element(void* matrix, int64_t ld, bool tiles, int64_t row, int64_t column) {
+    T* first = static_cast<T*>(matrix);
+    if (!tiles) return first + row * ld + column;
+    return first + row / kTileRows * kTileRows * ld + column / kTileColumns * (kTileRows * kTileColumns) +
+           row % kTileRows * kTileColumns + column % kTileColumns;
+}
+
 enum class Output : int {
     kStore = 0,       // out (M, N) in the element type
     kStoreFloat = 1,  // out (M, N) in float
@@ -68,6 +82,7 @@ struct Linear {
     Output output;
     const void* x;  // (m, k) of dtype, rows ldx elements apart
     int64_t ldx;
+    bool x_tiles;           // x stands as A tiles, see element()
     int m, k, n;            // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
     int words;              // of k in packed x
     int together;           // kInt8, kW8A8: numbers of a row side by side in a panel, which are one word
@@ -79,6 +94,7 @@ struct Linear {
     const void* bias;       // (n,) of dtype, or null
     void* out;
     int64_t ldo;
+    bool out_tiles;  // of kSiluMul with a whole number of tiles: out becomes A tiles
     // The plan of its tasks, see run_chunk() in operations.cpp: x is cut into row blocks, which the micro-kernel takes,
     // of which m_tiles are made; the columns into units of two panels. A task is one tile by units_per_task units.
     int row_blocks, m_tiles, n_units, units_per_task;
@@ -106,6 +122,7 @@ struct Attention {
     int heads, kv_heads, head_dim, block_size;
     float scale;
     void* out;             // (tokens, heads, head_dim)
+    bool out_tiles;        // a token's heads are a whole number of tiles, and out becomes A tiles
     const int32_t* tasks;  // (count, 6): row, kv head, first token, tokens, first key, partial (or -1)
     int count;
     int query_rows;   // query rows (tokens x heads of a group) of a task at most, unless a group has more
@@ -123,6 +140,7 @@ struct Norm {
     float eps;
     void* out;  // (m, size) of dtype
     int m, size;
+    bool out_tiles;  // a row is a whole number of tiles, and out becomes A tiles
 };
 
 struct Rope {

@@ -49,7 +49,7 @@ Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums,
 void linear(const Linear& weight, uintptr_t x, int64_t ldx, int m, uintptr_t bias, uintptr_t out, int64_t ldo,
             int output) {
     py::gil_scoped_release release;
-    multiply(weight, at(x), ldx, m, at(bias), static_cast<Output>(output), at<void*>(out), ldo);
+    multiply(weight, {at<void*>(x), ldx}, m, at(bias), static_cast<Output>(output), {at<void*>(out), ldo});
 }
 
 AttentionPlan make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows) {

@@ -136,7 +136,7 @@ INLINE void finish_row(const Linear& job, int64_t row, int64_t unit, vf sum0, vf
             sum0 += load_up_to(bias + column, count);
             sum1 += load_up_to(bias + half + column, count);
         }
-        store_up_to(static_cast<T*>(job.out) + row * job.ldo + column, silu(sum0) * sum1, count);
+        store_up_to(element<T>(job.out, job.ldo, job.out_tiles, row, column), silu(sum0) * sum1, count);
         return;
     }
     for (int half = 0; half < 2; ++half) {

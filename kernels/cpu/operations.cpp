@@ -21,7 +21,7 @@ namespace {
 // Words of k multiplied in one go: two panels of so many bfloat16 stay in the first cache; fewer floats are summed up
 // at once, for precision.
 constexpr int kWordBlock = 512, kFloatWordBlock = 64;
-constexpr int kTileRows = 96;                           // rows of x whose packed words stay in the second cache
+constexpr int kCachedRows = 96;                         // rows of x whose packed words stay in the second cache
 constexpr int kChunkRows = 768, kTileChunkRows = 1024;  // rows of x that are packed at once
 // Each thread packs x for itself, which costs it as much as some 8 columns do, as long as the columns are many and the
 // copies fit into a cache: to write lines that another core has read costs more, if that core is far away.
@@ -45,7 +45,7 @@ const Kernels* current = nullptr;
 // The rows of x as row blocks, and the tasks: for the micro-kernel of vectors.
 void plan_vectors(Linear& job, int rows_each) {
     job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
-    job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kTileRows));
+    job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kCachedRows));
     if (job.kind == WeightKind::kPlain || job.kind == WeightKind::kCompressed) {
         int64_t passes = ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock);
         job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
@@ -55,14 +55,17 @@ void plan_vectors(Linear& job, int rows_each) {
     job.units_per_task = job.m_tiles > 1 ? static_cast<int>(std::max<int64_t>(1, job.n_units / wanted)) : 1;
 }
 
+constexpr int kFewRows = 32;  // whose sums all stay in tiles
+
 // The same for tiles: as few row blocks as there can be, or an even number of many, as even in size as can be.
 void plan_amx(Linear& job) {
-    constexpr int kRows = 16, kFewRows = 32, kTaskRows = 512;
+    constexpr int kTaskRows = 512;
     constexpr int kChunkWords = 448;
     constexpr int64_t kLeastUnits = 4, kMostUnits = 8;  // of many rows: C stays in the second cache
     const bool grouped = job.kind == WeightKind::kInt8 || job.kind == WeightKind::kInt4, few = job.m <= kFewRows;
-    job.row_blocks = static_cast<int>(few || grouped ? ceil_div(job.m, kRows) : 2 * ceil_div(job.m, 2 * kRows));
-    job.block_rows = static_cast<int>(ceil_div(job.m, job.row_blocks));
+    job.row_blocks = static_cast<int>(few || grouped || job.x_tiles ? ceil_div(job.m, kTileRows)
+                                                                    : 2 * ceil_div(job.m, 2 * kTileRows));
+    job.block_rows = job.x_tiles ? kTileRows : static_cast<int>(ceil_div(job.m, job.row_blocks));
     job.m_tiles = static_cast<int>(ceil_div(job.m, kTaskRows));
     if (!grouped) {
         const int64_t passes = ceil_div(job.words, kChunkWords);
@@ -77,8 +80,9 @@ void plan_amx(Linear& job) {
     job.units_per_task = static_cast<int>(units);
 }
 
-// Whether one row of x can be multiplied where it stands.
+// Whether x can be multiplied where it stands: as A tiles, or one row.
 bool as_it_stands(const Kernels& k, const Linear& job) {
+    if (job.x_tiles) return true;
     if (job.m != 1 || job.kind == WeightKind::kInt8 || job.kind == WeightKind::kW8A8) return false;
     return !by_tiles(k, job) || k.row_bytes(job) == int64_t{job.words} * 4;
 }
@@ -173,27 +177,38 @@ void run_linear(Linear job) {
         job.output == Output::kStoreFloat || job.output == Output::kAddFloat ? 4 : element_bytes(job.dtype);
     const char* x = static_cast<const char*>(job.x);
     char* out = static_cast<char*>(job.out);
-    // Even chunks, so that none is too small for all threads.
-    int chunks = static_cast<int>(ceil_div(job.m, by_tiles(kernels(), job) ? kTileChunkRows : kChunkRows)), m = job.m;
-    for (int i = 0; i < chunks; ++i) {
-        int first = block_start(m, chunks, i);
-        job.m = block_start(m, chunks, i + 1) - first;
+    // Even chunks, so that none is too small for all threads; of whole row blocks. What needs no packing needs no chunks.
+    const int m = job.m, most = job.x_tiles ? m : by_tiles(kernels(), job) ? kTileChunkRows : kChunkRows;
+    const int64_t chunks = ceil_div(m, most), blocks = ceil_div(m, kTileRows);
+    for (int64_t i = 0; i < chunks; ++i) {
+        const int first = kTileRows * block_start(blocks, chunks, i);
+        job.m = std::min(m, kTileRows * block_start(blocks, chunks, i + 1)) - first;
         job.x = x + first * job.ldx * element_bytes(job.dtype);
         job.out = out + first * job.ldo * out_bytes;
         run_chunk(job);
     }
 }
 
-void multiply(Linear weight, const void* x, int64_t ldx, int m, const void* bias, Output output, void* out,
-              int64_t ldo) {
-    weight.x = x;
-    weight.ldx = ldx;
+void multiply(Linear weight, Rows x, int m, const void* bias, Output output, Rows out) {
+    weight.x = x.first;
+    weight.ldx = x.ld;
+    weight.x_tiles = x.tiles;
     weight.m = m;
     weight.bias = bias;
     weight.output = output;
-    weight.out = out;
-    weight.ldo = ldo;
+    weight.out = out.first;
+    weight.ldo = out.ld;
+    weight.out_tiles = out.tiles;
     run_linear(weight);
+}
+
+bool wants_tiles(const Linear& weight, int m) {
+    const bool plain = weight.kind == WeightKind::kPlain || weight.kind == WeightKind::kCompressed;
+    return by_tiles(kernels(), weight) && plain && m > kFewRows && weight.k % kTileColumns == 0;
+}
+
+int64_t rows_bytes(DType dtype, int m, int64_t size) {
+    return ceil_div(m, kTileRows) * kTileRows * size * element_bytes(dtype);
 }
 
 namespace {

@@ -15,9 +15,21 @@ const Kernels& kernels();
 
 void run_linear(Linear job);
 
+// m rows of elements: `ld` elements apart, or as A tiles of rows of `ld` elements, see element().
+struct Rows {
+    void* first;
+    int64_t ld;
+    bool tiles = false;
+};
+
 // The same for a weight (the fields that describe it) and what it is multiplied with.
-void multiply(Linear weight, const void* x, int64_t ldx, int m, const void* bias, Output output, void* out,
-              int64_t ldo);
+void multiply(Linear weight, Rows x, int m, const void* bias, Output output, Rows out);
+
+// Whether m rows that a weight is multiplied with had better stand as A tiles from the start: then nothing packs them.
+bool wants_tiles(const Linear& weight, int m);
+
+// Bytes of m rows of `size` elements, also as A tiles.
+int64_t rows_bytes(DType dtype, int m, int64_t size);
 
 // One step's rows, and how they are cut into tasks: once for all layers, which have the same heads.
 struct AttentionPlan {

@@ -1,9 +1,9 @@
 // What is done row by row: norms, rotary embedding with the cache's stores, the largest of a row. Included inside an
 // instruction set's namespace.
 
-// x / sqrt(mean(x^2) + eps) * weight of one row (arXiv:1910.07467).
-template <class From, class To>
-INLINE void normalise(const From* x, const float* weight, float eps, int size, To* out) {
+// x / sqrt(mean(x^2) + eps) * weight of one row (arXiv:1910.07467). Sixteen numbers from i on go to at(i).
+template <class From, class Place>
+INLINE void normalise(const From* x, const float* weight, float eps, int size, Place&& at) {
     vf squares{};
     for (int i = 0; i < size; i += 16) {
         vf v = load_up_to(x + i, size - i);
@@ -11,13 +11,13 @@ INLINE void normalise(const From* x, const float* weight, float eps, int size, T
     }
     float factor = 1.0f / std::sqrt(sum_of(squares) / size + eps);
     for (int i = 0; i < size; i += 16)
-        store_up_to(out + i, load_up_to(x + i, size - i) * factor * load_up_to(weight + i, size - i), size - i);
+        store_up_to(at(i), load_up_to(x + i, size - i) * factor * load_up_to(weight + i, size - i), size - i);
 }
 
 template <class T>
 void norm_row(const Norm& job, int row) {
-    int64_t start = static_cast<int64_t>(row) * job.size;
-    normalise(job.x + start, job.weight, job.eps, job.size, static_cast<T*>(job.out) + start);
+    normalise(job.x + static_cast<int64_t>(row) * job.size, job.weight, job.eps, job.size,
+              [&](int i) { return element<T>(job.out, job.size, job.out_tiles, row, i); });
 }
 
 // One head, rotated: the halves are the pairs' components (arXiv:2104.09864, in the order of Hugging Face's
@@ -70,7 +70,7 @@ void rope_token(const Rope& job, int token) {
     T* rotated = buffer + dim;
     for (int h = 0; h < job.heads; ++h) {
         T* head = row + static_cast<int64_t>(h) * dim;
-        if (job.q_norm) normalise(head, job.q_norm, job.eps, dim, head);
+        if (job.q_norm) normalise(head, job.q_norm, job.eps, dim, [&](int i) { return head + i; });
         rotate(head, cos, sin, dim, head);
     }
     const int64_t block = job.slots[token] / job.block_size;
@@ -81,7 +81,7 @@ void rope_token(const Rope& job, int token) {
         const T* k = row + static_cast<int64_t>(job.heads + h) * dim;
         const T* v = k + static_cast<int64_t>(job.kv_heads) * dim;
         if (job.k_norm) {
-            normalise(k, job.k_norm, job.eps, dim, buffer);
+            normalise(k, job.k_norm, job.eps, dim, [&](int i) { return buffer + i; });
             k = buffer;
         }
         rotate(k, cos, sin, dim, rotated);

@@ -10,19 +10,24 @@ namespace {
 
 constexpr int kNormed = 8, kProduct = 9, kAttended = 10, kChosen = 11;  // places in scratch()
 
-int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+// Room for what a projection multiplies, as it had best stand.
+Rows room_for(const Projection& projection, const StackStep& step, int place) {
+    const Linear& weight = projection.weight;
+    return {scratch(place, rows_bytes(weight.dtype, step.tokens, weight.k)), weight.k,
+            wants_tiles(weight, step.tokens)};
+}
 
-void* normed(const DecoderStack& stack, const StackStep& step, const float* weight) {
-    void* x = scratch(kNormed, item_bytes(stack.dtype) * step.tokens * stack.hidden);
-    run_norm({stack.dtype, step.total, weight, stack.eps, x, step.tokens, stack.hidden});
+Rows normed(const DecoderStack& stack, const StackStep& step, const float* norm, const Projection& first) {
+    const Rows x = room_for(first, step, kNormed);
+    run_norm({stack.dtype, step.total, norm, stack.eps, x.first, step.tokens, stack.hidden, x.tiles});
     return x;
 }
 
 // The second projection of a half: added at once, or left for the other ranks' parts to be added.
-void project(const Projection& last, const StackStep& step, const void* x) {
+void project(const Projection& last, const StackStep& step, Rows x) {
     const bool alone = step.partial == nullptr;
-    multiply(last.weight, x, last.weight.k, step.tokens, last.bias, alone ? Output::kAddFloat : Output::kStore,
-             alone ? step.total : step.partial, last.weight.n);
+    multiply(last.weight, x, step.tokens, last.bias, alone ? Output::kAddFloat : Output::kStore,
+             {alone ? step.total : step.partial, last.weight.n});
 }
 
 // Rows of `from`, `stride` bytes apart, one behind the other.
@@ -33,10 +38,10 @@ void gather_rows(const void* from, int64_t stride, const int64_t* rows, int coun
 
 // With `choose` the tokens of the choice alone go on.
 void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, StackStep& step, bool choose) {
-    const int64_t item = item_bytes(stack.dtype);
-    const void* x = normed(stack, step, layer.attention_norm);
+    const int64_t item = element_bytes(stack.dtype);
     void* qkv = scratch(kProduct, item * step.tokens * layer.qkv.weight.n);
-    multiply(layer.qkv.weight, x, stack.hidden, step.tokens, layer.qkv.bias, Output::kStore, qkv, layer.qkv.weight.n);
+    multiply(layer.qkv.weight, normed(stack, step, layer.attention_norm, layer.qkv), step.tokens, layer.qkv.bias,
+             Output::kStore, {qkv, layer.qkv.weight.n});
     run_rope({stack.dtype, qkv, layer.qkv.weight.n, step.cos, step.sin, layer.q_norm, layer.k_norm, stack.eps,
               layer.keys, layer.values, stack.int8_cache, step.slots, step.tokens, stack.heads, stack.kv_heads,
               stack.head_dim, stack.block_size});
@@ -56,7 +61,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
         job.ldq = width;
     }
     if (step.tokens == 0) return;
-    void* attended = scratch(kAttended, item * step.tokens * width);
+    const Rows attended = room_for(layer.output, step, kAttended);
     job.dtype = stack.dtype;
     job.keys = layer.keys;
     job.values = layer.values;
@@ -66,16 +71,16 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
     job.head_dim = stack.head_dim;
     job.block_size = stack.block_size;
     job.scale = 1.0f / std::sqrt(static_cast<float>(stack.head_dim));
-    job.out = attended;
+    job.out = attended.first;
+    job.out_tiles = attended.tiles;
     run_attention(*step.plan, job);
     project(layer.output, step, attended);
 }
 
 void run_mlp_half(const DecoderStack& stack, const DecoderLayer& layer, const StackStep& step) {
-    const void* x = normed(stack, step, layer.mlp_norm);
-    void* product = scratch(kProduct, item_bytes(stack.dtype) * step.tokens * layer.down.weight.k);
-    multiply(layer.gate_up.weight, x, stack.hidden, step.tokens, layer.gate_up.bias, Output::kSiluMul, product,
-             layer.down.weight.k);
+    const Rows product = room_for(layer.down, step, kProduct);
+    multiply(layer.gate_up.weight, normed(stack, step, layer.mlp_norm, layer.gate_up), step.tokens, layer.gate_up.bias,
+             Output::kSiluMul, product);
     project(layer.down, step, product);
 }
 
@@ -92,7 +97,7 @@ void DecoderStack::run(StackStep step, int first, int last) const {
         }
         if (step.partial == nullptr || add_reduced == nullptr || step.tokens == 0) continue;
         const int64_t count = static_cast<int64_t>(step.tokens) * hidden;
-        add_reduced(group, step.partial, count, static_cast<int>(item_bytes(dtype)), step.total);
+        add_reduced(group, step.partial, count, element_bytes(dtype), step.total);
     }
 }
 

@@ -13,7 +13,10 @@ from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.worker import Worker
 from phalanx.kernels import cpu
+from phalanx.kernels.cpu.attention import CpuAttention
+from phalanx.launch.random_model import make_random_model
 from phalanx.parallel.group import local_group
+from phalanx.tests.models import TINY_SHAPE
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 
@@ -30,6 +33,29 @@ def _worker(folder: Path, **config: Any) -> Worker:
     spec = spec_from_config(read_config(folder), str(folder))
     settings = EngineConfig(model=str(folder), max_model_len=512, max_num_seqs=4, **config)
     return Worker(settings, spec, folder, local_group(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("kernels", ["avx512_amx", "emulated_amx", cpu.native and cpu.native.kernels()])
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 96, "intermediate_size": 48}, {"intermediate_size": 200}])
+def test_layers_in_one_piece_have_the_bits_of_parts_one_by_one(
+    tmp_path: Path, kernels: str, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cpu.native.can_run(kernels):
+        pytest.skip(f"this processor cannot run {kernels}")
+    shape = {**TINY_SHAPE, "initializer_range": 0.2, "num_hidden_layers": 3, **changes}
+    folder = make_random_model(tmp_path / "model", shape, dtype="bfloat16")
+    tokens = [7 * i % 250 for i in range(130)]
+    before = cpu.native.kernels()
+    cpu.native.use_kernels(kernels)
+    try:
+        # Prompts of 32 tokens and fewer, and of 33 and more, have their activations in different layouts under AMX.
+        counts = (1, 32, 33, 47, 130)
+        in_one_piece = [_worker(folder).score(tokens[:count]) for count in counts]
+        monkeypatch.setattr(CpuAttention, "has_stack", False)
+        for count, found in zip(counts, in_one_piece, strict=True):
+            assert torch.equal(found, _worker(folder).score(tokens[:count])), count
+    finally:
+        cpu.native.use_kernels(before)
 
 
 def test_an_engine_answers_the_same_without_the_kernels(qwq_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ import torch
 from phalanx.benchmarks.limits import layer_weights
 from phalanx.benchmarks.linear import (
     FORMATS,
-    INSTRUCTION_SETS,
     Layers,
     Options,
     Shape,
@@ -106,11 +105,11 @@ def test_every_format_is_measured_on_every_instruction_set_from_memory_and_cache
         "pass_s=0",
         "slowest_s=60",
         "limits_s=0.01",
-        "formats=bf16,int4",
+        "formats=bf16,int8",
     )
     program = str(ROOT / "benchmarks" / "linear.py")
     process = subprocess.run(
-        [sys.executable, program, *small, "instructions=portable"],
+        [sys.executable, program, *small, "instructions=portable,emulated_amx"],
         capture_output=True,
         text=True,
         check=False,
@@ -118,12 +117,15 @@ def test_every_format_is_measured_on_every_instruction_set_from_memory_and_cache
     )
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout.splitlines()[-1])
-    cases = [(case["format"], case["rows"], case["place"]) for case in result["cases"]]
+    cases = [(case["format"], case["rows"], case["instructions"], case["place"]) for case in result["cases"]]
     assert cases == [
-        (kind, rows, place) for kind in ("bf16", "int4") for rows in (1, 3) for place in ("memory", "cached")
+        (kind, rows, name, place)
+        for kind in ("bf16", "int8")
+        for rows in (1, 3)
+        for name in ("portable", "emulated_amx")  # which pack int8 in two ways
+        for place in ("memory", "cached")
     ]
     for case in result["cases"]:
-        assert case["instructions"] in INSTRUCTION_SETS
         layer = case["shapes"].pop("layer")
         assert layer["ms"] == pytest.approx(sum(shape["ms"] for shape in case["shapes"].values()), rel=0.01)
     assert "says little" in process.stdout

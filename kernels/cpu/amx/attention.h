@@ -246,13 +246,14 @@ struct TileAttention {
         }
         for (int r = 0; r < rows; ++r) {
             const int64_t token = job.cu_q[task.row] + task.first_token + r / group;
-            bf16* out = static_cast<bf16*>(job.out) + (token * job.heads + task.kv_head * group + r % group) * dim;
+            const int64_t head = task.kv_head * group + r % group;
             if (segments > 1) {
-                merge_row(partials, stride, segments, rows, r, dim, out);
+                merge_row<bf16>(job, partials, stride, segments, rows, r, token, head);
                 continue;
             }
             const float share = 1.0f / running.weight[r];
-            for (int i = 0; i < dim; i += 16) store_as(out + i, load(running.sums + r * width + i) * share);
+            for (int i = 0; i < dim; i += 16)
+                store_as(out_at<bf16>(job, token, head, i), load(running.sums + r * width + i) * share);
         }
     }
 };

@@ -152,8 +152,9 @@ INLINE void finish_bfloat16(const Linear& job, int64_t first_row, int rows, int6
     // The usual cases by themselves, with nothing to decide for each row.
     const int64_t ldo = job.ldo, gated = job.n / 2 - unit * kPanel, plain = job.n - 2 * unit * kPanel;
     if (job.output == Output::kSiluMul && !job.bias && gated >= kPanel) {
-        bf16* to = static_cast<bf16*>(job.out) + first_row * ldo + unit * kPanel;
-        for (int r = 0; r < rows; ++r, to += ldo, sums += 32) store_as(to, silu(load(sums)) * load(sums + 16));
+        for (int r = 0; r < rows; ++r, sums += 32)
+            store_as(element<bf16>(job.out, ldo, job.out_tiles, first_row + r, unit * kPanel),
+                     silu(load(sums)) * load(sums + 16));
     } else if (job.output == Output::kStore && !job.bias && plain >= 2 * kPanel) {
         bf16* to = static_cast<bf16*>(job.out) + first_row * ldo + 2 * unit * kPanel;
         for (int r = 0; r < rows; ++r, to += ldo, sums += 32) store_pair(to, load(sums), load(sums + 16));
@@ -218,7 +219,9 @@ struct TileRange {
 
 INLINE TileRange tile_range(const Linear& job, int task) {
     const int64_t column = task / job.m_tiles, row = task % job.m_tiles, first = column * job.units_per_task;
-    return {block_start(job.row_blocks, job.m_tiles, row), block_start(job.row_blocks, job.m_tiles, row + 1), first,
+    const int64_t pairs = ceil_div(job.row_blocks, 2);
+    return {2 * block_start(pairs, job.m_tiles, row),
+            std::min(job.row_blocks, 2 * block_start(pairs, job.m_tiles, row + 1)), first,
             std::min<int64_t>(job.n_units, first + job.units_per_task)};
 }
 

@@ -8,7 +8,7 @@
 // A word has 32 bits along the summed dimension: two bfloat16, or four 8-bit numbers. Row w of B holds word w of 16
 // columns, which is how a panel stands in memory (kernels.h): 16 words of a panel are one B tile, without a copy.
 
-constexpr int kTileRows = 16, kTileWords = 16, kTileBytes = 1024, kTileRowBytes = 64;
+constexpr int kTileWords = 16, kTileBytes = 1024, kTileRowBytes = 64;
 
 // What the tiles' shapes are while they are in use: LDTILECFG's operand (Intel SDM, volume 1, chapter 18).
 struct TileConfig {
