@@ -7,7 +7,8 @@ compute one (a decode step), or one prompt of so many tokens. The step is timed 
 same weights and the same shapes, in turn over all layers, so that nothing is found in a cache that a step would not
 find there. `products_ms` is all that multiplies with weights, norms included: the halves and the head, less attention
 itself (`attend_ms`). Beside them stands what the machine allows for the step: its bytes at the rate memory is read, and
-its operations at the rate that registers are multiplied, both measured in the same run. The last line is JSON.
+its operations at the rate that registers are multiplied. Both are measured before and after each case, for on a shared
+host they change from minute to minute; the better one counts. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from phalanx.benchmarks.limits import (
     token_flops,
 )
 from phalanx.benchmarks.peers.engines import weight_bytes
-from phalanx.benchmarks.rates import measure_limits
+from phalanx.benchmarks.rates import Limits, measure_limits, measure_now
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
@@ -176,10 +177,20 @@ def bounds(work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float) -> 
     return {"read_ms": 1000 * read / rates[0], "multiply_ms": 1000 * flops / rates[1], "least_ms": 1000 * least}
 
 
-def measure_step(
-    worker: Worker, work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float, repeats: int
-) -> dict[str, Any]:
+def rates_around(limits: Limits, int8: bool, *measured: dict[str, float]) -> dict[str, float]:
+    """GB/s and GFLOP/s of the machine around a case: the best of what was measured, or its limits where nothing was."""
+    kinds = ("bf16_gflops", "int8_gflops") if int8 else ("bf16_gflops",)
+    read = [now["read_gb_s"] for now in measured if "read_gb_s" in now]
+    multiply = [now[kind] for now in measured for kind in kinds if kind in now]
+    return {
+        "read_gb_s": max(read, default=limits.read_gb_s),
+        "best_gflops": max(multiply, default=limits.gflops(int8)),
+    }
+
+
+def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, options: Options) -> dict[str, Any]:
     """One step, whole and in parts: milliseconds, and the share of what the machine allows."""
+    repeats, before = options.repeats, measure_now()
     with torch.inference_mode(), one_torch_thread():
         whole = median_ms(lambda: worker.execute(plan), repeats)
         parts = Parts(worker, plan)
@@ -187,14 +198,16 @@ def measure_step(
         found = {f"{name}_ms": median_ms(getattr(parts, name), repeats) for name in names}
         rest = whole - sum(found.values())
         attend = median_ms(parts.attend, repeats)
-    least = bounds(work, plan, read_gb_s, best_gflops)
+    rates = rates_around(limits, options.quantization == "w8a8", before, measure_now())
+    least = bounds(work, plan, **rates)
     linear = found["attention_ms"] - attend + found["mlp_ms"]
     products = linear + found["head_ms"]
     values = {"step_ms": whole, **found, "rest_ms": rest, "attend_ms": attend, "products_ms": products, **least}
     return {name: round(value, 3) for name, value in values.items()} | {
+        **rates,
         "share_of_limit": share(least["least_ms"], whole),
         "products_share_of_step": share(products, whole),
-        **linear_rate(work.spec, plan, linear, best_gflops),
+        **linear_rate(work.spec, plan, linear, rates["best_gflops"]),
     }
 
 
@@ -215,7 +228,6 @@ def measure(options: Options) -> dict[str, Any]:
         max_num_batched_tokens=max(*rows, *prompts),
     )
     limits = measure_limits(options.limits_s)
-    best = limits.gflops(int8=options.quantization == "w8a8")
     worker = Worker(config, spec, folder, local_group(torch.device("cpu")))
     work = Work(spec, weight_bytes({"quantization": options.quantization}))
     size = worker.capacity.block_size
@@ -223,7 +235,7 @@ def measure(options: Options) -> dict[str, Any]:
     plans |= {f"prompt_{count}": step_plan(1, 0, count, size) for count in prompts}
     steps = {}
     for name, plan in plans.items():
-        steps[name] = measure_step(worker, work, plan, limits.read_gb_s, best, options.repeats)
+        steps[name] = measure_step(worker, work, plan, limits, options)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in steps[name].items()), flush=True)
     return {"benchmark": "step", "steps": steps, "limits": dataclasses.asdict(limits)}
 

@@ -134,7 +134,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     chunks=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 150)), max_size=3),
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 5, 6, 7, 8, 13]),
-    head_dim=st.sampled_from([16, 48, 64, 80, 128]),
+    head_dim=st.sampled_from([16, 48, 64, 80, 96, 128, 256]),
     block_size=st.sampled_from([16, 32, 48, 128, 256]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     int8_cache=st.booleans(),

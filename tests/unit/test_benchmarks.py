@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from phalanx.benchmarks.common import percentiles, read_options, settings
 from phalanx.benchmarks.limits import layer_weights
 from phalanx.benchmarks.peers.program import random_prompts
-from phalanx.benchmarks.step import linear_flops
+from phalanx.benchmarks.rates import Limits
+from phalanx.benchmarks.step import linear_flops, rates_around
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import spec_from_config
 from phalanx.launch.presets import load_preset
@@ -144,7 +146,15 @@ def test_step_times_each_part_of_a_step_and_states_its_limit(tiny: Path) -> None
         assert step["least_ms"] == pytest.approx(max(step["read_ms"], step["multiply_ms"]), rel=0.1)
         assert 0 < step["share_of_limit"] <= 2
         assert step["products_ms"] == pytest.approx(step["linear_ms"] + step["head_ms"], abs=0.01)
-        assert step["linear_gflops"] / result["limits"]["bf16_gflops"] == pytest.approx(step["linear_share"], abs=0.01)
+        assert step["linear_gflops"] / step["best_gflops"] == pytest.approx(step["linear_share"], abs=0.01)
+
+
+def test_a_step_is_beside_the_best_rates_around_it_or_where_none_are_measured_the_machines_limits() -> None:
+    limits = Limits(**{field.name: 100.0 for field in dataclasses.fields(Limits)})  # type: ignore[arg-type]
+    before, after = {"read_gb_s": 20.0, "bf16_gflops": 900.0, "int8_gflops": 1900.0}, {"read_gb_s": 25.0}
+    assert rates_around(limits, False, before, after) == {"read_gb_s": 25.0, "best_gflops": 900.0}
+    assert rates_around(limits, True, before, after) == {"read_gb_s": 25.0, "best_gflops": 1900.0}
+    assert rates_around(limits, False, {}, {}) == {"read_gb_s": 100.0, "best_gflops": 100.0}
 
 
 def test_a_steps_linear_layers_are_counted_once_a_token_and_the_last_mlp_for_the_sampled_alone() -> None:

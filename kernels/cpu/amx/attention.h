@@ -8,49 +8,82 @@
 // Rows are the heads of a group below each other, token by token; two blocks of them are multiplied at once.
 //
 // By instruction counts softmax takes longer than both products together, so 2^x is short here: its relative error of
-// 1.7e-4 is far below the 2e-3 of a weight's bfloat16.
+// 1.0e-4 is far below the 2e-3 of a weight's bfloat16. All rows' largest scores are found before any weight is made:
+// what waits for a row's largest score would keep the processor from going on with other rows. (Tried on Emerald
+// Rapids: making the weights of some rows while tiles multiply for others gains nothing, since tiles take one of the
+// two ports that vectors need, and what has to be kept meanwhile does not fit into the first cache.)
 
 constexpr int kTileKeys = 128;  // keys whose scores are held at once
 
-// 2^x for x <= 0, or little above; 0 below -126. By a polynomial of degree 3 with 2^0 = 1, within 1.7e-4.
+// 2^x for x <= 0, or little above; what would be below 2^-126 is 0 or a denormal number, which rounds to bfloat16's 0.
+// By a polynomial of degree 3 with 2^0 = 1, within 1.0e-4.
 INLINE vf power_of_two(vf x) {
-    const vf shifted = x + kRounder;  // its low bits are x, rounded
-    const vf r = x - (shifted - kRounder);
-    vf p = fused(splat(0.055171654f), r, splat(0.24261112f));
-    p = fused(p, r, splat(0.69326099f));
+    const vf bounded = larger(splat(-127.0f), x);
+    const vf shifted = bounded + kRounder;  // its low bits are x, rounded
+    const vf r = bounded - (shifted - kRounder);
+    vf p = fused(splat(0.05500877f), r, splat(0.2422106f));
+    p = fused(p, r, splat(0.6932829f));
     p = fused(p, r, splat(1.0f));
-    const vf value = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
-    return x > -126.0f ? value : vf{};
+    return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
 }
 
-// As soften(), in powers of two: `scale` has log2(e) in it, and running.most has it too.
-INLINE float soften_tile(float* scores, bf16* weights, int visible, int width, float scale, Running& running, int row,
-                         bool first) {
+// Sums over the keys of a segment. As Running in attend.h, in powers of two: most has log2(e) in it; but a row's weight
+// is sixteen sums, of every sixteenth key each.
+struct TileSums {
+    float* sums;    // (rows, width)
+    float* most;    // (rows,)
+    float* weight;  // (rows, 16)
+};
+
+// A tile of keys, and one row block or two that see some of them.
+struct TileStep {
+    int first_block, both;  // row blocks
+    int start, end;         // rows
+    int key, count, width;  // the first key, keys, and these rounded up to whole tiles
+    bool first;             // of its segment
+    TileSums segment;
+    float* scores;   // (rows, kTileKeys)
+    bf16* weights;   // the same
+    float* now;      // (rows,) the largest score so far, scaled
+    float* shrink;   // (rows,) what sums so far are to be multiplied by
+};
+
+// One row's largest score, and what follows from it.
+INLINE void find_largest(const TileStep& step, int row, int visible, float scale) {
+    const int i = row - step.start, width = step.width;
+    float* scores = step.scores + i * kTileKeys;
     if (visible < width) {
         const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int i = std::max(visible, 0) / 16 * 16; i < width; i += 16)
-            store(scores + i, lanes + i < visible ? load(scores + i) : splat(kMinusInfinity));
+        for (int k = std::max(visible, 0) / 16 * 16; k < width; k += 16)
+            store(scores + k, lanes + k < visible ? load(scores + k) : splat(kMinusInfinity));
     }
     vf most0 = load(scores), most1 = load(scores + 16);
-    for (int i = 32; i < width; i += 32) {
-        most0 = larger(most0, load(scores + i));
-        most1 = larger(most1, load(scores + i + 16));
+    for (int k = 32; k < width; k += 32) {
+        most0 = larger(most0, load(scores + k));
+        most1 = larger(most1, load(scores + k + 16));
     }
-    const float before = first ? kMinusInfinity : running.most[row];
+    const float before = step.first ? kMinusInfinity : step.segment.most[row];
     const float largest = std::max(before, max_of(larger(most0, most1)) * scale);
-    const float now = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
+    step.segment.most[row] = largest;
+    step.now[i] = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
+    step.shrink[i] = largest == before ? 1.0f : power_of_two(splat(before - step.now[i]))[0];
+}
+
+// One row's scores to weights.
+INLINE void make_weights(const TileStep& step, int row, float scale) {
+    const int i = row - step.start, width = step.width;
+    const float *scores = step.scores + i * kTileKeys, now = step.now[i];
+    bf16* weights = step.weights + i * kTileKeys;
     vf total0{}, total1{};
-    for (int i = 0; i < width; i += 32) {
-        const vf w0 = power_of_two(fused(load(scores + i), splat(scale), splat(-now)));
-        const vf w1 = power_of_two(fused(load(scores + i + 16), splat(scale), splat(-now)));
+    for (int k = 0; k < width; k += 32) {
+        const vf w0 = power_of_two(fused(load(scores + k), splat(scale), splat(-now)));
+        const vf w1 = power_of_two(fused(load(scores + k + 16), splat(scale), splat(-now)));
         total0 += w0;
         total1 += w1;
-        store_pair(weights + i, w0, w1);
+        store_pair(weights + k, w0, w1);
     }
-    const float shrink = first ? 0.0f : power_of_two(splat(before - now))[0];
-    running.most[row] = largest;
-    running.weight[row] = (first ? 0.0f : running.weight[row] * shrink) + sum_of(total0 + total1);
-    return shrink;
+    float* weight = step.segment.weight + row * 16;
+    store(weight, step.first ? total0 + total1 : fused(load(weight), splat(step.shrink[i]), total0 + total1));
 }
 
 // A task's memory, and what it does with a tile of keys. Sums begin anew every kSplitKeys keys, and the pieces are
@@ -62,14 +95,15 @@ struct TileAttention {
     const Attention& job;
     const TaskView task;
     int group, dim, rows, before, last_key;
-    int blocks, block_rows;         // of rows
-    int segments;                   // of keys
-    int64_t dim_tiles, width;       // tiles along head_dim; floats of a row of sums, a whole number of panel pairs
-    char *queries, *values, *keys;  // as tiles
-    float* scores;
-    bf16* weights;
-    Running running, first_segment;
+    int blocks, block_rows;    // of rows
+    int segments;              // of keys
+    int64_t dim_tiles, width;  // tiles along head_dim; floats of a row of sums, a whole number of panel pairs
     int64_t all_rows;
+    float scale;
+    char *queries, *values, *keys;  // as tiles
+    float *scores, *largest, *shrink;
+    bf16* weights;
+    TileSums first_segment;
 
     TileAttention(const Attention& job, int number) : job(job), task(view(job, number)) {
         group = job.heads / job.kv_heads;
@@ -81,6 +115,7 @@ struct TileAttention {
         block_rows = static_cast<int>(ceil_div(rows, blocks));
         dim_tiles = ceil_div(dim, 32);
         width = ceil_div(dim, 32) * 32;
+        scale = job.scale * 1.44269504f;
         segments = static_cast<int>(ceil_div(last_key - task.first_key, kSplitKeys));
         all_rows = int64_t{blocks} * block_rows;
         const int64_t some_rows = std::min(2, blocks) * int64_t{block_rows};
@@ -89,13 +124,16 @@ struct TileAttention {
                                  kTileKeys * dim_tiles * 64,
                                  some_rows * kTileKeys * 4,
                                  some_rows * kTileKeys * 2,
+                                 some_rows * 4,
+                                 some_rows * 4,
                                  segments * all_rows * width * 4,
                                  segments * all_rows * 4,
-                                 segments * all_rows * 4};
+                                 segments * all_rows * 64};
+        constexpr int kParts = sizeof(sizes) / sizeof(sizes[0]);
         int64_t all = 0;
         for (int64_t size : sizes) all += ceil_div(size, 64) * 64;
-        char *memory = static_cast<char*>(scratch(1, all)), *parts[8];
-        for (int i = 0; i < 8; ++i) {
+        char *memory = static_cast<char*>(scratch(1, all)), *parts[kParts];
+        for (int i = 0; i < kParts; ++i) {
             parts[i] = memory;
             memory += ceil_div(sizes[i], 64) * 64;
         }
@@ -104,16 +142,18 @@ struct TileAttention {
         keys = parts[2];
         scores = reinterpret_cast<float*>(parts[3]);
         weights = reinterpret_cast<bf16*>(parts[4]);
-        running = first_segment = {reinterpret_cast<float*>(parts[5]), reinterpret_cast<float*>(parts[6]),
-                                   reinterpret_cast<float*>(parts[7])};
-        std::fill_n(running.most, segments * all_rows, kMinusInfinity);
+        largest = reinterpret_cast<float*>(parts[5]);
+        shrink = reinterpret_cast<float*>(parts[6]);
+        first_segment = {reinterpret_cast<float*>(parts[7]), reinterpret_cast<float*>(parts[8]),
+                         reinterpret_cast<float*>(parts[9])};
+        std::fill_n(first_segment.most, segments * all_rows, kMinusInfinity);
     }
 
     // What the keys from `key` on are summed up in.
-    Running segment_of(int key) const {
+    TileSums segment_of(int key) const {
         const int64_t before_it = (key - task.first_key) / kSplitKeys * all_rows;
         return {first_segment.sums + before_it * width, first_segment.most + before_it,
-                first_segment.weight + before_it};
+                first_segment.weight + before_it * 16};
     }
 
     Pieces locate(const TaskView& of, int key) const {
@@ -166,72 +206,88 @@ struct TileAttention {
         return to;
     }
 
+    // The keys from `key` on with the row blocks from `first_block` on.
+    TileStep step_of(int key, int count, int first_block) const {
+        TileStep step;
+        step.first_block = first_block;
+        step.both = first_block + 1 < blocks ? 2 : 1;
+        step.start = first_block * block_rows;
+        step.end = std::min(rows, step.start + step.both * block_rows);
+        step.key = key;
+        step.count = count;
+        step.width = static_cast<int>(ceil_div(count, 32)) * 32;
+        step.first = (key - task.first_key) % kSplitKeys == 0;
+        step.segment = segment_of(key);
+        step.scores = scores;
+        step.weights = weights;
+        step.now = largest;
+        step.shrink = shrink;
+        return step;
+    }
+
+    // How many keys from `key` on a row sees.
+    int visible_to(int row, int key) const { return before + task.first_token + row / group + 1 - key; }
+
     template <int Panels>
-    void multiply_keys(const TilesOfA& a, int both, const char* const* b, int piece, const Pieces& next, bool fetches) {
+    void multiply_keys(const TileStep& step, const char* const* b, int piece, const Pieces& next) const {
+        const int64_t block_bytes = block_rows * dim_tiles * kTileRowBytes;
+        const TilesOfA a{queries + step.first_block * block_bytes, int64_t{block_rows} * kTileRowBytes, kTileRowBytes,
+                         block_bytes};
+        const TilesOfC c{reinterpret_cast<char*>(step.scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4,
+                         128};
         Ahead ahead;
-        if (fetches) {
+        if (step.first_block == 0) {
             ahead.bytes = int64_t{dim} * 32;
             ahead.step = ceil_div(ahead.bytes, dim_tiles * 64) * 64;
             for (int p = 0; p < Panels; ++p) ahead.panels[p] = next.keys[piece + p];
         }
-        const TilesOfC c{reinterpret_cast<char*>(scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4, 128};
-        multiply_tiles<Bfloat16Products, Panels>(a, both, b, dim_tiles, c, false, [&] { ahead.fetch<Panels>(); });
+        multiply_tiles<Bfloat16Products, Panels>(a, step.both, b + piece, dim_tiles, c, false,
+                                                 [&] { ahead.fetch<Panels>(); });
     }
 
-    // A tile's keys, the first of which is `key`, with one row block or two.
-    void add_keys(const char* const* b, const Pieces& next, int first_block, int key, int count) {
-        const int both = first_block + 1 < blocks ? 2 : 1, start = first_block * block_rows;
-        const int end = std::min(rows, start + both * block_rows);
-        const int keys32 = static_cast<int>(ceil_div(count, 32)) * 32;
-        if (end <= start || before + task.first_token + (end - 1) / group + 1 <= key) return;  // none is visible
-        const bool first = (key - task.first_key) % kSplitKeys == 0;
-        running = segment_of(key);
-        const int64_t block_bytes = block_rows * dim_tiles * kTileRowBytes;
-        const TilesOfA a{queries + first_block * block_bytes, int64_t{block_rows} * kTileRowBytes, kTileRowBytes,
-                         block_bytes};
+    void multiply_scores(const TileStep& step, const char* const* b, const Pieces& next) const {
         int piece = 0;
-        if (both == 1)
-            for (; piece + 4 <= keys32 / 16; piece += 4)
-                multiply_keys<4>(a, both, b + piece, piece, next, first_block == 0);
-        for (; piece < keys32 / 16; piece += 2) multiply_keys<2>(a, both, b + piece, piece, next, first_block == 0);
-
-        const float scale = job.scale * 1.44269504f;
-        for (int row = start; row < end; ++row) {
-            const int i = row - start, visible = before + task.first_token + row / group + 1 - key;
-            const float shrink = soften_tile(scores + i * kTileKeys, weights + i * kTileKeys, std::min(visible, count),
-                                             keys32, scale, running, row, first);
-            float* sums = running.sums + row * width;
-            if (first || shrink == 1.0f) continue;
-            for (int64_t d = 0; d < width; d += 16) store(sums + d, load(sums + d) * shrink);
-        }
-        add_values(both, start, keys32, first);
+        if (step.both == 1)
+            for (; piece + 4 <= step.width / 16; piece += 4) multiply_keys<4>(step, b, piece, next);
+        for (; piece < step.width / 16; piece += 2) multiply_keys<2>(step, b, piece, next);
     }
 
-    void add_values(int both, int start, int keys32, bool first) {
+    void soften(const TileStep& step) const {
+        for (int row = step.start; row < step.end; ++row)
+            find_largest(step, row, std::min(visible_to(row, step.key), step.count), scale);
+        for (int row = step.start; row < step.end; ++row) make_weights(step, row, scale);
+    }
+
+    // Adds the values times the step's weights to its rows' sums.
+    void add_values(const TileStep& step) const {
         constexpr int64_t kPanelBytes = kTileKeys / 32 * kTileBytes;
-        const TilesOfA a{reinterpret_cast<const char*>(weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
+        float* sums = step.segment.sums + step.start * width;
+        for (int i = 0; !step.first && i < step.end - step.start; ++i) {
+            if (step.shrink[i] == 1.0f) continue;
+            for (int64_t d = i * width; d < (i + 1) * width; d += 16) store(sums + d, load(sums + d) * step.shrink[i]);
+        }
+        const TilesOfA a{reinterpret_cast<const char*>(step.weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
         const auto nothing = [] {};
         const int panels = dim / 16;
         for (int d = 0; d < panels;) {
             const char* b[4];
             for (int p = 0; p < 4; ++p) b[p] = values + std::min(d + p, panels - 1) * kPanelBytes;
-            const TilesOfC c{reinterpret_cast<char*>(running.sums + start * width + d * 16), width * 4,
-                             block_rows * width * 4, 128};
-            const bool four = both == 1 && d + 4 <= panels;
-            four ? multiply_tiles<Bfloat16Products, 4>(a, both, b, keys32 / 32, c, !first, nothing)
-                 : multiply_tiles<Bfloat16Products, 2>(a, both, b, keys32 / 32, c, !first, nothing);
+            const TilesOfC c{reinterpret_cast<char*>(sums + d * 16), width * 4, block_rows * width * 4, 128};
+            const bool four = step.both == 1 && d + 4 <= panels;
+            four ? multiply_tiles<Bfloat16Products, 4>(a, step.both, b, step.width / 32, c, !step.first, nothing)
+                 : multiply_tiles<Bfloat16Products, 2>(a, step.both, b, step.width / 32, c, !step.first, nothing);
             d += four ? 4 : 2;
         }
     }
 
     // Each segment as merge_row() takes it.
     void store_partial(int segment, float* to) const {
-        const Running from = segment_of(task.first_key + segment * kSplitKeys);
+        const TileSums from = segment_of(task.first_key + segment * kSplitKeys);
         for (int r = 0; r < rows; ++r) {
             if (from.most[r] > kMinusInfinity)
                 std::memcpy(to + static_cast<int64_t>(r) * dim, from.sums + r * width, sizeof(float) * dim);
             to[static_cast<int64_t>(rows) * dim + r] = from.most[r] * 0.693147181f;
-            to[static_cast<int64_t>(rows) * (dim + 1) + r] = from.weight[r];
+            to[static_cast<int64_t>(rows) * (dim + 1) + r] = sum_of(load(from.weight + r * 16));
         }
     }
 
@@ -251,9 +307,9 @@ struct TileAttention {
                 merge_row<bf16>(job, partials, stride, segments, rows, r, token, head);
                 continue;
             }
-            const float share = 1.0f / running.weight[r];
+            const float share = 1.0f / sum_of(load(first_segment.weight + r * 16));
             for (int i = 0; i < dim; i += 16)
-                store_as(out_at<bf16>(job, token, head, i), load(running.sums + r * width + i) * share);
+                store_as(out_at<bf16>(job, token, head, i), load(first_segment.sums + r * width + i) * share);
         }
     }
 };
@@ -272,7 +328,13 @@ inline void tile_attention_task(const Attention& job, int number) {
         work.gather_values(pieces, next, count);
         const char* keys[kTileKeys / 16];
         for (int i = 0; i < kTileKeys / 16; ++i) keys[i] = work.key_tiles(pieces, i);
-        for (int block = 0; block < work.blocks; block += 2) work.add_keys(keys, next, block, key, count);
+        for (int block = 0; block < work.blocks; block += 2) {
+            const TileStep step = work.step_of(key, count, block);
+            if (step.end <= step.start || work.visible_to(step.end - 1, key) <= 0) continue;  // nothing is visible
+            work.multiply_scores(step, keys, next);
+            work.soften(step);
+            work.add_values(step);
+        }
         pieces = next;
     }
     work.finish();
