@@ -57,8 +57,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kTileRows = 16, kTileColumns = 32;
 
 // Where an element of a matrix stands whose rows have `ld` elements: row by row; or as A tiles, blocks of 16 rows, each
-// tile after tile along the columns, so that it is multiplied as it stands. Either way sixteen elements, from a multiple
-// of sixteen on, stand together.
+// tile after tile along the columns, so that it is multiplied as it stands. Either way sixteen elements, from a
+// multiple of sixteen on, stand together.
 template <class T>
 inline T* element(void* matrix, int64_t ld, bool tiles, int64_t row, int64_t column) {
     T* first = static_cast<T*>(matrix);

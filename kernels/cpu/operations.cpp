@@ -177,7 +177,8 @@ void run_linear(Linear job) {
         job.output == Output::kStoreFloat || job.output == Output::kAddFloat ? 4 : element_bytes(job.dtype);
     const char* x = static_cast<const char*>(job.x);
     char* out = static_cast<char*>(job.out);
-    // Even chunks, so that none is too small for all threads; of whole row blocks. What needs no packing needs no chunks.
+    // Even chunks, so that none is too small for all threads; of whole row blocks. What needs no packing needs no
+    // chunks.
     const int m = job.m, most = job.x_tiles ? m : by_tiles(kernels(), job) ? kTileChunkRows : kChunkRows;
     const int64_t chunks = ceil_div(m, most), blocks = ceil_div(m, kTileRows);
     for (int64_t i = 0; i < chunks; ++i) {

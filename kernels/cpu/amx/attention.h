@@ -42,10 +42,10 @@ struct TileStep {
     int key, count, width;  // the first key, keys, and these rounded up to whole tiles
     bool first;             // of its segment
     TileSums segment;
-    float* scores;   // (rows, kTileKeys)
-    bf16* weights;   // the same
-    float* now;      // (rows,) the largest score so far, scaled
-    float* shrink;   // (rows,) what sums so far are to be multiplied by
+    float* scores;  // (rows, kTileKeys)
+    bf16* weights;  // the same
+    float* now;     // (rows,) the largest score so far, scaled
+    float* shrink;  // (rows,) what sums so far are to be multiplied by
 };
 
 // One row's largest score, and what follows from it.

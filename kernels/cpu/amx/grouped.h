@@ -2,13 +2,13 @@
 // Included inside an instruction set's namespace.
 //
 // A group's sums come out of the tiles by themselves, and are added to the row's sums, times their scales, with
-// vectors: while the tiles multiply a group, the vectors add the one before.
+// vectors: while the tiles multiply some groups of a row block, the vectors add those of the one before.
 //
-// int8: x has 16 bits, tiles multiply 8: 256 * (high bytes) * w + (low bytes) * w, exactly, in two products.
+// int8: x has 16 bits, tiles multiply 8: 256 * (high bytes) * w + (low bytes) * w, exactly, in two products. A few rows
+// leave most of a tile empty and are multiplied by vectors, whose integers are the same.
 // int4: the numbers become bfloat16, exactly, in two tiles of B; a chunk of them serves all row blocks.
 
-constexpr int kChunkGroups = 8;
-constexpr int kLag = 3;  // groups that the vectors are behind the tiles: what tiles store takes some time to be there
+constexpr int kChunkGroups = 4;  // whose sums of two row blocks stay in the first cache
 
 // One group of a panel, multiplied with one row block, to `out`: one tile of sums, or two.
 struct Int8Groups {
@@ -87,16 +87,34 @@ struct Int4Groups {
     static INLINE vf sums(const char* out, int row) { return *reinterpret_cast<const vf*>(out + row * kTileRowBytes); }
 };
 
-// Adds a group's sums, times their columns' scales, to those of `rows` rows, or begins them.
+// Some groups' sums of a row block, still to be added to its rows' sums, or to begin them.
 template <class Groups>
-INLINE void add_group(const char* out, const float* scales, int rows, float* to, bool add) {
-    const vf scale = load(scales);
-    if (add) {
-        for (int r = 0; r < rows; ++r, to += 32) store(to, fused(Groups::sums(out, r), scale, load(to)));
-    } else {
-        for (int r = 0; r < rows; ++r, to += 32) store(to, fused(Groups::sums(out, r), scale, vf{}));
+struct PendingGroups {
+    const char* out = nullptr;      // each group's tiles
+    const float* scales = nullptr;  // each group's columns'
+    int64_t groups = 0;
+    float* to = nullptr;
+    bool add = false;
+    int row = 0, rows = 0;
+
+    INLINE void finish(int count) {
+        const int until = std::min(rows, row + count);
+        if (groups == kChunkGroups) {
+            for (; row < until; ++row) finish_row(std::integral_constant<int, kChunkGroups>{});
+        } else {
+            for (; row < until; ++row) finish_row(groups);
+        }
     }
-}
+
+    template <class Count>
+    INLINE void finish_row(Count count) {
+        float* sums = to + row * 32;
+        vf sum = add ? load(sums) : vf{};
+        for (int64_t g = 0; g < count; ++g)
+            sum = fused(Groups::sums(out + g * Groups::kSumTiles * kTileBytes, row), load(scales + g * kPanel), sum);
+        store(sums, sum);
+    }
+};
 
 template <class Groups>
 struct GroupedTask : TileRange {
@@ -106,14 +124,17 @@ struct GroupedTask : TileRange {
     const PackedRows& x;
     int64_t panel_bytes, block_bytes, block_sums;  // of a weight's panel, of x's rows, floats of C
     float* sums;
-    char* room;
+    char *room, *sums_of_groups;  // the latter of two row blocks, which take turns
+    int turn = 0;
+    PendingGroups<Groups> pending;
 
     GroupedTask(const Linear& job, const PackedRows& x, int task) : TileRange(tile_range(job, task)), job(job), x(x) {
         panel_bytes = Groups::panel_bytes(job);
         block_bytes = packed_row_bytes(job) * job.block_rows;
         block_sums = int64_t{job.block_rows} * 32;
         sums = static_cast<float*>(scratch(0, (last_block - first_block) * block_sums * 4));
-        room = static_cast<char*>(scratch(6, kRoomBytes));
+        room = static_cast<char*>(scratch(6, kRoomBytes + 2 * kChunkGroups * Groups::kSumTiles * kTileBytes));
+        sums_of_groups = room + kRoomBytes;
     }
 
     const char* panel_at(int64_t panel) const { return static_cast<const char*>(job.weight) + panel * panel_bytes; }
@@ -125,6 +146,7 @@ struct GroupedTask : TileRange {
             const Panels next = panels_of(job, std::min<int64_t>(unit + 1, job.n_units - 1));
             multiply_panel(panels.first, panel_at(panels.second), sums);
             multiply_panel(panels.second, panel_at(next.first), sums + kPanel);
+            pending.finish(pending.rows);
             finish(unit);
         }
     }
@@ -150,23 +172,23 @@ struct GroupedTask : TileRange {
         }
     }
 
-    // Some groups with one row block.
+    // Some groups with one row block. Meanwhile the sums of what was multiplied before are added.
     INLINE void multiply_groups(const char* a, const char* b, int64_t groups, const float* scales, float* to, bool add,
                                 const char* fetched, int64_t group_bytes) {
-        alignas(64) char out[kLag + 1][Groups::kSumTiles * kTileBytes];
-        for (int64_t i = 0; i < groups + kLag; ++i) {
-            if (i < groups) {
-                if (fetched)
-                    for (int64_t line = 0; line < group_bytes; line += 64)
-                        __builtin_prefetch(fetched + i * group_bytes + line, 0, 2);
-                Groups::load_rows(job, a + i * Groups::kRowBytes * job.block_rows);
-                char* sums_of_group = out[i % (kLag + 1)];
-                i % 2 ? Groups::template multiply<1>(b, i, sums_of_group)
-                      : Groups::template multiply<0>(b, i, sums_of_group);
-            }
-            if (const int64_t done = i - kLag; done >= 0)
-                add_group<Groups>(out[done % (kLag + 1)], scales + done * kPanel, job.block_rows, to, add || done > 0);
+        constexpr int64_t kOutBytes = Groups::kSumTiles * kTileBytes;
+        char* out = sums_of_groups + turn * kChunkGroups * kOutBytes;
+        turn = 1 - turn;
+        const int at_once = static_cast<int>(ceil_div(pending.rows, groups));
+        for (int64_t i = 0; i < groups; ++i) {
+            if (fetched)
+                for (int64_t line = 0; line < group_bytes; line += 64)
+                    __builtin_prefetch(fetched + i * group_bytes + line, 0, 2);
+            Groups::load_rows(job, a + i * Groups::kRowBytes * job.block_rows);
+            i % 2 ? Groups::template multiply<1>(b, i, out + i * kOutBytes)
+                  : Groups::template multiply<0>(b, i, out + i * kOutBytes);
+            pending.finish(at_once);
         }
+        pending = {out, scales, groups, to, add, 0, job.block_rows};
     }
 
     void finish(int64_t unit) {
@@ -178,5 +200,72 @@ struct GroupedTask : TileRange {
                 finish_row<bf16>(job, row, unit, load(from + r * 32) * scale, load(from + r * 32 + 16) * scale);
             }
         }
+    }
+};
+
+// A few rows of int8 weights by vectors. A group's products with the high bytes, which stand 128 too high, the low
+// bytes and 1: 256 * (high + 128) * w + low * w - 32768 * w are x * w, whatever overflows meanwhile.
+struct Int8Rows : TileRange {
+    static constexpr int kWords = Int8Groups::kWords;
+
+    const Linear& job;
+    const PackedRows& x;
+    float* sums;
+
+    Int8Rows(const Linear& job, const PackedRows& x, int task) : TileRange(tile_range(job, task)), job(job), x(x) {
+        sums = static_cast<float*>(scratch(0, kVectorRows * 32 * 4));
+    }
+
+    void run() {
+        for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+            const Panels panels = panels_of(job, unit);
+            const Panels next = panels_of(job, std::min<int64_t>(unit + 1, job.n_units - 1));
+            with_rows<kVectorRows>(job.m, [&](auto R) {
+                multiply_panel<R>(panels.first, panels.second, sums);
+                multiply_panel<R>(panels.second, next.first, sums + kPanel);
+            });
+            for (int r = 0; r < job.m; ++r)
+                finish_row<bf16>(job, r, unit, load(sums + r * 32) * x.scales[r],
+                                 load(sums + r * 32 + 16) * x.scales[r]);
+        }
+    }
+
+    // Memory is read from the first byte of a panel to its last, and the scales beside it; `next` is read after that.
+    template <int R>
+    INLINE void multiply_panel(int64_t number, int64_t next, float* to) {
+        constexpr int64_t kGroupBytes = kWords * kPanel * 4, kScaleBytes = kPanel * 4, kAheadGroups = 8;
+        const int64_t panel_bytes = Int8Groups::panel_bytes(job), row_bytes = 4 * kWords;
+        const char *panel = static_cast<const char*>(job.weight) + number * panel_bytes,
+                   *after = static_cast<const char*>(job.weight) + next * panel_bytes;
+        const char* scales = reinterpret_cast<const char*>(job.scales) + number * job.groups * kScaleBytes;
+        const char* scales_after = reinterpret_cast<const char*>(job.scales) + next * job.groups * kScaleBytes;
+        const char* a = reinterpret_cast<const char*>(x.words);
+        vf total[R];
+        for (int r = 0; r < R; ++r) total[r] = vf{};
+        for (int64_t group = 0; group < job.groups; ++group, a += 2 * R * row_bytes) {
+            const int64_t ahead = group + kAheadGroups, past = ahead - job.groups;
+            const char* fetched = past < 0 ? panel + ahead * kGroupBytes : after + past * kGroupBytes;
+            __builtin_prefetch(past < 0 ? scales + ahead * kScaleBytes : scales_after + past * kScaleBytes, 0, 2);
+            const int64_t words = std::min<int64_t>(kWords, job.words - group * kWords);
+            vi high[R], low[R], ones{};
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) high[r] = low[r] = vi{};
+            for (int64_t k = 0; k < words; ++k) {
+                __builtin_prefetch(fetched + k * kPanel * 4, 0, 2);
+                const vu w = Bytes::load_weight(panel + (group * kWords + k) * kPanel * 4);
+                ones = Bytes::multiply_add(ones, splat(uint32_t{0x01010101}), w);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    const uint32_t* row = reinterpret_cast<const uint32_t*>(a + r * row_bytes);
+                    high[r] = Bytes::multiply_add(high[r], splat(row[k]), w);
+                    low[r] = Bytes::multiply_add(low[r], splat(row[R * kWords + k]), w);
+                }
+            }
+            const vf scale = load(reinterpret_cast<const float*>(scales + group * kScaleBytes));
+            const vi offset = ones << 15;
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) total[r] = fused(to_floats((high[r] << 8) + low[r] - offset), scale, total[r]);
+        }
+        for (int r = 0; r < R; ++r) store(to + r * 32, total[r]);
     }
 };

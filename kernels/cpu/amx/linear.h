@@ -26,7 +26,7 @@ inline void tile_linear(const Linear& job, const PackedRows& x, int task) {
         case WeightKind::kW8A8:
             return TileTask<StoredPanels, Int8Products>(job, x, task).run();
         case WeightKind::kInt8:
-            return GroupedTask<Int8Groups>(job, x, task).run();
+            return by_vectors(job) ? Int8Rows(job, x, task).run() : GroupedTask<Int8Groups>(job, x, task).run();
         case WeightKind::kInt4:
             return GroupedTask<Int4Groups>(job, x, task).run();
     }

@@ -75,13 +75,19 @@ inline void pack_tile_bytes(const Linear& job, int block, char* to, float* scale
     });
 }
 
-// x as numbers of 16 bits, in their high and their low bytes.
+// Whether rows of int8 weights are so few that vectors multiply them, see grouped.h.
+constexpr int kVectorRows = 4;
+INLINE bool by_vectors(const Linear& job) { return job.m <= kVectorRows; }
+
+// x as numbers of 16 bits, in their high and their low bytes. Vectors want the high ones plus 128.
 inline void pack_tile_shorts(const Linear& job, int block, char* to, float* scales) {
     constexpr int kGroup = 32;
+    const int offset = by_vectors(job) ? 128 : 0;
     const int64_t tile_bytes = int64_t{job.block_rows} * kGroup;
     std::memset(to, 0, job.groups * 2 * tile_bytes);
     round_rows(job, block, 32767, scales, [&](int r, int64_t k, vi numbers, int64_t count) {
-        const vb high = __builtin_convertvector(numbers >> 8, vb), low = __builtin_convertvector(numbers & 255, vb);
+        const vb high = __builtin_convertvector((numbers >> 8) + offset, vb),
+                 low = __builtin_convertvector(numbers & 255, vb);
         char* at = to + k / kGroup * 2 * tile_bytes + r * kGroup + k % kGroup;
         std::memcpy(at, &high, count);
         std::memcpy(at + tile_bytes, &low, count);
