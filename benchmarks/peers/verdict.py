@@ -1,14 +1,16 @@
 """What is made of the outcomes of a comparison: figures, shares of the machine's limits, and ratios of paired rounds.
 
 A ratio is of two runs of the same round, which stand next to each other in time, and the ratio that is reported is the
-median of the rounds'. A round does not count if the machine itself changed between the measurements around the two
-runs. Where too few rounds count, or their quartiles lie on both sides of 1, the verdict says so instead of a ratio.
+median of the rounds'. A round does not count if what the machine allows for the case, by the rates measured around the
+two runs, changed between them: reading for a decode, multiplying for a prompt. Where too few rounds count, or their
+quartiles lie on both sides of 1, the verdict says so instead of a ratio.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from phalanx.benchmarks.limits import Work, case_limit_tokens_per_s, share
@@ -18,7 +20,7 @@ from phalanx.engine.models.spec import ModelSpec
 
 WHOLE_NUMBERS_BELOW = 1.3  # bytes of a weight: such are multiplied as integers
 UNSTEADY_ABOVE = 0.25
-"""Two runs do not count if a rate of the machine falls by more than this share between the measurements around them."""
+"""Two runs do not count if what the machine allows falls by more than this share between measurements around them."""
 
 Outcome = Mapping[str, Any]
 Outcomes = dict[str, dict[str, list[dict[str, Any]]]]  # by case and engine, of each round
@@ -83,21 +85,38 @@ def limits_of(
     """
     if not limits or any(case.due_s):
         return []
+    return [_limit(weight_bytes, spec, case, {**limits, **around(run)}) for run in runs]
+
+
+def _limit(weight_bytes: float, spec: ModelSpec, case: Case, rates: Mapping[str, float]) -> float:
     kinds = ["bf16_gflops"] + ["int8_gflops"] * (weight_bytes < WHOLE_NUMBERS_BELOW)
-    work = Work(spec, weight_bytes)
+    flops = max(rates.get(kind, 0.0) for kind in kinds)
     shape = (len(case.prompts), len(case.prompts[0]), case.new_tokens)
-    best = []
-    for outcome in runs:
-        rates = {**limits, **around(outcome)}
-        flops = max(rates.get(kind, 0.0) for kind in kinds)
-        best.append(case_limit_tokens_per_s(work, *shape, 1e9 * rates["read_gb_s"], 1e9 * flops))
-    return best
+    return case_limit_tokens_per_s(Work(spec, weight_bytes), *shape, 1e9 * rates["read_gb_s"], 1e9 * flops)
 
 
-def ratios(mine: Sequence[Outcome], other: Sequence[Outcome]) -> dict[str, Any]:
-    """Ratios of one engine's rounds to another's, above 1 where the first is better; see ratio()."""
+def limit_moved(
+    weight_bytes: float, spec: ModelSpec, case: Case, limits: Mapping[str, float], runs: Sequence[Outcome]
+) -> float:
+    """By which share the limit of a case fell at most between the measurements around some runs, or others took the
+    cores. What was not measured around them is as in `limits`; as moved() if nothing says what the limit is."""
+    if not limits or any(case.due_s):
+        return moved(runs)
+    measured = [run[when] for run in runs for when in ("limits_before", "limits_after") if when in run]
+    found = [{"limit": _limit(weight_bytes, spec, case, {**limits, **rates})} for rates in measured]
+    shares = [{"cpu_share": rates["cpu_share"]} for rates in measured if "cpu_share" in rates]
+    return moved([{"limits_before": rates} for rates in found + shares])
+
+
+def ratios(
+    mine: Sequence[Outcome], other: Sequence[Outcome], changed: Callable[[Sequence[Outcome]], float] = moved
+) -> dict[str, Any]:
+    """Ratios of one engine's rounds to another's, above 1 where the first is better; see ratio().
+
+    `changed` says by which share the machine changed around two runs.
+    """
     pairs = list(zip(mine, other, strict=False))  # one that failed has fewer
-    steady = [pair for pair in pairs if moved(pair) <= UNSTEADY_ABOVE]
+    steady = [pair for pair in pairs if changed(pair) <= UNSTEADY_ABOVE]
     speeds = [a["output_tokens_per_s"] / b["output_tokens_per_s"] for a, b in steady]
     firsts = [_ttft_s(b) / max(_ttft_s(a), 1e-4) for a, b in steady]
     return {
@@ -113,8 +132,8 @@ def ratio(values: Sequence[float], rounds: int) -> float | str:
     """The median of the ratios of the rounds that count, of so many; or why they do not tell."""
     if 2 * len(values) < rounds or not values:
         return (
-            f"too noisy: the machine's rates fell by more than {UNSTEADY_ABOVE:.0%} within {rounds - len(values)} of "
-            f"{rounds} rounds"
+            f"too noisy: the machine's limit fell by more than {UNSTEADY_ABOVE:.0%} within "
+            f"{rounds - len(values)} of {rounds} rounds"
         )
     low, median, high = quartiles(values)
     if low < 1 < high:
@@ -149,7 +168,13 @@ def judge(
             if ours:
                 figures[name]["first_tokens_as_phalanx"] = agreement(runs, engines[ours[0]])
         to_peers = {
-            mine: {name: ratios(engines[mine], runs) for name, runs in engines.items() if not planned[name].ours}
+            mine: {
+                name: ratios(
+                    engines[mine], runs, partial(limit_moved, planned[name].weight_bytes, spec, cases[text], limits)
+                )
+                for name, runs in engines.items()
+                if not planned[name].ours
+            }
             for mine in ours
         }
         every = [run for runs in engines.values() for run in runs]

@@ -24,6 +24,7 @@ from phalanx.benchmarks.peers.verdict import (
     agreement,
     around,
     judge,
+    limit_moved,
     lines,
     moved,
     quartiles,
@@ -361,7 +362,29 @@ def test_a_round_in_which_the_machine_changed_does_not_count() -> None:
     assert moved([]) == moved([figures(1.0, 0.1, 5)]) == 0
     assert moved([figures(1.0, 0.1, 5) | {"limits_before": {"cpu_share": 0.4}}]) == 0.6  # others had the rest
     again = ratios(mine[1:], other[2:] * 2)
-    assert again["output_tokens_per_s"] == "too noisy: the machine's rates fell by more than 25% within 2 of 2 rounds"
+    assert again["output_tokens_per_s"] == "too noisy: the machine's limit fell by more than 25% within 2 of 2 rounds"
+
+
+def test_only_what_bounds_a_case_leaves_rounds_of_it_out() -> None:
+    spec = spec_from_config(load_preset("qwen2_5_0_5b")["shape"], "qwen2_5_0_5b")
+    limits = {"read_gb_s": 25.0, "bf16_gflops": 3000.0, "int8_gflops": 6000.0}
+    decode, prompt = read_case("1,64,64"), read_case("1,1024,1")
+    halved = {name: value / 2 for name, value in limits.items()}
+
+    def run(*changed: str, **more: float) -> dict[str, Any]:
+        after = {name: (halved if name in changed else limits)[name] for name in limits}
+        return figures(1.0, 0.1, 5) | {"limits_before": limits, "limits_after": after | more}
+
+    def moved_by(case: Case, weight_bytes: float, outcome: dict[str, Any]) -> float:
+        return limit_moved(weight_bytes, spec, case, limits, [run(), outcome])
+
+    assert moved_by(decode, 2.0, run("read_gb_s")) > 0.4
+    assert moved_by(decode, 2.0, run("bf16_gflops", "int8_gflops")) < 0.1
+    assert moved_by(prompt, 2.0, run("bf16_gflops")) > 0.4
+    assert moved_by(prompt, 2.0, run("read_gb_s", "int8_gflops")) < 0.1
+    assert moved_by(prompt, 1.0, run("int8_gflops")) > 0.4
+    assert moved_by(prompt, 2.0, run(cpu_share=0.5)) == 0.5
+    assert limit_moved(2.0, spec, decode, {}, [run("int8_gflops")]) == 0.5  # nothing says what the limit is
 
 
 def test_a_ratio_whose_quartiles_lie_on_both_sides_of_1_is_too_noisy_to_tell() -> None:
