@@ -103,12 +103,18 @@ class BlockPool:
                 del self._evictable[block]
             self._references[block] += 1
 
-    def release(self, blocks: list[int]) -> None:
-        """Give back one hold on each block of a table. Its tail counts as less recently used: it is evicted first."""
+    def release(self, blocks: list[int], forget: bool = False) -> None:
+        """Give back one hold on each block of a table. Its tail counts as less recently used: it is evicted first.
+
+        With `forget` nobody matches a block any more that nobody else holds: what is in it may be no numbers.
+        """
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
                 digest = self._digests[block]
+                if forget and digest is not None:
+                    del self._cached[digest]
+                    digest = self._digests[block] = None
                 if digest is None:
                     self._blank.append(block)
                 else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import logging
 import queue
@@ -25,6 +27,7 @@ class Client:
         self._connection = connection
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
+        self._dropped: collections.deque[str] = collections.deque()
         self._status: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._stopped: PhalanxError | None = None
@@ -40,6 +43,7 @@ class Client:
 
         Raises InvalidRequest for an id in use and for what cannot be sent, EngineStopped if the engine has stopped.
         """
+        self._abort_dropped()
         with self._lock:
             self._check_stopped()
             if submit.id in self._sinks:
@@ -54,6 +58,10 @@ class Client:
     def abort(self, request_id: str) -> None:
         """Ask to end a request; its Finished still comes."""
         self._connection.send(Abort(request_id))
+
+    def abort_soon(self, request_id: str) -> None:
+        """The same from where no lock may be taken, such as the garbage collector: with the next event or request."""
+        self._dropped.append(request_id)
 
     def shutdown(self) -> None:
         """Ask the engine group to end."""
@@ -95,7 +103,14 @@ class Client:
         self.fail_all(EngineStopped("the engine was closed"))
         self._connection.close()
 
+    def _abort_dropped(self) -> None:
+        while self._dropped:
+            # Another thread may have been faster.
+            with contextlib.suppress(IndexError):
+                self.abort(self._dropped.popleft())
+
     def _on_event(self, event: Event) -> None:
+        self._abort_dropped()
         if isinstance(event, Status):
             self._status.put(event)
             return
@@ -107,10 +122,11 @@ class Client:
             self.abort(event.id)
 
     def _hand_on(self, sink: OnEvent, event: Event) -> bool:
-        """Whether the receiver took the event. One that raises must not end the thread that serves all others."""
+        """Whether the receiver took the event. One that raises, be it SystemExit, must not end the thread that serves
+        all others."""
         try:
             sink(event)
-        except Exception:
+        except BaseException:
             _log.exception("the receiver of a request's events failed")
             return False
         return True
@@ -162,7 +178,10 @@ class RequestHandle:
         return event
 
     def __del__(self) -> None:
-        self.close()
+        # The garbage collector may call this within any line of any thread, also one that holds the client's lock.
+        if not self._ended:
+            self._ended = True
+            self._client.abort_soon(self.id)
 
 
 def to_error(failed: Failed) -> PhalanxError:

@@ -182,13 +182,17 @@ class Coordinator:
             self._outbox.put(lambda: self._deliver([update]))
 
     def _fail_invalid(self, plan: StepPlan, result: StepResult) -> None:
-        """A row whose logits were not numbers fails its own request; the others of the step go on."""
+        """A row whose logits were not numbers fails its own request; the others of the step go on.
+
+        Where one token's values overflow, attention may leave what is no number in earlier tokens of the same tile too
+        (0 x infinity), so nothing of such a request stays in the prefix cache.
+        """
         for row, token in zip(plan.sample_rows, result.token_ids, strict=True):
             if token < 0:
                 request_id = self._scheduler.request_of_row(row)
                 if request_id is None:
                     continue
-                self._scheduler.abort(request_id)
+                self._scheduler.abort(request_id, forget=True)
                 error = InvalidRequest(
                     "the model's output for this request is not a number; with float16 weights use dtype=bfloat16 or "
                     "float32"

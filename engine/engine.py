@@ -19,7 +19,7 @@ from .coordinator import Coordinator
 from .errors import CheckpointError, ConfigError
 from .hub import resolve_model
 from .intake import Intake
-from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config
+from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config, window_words
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer, read_generation_config
 from .transport import Transport, ZmqTransport
@@ -102,7 +102,7 @@ class Engine:
             control=self.group.control,
             transport=transport,
             ranks=self.group.size,
-            report=[*self._report(), intake.defaults_report],
+            report=[*self._report(), *filter(None, [window_words(spec)]), intake.defaults_report],
             heartbeat_s=config.timeout_s / 4,
         )
 

@@ -8,7 +8,7 @@ import msgspec
 
 from ..kernels.noise import derive_seed
 from .config import EngineConfig
-from .errors import InvalidRequest
+from .errors import CheckpointError, InvalidRequest
 from .messages import Submit
 from .models.spec import ModelSpec
 from .params import SamplingParams
@@ -33,7 +33,7 @@ class Intake:
         self._config, self._spec, self._tokenizer = config, spec, tokenizer
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
-        self.eos_token_ids = _eos_token_ids(generation_config, spec)
+        self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
         self._unseeded = 0
 
     @property
@@ -62,7 +62,7 @@ class Intake:
                 f"{limit} (one place is for the answer): shorten it or raise max_model_len"
             )
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
-        stops = frozenset(params.stop_token_ids)
+        stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
         return Request(
             id=request_id,
@@ -75,6 +75,13 @@ class Intake:
             cache_salt=submit.cache_salt,
             arrived_at=arrived_at,
         )
+
+    def _special_tokens(self, stops: tuple[str, ...]) -> frozenset[int]:
+        """Those of the stop strings that are special tokens: where these are left out of the text, none would show."""
+        if self._tokenizer is None:
+            return frozenset()
+        found = (self._tokenizer.special_token_id(text) for text in stops)
+        return frozenset(token for token in found if token is not None and token < self._spec.vocab_size)
 
     def _encode(self, submit: Submit) -> list[int]:
         given = [name for name in ("prompt", "messages", "token_ids") if getattr(submit, name) is not None]
@@ -142,7 +149,7 @@ def _check_types(submit: Submit) -> None:
     """A client in this process is not held to the protocol's types by a wire; what is wrong must not reach a step."""
     try:
         msgspec.convert({"type": "submit", **msgspec.structs.asdict(submit)}, Submit)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise InvalidRequest(f"the request is ill-typed: {error}") from error
     for name in ("prompt", "cache_salt"):
         try:
@@ -152,25 +159,44 @@ def _check_types(submit: Submit) -> None:
 
 
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The sampling fields a generation_config sets. As in transformers, it is greedy unless do_sample is true."""
-    defaults: dict[str, Any] = {}
-    if generation_config.get("do_sample"):
-        defaults["temperature"] = generation_config.get("temperature") or 1.0
-        for name in ("top_k", "top_p", "min_p"):
-            if generation_config.get(name) is not None:
-                defaults[name] = generation_config[name]
-    if generation_config.get("repetition_penalty") not in (None, 1.0):
-        defaults["repetition_penalty"] = generation_config["repetition_penalty"]
-    if generation_config.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = generation_config["max_new_tokens"]
-    return defaults
+    """The sampling fields a generation_config sets. As in transformers, it is greedy unless do_sample is true.
+
+    Raises CheckpointError naming the field for what no request may ask either.
+    """
+    sample = generation_config.get("do_sample")
+    if not isinstance(sample, bool | None):
+        raise _bad_generation_config("do_sample", sample, "must be true or false")
+    names = {"repetition_penalty": "repetition_penalty", "max_tokens": "max_new_tokens"}
+    if sample:
+        names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
+    defaults = {name: generation_config.get(there) for name, there in names.items()}
+    if sample and defaults["temperature"] is None:
+        defaults["temperature"] = 1.0
+    for name, value in defaults.items():
+        try:
+            SamplingParams.from_dict({name: value})
+        except InvalidRequest as error:
+            raise _bad_generation_config(names[name], value, str(error)) from error
+    if defaults["repetition_penalty"] == 1.0:
+        del defaults["repetition_penalty"]
+    return {name: value for name, value in defaults.items() if value is not None}
 
 
-def _eos_token_ids(generation_config: dict[str, Any], spec: ModelSpec) -> tuple[int, ...]:
+def _bad_generation_config(field: str, value: object, why: str) -> CheckpointError:
+    return CheckpointError(f"generation_config.json: {field}={value!r}: {why}")
+
+
+def _eos_token_ids(generation_config: dict[str, Any], spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Those of generation_config, or else of config, and the tokenizer's own, which a chat's fine-tuning may have
+    changed alone. What is outside the vocabulary is never sampled."""
     eos = generation_config.get("eos_token_id")
-    if eos is None:
-        return spec.eos_token_ids
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    named = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in named):
+        raise _bad_generation_config("eos_token_id", eos, "must be a token id or a list of token ids")
+    all_ids = list(spec.eos_token_ids) if eos is None else named
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        all_ids.append(tokenizer.eos_token_id)
+    return tuple(token for token in dict.fromkeys(all_ids) if token < spec.vocab_size)
 
 
 def _first(*values: Any) -> Any:

@@ -15,7 +15,7 @@ from ..parallel.group import local_group
 from .client import Client, OnEvent, RequestHandle, to_error
 from .config import EngineConfig
 from .engine import Engine, EngineThread, device_type
-from .errors import EngineStopped, InvalidRequest
+from .errors import CapacityExceeded, EngineStopped, InvalidRequest
 from .messages import Delta, Event, Failed, Finished, Status, Submit, Timings, Usage
 from .params import SamplingParams
 from .plan import TokenLogprobs
@@ -25,6 +25,8 @@ from .worker import Progress
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
 STATUS_TIMEOUT_S = 60.0
+RETRY_S = 0.05
+"""Until a request is sent again that the engine had no room for, if none of the same call ends before."""
 
 
 class CompletionOutput(msgspec.Struct, kw_only=True):
@@ -163,7 +165,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids), in one continuous batch; outputs in the order of the prompts.
 
-        If one is refused, the others of this call are aborted and its error is raised.
+        They may be more than max_queue: what the engine has no room for waits here. If one is refused for another
+        reason, the others of this call are aborted and its error is raised.
         """
         return self._run([_submit(self._client, prompt=prompt) for prompt in as_prompts(prompts)], sampling)
 
@@ -217,20 +220,35 @@ class LLM:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         builders = {submit.id: OutputBuilder(submit.sampling.n) for submit in submits}
         outputs: dict[str, RequestOutput] = {}
+        by_id = {submit.id: submit for submit in submits}
+        refused: list[Submit] = []  # the queue was full; they are sent again as others end
         try:
             for submit in submits:
                 self._client.submit(submit, events.put)
             while len(outputs) < len(submits):
-                event = events.get()
+                event = _next_event(events, wait=len(outputs) + len(refused) < len(submits))
+                if isinstance(event, Failed) and event.error == CapacityExceeded.__name__:
+                    refused.append(by_id[event.id])
+                    continue
                 assert not isinstance(event, Status)
-                output = builders[event.id].add(event)
+                output = builders[event.id].add(event) if event is not None else None
                 if output is not None:
-                    outputs[event.id] = output
+                    outputs[output.id] = output
+                if refused and (output is not None or event is None):
+                    self._client.submit(refused.pop(), events.put)
         finally:
             for submit in submits:
                 if submit.id not in outputs:
                     self._client.abort(submit.id)
         return [outputs[submit.id] for submit in submits]
+
+
+def _next_event(events: queue.SimpleQueue[Event], wait: bool) -> Event | None:
+    """The next event; None if there is none for a while and there is nothing to `wait` for."""
+    try:
+        return events.get(timeout=None if wait else RETRY_S)
+    except queue.Empty:
+        return None
 
 
 class AsyncLLM:

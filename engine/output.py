@@ -16,22 +16,32 @@ class StopStrings:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
         self._held = ""
+        self._too_early = 0  # characters held in which no stop string may end
 
-    def feed(self, text: str, last: bool = False) -> tuple[str, str | None]:
-        """(text that may be shown, the stop string that was reached or None). With `last` nothing is held back."""
+    def feed(self, text: str, last: bool = False, too_early: bool = False) -> tuple[str, str | None]:
+        """(text that may be shown, the stop string that was reached or None). With `last` nothing is held back.
+
+        A stop string that ends in text which came `too_early` (before min_tokens) is text like any other.
+        """
         if not self._stops:
             return text, None
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if too_early:
+            self._too_early = len(self._held)
+        # The one whose text was complete first is the one a reader of the stream would have met.
+        found = [(place + len(stop), place, stop) for stop in self._stops if (place := self._find(stop)) >= 0]
         if found:
-            # The one whose text was complete first is the one a reader of the stream would have met.
-            place, stop = min(found, key=lambda item: (item[0] + len(item[1]), item[0]))
+            _, place, stop = min(found)
             shown, self._held = self._held[:place], ""
             return shown, stop
         keep = 0 if last else self._longest_beginning()
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(self._held) - keep :]
+        self._too_early = max(0, self._too_early - len(shown))
         return shown, None
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._too_early - len(stop) + 1))
 
     def _longest_beginning(self) -> int:
         longest = min(len(self._held), max(map(len, self._stops)) - 1)
@@ -99,9 +109,10 @@ class OutputProcessor:
     def _advance(self, state: _RequestState, completion: _CompletionState, update: SequenceUpdate) -> None:
         request, index = update.request, update.sequence.index
         text, stop, used = "", None, 0
+        min_tokens = state.submit.sampling.min_tokens
         for token in update.token_ids:
             used += 1
-            shown, stop = self._text(completion, token, request)
+            shown, stop = self._text(completion, token, request, completion.tokens + used < min_tokens)
             text += shown
             if stop is not None:
                 break
@@ -121,11 +132,13 @@ class OutputProcessor:
             logprobs = update.logprobs[:used] if update.logprobs else None
             self._emit(state.client, Delta(state.id, index, text, update.token_ids[:used], logprobs))
 
-    def _text(self, completion: _CompletionState, token: int, request: Request) -> tuple[str, str | None]:
+    def _text(
+        self, completion: _CompletionState, token: int, request: Request, too_early: bool
+    ) -> tuple[str, str | None]:
         # The token that ends an answer is reported among the token ids but is no part of the text.
         if completion.stream is None or token in request.eos_token_ids or token in request.stop_token_ids:
             return "", None
-        return completion.stops.feed(completion.stream.step(token))
+        return completion.stops.feed(completion.stream.step(token), too_early=too_early)
 
 
 def _finished(state: _RequestState, request: Request) -> Finished:

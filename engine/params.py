@@ -61,6 +61,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
+        # OpenAI's API has null for what is absent.
+        for field in msgspec.structs.fields(self):
+            if getattr(self, field.name) is None and field.default is not None:
+                msgspec.structs.force_setattr(self, field.name, field.default)
         # A list from JSON or a single stop string is what users write; the stored form is always a tuple.
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
@@ -108,13 +112,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
-        """Build from JSON-like data; an unknown field or an ill-typed value raises InvalidRequest naming it."""
+        """Build from JSON-like data; an unknown field or an ill-typed value raises InvalidRequest naming it.
+
+        A null is as good as no value.
+        """
         unknown = sorted(set(values) - set(cls.__struct_fields__))
         if unknown:
             raise InvalidRequest(
                 f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
             )
-        values = dict(values)
+        values = {name: value for name, value in values.items() if value is not None}
         if isinstance(values.get("stop"), str):
             values["stop"] = [values["stop"]]
         try:

@@ -159,15 +159,18 @@ class Scheduler:
         chain.extend(request.prompt, len(request.prompt))
         return chain
 
-    def abort(self, request_id: str) -> list[SequenceUpdate]:
-        """End a request, also between schedule and commit. Returns an update for each sequence that this ended."""
+    def abort(self, request_id: str, forget: bool = False) -> list[SequenceUpdate]:
+        """End a request, also between schedule and commit. Returns an update for each sequence that this ended.
+
+        With `forget` nothing that it computed serves others: see BlockPool.release().
+        """
         request = self._requests.get(request_id)
         if request is None:
             return []
         now = self._clock()
         unfinished = [sequence for sequence in request.sequences if sequence.status is not SequenceStatus.FINISHED]
         for sequence in unfinished:
-            self._finish(sequence, "abort", None, now)
+            self._finish(sequence, "abort", None, now, forget)
         return [
             SequenceUpdate(request, sequence, [], None, "abort", None, sequence is unfinished[-1])
             for sequence in unfinished
@@ -182,9 +185,11 @@ class Scheduler:
         self._finish(sequence, "stop", stop_reason, self._clock())
         return SequenceUpdate(request, sequence, [], None, "stop", stop_reason, request.unfinished == 0)
 
-    def _finish(self, sequence: Sequence, reason: str, stop_reason: str | int | None, now: float) -> None:
+    def _finish(
+        self, sequence: Sequence, reason: str, stop_reason: str | int | None, now: float, forget: bool = False
+    ) -> None:
         if sequence.status is SequenceStatus.RUNNING:
-            self._vacate(sequence)
+            self._vacate(sequence, forget)
         else:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
         sequence.status = SequenceStatus.FINISHED
@@ -195,10 +200,10 @@ class Scheduler:
             del self._requests[request.id]
             self._queued.discard(request.id)
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: Sequence, forget: bool = False) -> None:
         """Take a running sequence's slot and blocks."""
         del self._running[bisect_left(self._running, sequence.order, key=_order)]
-        self._pool.release(sequence.blocks)
+        self._pool.release(sequence.blocks, forget)
         self._free_slots.append(sequence.slot)
         if sequence.chain is not None:
             for digest in sequence.chain.digests[sequence.computed // self.block_size :]:

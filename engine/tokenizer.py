@@ -28,7 +28,7 @@ class Tokenizer:
                 f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
             )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except KeyError as error:
             import transformers
 
@@ -44,7 +44,9 @@ class Tokenizer:
                 f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._special = frozenset(self._special_ids.values())
+        self._takes_parts: bool | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself."""
@@ -53,16 +55,44 @@ class Tokenizer:
     def encode_messages(self, messages: list[Message]) -> list[int]:
         """Token ids of a conversation, as transformers' apply_chat_template(add_generation_prompt=True) renders it.
 
-        Raises InvalidRequest if the model has no chat template or the template refuses the messages.
+        A content that is a list of text parts reaches a template that knows only text as their lines. Raises
+        InvalidRequest if the model has no chat template, the template refuses the messages, or a part is no text.
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequest("messages were given, but the model's tokenizer has no chat template; send a prompt")
+        if any(isinstance(message.get("content"), list) for message in messages):
+            joined = [_with_text(message) for message in messages]
+            messages = messages if self._template_takes_parts() else joined
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._render(messages)
         except Exception as error:
             # A template is the model's own program and may raise anything; the request fails, by name.
             raise InvalidRequest(f"the chat template refused the messages: {error}") from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _template_takes_parts(self) -> bool:
+        """Whether the template looks into a list of parts: tried once, with a part whose text must come out alone."""
+        if self._takes_parts is None:
+            text, kind = "some text of a part", "type"
+            try:
+                rendered = self._render([{"role": "user", "content": [{kind: "text", "text": text}]}])
+            except Exception:  # whatever a template raises, it does not take parts
+                rendered = ""
+            self._takes_parts = text in rendered and f"'{kind}'" not in rendered and f'"{kind}"' not in rendered
+        return self._takes_parts
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends an answer, as the tokenizer has it: of a chat model, its end of a turn."""
+        token_id = self._tokenizer.eos_token_id
+        return token_id if isinstance(token_id, int) else None
+
+    def special_token_id(self, text: str) -> int | None:
+        """The special token whose text this is."""
+        return self._special_ids.get(text)
 
     def decoder(self, skip_special_tokens: bool) -> TextStream:
         """A decoder for one completion."""
@@ -72,6 +102,22 @@ class Tokenizer:
     def size(self) -> int:
         """Token ids the tokenizer knows; the model's vocabulary may be larger (padded)."""
         return len(self._tokenizer)
+
+
+def _with_text(message: Message) -> Message:
+    """A message whose content is no list of text parts any more, but their lines. Raises InvalidRequest."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InvalidRequest(
+                f'a content part must be {{"type": "text", "text": "..."}}, this model reads text alone: {part!r}'
+            )
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
 
 
 class TextStream:
@@ -129,12 +175,12 @@ class TextStream:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json, or nothing if the folder has none. Raises CheckpointError if it is not JSON."""
+    """generation_config.json, or nothing if the folder has none. Raises CheckpointError if it is no JSON object."""
     path = folder / "generation_config.json"
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -19,6 +19,9 @@ _OnFrames = Callable[[list[bytes]], None]
 
 _log = logging.getLogger(__name__)
 
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are no message; the last for lists in lists, a thousand deep."""
+
 
 class Transport(ABC):
     """The coordinator's side. Commands arrive on any thread; send() is called from one thread at a time."""
@@ -140,20 +143,29 @@ class _Wire:
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self._pull, zmq.POLLIN)
-        running = True
-        while running:
-            ready = dict(poller.poll())
-            if self._pull in ready:
-                frames = self._pull.recv_multipart()
-                if frames == [b""]:
-                    running = False
-                else:
-                    self._send(frames)
-            if self.socket in ready:
-                self._on_frames(self.socket.recv_multipart())
-        self._pull.close(linger=0)
-        # What was sent last, often the end of a stream, still reaches a client that is there.
-        self.socket.close(linger=1000)
+        try:
+            running = True
+            while running:
+                ready = dict(poller.poll())
+                if self._pull in ready:
+                    frames = self._pull.recv_multipart()
+                    if frames == [b""]:
+                        running = False
+                    else:
+                        self._send(frames)
+                if self.socket in ready:
+                    self._receive(self.socket.recv_multipart())
+        finally:
+            self._pull.close(linger=0)
+            # What was sent last, often the end of a stream, still reaches a client that is there.
+            self.socket.close(linger=1000)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            self._on_frames(frames)
+        except Exception:
+            # One message must not end the thread that serves all others.
+            _log.exception("a message of %d bytes could not be handled; it was dropped", sum(map(len, frames)))
 
     def _send(self, frames: list[bytes]) -> None:
         try:
@@ -189,7 +201,7 @@ class ZmqTransport(Transport):
             client, data = frames[0], frames[-1]
             try:
                 command = self._decoder.decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except UNDECODABLE as error:
                 self._refuse(client, data, error)
                 return
             on_command(client, command)
@@ -213,7 +225,7 @@ class ZmqTransport(Transport):
         """Whoever waits for an answer to an ill-formed Submit gets one; there is nobody to tell of other garbage."""
         try:
             addressed = msgspec.msgpack.decode(data, type=_Addressed)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNDECODABLE:
             _log.warning("a client sent what is no command (%s); it was ignored", error)
             return
         self.send(client, Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}"))

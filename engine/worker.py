@@ -29,7 +29,7 @@ from .history import TokenHistory
 from .kv_cache import KVCache
 from .memory import Demand, worst_case_plan
 from .models.decoder import Build, CausalLM
-from .models.spec import ModelSpec, dimensions, position_limit
+from .models.spec import ModelSpec, dimensions, position_limit, window_words
 from .plan import Capture, Idle, SlotSampling, SlotStart, StepPlan, StepResult, Stop, TokenLogprobs, decode
 from .sampler import Sampler
 from .sizing import MemoryBudget, explains_out_of_memory, peak_memory
@@ -326,6 +326,8 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len is None:
         return limit
     if config.max_model_len > limit:
+        if spec.attention_window == limit:
+            raise ConfigError(f"max_model_len={config.max_model_len} must be at most {limit}: {window_words(spec)}")
         raise ConfigError(
             f"max_model_len={config.max_model_len} is above the model's {limit} positions; lower max_model_len to at "
             f"most {limit}, or give the model's config.json a rope scaling"

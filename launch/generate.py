@@ -211,7 +211,7 @@ def _batch(job: Job[GenerateKeys], config: EngineConfig) -> int:
                 display = ProgressBar(count_requests(Path(keys.input)) - len(done), sys.stderr)
             batch = Batch(llm, answers, display, min(config.max_queue, WINDOW * config.max_num_seqs))
             try:
-                batch.run(read_requests(requests, config.sampling, done))
+                batch.run(read_requests(requests, config.sampling, done, config.seed))
             except (Signalled, EngineStopped):
                 display.close()
                 if keys.output is not None:

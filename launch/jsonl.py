@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +45,17 @@ class BadLine:
 
 
 def read_requests(
-    file: BinaryIO, defaults: SamplingParams, done: Collection[str] = ()
+    file: BinaryIO, defaults: SamplingParams, done: Collection[str] = (), seed: int | None = None
 ) -> Iterator[LineRequest | BadLine]:
     """The file's lines in order; blank lines, and those whose id is in `done`, are left out.
 
-    A line's "sampling" is laid over `defaults`, field by field.
+    A line's "sampling" is laid over `defaults`, field by field. With `seed`, a line without one of its own gets one
+    that follows from `seed` and its id: whatever an earlier run has answered, it draws the same.
     """
     base = msgspec.to_builtins(defaults)
     first_line: dict[str, int] = {}
-    for number, line in enumerate(file, 1):
+    for number, raw in enumerate(file, 1):
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw  # as editors on Windows leave it
         if not line.strip():
             continue
         item = _parse(line, number, base)
@@ -62,13 +66,22 @@ def read_requests(
             yield BadLine(item.id, f"line {number}: id {item.id!r} is also that of line {first_line[key]}")
             continue
         first_line[key] = number
-        yield item
+        yield item if seed is None or isinstance(item, BadLine) else _seeded(item, seed)
+
+
+def _seeded(item: LineRequest, seed: int) -> LineRequest:
+    submit = item.submit
+    if submit.sampling.seed is not None:
+        return item
+    digest = hashlib.blake2b(f"{seed} {submit.id}".encode(), digest_size=8).digest()
+    sampling = msgspec.structs.replace(submit.sampling, seed=int.from_bytes(digest, "big", signed=True))
+    return LineRequest(item.id, msgspec.structs.replace(submit, sampling=sampling))
 
 
 def count_requests(path: Path) -> int:
     """Lines of the file that are not blank."""
     with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+        return sum(1 for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
 
 
 def _parse(line: bytes, number: int, base: dict[str, Any]) -> LineRequest | BadLine:
@@ -103,12 +116,13 @@ def _submit(values: dict[str, Any], base: dict[str, Any]) -> Submit:
         raise InvalidRequest(
             f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
         )
+    given_sampling = {name: value for name, value in (line.sampling or {}).items() if value is not None}
     return Submit(
         id=str(line.id),
         prompt=line.prompt,
         messages=line.messages,
         token_ids=line.token_ids,
-        sampling=SamplingParams.from_dict({**base, **(line.sampling or {})}),
+        sampling=SamplingParams.from_dict({**base, **given_sampling}),
     )
 
 

@@ -60,6 +60,7 @@ class ModelSpec:
     dtype: str = "bfloat16"  # as the checkpoint says
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    attention_window: int | None = None  # tokens that some layers see at most; up to so many it is full attention
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder in Hugging Face format")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte-order mark
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -108,6 +109,7 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
         dtype=_dtype(fields),
         eos_token_ids=fields.token_ids("eos_token_id"),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
+        attention_window=_attention_window(fields),
     )
     if spec.num_query_heads % spec.num_kv_heads:
         raise fields.error("num_key_value_heads", spec.num_kv_heads, f"a divisor of num_attention_heads={heads}")
@@ -119,9 +121,26 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
 def position_limit(spec: ModelSpec) -> int:
     """Tokens of one sequence that the model's positions allow.
 
-    Linear and dynamic scaling state max_position before scaling, yarn and llama3 checkpoints after.
+    Linear and dynamic scaling state max_position before scaling, llama3 checkpoints after. Of yarn there are both: the
+    cards of Qwen2.5 and QwQ add it and leave max_position as it was, so what factor makes of the original counts. Where
+    attention slides, a sequence ends before it would: within the window it is full attention.
     """
-    return int(spec.max_position * spec.rope.factor) if spec.rope.kind in ("linear", "dynamic") else spec.max_position
+    rope, limit = spec.rope, spec.max_position
+    if rope.kind in ("linear", "dynamic"):
+        limit = int(limit * rope.factor)
+    elif rope.kind == "yarn":
+        limit = max(limit, int((rope.original_max_position or limit) * rope.factor))
+    return limit if spec.attention_window is None else min(limit, spec.attention_window)
+
+
+def window_words(spec: ModelSpec) -> str:
+    """In words, that sequences are no longer than the attention window; empty where there is none."""
+    if spec.attention_window is None:
+        return ""
+    return (
+        f"some layers' attention slides over {spec.attention_window} tokens, which phalanx does not compute: sequences "
+        f"end there"
+    )
 
 
 def dimensions(spec: ModelSpec) -> Dimensions:
@@ -210,8 +229,6 @@ def _architecture(config: dict[str, Any], folder_name: str) -> str:
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
-    if fields.flag("use_sliding_window") and "sliding_attention" in _layer_types(fields):
-        raise ConfigError(f"{fields.place}: use_sliding_window=true is not supported; only full attention is")
     activation = fields.values.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"{fields.place}: hidden_act={activation!r} is not supported; only silu is")
@@ -220,6 +237,11 @@ def _refuse_unsupported(fields: _Fields) -> None:
             f"{fields.place}: quantization_config is set; quantized checkpoints are not supported, use the bfloat16, "
             f"float16 or float32 original"
         )
+
+
+def _attention_window(fields: _Fields) -> int | None:
+    slides = fields.flag("use_sliding_window") and "sliding_attention" in _layer_types(fields)
+    return fields.size("sliding_window", 4096) if slides else None
 
 
 def _layer_types(fields: _Fields) -> set[str]:

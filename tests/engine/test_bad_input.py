@@ -174,6 +174,33 @@ def test_logits_that_are_no_numbers_fail_their_own_request(tiny: Path, monkeypat
         assert [token for event in beside or () for token in getattr(event, "token_ids", [])] == alone
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_that_overflows_at_one_token_leaves_nothing_to_those_that_begin_as_it_does(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    from phalanx.parallel.embedding import VocabParallelEmbedding
+
+    look_up = VocabParallelEmbedding.forward
+
+    def overflowing(self: VocabParallelEmbedding, token_ids: torch.Tensor) -> torch.Tensor:
+        hidden = look_up(self, token_ids)
+        hidden[token_ids == 13] = float("inf")
+        return hidden
+
+    monkeypatch.setattr(VocabParallelEmbedding, "forward", overflowing)
+    beginning = [3 + i % 9 for i in range(48)]  # with what overflows in a chunk after which another one comes
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    with LLM(str(tiny), **{**CONFIG, "dtype": dtype}) as llm:
+        alone = [output.outputs[0].token_ids for output in llm.generate([[*beginning, 20]], sampling)]
+    with LLM(str(tiny), **{**CONFIG, "dtype": dtype}) as llm:
+        with pytest.raises(InvalidRequest, match="not a number"):
+            llm.generate([[*beginning, 13, *[20] * 30]], sampling)
+        for _ in range(2):
+            found = llm.generate([[*beginning, 20]], sampling)
+            assert [output.outputs[0].token_ids for output in found] == alone
+        assert llm.status().prefix_hits > 0  # the second time
+
+
 def _without(name: str) -> Callable[[Path], None]:
     return lambda folder: [path.unlink() for path in folder.glob(name)] and None
 

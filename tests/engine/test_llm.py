@@ -147,13 +147,37 @@ def test_an_aborted_request_ends_with_finished_and_reason_abort(llm: LLM) -> Non
     llm.abort("never heard of")
 
 
-def test_a_receiver_that_raises_loses_its_own_request_alone(llm: LLM) -> None:
+def test_the_garbage_collector_drops_a_stream_wherever_a_thread_is(llm: LLM) -> None:
+    handle = llm.stream("abc", sampling=ENDLESS)
+    next(handle)
+
+    def collect() -> None:
+        nonlocal handle
+        with llm._client._lock:  # as when it runs within a line of the client's own
+            del handle
+
+    _in_thread(collect).join(PATIENCE_S)
+    assert not llm._client._lock.locked()
+    _wait_until_idle(llm)
+
+
+def test_more_prompts_than_the_queue_holds_are_all_answered(llm: LLM, tiny: Path) -> None:
+    prompts = _prompts(24, 20)
+    with LLM(str(tiny), **{**CONFIG, "max_num_seqs": 2, "max_queue": 3}) as small:
+        assert _tokens(small.generate(prompts, GREEDY)) == _tokens(llm.generate(prompts, GREEDY))
+        blocker = small.submit(Submit(id="other's", token_ids=[5], sampling=ENDLESS), lambda event: None)
+        assert blocker is None
+        assert _tokens(small.generate(prompts[:9], GREEDY)) == _tokens(llm.generate(prompts[:9], GREEDY))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_a_receiver_that_raises_loses_its_own_request_alone(llm: LLM, error: type[BaseException]) -> None:
     alone = _tokens(llm.generate([[5, 6]], GREEDY))
     called = threading.Event()
 
     def receiver(event: Any) -> None:
         called.set()
-        raise RuntimeError("the receiver's own fault")
+        raise error("the receiver's own fault")
 
     llm.submit(Submit(id="badly received", token_ids=[7], sampling=ENDLESS), receiver)
     assert _tokens(llm.generate([[5, 6]], GREEDY)) == alone

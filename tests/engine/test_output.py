@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from phalanx import LLM, SamplingParams
+from phalanx import LLM, InvalidRequest, SamplingParams
 from phalanx.engine.llm import CompletionOutput
 from phalanx.engine.messages import Delta, Event, Finished, Submit
 from phalanx.engine.output import OutputProcessor, StopStrings
@@ -149,6 +150,33 @@ def test_messages_are_encoded_as_transformers_chat_template_encodes_them(
     assert ours.encode_messages(messages) == expected
 
 
+def test_a_content_of_text_parts_is_the_text_where_the_template_knows_no_parts(
+    smollm2_tokenizers: tuple[Tokenizer, Any],
+) -> None:
+    ours, _ = smollm2_tokenizers
+    parts = [{"type": "text", "text": "Hello,"}, {"type": "text", "text": "how are you?"}]
+    whole = ours.encode_messages([{"role": "user", "content": "Hello,\nhow are you?"}])
+    assert ours.encode_messages([{"role": "user", "content": parts}]) == whole
+    for part in ({"type": "image_url", "image_url": {"url": "x"}}, "text", {"type": "text", "text": 3}, {}):
+        with pytest.raises(InvalidRequest, match="content part"):
+            ours.encode_messages([{"role": "user", "content": [part]}])
+
+
+def test_a_template_that_knows_parts_gets_them(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "parts")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    ours = Tokenizer(folder)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert ours.encode_messages([{"role": "user", "content": parts}]) == ours.encode("[a][b]")
+    assert ours.encode_messages([{"role": "user", "content": "c"}]) == ours.encode("c")
+
+
 # ---- stop strings
 
 
@@ -162,6 +190,35 @@ def _feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], str | N
             return shown, stop
     text, stop = strings.feed("", last=True)
     return [*shown, text], stop
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
+    st.lists(st.text("abc", max_size=3), max_size=8),
+    st.lists(st.text("abc", max_size=3), max_size=8),
+)
+def test_a_stop_string_that_ends_before_min_tokens_is_text_and_one_that_ends_after_it_stops(
+    stops: list[str], early: list[str], late: list[str]
+) -> None:
+    strings, shown, stop = StopStrings(tuple(stops)), "", None
+    for piece, too_early in [*((piece, True) for piece in early), *((piece, False) for piece in late)]:
+        text, stop = strings.feed(piece, too_early=too_early)
+        shown += text
+        if stop is not None:
+            break
+    if stop is None:
+        shown += strings.feed("", last=True)[0]
+    whole, boundary = "".join(early + late), len("".join(early))
+    # After each late piece the text is looked through; of what it completes, the first to be complete stops.
+    length, expected = boundary, (whole, None)
+    for piece in late:
+        length += len(piece)
+        seen = whole[:length]
+        ends = [(place + len(s), place, s) for s in stops for place in range(length) if seen.startswith(s, place)]
+        if found := sorted(end for end in ends if end[0] > boundary):
+            expected = whole[: found[0][1]], found[0][2]
+            break
+    assert (shown, stop) == expected
 
 
 @pytest.mark.parametrize(

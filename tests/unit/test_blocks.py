@@ -104,6 +104,19 @@ def test_a_shared_block_is_free_only_after_its_last_holder_released_it() -> None
     pool.check_integrity([])
 
 
+def test_what_is_forgotten_is_matched_no_more_unless_somebody_else_holds_it() -> None:
+    pool = BlockPool(3)
+    blocks, prefix = filled(pool, [1, 2])
+    pool.acquire(blocks)
+    pool.release(blocks, forget=True)
+    assert pool.match(prefix.digests, 1) == blocks
+    pool.check_integrity([("b", blocks, prefix)])
+    pool.release(blocks, forget=True)
+    assert pool.match(prefix.digests, 1) == []
+    assert pool.available == 3
+    pool.check_integrity([])
+
+
 def test_a_released_block_stays_matchable_until_it_is_evicted() -> None:
     pool = BlockPool(2)
     blocks, prefix = filled(pool, [1, 2])

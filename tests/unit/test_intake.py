@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from phalanx import EngineConfig, InvalidRequest, SamplingParams
+from phalanx import CheckpointError, EngineConfig, InvalidRequest, SamplingParams
 from phalanx.engine.intake import Intake, sampling_defaults
 from phalanx.engine.messages import Submit
 from phalanx.engine.models.spec import ModelSpec, RopeSpec
@@ -21,7 +21,13 @@ SPEC = ModelSpec(
 
 
 class _Words:
-    """A tokenizer that knows numbers; the last one is outside the model's vocabulary."""
+    """A tokenizer that knows numbers; the last one is outside the model's vocabulary. 91 is the special token <end>."""
+
+    def __init__(self, eos_token_id: int | None = None) -> None:
+        self.eos_token_id = eos_token_id
+
+    def special_token_id(self, text: str) -> int | None:
+        return {"<end>": 91, "<beyond>": 100}.get(text)
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -30,9 +36,9 @@ class _Words:
         return [3, *(token for message in messages for token in self.encode(message["content"])), 4]
 
 
-def _intake(generation: dict[str, Any] | None = None, **config: Any) -> Intake:
+def _intake(generation: dict[str, Any] | None = None, eos: int | None = None, **config: Any) -> Intake:
     values = {"model": "m", "max_num_seqs": 4, "max_num_batched_tokens": 8, **config}
-    return Intake(EngineConfig.from_dict(values), SPEC, _Words(), generation or {}, 32)  # type: ignore[arg-type]
+    return Intake(EngineConfig.from_dict(values), SPEC, _Words(eos), generation or {}, 32)  # type: ignore[arg-type]
 
 
 def _accept(intake: Intake, **fields: Any) -> Any:
@@ -72,9 +78,48 @@ def test_max_tokens_falls_back_to_generation_config_and_then_to_the_context() ->
     assert _accept(_intake()).max_tokens == 32
 
 
+def test_a_stop_string_that_is_a_special_token_stops_at_that_token() -> None:
+    request = _accept(_intake(), sampling=SamplingParams(stop=("<end>", "<beyond>", "text"), stop_token_ids=(5,)))
+    assert request.stop_token_ids == {5, 91}
+    assert request.samplings[0].end_token_ids == (5, 7, 91)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sample"),
+    [
+        ("eos_token_id", 258.0, None),
+        ("eos_token_id", ["258"], None),
+        ("eos_token_id", [None], None),
+        ("eos_token_id", [True], None),
+        ("eos_token_id", -1, None),
+        ("eos_token_id", {"a": 1}, None),
+        ("temperature", -0.5, True),
+        ("temperature", float("nan"), True),
+        ("temperature", [1], True),
+        ("top_k", 1.5, True),
+        ("top_p", 0, True),
+        ("min_p", "0.1", True),
+        ("repetition_penalty", 0.0, None),
+        ("max_new_tokens", 0, None),
+        ("max_new_tokens", 1e9, None),
+        ("do_sample", "yes", "yes"),
+    ],
+)
+def test_what_no_request_may_ask_a_generation_config_may_not_either(field: str, value: Any, sample: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"^generation_config.json: {field}="):
+        _intake({field: value, "do_sample": sample})
+
+
+def test_a_generation_configs_zero_is_a_value() -> None:
+    assert sampling_defaults({"do_sample": True, "temperature": 0, "top_k": 0}) == {"temperature": 0, "top_k": 0}
+
+
 def test_end_of_sequence_comes_from_generation_config_if_it_names_any() -> None:
     assert _accept(_intake()).eos_token_ids == {7}
     assert _accept(_intake({"eos_token_id": [8, 9]})).eos_token_ids == {8, 9}
+    # A chat's fine-tuning may have changed the tokenizer's alone; what is outside the vocabulary is never sampled.
+    assert _accept(_intake({"eos_token_id": 8}, eos=9)).eos_token_ids == {8, 9}
+    assert _accept(_intake({"eos_token_id": [8, 100]}, eos=101)).eos_token_ids == {8}
     ignoring = _accept(_intake(), sampling=SamplingParams(ignore_eos=True, stop_token_ids=(5,)))
     assert (ignoring.eos_token_ids, ignoring.stop_token_ids) == (set(), {5})
     assert ignoring.samplings[0].end_token_ids == (5,)

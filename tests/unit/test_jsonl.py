@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from pathlib import Path
@@ -197,10 +198,42 @@ def test_clearing_drops_what_an_earlier_run_wrote(tmp_path: Path) -> None:
     assert path.read_text() == '{"id":1}\n'
 
 
+def test_a_line_without_a_seed_gets_its_own_whatever_was_answered_before() -> None:
+    text = "".join(json.dumps({"id": i, "prompt": "x"}) + "\n" for i in range(8))
+    text += '{"id": "own", "prompt": "x", "sampling": {"seed": 5}}'
+
+    def seeds(**options: Any) -> dict[Any, int | None]:
+        items = read(text, **options)
+        return {item.id: item.submit.sampling.seed for item in items if isinstance(item, LineRequest)}
+
+    whole = seeds(seed=0)
+    assert len(set(whole.values())) == 9
+    assert whole["own"] == 5
+    assert seeds(seed=0, done={str(i) for i in range(4)}) == {name: whole[name] for name in (4, 5, 6, 7, "own")}
+    assert not set(seeds(seed=1).values()) & (set(whole.values()) - {5}) - {5}
+    assert set(seeds().values()) == {None, 5}
+
+
 def test_blank_lines_are_not_counted(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("a\n\n  \nb")
     assert count_requests(path) == 2
+    path.write_bytes(codecs.BOM_UTF8 + b"\na\n")
+    assert count_requests(path) == 1
+
+
+def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_line() -> None:
+    data = (
+        codecs.BOM_UTF8
+        + b'{"id": "a", "prompt": "x"}\r\n\r\n{"id": "b", "prompt": "y"}\r\n  \r\n{"id": 3, "prompt": "z"}'
+    )
+    assert [item.id for item in read(data) if isinstance(item, LineRequest)] == ["a", "b", 3]
+
+
+def test_a_null_in_a_lines_sampling_leaves_the_default() -> None:
+    item = read('{"id": 1, "prompt": "x", "sampling": {"n": null, "top_k": null}}', SamplingParams(n=2, top_k=7))[0]
+    assert isinstance(item, LineRequest)
+    assert (item.submit.sampling.n, item.submit.sampling.top_k) == (2, 7)
 
 
 def test_the_answers_of_requests_computed_side_by_side_are_shown_one_after_the_other() -> None:

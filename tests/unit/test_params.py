@@ -49,7 +49,7 @@ def test_a_number_out_of_range_is_refused_by_name_value_and_range(field: str, va
         ("max_tokens", True),
         ("temperature", "hot"),
         ("top_k", "5"),
-        ("n", None),
+        ("n", "2"),
         ("stop", 3),
         ("stop", [3]),
         ("stop", ["ok", ""]),
@@ -97,6 +97,11 @@ def test_what_users_write_becomes_the_stored_form() -> None:
     assert SamplingParams.from_dict({"stop": "END", "logit_bias": {"7": 1}}) == SamplingParams(
         stop=("END",), logit_bias={7: 1}
     )
+
+
+@pytest.mark.parametrize("field", SamplingParams.__struct_fields__)
+def test_null_is_as_good_as_no_value(field: str) -> None:
+    assert SamplingParams(**{field: None}) == SamplingParams.from_dict({field: None}) == SamplingParams()
 
 
 @given(

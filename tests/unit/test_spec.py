@@ -17,6 +17,7 @@ from phalanx.engine.models.spec import (
     position_limit,
     read_config,
     spec_from_config,
+    window_words,
 )
 from phalanx.launch.presets import load_preset, presets
 from phalanx.parallel.partition import partition
@@ -154,6 +155,9 @@ def test_positions_before_scaling_are_multiplied_and_those_after_it_are_not() ->
     assert limit(type="linear", factor=2.5) == 81920
     assert limit(type="dynamic", factor=2.0) == 65536
     assert limit(type="yarn", **YARN) == limit(type="llama3", **LLAMA3) == 32768
+    # The cards of Qwen2.5 and QwQ: max_position_embeddings stays as it was.
+    assert limit(type="yarn", factor=4.0, original_max_position_embeddings=32768) == limit(type="yarn", factor=4.0)
+    assert limit(type="yarn", factor=4.0) == 131072
     assert position_limit(spec_from_config(QWQ, "folder")) == 32768
 
 
@@ -231,8 +235,7 @@ def test_the_makers_sampling_advice_comes_with_qwq_32b_alone() -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
         ({"eos_token_id": ["end"]}, "eos_token_id="),
         ({"hidden_act": "gelu"}, "gelu.*silu"),
-        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 64}, "use_sliding_window"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, "sliding_window=0"),
         ({"layer_types": "all", "use_sliding_window": True}, "layer_types='all'"),
         ({"rope_scaling": {"type": "longrope"}}, r"longrope.*default, linear, dynamic, yarn, llama3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor=None"),
@@ -254,6 +257,15 @@ def test_a_qwen_without_its_kv_heads_is_refused() -> None:
     fields = {name: value for name, value in QWQ.items() if name != "num_key_value_heads"}
     with pytest.raises(ConfigError, match="num_key_value_heads=None"):
         spec_from_config(fields, "folder")
+
+
+def test_where_attention_slides_a_sequence_ends_with_the_window() -> None:
+    sliding = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 64}
+    for change, limit in (({}, 4096), ({"sliding_window": 100}, 100), ({"sliding_window": 10**6}, 32768)):
+        spec = spec_from_config({**QWQ, **sliding, **change}, "folder")
+        assert position_limit(spec) == limit
+        assert str(spec.attention_window) in window_words(spec)
+    assert window_words(spec_from_config(QWQ, "folder")) == ""
 
 
 @pytest.mark.parametrize(
