@@ -103,22 +103,24 @@ class BlockPool:
                 del self._evictable[block]
             self._references[block] += 1
 
-    def release(self, blocks: list[int], forget: bool = False) -> None:
-        """Give back one hold on each block of a table. Its tail counts as less recently used: it is evicted first.
-
-        With `forget` nobody matches a block any more that nobody else holds: what is in it may be no numbers.
-        """
+    def release(self, blocks: list[int]) -> None:
+        """Give back one hold on each block of a table. Its tail counts as less recently used: it is evicted first."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
                 digest = self._digests[block]
-                if forget and digest is not None:
-                    del self._cached[digest]
-                    digest = self._digests[block] = None
                 if digest is None:
                     self._blank.append(block)
                 else:
                     self._evictable[block] = digest
+
+    def forget(self, blocks: list[int]) -> None:
+        """Let nobody match what one holder alone has of these blocks any more: what is in it may be no numbers."""
+        for block in blocks:
+            digest = self._digests[block]
+            if digest is not None and self._references[block] == 1:
+                del self._cached[digest]
+                self._digests[block] = None
 
     def publish(self, block: int, digest: bytes) -> None:
         """Let others match a block whose KV is computed in full. A digest that another block serves stays with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 
 from ..parallel.collectives.agree import exchange, exchange_texts
 from ..parallel.group import Group
+from ..parallel.safetensors_files import LoadError, hold_the_same, locate_tensors
 from ..parallel.topology import format_cpu_list
 from .binding import Binding
 from .config import EngineConfig
@@ -43,6 +45,9 @@ class Engine:
         self.config, self.group = config, group
         folder = resolve_model(config.model)
         spec = spec_from_config(read_config(folder), str(folder))
+        self._untied = config.load_format != "dummy" and has_own_head(spec, folder)
+        if self._untied:
+            spec = dataclasses.replace(spec, tied_embeddings=False)
         tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
         self.worker = Worker(config, spec, folder, group, on_progress, binding)
         self._threads = [threads for [threads] in exchange(group.host, [self.worker.binding.threads])]
@@ -102,9 +107,14 @@ class Engine:
             control=self.group.control,
             transport=transport,
             ranks=self.group.size,
-            report=[*self._report(), *filter(None, [window_words(spec)]), intake.defaults_report],
+            report=[*self._report(), *self._surprises(spec), intake.defaults_report],
             heartbeat_s=config.timeout_s / 4,
         )
+
+    def _surprises(self, spec: ModelSpec) -> list[str]:
+        """What is done otherwise than config.json says."""
+        untied = "the checkpoint's lm_head is not its embeddings: it is used, although tie_word_embeddings is true"
+        return [words for words in (untied if self._untied else "", window_words(spec)) if words]
 
     def _report(self) -> list[str]:
         group, worker, capacity = self.group, self.worker, self.worker.capacity
@@ -120,6 +130,18 @@ class Engine:
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",
         ]
+
+
+def has_own_head(spec: ModelSpec, folder: Path) -> bool:
+    """Whether a model whose embeddings are tied to its head stores another head, which transformers then uses too."""
+    if not spec.tied_embeddings:
+        return False
+    try:
+        stored = locate_tensors(folder)
+    except LoadError:
+        return False  # the loading of the weights says what is wrong
+    embeddings, head = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
+    return embeddings is not None and head is not None and not hold_the_same(embeddings, head)
 
 
 class EngineThread:

@@ -96,9 +96,10 @@ class Intake:
                 f"{given[0]} needs a tokenizer, and the engine was started without one: send token_ids"
             )
         elif submit.prompt is not None:
-            tokens = self._tokenizer.encode(submit.prompt)
+            tokens = self._tokenizer.encode(submit.prompt, self._max_model_len - 1)
         else:
-            tokens = self._tokenizer.encode_messages(submit.messages) if submit.messages else []
+            limit = self._max_model_len - 1
+            tokens = self._tokenizer.encode_messages(submit.messages, limit) if submit.messages else []
         if not tokens:
             raise InvalidRequest(f"the {given[0]} is empty: it must hold at least 1 token")
         self._check_tokens(given[0], tokens)

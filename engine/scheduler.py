@@ -160,21 +160,18 @@ class Scheduler:
         return chain
 
     def abort(self, request_id: str, forget: bool = False) -> list[SequenceUpdate]:
-        """End a request, also between schedule and commit. Returns an update for each sequence that this ended.
-
-        With `forget` nothing that it computed serves others: see BlockPool.release().
-        """
-        request = self._requests.get(request_id)
-        if request is None:
-            return []
-        now = self._clock()
-        unfinished = [sequence for sequence in request.sequences if sequence.status is not SequenceStatus.FINISHED]
-        for sequence in unfinished:
-            self._finish(sequence, "abort", None, now, forget)
-        return [
-            SequenceUpdate(request, sequence, [], None, "abort", None, sequence is unfinished[-1])
-            for sequence in unfinished
-        ]
+        """End a request, also between schedule and commit. Returns an update for each sequence that this ended. With
+        `forget` what it computed serves nobody else: see BlockPool.forget()."""
+        request, now = self._requests.get(request_id), self._clock()
+        updates: list[SequenceUpdate] = []
+        for sequence in [] if request is None else request.sequences:
+            if sequence.status is not SequenceStatus.FINISHED:
+                if forget:
+                    self._pool.forget(sequence.blocks)
+                self._finish(sequence, "abort", None, now)
+                last = sequence.request.unfinished == 0
+                updates.append(SequenceUpdate(sequence.request, sequence, [], None, "abort", None, last))
+        return updates
 
     def finish(self, request_id: str, index: int, stop_reason: str | int | None) -> SequenceUpdate | None:
         """End one completion because of its text (a stop string); None if it had ended. Later tokens are dropped."""
@@ -185,11 +182,9 @@ class Scheduler:
         self._finish(sequence, "stop", stop_reason, self._clock())
         return SequenceUpdate(request, sequence, [], None, "stop", stop_reason, request.unfinished == 0)
 
-    def _finish(
-        self, sequence: Sequence, reason: str, stop_reason: str | int | None, now: float, forget: bool = False
-    ) -> None:
+    def _finish(self, sequence: Sequence, reason: str, stop_reason: str | int | None, now: float) -> None:
         if sequence.status is SequenceStatus.RUNNING:
-            self._vacate(sequence, forget)
+            self._vacate(sequence)
         else:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
         sequence.status = SequenceStatus.FINISHED
@@ -200,10 +195,10 @@ class Scheduler:
             del self._requests[request.id]
             self._queued.discard(request.id)
 
-    def _vacate(self, sequence: Sequence, forget: bool = False) -> None:
+    def _vacate(self, sequence: Sequence) -> None:
         """Take a running sequence's slot and blocks."""
         del self._running[bisect_left(self._running, sequence.order, key=_order)]
-        self._pool.release(sequence.blocks, forget)
+        self._pool.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         if sequence.chain is not None:
             for digest in sequence.chain.digests[sequence.computed // self.block_size :]:

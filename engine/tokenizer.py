@@ -12,6 +12,8 @@ Message = dict[str, Any]
 INCOMPLETE = "\ufffd"
 INCOMPLETE_BYTES = 3
 """Bytes, and so tokens, of an incomplete character at most. Some decoders show each as U+FFFD, others all as one."""
+USUAL_CHARACTERS = 8
+"""Of a token at most, in usual text."""
 WINDOW_TOKENS = 16
 """Tokens without whole text that are decoded together at most."""
 
@@ -48,15 +50,37 @@ class Tokenizer:
         self._special = frozenset(self._special_ids.values())
         self._takes_parts: bool | None = None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself."""
-        return list(self._tokenizer(text)["input_ids"])
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself.
 
-    def encode_messages(self, messages: list[Message]) -> list[int]:
+        Raises InvalidRequest for a long text whose beginning has more than `limit` tokens already.
+        """
+        return self._encode(text, True, limit)
+
+    def _encode(self, text: str, special: bool, limit: int | None) -> list[int]:
+        if limit is not None:
+            self._check_beginnings(text, limit)
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _check_beginnings(self, text: str, limit: int) -> None:
+        """To encode a text of many megabytes takes long; a beginning of it tells as well that it is too long."""
+        size = USUAL_CHARACTERS * limit
+        while size < len(text):
+            # Where it is cut, a character or word may be more tokens than in the whole.
+            count = len(self._tokenizer(text[:size], add_special_tokens=False)["input_ids"])
+            if count > limit + WINDOW_TOKENS:
+                raise InvalidRequest(
+                    f"the first {size} of {len(text)} characters have {count} tokens already; the prompt may have at "
+                    f"most {limit}: shorten it or raise max_model_len"
+                )
+            size *= 4
+
+    def encode_messages(self, messages: list[Message], limit: int | None = None) -> list[int]:
         """Token ids of a conversation, as transformers' apply_chat_template(add_generation_prompt=True) renders it.
 
         A content that is a list of text parts reaches a template that knows only text as their lines. Raises
-        InvalidRequest if the model has no chat template, the template refuses the messages, or a part is no text.
+        InvalidRequest if the model has no chat template, the template refuses the messages, or a part is no text; for
+        `limit` see encode().
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequest("messages were given, but the model's tokenizer has no chat template; send a prompt")
@@ -68,7 +92,7 @@ class Tokenizer:
         except Exception as error:
             # A template is the model's own program and may raise anything; the request fails, by name.
             raise InvalidRequest(f"the chat template refused the messages: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._encode(text, False, limit)
 
     def _render(self, messages: list[Message]) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

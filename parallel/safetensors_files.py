@@ -15,6 +15,8 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+COMPARED_BYTES = 16 * 2**20
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -99,6 +101,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             )
         stored[name] = StoredTensor(file, shape, dtype, FLOATS[dtype], offset=8 + length + begin)
     return stored
+
+
+def hold_the_same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are equal byte for byte, in shape and dtype too."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    left = math.prod(one.shape) * one.itemsize
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        while left > 0:
+            size = min(left, COMPARED_BYTES)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -14,7 +14,10 @@ import pytest
 import torch
 from phalanx import LLM, CapacityExceeded, CheckpointError, ConfigError, EngineConfig, InvalidRequest, SamplingParams
 from phalanx.engine.messages import Submit
+from phalanx.launch.random_model import make_random_model
 from phalanx.tests.engine.conftest import CONFIG
+from phalanx.tests.models import TINY_SHAPE, score
+from safetensors.torch import load_file, save_file
 
 BESIDE = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 
@@ -199,6 +202,30 @@ def test_a_prompt_that_overflows_at_one_token_leaves_nothing_to_those_that_begin
             found = llm.generate([[*beginning, 20]], sampling)
             assert [output.outputs[0].token_ids for output in found] == alone
         assert llm.status().prefix_hits > 0  # the second time
+
+
+def test_a_head_that_is_stored_beside_tied_embeddings_is_used_if_it_is_another(tmp_path: Path) -> None:
+    folder = make_random_model(tmp_path / "tied", {**TINY_SHAPE, "tie_word_embeddings": True}, dtype="float32")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    prompt, sampling = [5, 6, 7, 8], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+    def answer() -> tuple[list[int], bool]:
+        with LLM(str(folder), **CONFIG) as llm:
+            said = any("lm_head" in line for line in llm.status().report)
+            return llm.generate([prompt], sampling)[0].outputs[0].token_ids, said
+
+    tied, said = answer()
+    assert not said
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embeddings.clone()}, file, {"format": "pt"})
+    assert answer() == (tied, False)
+    save_file({**tensors, "lm_head.weight": embeddings.roll(1, 0)}, file, {"format": "pt"})
+    untied, said = answer()
+    assert said
+    assert untied != tied
+    whole = [*prompt, *untied]
+    assert untied == score(folder, whole[:-1]).logits[len(prompt) - 1 :].argmax(-1).tolist()
 
 
 def _without(name: str) -> Callable[[Path], None]:

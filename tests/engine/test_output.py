@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,28 @@ def test_a_template_that_knows_parts_gets_them(tiny: Path, tmp_path: Path) -> No
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert ours.encode_messages([{"role": "user", "content": parts}]) == ours.encode("[a][b]")
     assert ours.encode_messages([{"role": "user", "content": "c"}]) == ours.encode("c")
+
+
+def test_a_prompt_far_too_long_is_refused_by_its_beginning(smollm2_tokenizers: tuple[Tokenizer, Any]) -> None:
+    ours, _ = smollm2_tokenizers
+    word, limit = "hello ", 100
+    for count in (1, limit, 3 * limit):
+        text = word * count
+        tokens = ours.encode(text)
+        if len(tokens) <= limit:
+            assert ours.encode(text, limit) == tokens
+    started = time.process_time()
+    for encode in (
+        lambda: ours.encode(word * 1_000_000, limit),
+        lambda: ours.encode_messages([{"role": "user", "content": word * 1_000_000}], limit),
+    ):
+        with pytest.raises(
+            InvalidRequest, match=r"the first \d+ of \d+ characters have \d+ tokens already.*at most 100"
+        ):
+            encode()
+    assert time.process_time() - started < 1.0  # the whole takes many seconds
+    # What is few tokens for its length is looked at in growing beginnings, and taken.
+    assert ours.encode(" " * 1500, limit) == ours.encode(" " * 1500)
 
 
 # ---- stop strings

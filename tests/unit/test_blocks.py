@@ -108,10 +108,12 @@ def test_what_is_forgotten_is_matched_no_more_unless_somebody_else_holds_it() ->
     pool = BlockPool(3)
     blocks, prefix = filled(pool, [1, 2])
     pool.acquire(blocks)
-    pool.release(blocks, forget=True)
+    pool.forget(blocks)
+    pool.release(blocks)
     assert pool.match(prefix.digests, 1) == blocks
     pool.check_integrity([("b", blocks, prefix)])
-    pool.release(blocks, forget=True)
+    pool.forget(blocks)
+    pool.release(blocks)
     assert pool.match(prefix.digests, 1) == []
     assert pool.available == 3
     pool.check_integrity([])

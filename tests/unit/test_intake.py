@@ -29,10 +29,10 @@ class _Words:
     def special_token_id(self, text: str) -> int | None:
         return {"<end>": 91, "<beyond>": 100}.get(text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def encode_messages(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_messages(self, messages: list[dict[str, Any]], limit: int | None = None) -> list[int]:
         return [3, *(token for message in messages for token in self.encode(message["content"])), 4]
 
 
