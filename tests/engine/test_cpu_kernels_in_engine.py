@@ -21,6 +21,12 @@ from phalanx.tests.models import TINY_SHAPE
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+KERNELS = [
+    name
+    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx2", "portable")
+    if cpu.native is not None and cpu.native.can_run(name)
+]
+"""Instruction sets that this machine can run."""
 TEXT = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text()
 
 
@@ -35,13 +41,11 @@ def _worker(folder: Path, **config: Any) -> Worker:
     return Worker(settings, spec, folder, local_group(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("kernels", ["avx512_amx", "emulated_amx", cpu.native and cpu.native.kernels()])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("changes", [{}, {"hidden_size": 96, "intermediate_size": 48}, {"intermediate_size": 200}])
 def test_layers_in_one_piece_have_the_bits_of_parts_one_by_one(
     tmp_path: Path, kernels: str, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not cpu.native.can_run(kernels):
-        pytest.skip(f"this processor cannot run {kernels}")
     shape = {**TINY_SHAPE, "initializer_range": 0.2, "num_hidden_layers": 3, **changes}
     folder = make_random_model(tmp_path / "model", shape, dtype="bfloat16")
     tokens = [7 * i % 250 for i in range(130)]
