@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -221,7 +222,7 @@ class LLM:
         builders = {submit.id: OutputBuilder(submit.sampling.n) for submit in submits}
         outputs: dict[str, RequestOutput] = {}
         by_id = {submit.id: submit for submit in submits}
-        refused: list[Submit] = []  # the queue was full; they are sent again as others end
+        refused: deque[Submit] = deque()  # the queue was full; they are sent again as others end
         try:
             for submit in submits:
                 self._client.submit(submit, events.put)
@@ -235,7 +236,7 @@ class LLM:
                 if output is not None:
                     outputs[output.id] = output
                 if refused and (output is not None or event is None):
-                    self._client.submit(refused.pop(), events.put)
+                    self._client.submit(refused.popleft(), events.put)
         finally:
             for submit in submits:
                 if submit.id not in outputs:
