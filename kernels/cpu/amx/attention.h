@@ -27,6 +27,14 @@ INLINE vf power_of_two(vf x) {
     return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
 }
 
+// A tile's scores, and what follows from them: of all rows of one row block or two.
+struct TileScores {
+    float* scores;   // (rows, kTileKeys)
+    bf16* weights;   // the same
+    float* largest;  // (rows,) so far, scaled
+    float* shrink;   // (rows,) what sums so far are to be multiplied by
+};
+
 // Sums over the keys of a segment. As Running in attend.h, in powers of two: most has log2(e) in it; but a row's weight
 // is sixteen sums, of every sixteenth key each.
 struct TileSums {
@@ -42,16 +50,12 @@ struct TileStep {
     int key, count, width;  // the first key, keys, and these rounded up to whole tiles
     bool first;             // of its segment
     TileSums segment;
-    float* scores;  // (rows, kTileKeys)
-    bf16* weights;  // the same
-    float* now;     // (rows,) the largest score so far, scaled
-    float* shrink;  // (rows,) what sums so far are to be multiplied by
 };
 
 // One row's largest score, and what follows from it.
-INLINE void find_largest(const TileStep& step, int row, int visible, float scale) {
+INLINE void find_largest(const TileStep& step, const TileScores& of, int row, int visible, float scale) {
     const int i = row - step.start, width = step.width;
-    float* scores = step.scores + i * kTileKeys;
+    float* scores = of.scores + i * kTileKeys;
     if (visible < width) {
         const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int k = std::max(visible, 0) / 16 * 16; k < width; k += 16)
@@ -65,25 +69,25 @@ INLINE void find_largest(const TileStep& step, int row, int visible, float scale
     const float before = step.first ? kMinusInfinity : step.segment.most[row];
     const float largest = std::max(before, max_of(larger(most0, most1)) * scale);
     step.segment.most[row] = largest;
-    step.now[i] = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
-    step.shrink[i] = largest == before ? 1.0f : power_of_two(splat(before - step.now[i]))[0];
+    of.largest[i] = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
+    of.shrink[i] = largest == before ? 1.0f : power_of_two(splat(before - of.largest[i]))[0];
 }
 
 // One row's scores to weights.
-INLINE void make_weights(const TileStep& step, int row, float scale) {
+INLINE void make_weights(const TileStep& step, const TileScores& of, int row, float scale) {
     const int i = row - step.start, width = step.width;
-    const float *scores = step.scores + i * kTileKeys, now = step.now[i];
-    bf16* weights = step.weights + i * kTileKeys;
+    const float *scores = of.scores + i * kTileKeys, largest = of.largest[i];
+    bf16* weights = of.weights + i * kTileKeys;
     vf total0{}, total1{};
     for (int k = 0; k < width; k += 32) {
-        const vf w0 = power_of_two(fused(load(scores + k), splat(scale), splat(-now)));
-        const vf w1 = power_of_two(fused(load(scores + k + 16), splat(scale), splat(-now)));
+        const vf w0 = power_of_two(fused(load(scores + k), splat(scale), splat(-largest)));
+        const vf w1 = power_of_two(fused(load(scores + k + 16), splat(scale), splat(-largest)));
         total0 += w0;
         total1 += w1;
         store_pair(weights + k, w0, w1);
     }
     float* weight = step.segment.weight + row * 16;
-    store(weight, step.first ? total0 + total1 : fused(load(weight), splat(step.shrink[i]), total0 + total1));
+    store(weight, step.first ? total0 + total1 : fused(load(weight), splat(of.shrink[i]), total0 + total1));
 }
 
 // A task's memory, and what it does with a tile of keys. Sums begin anew every kSplitKeys keys, and the pieces are
@@ -101,8 +105,7 @@ struct TileAttention {
     int64_t all_rows;
     float scale;
     char *queries, *values, *keys;  // as tiles
-    float *scores, *largest, *shrink;
-    bf16* weights;
+    TileScores tile;                // of the step that is computed
     TileSums first_segment;
 
     TileAttention(const Attention& job, int number) : job(job), task(view(job, number)) {
@@ -140,10 +143,8 @@ struct TileAttention {
         queries = parts[0];
         values = parts[1];
         keys = parts[2];
-        scores = reinterpret_cast<float*>(parts[3]);
-        weights = reinterpret_cast<bf16*>(parts[4]);
-        largest = reinterpret_cast<float*>(parts[5]);
-        shrink = reinterpret_cast<float*>(parts[6]);
+        tile = {reinterpret_cast<float*>(parts[3]), reinterpret_cast<bf16*>(parts[4]),
+                reinterpret_cast<float*>(parts[5]), reinterpret_cast<float*>(parts[6])};
         first_segment = {reinterpret_cast<float*>(parts[7]), reinterpret_cast<float*>(parts[8]),
                          reinterpret_cast<float*>(parts[9])};
         std::fill_n(first_segment.most, segments * all_rows, kMinusInfinity);
@@ -218,10 +219,6 @@ struct TileAttention {
         step.width = static_cast<int>(ceil_div(count, 32)) * 32;
         step.first = (key - task.first_key) % kSplitKeys == 0;
         step.segment = segment_of(key);
-        step.scores = scores;
-        step.weights = weights;
-        step.now = largest;
-        step.shrink = shrink;
         return step;
     }
 
@@ -233,7 +230,7 @@ struct TileAttention {
         const int64_t block_bytes = block_rows * dim_tiles * kTileRowBytes;
         const TilesOfA a{queries + step.first_block * block_bytes, int64_t{block_rows} * kTileRowBytes, kTileRowBytes,
                          block_bytes};
-        const TilesOfC c{reinterpret_cast<char*>(step.scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4,
+        const TilesOfC c{reinterpret_cast<char*>(tile.scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4,
                          128};
         Ahead ahead;
         if (step.first_block == 0) {
@@ -254,8 +251,8 @@ struct TileAttention {
 
     void soften(const TileStep& step) const {
         for (int row = step.start; row < step.end; ++row)
-            find_largest(step, row, std::min(visible_to(row, step.key), step.count), scale);
-        for (int row = step.start; row < step.end; ++row) make_weights(step, row, scale);
+            find_largest(step, tile, row, std::min(visible_to(row, step.key), step.count), scale);
+        for (int row = step.start; row < step.end; ++row) make_weights(step, tile, row, scale);
     }
 
     // Adds the values times the step's weights to its rows' sums.
@@ -263,10 +260,10 @@ struct TileAttention {
         constexpr int64_t kPanelBytes = kTileKeys / 32 * kTileBytes;
         float* sums = step.segment.sums + step.start * width;
         for (int i = 0; !step.first && i < step.end - step.start; ++i) {
-            if (step.shrink[i] == 1.0f) continue;
-            for (int64_t d = i * width; d < (i + 1) * width; d += 16) store(sums + d, load(sums + d) * step.shrink[i]);
+            if (tile.shrink[i] == 1.0f) continue;
+            for (int64_t d = i * width; d < (i + 1) * width; d += 16) store(sums + d, load(sums + d) * tile.shrink[i]);
         }
-        const TilesOfA a{reinterpret_cast<const char*>(step.weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
+        const TilesOfA a{reinterpret_cast<const char*>(tile.weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
         const auto nothing = [] {};
         const int panels = dim / 16;
         for (int d = 0; d < panels;) {
