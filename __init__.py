@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.client.llm import LLM, AsyncLLM
     from .engine.config import EngineConfig
     from .engine.errors import (
         CapacityExceeded,
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
         PhalanxError,
         Timeout,
     )
-    from .engine.llm import LLM, AsyncLLM
-    from .engine.params import SamplingParams
+    from .engine.protocol.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "llm",
-    "AsyncLLM": "llm",
-    "SamplingParams": "params",
+    "LLM": "client.llm",
+    "AsyncLLM": "client.llm",
+    "SamplingParams": "protocol.sampling_params",
     "EngineConfig": "config",
     "PhalanxError": "errors",
     "InvalidRequest": "errors",

@@ -49,8 +49,8 @@ def measure_steps(options: Options, world: Any) -> dict[str, list[float]]:
 
     import torch
     from phalanx.engine.config import EngineConfig
+    from phalanx.engine.execution.worker import Worker
     from phalanx.engine.models.spec import read_config, spec_from_config
-    from phalanx.engine.worker import Worker
     from phalanx.parallel.collectives.shared_memory import SharedMemoryCollectives
     from phalanx.parallel.group import adopt_group
 
@@ -245,6 +245,6 @@ def check(options: Options) -> list[int]:
 
 
 if __name__ == "__main__":
-    from phalanx.benchmarks.common import run
+    from phalanx.benchmarks.lab.common import run
 
     run(Options, measure)

@@ -8,7 +8,7 @@ how fast it is next. The figures are medians over the rounds, and a ratio is the
 where the machine is too noisy to tell, it says so instead (peers/verdict.py). The limits are this machine's, measured
 before and after the rounds, and the rates of memory and of tiles before and after each run too, for on a shared host
 they change from minute to minute. share_of_limit counts the bytes that an engine's weights take, share_of_bf16_limit
-two a weight. The last line is JSON. benchmarks/peers/install.py installs the peers.
+two a weight. The last line is JSON. benchmarks/lab/peers/install.py installs the peers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phalanx.benchmarks.common import ROOT, model_folder, percentiles, run
+from phalanx.benchmarks.lab.common import ROOT, model_folder, percentiles, run
+from phalanx.benchmarks.lab.peers.engines import Planned, Sizes, plan_peers, plan_phalanx
+from phalanx.benchmarks.lab.peers.plot import chart, document
+from phalanx.benchmarks.lab.peers.process import EngineProcess
+from phalanx.benchmarks.lab.peers.programs.program import Case, read_case
+from phalanx.benchmarks.lab.peers.verdict import Outcomes, judge, lines
+from phalanx.benchmarks.lab.rates import measure_now
 from phalanx.benchmarks.latency import whole_numbers
-from phalanx.benchmarks.peers.engines import Planned, Sizes, plan_peers, plan_phalanx
-from phalanx.benchmarks.peers.plot import chart, document
-from phalanx.benchmarks.peers.process import EngineProcess
-from phalanx.benchmarks.peers.program import Case, read_case
-from phalanx.benchmarks.peers.verdict import Outcomes, judge, lines
-from phalanx.benchmarks.rates import measure_now
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.models.spec import read_config, spec_from_config
 

@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phalanx.benchmarks.gpu_sections.children import Job, Sections, out_of_time, run_group, serve_job, this_program
-from phalanx.benchmarks.gpu_sections.goals import goals
+from phalanx.benchmarks.lab.gpu_sections.children import Job, Sections, out_of_time, run_group, serve_job, this_program
+from phalanx.benchmarks.lab.gpu_sections.goals import goals
 from phalanx.engine.errors import ConfigError
 
 QWQ, QWEN3 = FAMILIES = ("qwq_32b", "qwen3_0_6b")
@@ -159,7 +159,7 @@ class Results:
 def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
     import torch
-    from phalanx.benchmarks.gpu_sections.kernel_roles import describe
+    from phalanx.benchmarks.lab.gpu_sections.kernel_times.kernel_roles import describe
 
     options.check()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -207,11 +207,12 @@ def _outcome(
 def open_group(job: Job) -> Iterator[Sections]:
     """The functions that measure a group's sections, in its process."""
     import torch
-    from phalanx.benchmarks.gpu_sections import kernels, serving
-    from phalanx.benchmarks.gpu_sections.ceilings import measure_ceilings
-    from phalanx.benchmarks.gpu_sections.device import facts
-    from phalanx.benchmarks.gpu_sections.roofline import Ceilings
-    from phalanx.benchmarks.gpu_sections.shapes import shape_of
+    from phalanx.benchmarks.lab.gpu_sections import serving
+    from phalanx.benchmarks.lab.gpu_sections.device import facts
+    from phalanx.benchmarks.lab.gpu_sections.kernel_times import kernels
+    from phalanx.benchmarks.lab.gpu_sections.kernel_times.ceilings import measure_ceilings
+    from phalanx.benchmarks.lab.gpu_sections.kernel_times.roofline import Ceilings
+    from phalanx.benchmarks.lab.gpu_sections.shapes import shape_of
     from phalanx.kernels import cuda
 
     if job.interpret:
@@ -244,9 +245,9 @@ def open_group(job: Job) -> Iterator[Sections]:
 
 def _sections_alone(job: Job, folder: Path, device: Any, ceilings: Any, host_to_device: float | None) -> Sections:
     """Results of the groups that need no engine serving all of them; `folder` holds the family's config.json."""
-    from phalanx.benchmarks.gpu_sections import loading, one_rank, processes
-    from phalanx.benchmarks.gpu_sections.attention import measure_attention
-    from phalanx.benchmarks.gpu_sections.shapes import shape_of, two_ranks_shape
+    from phalanx.benchmarks.lab.gpu_sections import loading, one_rank, processes
+    from phalanx.benchmarks.lab.gpu_sections.kernel_times.attention import measure_attention
+    from phalanx.benchmarks.lab.gpu_sections.shapes import shape_of, two_ranks_shape
 
     shape, small = shape_of(job.family, job.tiny), two_ranks_shape().make_folder(folder.parent)
     stored = loading.loading_shape(shape, job.tiny)
@@ -283,6 +284,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--job"]:
         serve_job(sys.argv[2], open_group)
     else:
-        from phalanx.benchmarks.common import run
+        from phalanx.benchmarks.lab.common import run
 
         run(Options, measure)

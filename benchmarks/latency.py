@@ -17,7 +17,9 @@ from typing import Any
 
 from phalanx import LLM
 from phalanx.benchmarks import throughput
-from phalanx.benchmarks.common import model_folder, run
+from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.peers.engines import weight_bytes
+from phalanx.benchmarks.lab.rates import Limits, measure_limits
 from phalanx.benchmarks.limits import (
     Work,
     case_limit_tokens_per_s,
@@ -25,8 +27,6 @@ from phalanx.benchmarks.limits import (
     prefill_s,
     share,
 )
-from phalanx.benchmarks.peers.engines import weight_bytes
-from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 

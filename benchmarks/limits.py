@@ -14,8 +14,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phalanx.benchmarks.common import model_folder, run
-from phalanx.benchmarks.rates import Limits, measure_limits
+from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.rates import Limits, measure_limits
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from phalanx.benchmarks.common import run
+from phalanx.benchmarks.lab.common import run
+from phalanx.benchmarks.lab.rates import Limits, measure_limits
 from phalanx.benchmarks.latency import whole_numbers
 from phalanx.benchmarks.limits import share
-from phalanx.benchmarks.rates import Limits, measure_limits
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config

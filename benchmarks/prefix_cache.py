@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from phalanx import LLM, SamplingParams
-from phalanx.benchmarks.common import model_folder, run
-from phalanx.benchmarks.peers.program import random_prompts
+from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.peers.programs.program import random_prompts
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import read_config
 

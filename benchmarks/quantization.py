@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from phalanx import EngineConfig
-from phalanx.benchmarks.common import ROOT, run
+from phalanx.benchmarks.lab.common import ROOT, run
+from phalanx.engine.coordinator.tokenizer import Tokenizer
+from phalanx.engine.execution.worker import Worker
 from phalanx.engine.models.spec import read_config, spec_from_config
-from phalanx.engine.tokenizer import Tokenizer
-from phalanx.engine.worker import Worker
 from phalanx.parallel.group import local_group
 
 KV_INT8 = "kv_int8"

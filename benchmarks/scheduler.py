@@ -14,9 +14,9 @@ import statistics
 import sys
 import time
 
-from phalanx.engine.plan import SlotSampling, StepResult, encode
-from phalanx.engine.request import Request
-from phalanx.engine.scheduler import Scheduler
+from phalanx.engine.scheduling.request import Request
+from phalanx.engine.scheduling.scheduler import Scheduler
+from phalanx.engine.scheduling.step_plan import SlotSampling, StepResult, encode
 
 PROMPT = 128
 OUTPUT = 256

@@ -66,8 +66,8 @@ def start_once(config: dict[str, Any], prompt: list[int]) -> dict[str, float | N
 
 def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
-    from phalanx.benchmarks.common import model_folder
-    from phalanx.benchmarks.peers.program import random_prompts
+    from phalanx.benchmarks.lab.common import model_folder
+    from phalanx.benchmarks.lab.peers.programs.program import random_prompts
     from phalanx.engine.errors import ConfigError
     from phalanx.engine.models.spec import read_config
 
@@ -91,6 +91,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--first-token"]:
         print(json.dumps(first_token(*json.loads(sys.argv[2]))))
     else:
-        from phalanx.benchmarks.common import run
+        from phalanx.benchmarks.lab.common import run
 
         run(Options, measure)

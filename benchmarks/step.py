@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from phalanx.benchmarks.common import model_folder, run
+from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.peers.engines import weight_bytes
+from phalanx.benchmarks.lab.rates import Limits, measure_limits, measure_now
 from phalanx.benchmarks.latency import whole_numbers
 from phalanx.benchmarks.limits import (
     Work,
@@ -33,14 +35,12 @@ from phalanx.benchmarks.limits import (
     step_weight_bytes,
     token_flops,
 )
-from phalanx.benchmarks.peers.engines import weight_bytes
-from phalanx.benchmarks.rates import Limits, measure_limits, measure_now
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
+from phalanx.engine.execution.worker import Worker
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
-from phalanx.engine.plan import SlotSampling, SlotStart, StepPlan
-from phalanx.engine.worker import Worker
+from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan
 from phalanx.parallel.group import local_group
 from phalanx.parallel.residual import Residual
 

@@ -26,15 +26,15 @@ from typing import Any
 
 import msgspec
 from phalanx import LLM, EngineConfig, SamplingParams
-from phalanx.benchmarks.common import model_folder, percentiles, run
-from phalanx.benchmarks.peers.engines import HERE
-from phalanx.benchmarks.peers.process import EngineProcess
-from phalanx.benchmarks.peers.program import Case, random_prompts
-from phalanx.engine.client import to_error
+from phalanx.benchmarks.lab.common import model_folder, percentiles, run
+from phalanx.benchmarks.lab.peers.engines import HERE
+from phalanx.benchmarks.lab.peers.process import EngineProcess
+from phalanx.benchmarks.lab.peers.programs.program import Case, random_prompts
+from phalanx.engine.client.client import to_error
 from phalanx.engine.errors import ConfigError, InvalidRequest
-from phalanx.engine.messages import Delta, Event, Failed, Finished, Submit
 from phalanx.engine.models.spec import read_config
-from phalanx.launch.jsonl import BadLine, read_requests
+from phalanx.engine.protocol.messages import Delta, Event, Failed, Finished, Submit
+from phalanx.launch.cli.jsonl import BadLine, read_requests
 
 
 @dataclass

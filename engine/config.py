@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
-from .params import SEED_LIMIT, SamplingParams
+from .protocol.sampling_params import SEED_LIMIT, SamplingParams
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")

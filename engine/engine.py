@@ -11,27 +11,27 @@ from typing import Any
 
 import torch
 
-from ..parallel.collectives.agree import exchange, exchange_texts
+from ..parallel.collectives.rendezvous import exchange, exchange_texts
 from ..parallel.group import Group
-from ..parallel.safetensors_files import LoadError, hold_the_same, locate_tensors
-from ..parallel.topology import format_cpu_list
-from .binding import Binding
+from ..parallel.loading.safetensors_files import LoadError, hold_the_same, locate_tensors
+from ..parallel.topology.topology import format_cpu_list
 from .config import EngineConfig
-from .coordinator import Coordinator
+from .coordinator.coordinator import Coordinator
+from .coordinator.input_processor import Intake
+from .coordinator.tokenizer import Tokenizer, read_generation_config
 from .errors import CheckpointError, ConfigError
-from .hub import resolve_model
-from .intake import Intake
+from .execution.cpu_binding import Binding
+from .execution.worker import Progress, Worker, follow
+from .models.hub import resolve_model
 from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config, window_words
-from .scheduler import Scheduler
-from .tokenizer import Tokenizer, read_generation_config
-from .transport import Transport, ZmqTransport
-from .worker import Progress, Worker, follow
+from .protocol.transport import Transport, ZmqTransport
+from .scheduling.scheduler import Scheduler
 
 
 class Engine:
     """One rank of an engine. Every rank of the group makes one at the same time; rank 0 gives a transport.
 
-    A process that is this rank's alone gives its `binding` (engine/binding.py).
+    A process that is this rank's alone gives its `binding` (engine/execution/cpu_binding.py).
     """
 
     def __init__(

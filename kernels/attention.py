@@ -52,7 +52,7 @@ class AttentionBackend(ABC):
     default_block_size: int
     supports_graph: bool
     has_stack = False
-    """Whether parallel/stack.py takes this backend's plans and cache."""
+    """Whether parallel/fused_decoder.py takes this backend's plans and cache."""
     reason = ""
     """Why choose.choose_backend took it, in one line."""
 

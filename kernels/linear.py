@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from . import cpu
-from .memory import empty
+from .huge_pages import empty
 
 _STORE, _STORE_FLOAT, _ADD_FLOAT, _SILU_MUL = range(4)
 

@@ -7,19 +7,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..engine.client.llm import LLM
 from ..engine.config import EngineConfig
+from ..engine.coordinator.tokenizer import Message, Tokenizer
 from ..engine.errors import EngineStopped, PhalanxError
-from ..engine.hub import resolve_model
-from ..engine.llm import LLM
-from ..engine.messages import Delta, Finished, Submit
-from ..engine.tokenizer import Message, Tokenizer
-from .compose import Job
-from .program import run_program
-from .progress import loading_progress
-from .schema import Keys
-from .session import follow, open_llm, why_stopped
-from .show import write_stdout
-from .terminal import Terminal
+from ..engine.models.hub import resolve_model
+from ..engine.protocol.messages import Delta, Finished, Submit
+from .cli.compose import Job
+from .cli.display import write_stdout
+from .cli.program import run_program
+from .cli.schema import Keys
+from .cli.terminal import Terminal
+from .ranks.progress import loading_progress
+from .ranks.session import follow, open_llm, why_stopped
 
 ANSWER_TOKENS = 512
 """Room kept for an answer whose max_tokens is not set, though never more than a quarter of max_model_len."""

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from ..engine.client.llm import LLM, OutputBuilder
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineStopped, InvalidRequest, PhalanxError
-from ..engine.llm import LLM, OutputBuilder
-from ..engine.messages import Delta, Event, Finished, Status, Submit
-from .compose import Job
-from .jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, count_requests, read_done, read_requests
-from .process import Signalled
-from .program import run_program
-from .progress import loading_progress
-from .schema import Keys
-from .session import follow, open_llm, why_stopped
-from .show import AnswerStream, Display, ProgressBar, write_stdout
+from ..engine.protocol.messages import Delta, Event, Finished, Status, Submit
+from .cli.compose import Job
+from .cli.display import AnswerStream, Display, ProgressBar, write_stdout
+from .cli.jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, count_requests, read_done, read_requests
+from .cli.program import run_program
+from .cli.schema import Keys
+from .ranks.process import Signalled
+from .ranks.progress import loading_progress
+from .ranks.session import follow, open_llm, why_stopped
 
 WINDOW = 4
 """Requests under way, in multiples of max_num_seqs: enough that the engine never waits, few enough for any input."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..engine.config import unknown_name
 from ..engine.errors import ConfigError, PhalanxError
-from .presets import load_preset, presets
+from .cli.presets import load_preset, presets
 
 USAGE = """usage: python -m phalanx.launch.get_model WHAT [KEY=VALUE ...]
 
@@ -62,8 +62,8 @@ def load_shape(name: str) -> dict[str, Any]:
 
 def get_demo(folder: Path, dtype: str = "bfloat16", force: bool = False) -> bool:
     """Fetch and convert the demo model. Returns False if it is there already. Raises ConfigError without a network."""
-    from .gguf_model import convert_gguf
-    from .model_folder import is_made
+    from .model_files.gguf_model import convert_gguf
+    from .model_files.model_folder import is_made
 
     if not force and is_made(folder, {"made": "gguf", **DEMO_FILE, "dtype": dtype}):
         return False
@@ -116,9 +116,9 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
 
 def _run(options: Mapping[str, str]) -> tuple[Path, bool]:
     """The folder, and whether it was made (or was there already)."""
-    from .gguf_model import convert_gguf, gguf_origin
-    from .model_folder import is_made
-    from .random_model import make_random_model, random_origin
+    from .model_files.gguf_model import convert_gguf, gguf_origin
+    from .model_files.model_folder import is_made
+    from .model_files.random_model import make_random_model, random_origin
 
     dtype, force = options.get("dtype", "bfloat16"), _flag("force", options.get("force", "false"))
     if "demo" in options:

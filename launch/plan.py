@@ -23,9 +23,9 @@ from rich.table import Table
 from ..engine.config import EngineConfig, unknown_name
 from ..engine.errors import ConfigError, PhalanxError
 from ..engine.models.spec import ModelSpec, read_config, spec_from_config
-from .plan_table import GIB, Plan, Setup, make_plan, remedies, smallest_fit
-from .presets import load_preset, presets
-from .schema import describe_type, field_docs, parse_size
+from .cli.plan_table import GIB, Plan, Setup, make_plan, remedies, smallest_fit
+from .cli.presets import load_preset, presets
+from .cli.schema import describe_type, field_docs, parse_size
 
 MINIMUM_WIDTH = 100
 """Columns to print for at least: a terminal too narrow wraps lines, rather than numbers being cut."""

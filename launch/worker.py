@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.errors import ConfigError
-from .compose import Job
-from .program import run_program
-from .rank import serve_rank
-from .schema import Keys
+from .cli.compose import Job
+from .cli.program import run_program
+from .cli.schema import Keys
+from .ranks.rank import serve_rank
 
 
 @dataclass

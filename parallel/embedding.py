@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import embedding
 
 from ..kernels.linear import head_quantization
-from .checkpoint import WeightSlice
 from .collectives.base import Collectives
 from .linear import Linear
+from .loading.checkpoint import WeightSlice
 
 
 class VocabParallelEmbedding(Linear):

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from .collectives.agree import boot, exchange
 from .collectives.base import Collectives, CollectivesUnavailable
+from .collectives.host_staged import HostStagedCollectives
 from .collectives.local import LocalCollectives
 from .collectives.peer_memory import SymmetricMemoryUnavailable, connect, gpu_identity
 from .collectives.process_group import ProcessGroupCollectives
+from .collectives.rendezvous import boot, exchange
 from .collectives.shared_memory import SharedMemoryCollectives, SharedMemoryControl, SharedMemoryUnavailable
-from .collectives.staged import HostStagedCollectives
 from .collectives.symmetric_memory import SymmetricMemoryCollectives
 from .control import BroadcastControl, ControlChannel, LocalControl
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..kernels.activation import silu_mul
+from ..kernels.huge_pages import empty
 from ..kernels.linear import PackedWeight, head_quantization, row_multiple
-from ..kernels.memory import empty
-from .checkpoint import WeightSlice
 from .collectives.base import Collectives
+from .loading.checkpoint import WeightSlice
 from .residual import Residual
 
 

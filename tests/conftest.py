@@ -42,8 +42,8 @@ def qwq_tiny_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _random_model(tmp_path_factory: pytest.TempPathFactory, dtype: str, **changes: Any) -> Path:
-    from phalanx.launch.presets import load_preset
-    from phalanx.launch.random_model import make_random_model
+    from phalanx.launch.cli.presets import load_preset
+    from phalanx.launch.model_files.random_model import make_random_model
 
     shape = {**load_preset("qwq_tiny")["shape"], **changes}
     return make_random_model(tmp_path_factory.mktemp("models") / "qwq-tiny", shape, dtype=dtype)

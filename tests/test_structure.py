@@ -10,12 +10,26 @@ from pathlib import Path
 import msgspec
 import pytest
 from phalanx.engine.config import EngineConfig
-from phalanx.engine.params import SamplingParams
-from phalanx.launch.schema import field_docs
+from phalanx.engine.protocol.sampling_params import SamplingParams
+from phalanx.launch.cli.schema import field_docs
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["kernels", "parallel", "engine", "launch"]  # each may import those before it
-FILE_LINES, FUNCTION_LINES = 400, 60
+LAYERS = ["kernels", "parallel", "engine", "serving", "launch"]  # each may import those before it
+# The rooms of engine/: each may import those before it, too.
+ENGINE_ROOMS = [
+    "errors",
+    "protocol",
+    "config",
+    "scheduling",
+    "sampling",
+    "models",
+    "memory",
+    "execution",
+    "coordinator",
+    "assembly",
+    "client",
+]
+FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 400, 60, 12
 
 
 def _sources(*folders: str) -> list[Path]:
@@ -25,20 +39,61 @@ def _sources(*folders: str) -> list[Path]:
 PACKAGE = [ROOT / "__init__.py", *_sources(*LAYERS)]
 
 
-def _imported_layers(path: Path) -> Iterator[str]:
-    """The layers that a file imports from, relatively."""
+def _imported_modules(path: Path) -> Iterator[tuple[str, ...]]:
+    """The modules of the package that a file imports, relatively, as paths from the root."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             target = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            yield target[0]
+            target = [part for part in target if part]
+            for alias in node.names:
+                named = ROOT.joinpath(*target, alias.name)
+                yield (*target, alias.name) if named.is_dir() or named.with_suffix(".py").exists() else tuple(target)
+
+
+def _imported_packages(path: Path) -> set[str]:
+    """The top-level packages that a file imports, wherever in it it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found
 
 
 @pytest.mark.parametrize("path", _sources(*LAYERS), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_from_launch_to_engine_to_parallel_to_kernels(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0]
-    allowed = LAYERS[: LAYERS.index(layer) + 1]
-    assert set(_imported_layers(path)) <= set(allowed)
+def test_imports_run_from_launch_to_serving_to_engine_to_parallel_to_kernels(path: Path) -> None:
+    allowed = LAYERS[: LAYERS.index(path.relative_to(ROOT).parts[0]) + 1]
+    assert {module[0] for module in _imported_modules(path)} <= set(allowed)
+
+
+@pytest.mark.parametrize("path", _sources("engine"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_rooms_of_the_engine_import_only_what_is_below_them(path: Path) -> None:
+    room = _engine_room(path.relative_to(ROOT).with_suffix("").parts)
+    below = ENGINE_ROOMS[: ENGINE_ROOMS.index(room) + 1]
+    imported = {module for module in _imported_modules(path) if module[0] == "engine"}
+    assert {_engine_room(module) for module in imported} <= set(below)
+    if room == "execution":  # a rank obeys plans and knows no requests: of the protocol only what a sampler makes
+        assert not [module for module in imported if module[1] == "protocol" and module[2] != "logprobs"]
+
+
+def _engine_room(module: tuple[str, ...]) -> str:
+    """The room of a module of engine/; `engine.py`, which puts the others together, is one by itself."""
+    if len(module) < 2 or module[1] == "__init__":
+        return "errors"
+    return "assembly" if module == ("engine", "engine") else module[1]
+
+
+def test_serving_speaks_to_the_engine_as_its_clients_do() -> None:
+    for path in _sources("serving"):
+        rooms = {_engine_room(module) for module in _imported_modules(path) if module[0] == "engine"}
+        assert rooms <= {"errors", "protocol", "config", "client"}, path
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in _sources(*LAYERS, "benchmarks")}), ids=str)
+def test_a_folder_has_at_most_twelve_files(folder: Path) -> None:
+    assert len([path for path in folder.iterdir() if path.suffix in (".py", ".h", ".cpp")]) <= FOLDER_FILES
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -59,15 +114,13 @@ def test_no_file_and_no_function_outgrows_its_room(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, node.name
 
 
-def test_the_scheduler_knows_no_torch() -> None:
-    for name in ("scheduler", "blocks", "draft", "request", "plan"):
-        tree = ast.parse((ROOT / "engine" / f"{name}.py").read_text())
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
+def test_scheduling_and_the_protocol_know_no_torch() -> None:
+    for path in _sources("engine/scheduling", "engine/protocol"):
+        assert not _imported_packages(path) & {"torch", "numpy"}, path
 
 
 def test_only_launch_reads_the_environment() -> None:
-    for path in _sources("kernels", "parallel", "engine"):
+    for path in _sources("kernels", "parallel", "engine", "serving"):
         assert "os.environ" not in path.read_text(), path
         assert "getenv" not in path.read_text(), path
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from ...kernels.attention import AttentionBackend, AttentionMetadata, HeadNorms
 from ...kernels.rope import RotaryEmbedding
-from ...parallel.checkpoint import WeightSlice
 from ...parallel.collectives.base import Collectives
 from ...parallel.embedding import VocabParallelEmbedding
+from ...parallel.fused_decoder import DecoderStack, PackedLayer, Wanted
 from ...parallel.linear import (
     ColumnParallelLinear,
     GatedLinear,
@@ -23,11 +23,11 @@ from ...parallel.linear import (
     ReplicatedNorm,
     RowParallelLinear,
 )
+from ...parallel.loading.checkpoint import WeightSlice
 from ...parallel.partition import RankShare
 from ...parallel.residual import Residual
-from ...parallel.stack import DecoderStack, PackedLayer, Wanted
-from ..batch import ForwardBatch
-from ..kv_cache import KVCache
+from .forward_batch import ForwardBatch
+from .kv_cache import KVCache
 from .spec import ModelSpec
 
 

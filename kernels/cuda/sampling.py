@@ -1,4 +1,4 @@
-"""The largest of each row of a vocabulary shard's logits, in Triton, with noise or without: kernels/largest.py.
+"""The largest of each row of a vocabulary shard's logits, in Triton, with noise or without: kernels/argmax.py.
 
 A number and its column become one 64-bit key: keys compare as numbers do, and of equal numbers the first column has the
 larger key. So a maximum is one of integers, in any order of the same result.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...kernels import cuda
-from .agree import attempt, boot, exchange, first_problem, other_host
 from .base import Collectives, CollectivesUnavailable
+from .rendezvous import attempt, boot, exchange, first_problem, other_host
 
 CAPACITY = 8 * 2**20
 """Bytes of the largest message."""

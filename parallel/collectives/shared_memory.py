@@ -17,8 +17,8 @@ import torch
 
 from ...kernels.norm import rms_norm
 from ..control import ControlChannel
-from .agree import attempt, boot, cores_of_all, exchange, first_problem, other_host
 from .base import CollectiveError, Collectives, CollectivesUnavailable
+from .rendezvous import attempt, boot, cores_of_all, exchange, first_problem, other_host
 
 try:
     _native: Any = importlib.import_module("._native", __package__)

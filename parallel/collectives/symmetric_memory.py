@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .agree import attempt, first_problem
+from .autotune_table import Table, choose_algorithms, describe, look_up, make_table, row_ladder, slowest
 from .base import Collectives
 from .peer_memory import FUSED, ONE_SHOT, SUMS, PeerMemory, SymmetricMemoryUnavailable
-from .thresholds import Table, choose_algorithms, describe, look_up, make_table, row_ladder, slowest
+from .rendezvous import attempt, first_problem
 
 _log = logging.getLogger("phalanx")
 

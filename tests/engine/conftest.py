@@ -16,7 +16,7 @@ CONFIG: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 8, "max_num_batche
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 2 layers with a byte-level tokenizer and a chat template."""
-    from phalanx.launch.random_model import make_random_model
+    from phalanx.launch.model_files.random_model import make_random_model
 
     return make_random_model(
         tmp_path_factory.mktemp("models") / "tiny", {**TINY_SHAPE, "initializer_range": 0.2}, dtype="float32"

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from phalanx.engine.client.in_group import GroupLLM
+from phalanx.engine.client.llm import RequestOutput
 from phalanx.engine.errors import PhalanxError
-from phalanx.engine.in_group import GroupLLM
-from phalanx.engine.llm import RequestOutput
-from phalanx.engine.messages import Timings
-from phalanx.engine.params import SamplingParams
-from phalanx.engine.plan import StepPlan
+from phalanx.engine.protocol.messages import Timings
+from phalanx.engine.protocol.sampling_params import SamplingParams
+from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.tests.threads import other_cpus
 
 Calls = list[tuple[list[list[int]], list[SamplingParams]]]
@@ -127,8 +127,9 @@ def generate_with_lazy_graphs(
     rank: int, count: int, folder: str, calls: Calls, config: dict[str, Any]
 ) -> tuple[list[list[RequestOutput]], list[int]]:
     """What ranks answer on the GPU's path, run by Triton's interpreter, and the sizes they captured while serving."""
-    from phalanx.engine import coordinator, worker
-    from phalanx.engine.graphs import EagerRecorder
+    from phalanx.engine.coordinator import coordinator
+    from phalanx.engine.execution import worker
+    from phalanx.engine.execution.cuda_graphs import EagerRecorder
     from phalanx.kernels import cpu, cuda
 
     cpu.native = None

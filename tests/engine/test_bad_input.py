@@ -13,8 +13,8 @@ import msgspec
 import pytest
 import torch
 from phalanx import LLM, CapacityExceeded, CheckpointError, ConfigError, EngineConfig, InvalidRequest, SamplingParams
-from phalanx.engine.messages import Submit
-from phalanx.launch.random_model import make_random_model
+from phalanx.engine.protocol.messages import Submit
+from phalanx.launch.model_files.random_model import make_random_model
 from phalanx.tests.engine.conftest import CONFIG
 from phalanx.tests.models import TINY_SHAPE, score
 from safetensors.torch import load_file, save_file

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from phalanx import LLM, EngineConfig, SamplingParams
+from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.errors import ConfigError
+from phalanx.engine.execution.worker import Worker
 from phalanx.engine.models.spec import read_config, spec_from_config
-from phalanx.engine.tokenizer import Tokenizer
-from phalanx.engine.worker import Worker
 from phalanx.kernels import cpu
 from phalanx.kernels.cpu.attention import CpuAttention
-from phalanx.launch.random_model import make_random_model
+from phalanx.launch.model_files.random_model import make_random_model
 from phalanx.parallel.group import local_group
 from phalanx.tests.models import TINY_SHAPE
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine import batch, copies, history, penalties, sampler
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.graphs import DecodeGraphs
-from phalanx.kernels import cpu, cuda
+from phalanx.engine.execution import slot_table
+from phalanx.engine.execution.cuda_graphs import DecodeGraphs
+from phalanx.engine.sampling import penalties, sampler, token_counts
+from phalanx.kernels import cpu, cuda, host_copies
 from phalanx.tests.engine import programs
 from phalanx.tests.engine.conftest import CONFIG
 
@@ -29,8 +30,8 @@ PROMPTS = [[5] * 20 + [9, 8, 7], [11, 12] * 20, [3]]
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's kernels instead of the C++ ones, and a batch's tensors in one copy, as on a GPU."""
     monkeypatch.setattr(cpu, "native", None)
-    for module in (batch, history, penalties, sampler):
-        monkeypatch.setattr(module, "to_device", copies.copy_together)
+    for module in (slot_table, token_counts, penalties, sampler):
+        monkeypatch.setattr(module, "to_device", host_copies.copy_together)
     cuda.interpret(True)
     yield
     cuda.interpret(False)
@@ -53,7 +54,7 @@ def test_tritons_kernels_padded_batches_and_overlap_change_no_answer(
     replayed: list[int] = []
     run = DecodeGraphs.run
 
-    def counted(self: DecodeGraphs, step: batch.ForwardBatch) -> Any:
+    def counted(self: DecodeGraphs, step: slot_table.ForwardBatch) -> Any:
         replayed.append(len(step.token_ids))
         return run(self, step)
 

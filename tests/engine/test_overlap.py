@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine.llm import RequestOutput
-from phalanx.engine.plan import StepPlan
-from phalanx.engine.worker import Worker
+from phalanx.engine.client.llm import RequestOutput
+from phalanx.engine.execution.worker import Worker
+from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.tests.engine import programs
 from phalanx.tests.engine.conftest import CONFIG
 

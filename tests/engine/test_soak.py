@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine.messages import Event, Finished, Submit
+from phalanx.engine.protocol.messages import Event, Finished, Submit
 from phalanx.tests.engine.conftest import CONFIG
 
 WARM_UP = 1000

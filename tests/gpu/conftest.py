@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx.engine import worker
-from phalanx.engine.graphs import EagerRecorder
+from phalanx.engine.execution import worker
+from phalanx.engine.execution.cuda_graphs import EagerRecorder
 from phalanx.kernels import cpu, cuda
 from phalanx.tests.gpu.place import ON_GPU, why_skipped
 from phalanx.tests.models import TINY_SHAPE
@@ -70,6 +70,6 @@ def qwen3_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _random(tmp_path_factory: pytest.TempPathFactory, shape: dict[str, Any], dtype: str = "float32") -> Path:
-    from phalanx.launch.random_model import make_random_model
+    from phalanx.launch.model_files.random_model import make_random_model
 
     return make_random_model(tmp_path_factory.mktemp("models") / "random", shape, dtype=dtype)

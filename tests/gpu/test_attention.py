@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from phalanx.kernels.attention import AttentionBackend, AttentionMetadata
-from phalanx.kernels.choose import choose_backend
+from phalanx.kernels.backend_selector import choose_backend
 from phalanx.kernels.reference import paged_attention
 from phalanx.tests.gpu.place import DEVICE, ON_GPU, normal
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
+from phalanx.engine.client.llm import RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.llm import RequestOutput
-from phalanx.engine.transport import InProcess
+from phalanx.engine.protocol.transport import InProcess
 from phalanx.parallel.group import local_group
 from phalanx.tests.engine import programs
 from phalanx.tests.gpu.place import DEVICE, ON_GPU, engine_config

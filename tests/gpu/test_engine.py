@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
-from phalanx.engine import coordinator
+from phalanx.engine.client.llm import RequestOutput
 from phalanx.engine.config import EngineConfig
+from phalanx.engine.coordinator import coordinator
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError, EngineStopped
-from phalanx.engine.graphs import DecodeGraphs
-from phalanx.engine.llm import RequestOutput
-from phalanx.engine.sampler import Sampler, SampleRow
-from phalanx.engine.transport import InProcess
-from phalanx.engine.worker import Worker
-from phalanx.parallel.checkpoint import WeightSlice, load_weights
+from phalanx.engine.execution.cuda_graphs import DecodeGraphs
+from phalanx.engine.execution.worker import Worker
+from phalanx.engine.protocol.transport import InProcess
+from phalanx.engine.sampling.sampler import Sampler, SampleRow
 from phalanx.parallel.collectives.local import LocalCollectives
 from phalanx.parallel.group import local_group
-from phalanx.parallel.streaming import CudaLanding, Landing
+from phalanx.parallel.loading.checkpoint import WeightSlice, load_weights
+from phalanx.parallel.loading.streaming import CudaLanding, Landing
 from phalanx.tests.engine.test_overlap import SAMPLINGS
 from phalanx.tests.gpu.place import (
     DEVICE,
@@ -34,7 +34,7 @@ from phalanx.tests.gpu.place import (
     torch_alone,
     waiting_is_an_error,
 )
-from phalanx.tests.unit.test_streaming import parts_of, save
+from phalanx.tests.parallel.loading.test_streaming import parts_of, save
 
 gpu_only = pytest.mark.skipif(not ON_GPU, reason=NEEDS_GPU)
 
@@ -186,7 +186,7 @@ def _rows(count: int) -> list[SampleRow]:
         {"temperature": 1.0, "min_tokens": 9, "end_token_ids": (8, 11), "top_p": 0.95},
         {"temperature": 50.0, "top_p": 0.99},
     ]
-    from phalanx.engine.plan import SlotSampling
+    from phalanx.engine.scheduling.step_plan import SlotSampling
 
     said = np.array([3, 3, 5, 9, 9, 2], dtype=np.int32)
     return [SampleRow(SlotSampling(**kinds[i % len(kinds)], seed=i), said, 3, len(said)) for i in range(count)]
@@ -280,7 +280,7 @@ def test_a_step_out_of_memory_says_what_to_lower(tiny: Path, monkeypatch: pytest
             torch.empty(2 * free, dtype=torch.uint8, device=DEVICE)
             return launch(self, plan)
 
-        from phalanx.engine.sizing import explains_out_of_memory
+        from phalanx.engine.memory.profiler import explains_out_of_memory
 
         monkeypatch.setattr(Worker, "launch", explains_out_of_memory(greedy))
         with pytest.raises(EngineStopped, match=r"out of GPU memory: .*lower .* from .* to "):

@@ -1,0 +1,189 @@
+"""A client's requests: who waits for which events, over any connection."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import Callable
+
+from ..errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
+from ..protocol.messages import Abort, Command, Event, Failed, Finished, Shutdown, Status, StatusRequest, Submit
+from ..protocol.transport import Connection
+
+OnEvent = Callable[[Event], None]
+
+_log = logging.getLogger(__name__)
+
+
+class Client:
+    """Sends commands and hands each event to the request it belongs to. Safe to use from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._sinks: dict[str, OnEvent] = {}
+        self._dropped: collections.deque[str] = collections.deque()
+        self._status: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
+        self._asking = threading.Lock()
+        self._stopped: PhalanxError | None = None
+        self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
+        connection.start(self._on_event)
+
+    def new_id(self) -> str:
+        """A request id that this client has not used."""
+        return f"{self._prefix}-{next(self._numbers)}"
+
+    def submit(self, submit: Submit, on_event: OnEvent) -> None:
+        """Send a request; `on_event` gets its events on another thread, the last one a Finished or Failed.
+
+        Raises InvalidRequest for an id in use and for what cannot be sent, EngineStopped if the engine has stopped.
+        """
+        self._abort_dropped()
+        with self._lock:
+            self._check_stopped()
+            if submit.id in self._sinks:
+                raise InvalidRequest(f"id={submit.id!r} is in use by a request that is not finished; choose another")
+            self._sinks[submit.id] = on_event
+        try:
+            self._connection.send(submit)
+        except BaseException:
+            self._forget(submit.id)
+            raise
+
+    def abort(self, request_id: str) -> None:
+        """Ask to end a request; its Finished still comes."""
+        self._connection.send(Abort(request_id))
+
+    def abort_soon(self, request_id: str) -> None:
+        """The same from where no lock may be taken, such as the garbage collector: with the next event or request."""
+        self._dropped.append(request_id)
+
+    def shutdown(self) -> None:
+        """Ask the engine group to end."""
+        self._connection.send(Shutdown())
+
+    def send(self, command: Command) -> None:
+        """Send any other command."""
+        self._connection.send(command)
+
+    def status(self, timeout_s: float | None) -> Status:
+        """The engine's Status; Timeout if none comes in time (None waits), EngineStopped if the engine has stopped."""
+        with self._asking:
+            while not self._status.empty():  # one that came too late for who had asked
+                self._status.get()
+            self._check_stopped()
+            self._connection.send(StatusRequest())
+            try:
+                status = self._status.get(timeout=timeout_s)
+            except queue.Empty:
+                raise Timeout(f"the engine sent no status within {timeout_s} s") from None
+        if status is None:
+            self._check_stopped()
+        assert status is not None
+        return status
+
+    def fail_all(self, error: PhalanxError) -> None:
+        """The engine is gone: end every request with `error`, and refuse new ones."""
+        with self._lock:
+            if self._stopped is not None:
+                return
+            self._stopped = error
+            sinks, self._sinks = self._sinks, {}
+        self._status.put(None)
+        for request_id, sink in sinks.items():
+            self._hand_on(sink, Failed(request_id, type(error).__name__, str(error)))
+
+    def close(self) -> None:
+        """End what is outstanding with EngineStopped, and the connection."""
+        self.fail_all(EngineStopped("the engine was closed"))
+        self._connection.close()
+
+    def _abort_dropped(self) -> None:
+        while self._dropped:
+            # Another thread may have been faster.
+            with contextlib.suppress(IndexError):
+                self.abort(self._dropped.popleft())
+
+    def _on_event(self, event: Event) -> None:
+        self._abort_dropped()
+        if isinstance(event, Status):
+            self._status.put(event)
+            return
+        with self._lock:
+            last = isinstance(event, Finished | Failed)
+            sink = self._sinks.pop(event.id, None) if last else self._sinks.get(event.id)
+        if sink is not None and not self._hand_on(sink, event) and not last:
+            self._forget(event.id)
+            self.abort(event.id)
+
+    def _hand_on(self, sink: OnEvent, event: Event) -> bool:
+        """Whether the receiver took the event. One that raises, be it SystemExit, must not end the thread that serves
+        all others."""
+        try:
+            sink(event)
+        except BaseException:
+            _log.exception("the receiver of a request's events failed")
+            return False
+        return True
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._sinks.pop(request_id, None)
+
+    def _check_stopped(self) -> None:
+        if self._stopped is not None:
+            # A new exception each time: one that is raised again and again would grow its traceback.
+            raise type(self._stopped)(*self._stopped.args)
+
+
+class RequestHandle:
+    """One request under way: an iterator over its events (Delta..., Finished). A Failed is raised as its error.
+
+    Whoever stops early closes it, which aborts the request; dropping the last reference does the same.
+    """
+
+    def __init__(self, client: Client, submit: Submit) -> None:
+        self.id = submit.id
+        self._client = client
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._ended = True
+        client.submit(submit, self._events.put)
+        self._ended = False
+
+    def abort(self) -> None:
+        """End the request early; iteration goes on to its Finished."""
+        self._client.abort(self.id)
+
+    def close(self) -> None:
+        """End the request, if it has not ended, and the iteration."""
+        if not self._ended:
+            self._ended = True
+            self.abort()
+
+    def __iter__(self) -> RequestHandle:
+        return self
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Finished | Failed)
+        if isinstance(event, Failed):
+            raise to_error(event)
+        return event
+
+    def __del__(self) -> None:
+        # The garbage collector may call this within any line of any thread, also one that holds the client's lock.
+        if not self._ended:
+            self._ended = True
+            self._client.abort_soon(self.id)
+
+
+def to_error(failed: Failed) -> PhalanxError:
+    """The exception a Failed stands for."""
+    return ERRORS_BY_NAME.get(failed.error, PhalanxError)(failed.message)

@@ -1,0 +1,101 @@
+"""A client's own group of ranks: torch's elastic launcher in a process beside it, and how its end is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import msgspec
+
+from ..config import EngineConfig
+from ..errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
+from ..execution.worker import share_out
+from ..models.hub import resolve_model
+from ..models.spec import read_config, spec_from_config
+from ..protocol.transport import ZmqConnection
+from .client import Client
+
+STOP_TIMEOUT_S = 5.0
+
+
+class GroupFailure(msgspec.Struct, frozen=True):
+    """What the launcher writes to failure.json when a rank fails."""
+
+    rank: int
+    error: str  # a type of engine/errors.py, or any other exception's name
+    message: str
+
+
+class GroupProcess:
+    """Starts `config.ranks` ranks and waits until they are ready. A private folder holds what passes between them:
+
+    config.json (the EngineConfig), engine (the coordinator's ZeroMQ socket), failure.json (why a rank failed).
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises the error that kept a rank from starting: ConfigError, CheckpointError, or else EngineStopped."""
+        # What can be told without starting N processes is told at once.
+        folder = resolve_model(config.model)
+        share_out(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
+        self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
+        (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
+        # The launcher ends the group when its standard input closes, so that it never outlives this process.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__.split('.', maxsplit=1)[0]}.launch.group", str(self._folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.client = Client(ZmqConnection(f"ipc://{self._folder}/engine"))
+        self._closing = self._ready = False
+        self._watch = threading.Thread(target=self._wait_for_end, name="phalanx-group-watch", daemon=True)
+        self._watch.start()
+        try:
+            # However long loading takes: _wait_for_end ends the wait if the group does not get there.
+            self.client.status(timeout_s=None)
+            self._ready = True
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End every rank, within STOP_TIMEOUT_S, and remove the folder."""
+        self._closing = True
+        if self._process.poll() is None:
+            assert self._process.stdin is not None
+            if self._ready:
+                self.client.shutdown()
+                # A rank that is stuck does not hear of it: the signal below ends it.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_TIMEOUT_S / 2)
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            try:
+                self._process.wait(STOP_TIMEOUT_S / 2)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._watch.join()
+        self.client.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_for_end(self) -> None:
+        code = self._process.wait()
+        if self._closing:
+            return
+        path = self._folder / "failure.json"
+        error: PhalanxError = EngineStopped(f"the engine's group ended by itself with exit code {code}")
+        if path.exists():
+            failure = msgspec.json.decode(path.read_bytes(), type=GroupFailure)
+            kind = ERRORS_BY_NAME.get(failure.error)
+            if kind is not None and kind is not EngineStopped:
+                error = kind(failure.message)
+            else:
+                error = EngineStopped(f"rank {failure.rank} failed: {failure.error}: {failure.message}")
+        self.client.fail_all(error)

@@ -1,0 +1,1 @@
+"""The rank that tokenizes, schedules and detokenizes."""

@@ -1,0 +1,204 @@
+"""From a Submit to a request the scheduler takes: defaults resolved, text encoded, everything checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ...kernels.noise import derive_seed
+from ..config import EngineConfig
+from ..errors import CheckpointError, InvalidRequest
+from ..models.spec import ModelSpec
+from ..protocol.messages import Submit
+from ..protocol.sampling_params import SamplingParams
+from ..scheduling.request import Request
+from ..scheduling.step_plan import SlotSampling
+from .tokenizer import Tokenizer
+
+INHERITED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class Intake:
+    """Turns client messages into requests; a bad one raises InvalidRequest and touches nothing else."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        tokenizer: Tokenizer | None,
+        generation_config: dict[str, Any],
+        max_model_len: int,
+    ) -> None:
+        self._config, self._spec, self._tokenizer = config, spec, tokenizer
+        self._max_model_len = max_model_len
+        self._generation = sampling_defaults(generation_config)
+        self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
+        self._unseeded = 0
+
+    @property
+    def defaults_report(self) -> str:
+        """In words: what requests get that leave a field unset."""
+        if not self._generation:
+            return "generation_config gives no sampling defaults: requests are greedy unless they say otherwise"
+        values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
+        return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
+
+    def accept(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
+        """Resolve, encode and check one request. Raises InvalidRequest naming the value, the range and the setting."""
+        _check_types(submit)
+        params = submit.sampling
+        if params.n > self._config.max_num_seqs:
+            raise InvalidRequest(
+                f"n={params.n} is above max_num_seqs={self._config.max_num_seqs}: ask for at most "
+                f"{self._config.max_num_seqs} completions, or raise max_num_seqs"
+            )
+        self._check_vocabulary(params)
+        prompt = self._encode(submit)
+        limit = self._max_model_len - 1
+        if len(prompt) > limit:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; with max_model_len={self._max_model_len} it may have at most "
+                f"{limit} (one place is for the answer): shorten it or raise max_model_len"
+            )
+        eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
+        stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
+        max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
+        return Request(
+            id=request_id,
+            prompt=prompt,
+            samplings=self._samplings(params, tuple(sorted(eos | stops))),
+            max_tokens=int(max_tokens) if max_tokens is not None else self._max_model_len,
+            eos_token_ids=eos,
+            stop_token_ids=stops,
+            priority=submit.priority,
+            cache_salt=submit.cache_salt,
+            arrived_at=arrived_at,
+        )
+
+    def _special_tokens(self, stops: tuple[str, ...]) -> frozenset[int]:
+        """Those of the stop strings that are special tokens: where these are left out of the text, none would show."""
+        if self._tokenizer is None:
+            return frozenset()
+        found = (self._tokenizer.special_token_id(text) for text in stops)
+        return frozenset(token for token in found if token is not None and token < self._spec.vocab_size)
+
+    def _encode(self, submit: Submit) -> list[int]:
+        given = [name for name in ("prompt", "messages", "token_ids") if getattr(submit, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
+            )
+        if submit.token_ids is not None:
+            tokens = list(submit.token_ids)
+        elif self._tokenizer is None:
+            raise InvalidRequest(
+                f"{given[0]} needs a tokenizer, and the engine was started without one: send token_ids"
+            )
+        elif submit.prompt is not None:
+            tokens = self._tokenizer.encode(submit.prompt, self._max_model_len - 1)
+        else:
+            limit = self._max_model_len - 1
+            tokens = self._tokenizer.encode_messages(submit.messages, limit) if submit.messages else []
+        if not tokens:
+            raise InvalidRequest(f"the {given[0]} is empty: it must hold at least 1 token")
+        self._check_tokens(given[0], tokens)
+        return tokens
+
+    def _samplings(self, params: SamplingParams, end_token_ids: tuple[int, ...]) -> list[SlotSampling]:
+        values = {
+            name: _first(getattr(params, name), getattr(self._config.sampling, name), self._generation.get(name))
+            for name in INHERITED
+        }
+        bias = sorted((params.logit_bias or {}).items())
+        seed = params.seed
+        if seed is None:
+            seed, self._unseeded = derive_seed(self._config.seed, self._unseeded), self._unseeded + 1
+        return [
+            SlotSampling(
+                temperature=float(_first(values["temperature"], 0.0)),
+                top_k=min(max(0, int(_first(values["top_k"], 0))), self._spec.vocab_size),
+                top_p=float(_first(values["top_p"], 1.0)),
+                min_p=float(_first(values["min_p"], 0.0)),
+                repetition_penalty=float(_first(values["repetition_penalty"], 1.0)),
+                presence_penalty=float(params.presence_penalty),
+                frequency_penalty=float(params.frequency_penalty),
+                seed=derive_seed(seed, index),
+                min_tokens=min(params.min_tokens, self._max_model_len),
+                end_token_ids=end_token_ids,
+                bias_token_ids=tuple(token for token, _ in bias),
+                bias_values=tuple(float(value) for _, value in bias),
+                logprobs=-1 if params.logprobs is None else params.logprobs,
+                prompt_logprobs=-1 if params.prompt_logprobs is None or index else params.prompt_logprobs,
+                processed_logprobs=params.logprobs_mode == "processed",
+            )
+            for index in range(params.n)
+        ]
+
+    def _check_vocabulary(self, params: SamplingParams) -> None:
+        self._check_tokens("stop_token_ids", list(params.stop_token_ids))
+        self._check_tokens("logit_bias", list(params.logit_bias or ()))
+
+    def _check_tokens(self, name: str, token_ids: list[int]) -> None:
+        size = self._spec.vocab_size
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
+            bad = next(token for token in token_ids if not 0 <= token < size)
+            raise InvalidRequest(f"{name} holds {bad}, which is outside the model's vocabulary: 0 to {size - 1}")
+
+
+def _check_types(submit: Submit) -> None:
+    """A client in this process is not held to the protocol's types by a wire; what is wrong must not reach a step."""
+    try:
+        msgspec.convert({"type": "submit", **msgspec.structs.asdict(submit)}, Submit)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise InvalidRequest(f"the request is ill-typed: {error}") from error
+    for name in ("prompt", "cache_salt"):
+        try:
+            (getattr(submit, name) or "").encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the {name} is not valid Unicode text: {error}") from error
+
+
+def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The sampling fields a generation_config sets. As in transformers, it is greedy unless do_sample is true.
+
+    Raises CheckpointError naming the field for what no request may ask either.
+    """
+    sample = generation_config.get("do_sample")
+    if not isinstance(sample, bool | None):
+        raise _bad_generation_config("do_sample", sample, "must be true or false")
+    names = {"repetition_penalty": "repetition_penalty", "max_tokens": "max_new_tokens"}
+    if sample:
+        names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
+    defaults = {name: generation_config.get(there) for name, there in names.items()}
+    if sample and defaults["temperature"] is None:
+        defaults["temperature"] = 1.0
+    for name, value in defaults.items():
+        try:
+            SamplingParams.from_dict({name: value})
+        except InvalidRequest as error:
+            raise _bad_generation_config(names[name], value, str(error)) from error
+    if defaults["repetition_penalty"] == 1.0:
+        del defaults["repetition_penalty"]
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
+def _bad_generation_config(field: str, value: object, why: str) -> CheckpointError:
+    return CheckpointError(f"generation_config.json: {field}={value!r}: {why}")
+
+
+def _eos_token_ids(generation_config: dict[str, Any], spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Those of generation_config, or else of config, and the tokenizer's own, which a chat's fine-tuning may have
+    changed alone. What is outside the vocabulary is never sampled."""
+    eos = generation_config.get("eos_token_id")
+    named = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in named):
+        raise _bad_generation_config("eos_token_id", eos, "must be a token id or a list of token ids")
+    all_ids = list(spec.eos_token_ids) if eos is None else named
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        all_ids.append(tokenizer.eos_token_id)
+    return tuple(token for token in dict.fromkeys(all_ids) if token < spec.vocab_size)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,1 @@
+"""A rank that does what a plan says. Knows no requests."""

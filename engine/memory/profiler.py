@@ -1,0 +1,206 @@
+"""One rank's memory: measured, agreed on with the other ranks, and explained where it runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import resource
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from ...parallel.group import Group
+from ..errors import ConfigError, EngineStopped
+from .advice import out_of_memory_advice, refusal
+from .planner import Demand, RankMemory, graph_reserve, host_budget
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class MemoryBudget:
+    """What a rank may spend on its KV cache. Every rank makes one, and calls its methods when the others do."""
+
+    def __init__(self, demand: Demand, group: Group, token_bytes: int) -> None:
+        """`token_bytes` are of this rank's KV cache, for each token."""
+        self.demand, self._group = demand, group
+        self._block = demand.block_size * token_bytes
+        self._activations = 0
+        self._memory = RankMemory(group.rank, self._block)
+        self._kept = self._cache = 0
+
+    def check_before_loading(self) -> None:
+        """Raises ConfigError, on every rank, if the weights to come, and one sequence, do not fit on one of the GPUs.
+
+        Nothing is known yet of what a step takes, and nothing is checked on a CPU.
+        """
+        if self._group.device.type == "cuda":
+            memory = self._gpu_memory()
+            loaded = dataclasses.replace(memory, in_use=memory.in_use + memory.weights)
+            count_blocks(self.demand, self._exchange(loaded))
+
+    def measure_step(self, step: Callable[[], object]) -> int:
+        """Bytes that `step`, run twice, takes for a while; agree_on_blocks() keeps them free on a GPU.
+
+        On a GPU they are what PyTorch takes from the driver, so what is lost between tensors counts. On a CPU they are
+        those by which this process's peak rises. Raises ConfigError if there is too little memory for the step.
+        """
+        device = self._group.device
+        self._kept = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        try:
+            # Once before, for what is made at the first step and stays: compiled kernels, libraries' workspaces.
+            step()
+            self._activations = _gpu_rise(device, step) if device.type == "cuda" else _host_rise(step)
+        except EngineStopped as error:
+            raise ConfigError(str(error)) from error
+        return self._activations
+
+    def agree_on_blocks(self, graph_buckets: Sequence[int] = ()) -> int:
+        """KV blocks of every rank: the fewest that any has room for, weights being loaded.
+
+        `graph_buckets` are the rows of each CUDA graph to come, for which memory is kept free.
+        Raises ConfigError, on every rank, if one sequence of max_model_len does not fit.
+        """
+        memory = self._gpu_memory() if self._group.device.type == "cuda" else self._host_memory()
+        if memory.total:
+            config, vocab = self.demand.config, self.demand.parts.shares[self._group.rank].vocab
+            tokens = config.max_num_batched_tokens
+            reserve = graph_reserve(graph_buckets, self._activations, tokens, 4 * len(vocab), self._block)
+            memory = dataclasses.replace(memory, activations=self._activations, reserve=reserve)
+            self._kept = torch.cuda.memory_allocated(self._group.device)
+        ranks = self._exchange(memory)
+        blocks = count_blocks(self.demand, ranks)
+        self._memory, self._cache = ranks[self._group.rank], blocks * self._block
+        return blocks
+
+    def advice(self) -> str:
+        """Why this GPU's memory does not suffice for a step, and what to lower to which value."""
+        device = self._group.device
+        free, total = torch.cuda.mem_get_info(device)
+        return out_of_memory_advice(
+            self.demand.config,
+            total=total,
+            kept=self._kept + self._cache,
+            elsewhere=total - free - torch.cuda.memory_reserved(device),
+            activations=self._activations,
+            cache=self._cache,
+            spare=max(0, self.demand.room(self._memory) - self._cache),
+        )
+
+    def _host_memory(self) -> RankMemory:
+        demand = self.demand
+        sequence = demand.blocks_of_sequence * self._block
+        budget = host_budget(demand.config, self._group.local_size, sequence, available_memory())
+        return RankMemory(self._group.rank, self._block, host_budget=budget)
+
+    def _gpu_memory(self) -> RankMemory:
+        device, rank = self._group.device, self._group.rank
+        torch.cuda.empty_cache()
+        # Ranks that share a GPU must not count what another is about to give back.
+        self._group.host.barrier()
+        free, total = torch.cuda.mem_get_info(device)
+        weights = self.demand.parts.parameters(rank) * self.demand.weight_bytes
+        return RankMemory(rank, self._block, total=total, in_use=total - free, weights=weights)
+
+    def _exchange(self, memory: RankMemory) -> list[RankMemory]:
+        """Every rank's memory, on every rank, with how many share its GPU."""
+        host, device = self._group.host, self._group.device
+        mine = torch.tensor([_device_number(device), *dataclasses.astuple(memory)])
+        everyone = host.gather(mine)
+        table = mine.new_empty(host.size, len(mine)) if everyone is None else torch.stack(everyone)
+        rows = host.broadcast(table).tolist()
+        devices = [number for number, *_ in rows]
+        ranks = [RankMemory(*values) for _, *values in rows]
+        return [
+            dataclasses.replace(rank, sharers=devices.count(number) if rank.total else 1)
+            for number, rank in zip(devices, ranks, strict=True)
+        ]
+
+
+def count_blocks(demand: Demand, ranks: Sequence[RankMemory]) -> int:
+    """KV blocks that every rank has room for, never more than all sequences can use.
+
+    Raises ConfigError if one sequence of max_model_len does not fit, or, on a GPU, not the bytes that kv_memory names.
+    """
+    fewest = min(ranks, key=lambda memory: demand.room(memory) // memory.block)
+    blocks, wanted = demand.room(fewest) // fewest.block, demand.wanted_blocks(fewest)
+    cut_short = fewest.total > 0 and demand.config.kv_memory > 1 and blocks < wanted
+    if blocks < demand.blocks_of_sequence or cut_short:
+        raise ConfigError(refusal(demand, fewest))
+    return min(blocks, wanted)
+
+
+class _HasMemory(Protocol):
+    @property
+    def memory(self) -> MemoryBudget: ...
+
+
+W = TypeVar("W", bound=_HasMemory)
+
+
+def explains_out_of_memory(step: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
+    """Decorates a method of an object with a MemoryBudget: out of GPU memory, it raises EngineStopped with advice."""
+
+    @wraps(step)
+    def explained(self: W, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return step(self, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise EngineStopped(self.memory.advice()) from error
+
+    return explained
+
+
+def peak_memory(group: Group) -> tuple[int, ...]:
+    """The most bytes that each rank has taken so far, of its GPU or of its host, on rank 0; empty on the others."""
+    device = group.device
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _host_peak()
+    everyone = group.host.gather(torch.tensor([peak]))
+    return tuple(int(value) for value in everyone) if everyone else ()
+
+
+def available_memory() -> int:
+    """Bytes a new process could use on this host now: MemAvailable, within the control group's limit."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            break
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def _gpu_rise(device: torch.device, step: Callable[[], object]) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.empty_cache()
+    return peak - torch.cuda.memory_reserved(device)
+
+
+def _host_rise(step: Callable[[], object]) -> int:
+    before = _host_peak()
+    step()
+    return _host_peak() - before
+
+
+def _host_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_number(device: torch.device) -> int:
+    """The same for ranks on the same GPU, and no others: 63 bits of its UUID's hash. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return int.from_bytes(hashlib.blake2b(uuid.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,1 @@
+"""What a client and an engine say to each other: plain data and bytes."""

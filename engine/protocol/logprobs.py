@@ -1,0 +1,15 @@
+"""Log-probabilities as they travel from the sampler to a client."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural logarithm) at one position: of the token that stands there and of the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the likeliest; how many tokens are at least as likely
+    top_token_ids: list[int]
+    top_logprobs: list[float]

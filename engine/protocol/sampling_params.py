@@ -1,0 +1,167 @@
+"""What a request may ask of the sampler, and what each value must be."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgspec
+
+from ..errors import InvalidRequest
+
+LOGPROBS_LIMIT = 20
+SEED_LIMIT = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How to choose and when to stop. A field left at None takes the model's generation_config value, if it has one.
+
+    The order of the sampler is fixed: logit_bias, repetition, presence and frequency penalties, min_tokens mask,
+    temperature, top_k, top_p (over what top_k kept, renormalised), min_p, then one draw.
+    """
+
+    max_tokens: int | None = None
+    """New tokens at most, >= 1. None: generation_config.max_new_tokens, or else up to max_model_len."""
+    min_tokens: int = 0
+    """New tokens before end-of-sequence or a stop token id may be chosen, >= 0."""
+    temperature: float | None = None
+    """0 is greedy. None: generation_config's if it samples, or else 0."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 or -1 keeps all."""
+    top_p: float | None = None
+    """Keep the smallest set of likeliest tokens whose probability reaches top_p, in (0, 1]."""
+    min_p: float | None = None
+    """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]."""
+    repetition_penalty: float | None = None
+    """Divide positive, multiply negative logits of tokens already in prompt or output, > 0 (CTRL, arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtract from the logits of tokens already in the output, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtract, times the count in the output, in [-2, 2]."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids, each in [-100, 100]."""
+    seed: int | None = None
+    """Same seed, same tokens: whatever the batch or the number of ranks. None: drawn from the engine's seed."""
+    n: int = 1
+    """Completions of the same prompt, 1 to max_num_seqs."""
+    stop: tuple[str, ...] = ()
+    """Text at which to stop; it is not returned."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids at which to stop, besides the model's end-of-sequence."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence."""
+    logprobs: int | None = None
+    """Return the chosen token's log-probability and those of the k likeliest, 0 to 20."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first, 0 to 20."""
+    logprobs_mode: str = "raw"
+    """"raw": of the model's distribution; "processed": after penalties, temperature and truncation."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+    def __post_init__(self) -> None:
+        # OpenAI's API has null for what is absent.
+        for field in msgspec.structs.fields(self):
+            if getattr(self, field.name) is None and field.default is not None:
+                msgspec.structs.force_setattr(self, field.name, field.default)
+        # A list from JSON or a single stop string is what users write; the stored form is always a tuple.
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        elif isinstance(self.stop, list):
+            msgspec.structs.force_setattr(self, "stop", tuple(self.stop))
+        if isinstance(self.stop_token_ids, list):
+            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._validate()
+
+    def _validate(self) -> None:
+        _check_number("max_tokens", self.max_tokens, 1, math.inf, integer=True, optional=True)
+        _check_number("min_tokens", self.min_tokens, 0, math.inf, integer=True)
+        _check_number("temperature", self.temperature, 0, math.inf, optional=True)
+        _check_number("top_k", self.top_k, -1, math.inf, integer=True, optional=True)
+        _check_number("top_p", self.top_p, 0, 1, optional=True, open_low=True)
+        _check_number("min_p", self.min_p, 0, 1, optional=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, optional=True, open_low=True)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number("seed", self.seed, -SEED_LIMIT - 1, SEED_LIMIT, integer=True, optional=True)
+        _check_number("n", self.n, 1, math.inf, integer=True)
+        _check_number("logprobs", self.logprobs, 0, LOGPROBS_LIMIT, integer=True, optional=True)
+        _check_number("prompt_logprobs", self.prompt_logprobs, 0, LOGPROBS_LIMIT, integer=True, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "
+                f"set min_tokens to at most {self.max_tokens}"
+            )
+        if self.logprobs_mode not in ("raw", "processed"):
+            raise InvalidRequest(f'logprobs_mode={self.logprobs_mode!r} is not one of "raw", "processed"')
+        if not isinstance(self.stop, tuple) or not all(_is_text(text) for text in self.stop):
+            raise InvalidRequest(f"stop={self.stop!r} must be a string or a list of non-empty strings of valid Unicode")
+        if not isinstance(self.stop_token_ids, tuple):
+            raise InvalidRequest(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be true or false")
+        for token in self.stop_token_ids:
+            _check_number("stop_token_ids", token, 0, math.inf, integer=True)
+        if not isinstance(self.logit_bias, dict | None):
+            raise InvalidRequest(f"logit_bias={self.logit_bias!r} must map token ids to numbers in [-100, 100]")
+        for token, bias in (self.logit_bias or {}).items():
+            _check_number("logit_bias key", token, 0, math.inf, integer=True)
+            _check_number(f"logit_bias[{token}]", bias, -100, 100)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
+        """Build from JSON-like data; an unknown field or an ill-typed value raises InvalidRequest naming it.
+
+        A null is as good as no value.
+        """
+        unknown = sorted(set(values) - set(cls.__struct_fields__))
+        if unknown:
+            raise InvalidRequest(
+                f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
+            )
+        values = {name: value for name, value in values.items() if value is not None}
+        if isinstance(values.get("stop"), str):
+            values["stop"] = [values["stop"]]
+        try:
+            return msgspec.convert(values, cls, strict=True, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"sampling parameters: {error}{_value_at(values, str(error))}") from error
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: no tokenizer and no wire takes it
+        return False
+    return True
+
+
+def _value_at(values: dict[str, Any], message: str) -> str:
+    """The value that a msgspec message's path, "... at `$.stop[0]`", leads to: msgspec names its type alone."""
+    field = re.search(r"`\$\.(\w+)", message)
+    return f"; got {field[1]}={values[field[1]]!r}" if field else ""
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    integer: bool = False,
+    optional: bool = False,
+    open_low: bool = False,
+) -> None:
+    if value is None and optional:
+        return
+    kinds = (int,) if integer else (int, float)
+    allowed = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InvalidRequest(f"{name}={value!r} must be {'an integer' if integer else 'a number'} in {allowed}")
+    # "not (a <= b)" rather than "a > b": NaN fails every comparison and must be refused.
+    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        raise InvalidRequest(f"{name}={value!r} is out of range: it must be in {allowed}")

@@ -1,0 +1,264 @@
+"""How commands reach the coordinator and events leave it: in the same process, or over ZeroMQ with msgspec."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from ..errors import InvalidRequest
+from .messages import Abort, Command, Delta, Event, Failed
+
+OnCommand = Callable[[bytes, Command], None]
+OnEvent = Callable[[Event], None]
+_OnFrames = Callable[[list[bytes]], None]
+
+_log = logging.getLogger(__name__)
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are no message; the last for lists in lists, a thousand deep."""
+
+
+class Transport(ABC):
+    """The coordinator's side. Commands arrive on any thread; send() is called from one thread at a time."""
+
+    @abstractmethod
+    def start(self, on_command: OnCommand) -> None:
+        """Begin to deliver (client, command)."""
+
+    @abstractmethod
+    def send(self, client: bytes, *events: Event) -> None:
+        """Deliver events to a client, in order; one that has gone loses them, and their requests are aborted."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Deliver what was sent, then stop."""
+
+
+class Connection(ABC):
+    """The client's side. send() may be called from any thread; events arrive on a thread of the transport."""
+
+    @abstractmethod
+    def start(self, on_event: OnEvent) -> None:
+        """Begin to deliver events."""
+
+    @abstractmethod
+    def send(self, command: Command) -> None:
+        """Send a command to the coordinator. Raises InvalidRequest for what the protocol cannot carry."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop; nothing arrives afterwards."""
+
+
+class InProcess:
+    """One client in the coordinator's process: a call on one side is a call-back on the other."""
+
+    def __init__(self) -> None:
+        self.on_command: OnCommand | None = None
+        self.on_event: OnEvent | None = None
+        self.transport: Transport = _InProcessTransport(self)
+        self.connection: Connection = _InProcessConnection(self)
+
+
+class _InProcessTransport(Transport):
+    def __init__(self, link: InProcess) -> None:
+        self._link = link
+
+    def start(self, on_command: OnCommand) -> None:
+        self._link.on_command = on_command
+
+    def send(self, client: bytes, *events: Event) -> None:
+        for event in events:
+            if self._link.on_event is not None:
+                self._link.on_event(event)
+
+    def close(self) -> None:
+        self._link.on_command = None
+
+
+class _InProcessConnection(Connection):
+    def __init__(self, link: InProcess) -> None:
+        self._link = link
+
+    def start(self, on_event: OnEvent) -> None:
+        self._link.on_event = on_event
+
+    def send(self, command: Command) -> None:
+        if self._link.on_command is not None:
+            self._link.on_command(b"", command)
+
+    def close(self) -> None:
+        self._link.on_event = None
+
+
+class _Wire:
+    """A thread that owns one ZeroMQ socket: hands on what arrives, sends what other threads queue.
+
+    Every queue is unbounded: a full one would block the thread that empties it, or lose a part of an answer.
+    """
+
+    def __init__(self, kind: int, name: str) -> None:
+        self._context = context = zmq.Context()
+        self.socket = _unbounded(context, kind)
+        wake = f"inproc://wake-{id(self)}"
+        self._pull = _unbounded(context, zmq.PULL)
+        self._pull.bind(wake)
+        self._push = _unbounded(context, zmq.PUSH)
+        self._push.connect(wake)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._on_frames: _OnFrames = lambda frames: None
+        self._on_lost: _OnFrames = lambda frames: None
+
+    def start(self, on_frames: _OnFrames, on_lost: _OnFrames = lambda frames: None) -> None:
+        """`on_lost` gets what a router socket could not send, because its receiver has gone."""
+        self._on_frames, self._on_lost = on_frames, on_lost
+        self._thread.start()
+
+    def send(self, frames: list[bytes]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._push.send_multipart(frames)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._push.send(b"")
+        if self._thread.ident is None:
+            self._thread.start()  # it closes the sockets, also of a wire that nobody used
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._push.close(linger=0)
+        self._context.term()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self._pull, zmq.POLLIN)
+        try:
+            running = True
+            while running:
+                ready = dict(poller.poll())
+                if self._pull in ready:
+                    frames = self._pull.recv_multipart()
+                    if frames == [b""]:
+                        running = False
+                    else:
+                        self._send(frames)
+                if self.socket in ready:
+                    self._receive(self.socket.recv_multipart())
+        finally:
+            self._pull.close(linger=0)
+            # What was sent last, often the end of a stream, still reaches a client that is there.
+            self.socket.close(linger=1000)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            self._on_frames(frames)
+        except Exception:
+            # One message must not end the thread that serves all others.
+            _log.exception("a message of %d bytes could not be handled; it was dropped", sum(map(len, frames)))
+
+    def _send(self, frames: list[bytes]) -> None:
+        try:
+            self.socket.send_multipart(frames)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._on_lost(frames)
+
+
+def _unbounded(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    return socket
+
+
+class ZmqTransport(Transport):
+    """Serves any number of clients at an address such as ipc:///run/engine or tcp://127.0.0.1:5555.
+
+    A frame is one command or one event; a message to a client may have several frames.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
+        # A router drops what it sends to a client that has gone; this makes it say so.
+        self._wire.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._wire.socket.bind(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Command)
+
+    def start(self, on_command: OnCommand) -> None:
+        def on_frames(frames: list[bytes]) -> None:
+            client, data = frames[0], frames[-1]
+            try:
+                command = self._decoder.decode(data)
+            except UNDECODABLE as error:
+                self._refuse(client, data, error)
+                return
+            on_command(client, command)
+
+        def on_lost(frames: list[bytes]) -> None:
+            client, *lost = frames
+            events = [msgspec.msgpack.decode(data, type=Event) for data in lost]
+            for request_id in {event.id: None for event in events if isinstance(event, Delta)}:
+                on_command(client, Abort(request_id))
+
+        self._wire.start(on_frames, on_lost)
+
+    def send(self, client: bytes, *events: Event) -> None:
+        # Frames of one message: threads and the client wake up once for all.
+        self._wire.send([client, *map(self._encoder.encode, events)])
+
+    def close(self) -> None:
+        self._wire.close()
+
+    def _refuse(self, client: bytes, data: bytes, error: Exception) -> None:
+        """Whoever waits for an answer to an ill-formed Submit gets one; there is nobody to tell of other garbage."""
+        try:
+            addressed = msgspec.msgpack.decode(data, type=_Addressed)
+        except UNDECODABLE:
+            _log.warning("a client sent what is no command (%s); it was ignored", error)
+            return
+        self.send(client, Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}"))
+
+
+class _Addressed(msgspec.Struct, tag="submit"):
+    """What is left to know of a Submit whose other fields are wrong."""
+
+    id: str
+
+
+class ZmqConnection(Connection):
+    """A client of a coordinator in another process; it may be there later than the client."""
+
+    def __init__(self, address: str) -> None:
+        self._wire = _Wire(zmq.DEALER, "phalanx-connection")
+        self._wire.socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Event)
+
+    def start(self, on_event: OnEvent) -> None:
+        def on_frames(frames: list[bytes]) -> None:
+            for data in frames:
+                on_event(self._decoder.decode(data))
+
+        self._wire.start(on_frames)
+
+    def send(self, command: Command) -> None:
+        try:
+            data = self._encoder.encode(command)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidRequest(f"the request holds a value that cannot be sent: {error}") from error
+        self._wire.send([data])
+
+    def close(self) -> None:
+        self._wire.close()

@@ -1,0 +1,1 @@
+"""From logits to tokens, each rank on its shard of the vocabulary."""

@@ -1,0 +1,86 @@
+"""What was said in each slot, counted on the device: penalties then need no token that the host does not know yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ...kernels.host_copies import to_device
+from ..scheduling.step_plan import SlotSampling, SlotStart
+from .logprobs import row_chunks
+
+
+class TokenHistory:
+    """For each slot the tokens of its prompt, and how often each stands in its output, of one vocabulary shard.
+
+    The tables take 5 bytes a slot and token of the shard, from the first request on that has a penalty.
+    """
+
+    def __init__(self, slots: int, vocab: range, device: torch.device) -> None:
+        self._slots, self._vocab, self._device = slots, vocab, device
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def start(self, start: SlotStart) -> None:
+        """A sequence takes a slot, with the tokens known so far. It is followed only if its sampling has a penalty."""
+        if not start.sampling.needs_history:
+            return
+        prompt, output = self._allocated()
+        said = np.asarray(start.token_ids, dtype=np.int64)
+        prompt[start.slot].zero_()
+        prompt[start.slot, self._columns(said[: start.prompt_length])] = True
+        output[start.slot].zero_()
+        token_ids, counts = np.unique(said[start.prompt_length :], return_counts=True)
+        # Whatever is of other shards goes to one column more, where it may collide.
+        output[start.slot, self._columns(token_ids)] = to_device([counts.astype(np.int32)], self._device)[0]
+
+    def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """A token more, int64 (S,), in each of different slots, int64 (S,). Nobody waits."""
+        if self._tables is None:
+            return
+        first, size = self._vocab.start, len(self._vocab)
+        columns = torch.where((token_ids >= first) & (token_ids < first + size), token_ids - first, size)
+        self._tables[1][slots, columns] += 1
+
+    def penalize(
+        self, logits: torch.Tensor, rows: list[int], slots: Sequence[int], samplings: Sequence[SlotSampling]
+    ) -> None:
+        """Apply penalties to `rows` of the float32 logits (R, V) in place; slots and samplings are those of the rows.
+
+        As penalties.edit_logits does: CTRL's repetition penalty (arXiv:1909.05858, section 4.1), and the presence and
+        frequency penalties of the OpenAI API.
+        """
+        prompt, output = self._allocated()
+        numbers = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in samplings]
+        places = np.array([rows, list(slots)], dtype=np.int64)
+        where, penalties = to_device([places, np.array(numbers, dtype=np.float32)], self._device)
+        penalties = penalties.unsqueeze(2)
+        everyone = rows == list(range(len(logits)))
+        size = len(self._vocab)
+        for some in row_chunks(logits[: len(rows)]):
+            index, of_slots = where[0, some], where[1, some]
+            values = logits[some] if everyone else logits[index]
+            counts = output[of_slots, :size]
+            repetition, presence, frequency = penalties[some].unbind(1)
+            said = (counts > 0) | prompt[of_slots, :size]
+            values = torch.where(said, torch.where(values > 0, values / repetition, values * repetition), values)
+            values -= presence * (counts > 0) + frequency * counts
+            if everyone:
+                logits[some] = values
+            else:
+                logits[index] = values
+
+    def _allocated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._tables is None:
+            shape = self._slots, len(self._vocab) + 1
+            self._tables = (
+                torch.zeros(shape, dtype=torch.bool, device=self._device),
+                torch.zeros(shape, dtype=torch.int32, device=self._device),
+            )
+        return self._tables
+
+    def _columns(self, token_ids: np.ndarray) -> torch.Tensor:
+        first, size = self._vocab.start, len(self._vocab)
+        inside = (token_ids >= first) & (token_ids < first + size)
+        return to_device([np.where(inside, token_ids - first, size)], self._device)[0]

@@ -1,0 +1,182 @@
+"""A client's request and its sequences: state that the scheduler alone changes, from `Scheduler.add` on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import msgspec
+
+from ..protocol.logprobs import TokenLogprobs
+from .block_pool import IntegrityError, PrefixChain
+from .step_plan import SlotSampling, SlotStart
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is; a preempted one waits again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a client asked for, every default resolved: n = len(samplings) completions of one prompt."""
+
+    id: str
+    prompt: list[int]
+    """Token ids, at least one."""
+    samplings: list[SlotSampling]
+    """One for each completion; they differ in their seed. Prompt logprobs are taken from the first one alone."""
+    max_tokens: int
+    """New tokens of each completion at most; max_model_len ends it too."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's end-of-sequence ids; empty with ignore_eos."""
+    stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    """Lower runs first."""
+    cache_salt: str = ""
+    arrived_at: float | None = None
+    """Seconds on the scheduler's clock; None lets `Scheduler.add` set it. So are all times below."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    unfinished: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For prompt tokens 1, 2, ... as far as they are computed; None if not asked for."""
+
+    def take_on(self, arrival: int, max_model_len: int, chain: PrefixChain | None) -> None:
+        """Make the sequences. `chain` covers the full blocks of the prompt; each sequence gets its own copy."""
+        length = len(self.prompt)
+        self.unfinished = len(self.samplings)
+        self.prompt_logprobs = [] if self.samplings[0].prompt_logprobs >= 0 else None
+        self.sequences = [
+            Sequence(
+                request=self,
+                index=index,
+                order=(self.priority, arrival, index),
+                tokens=list(self.prompt),
+                prompt_length=length,
+                length_limit=min(length + self.max_tokens, max_model_len),
+                end_token_ids=self.eos_token_ids | self.stop_token_ids,
+                sampling=sampling if index == 0 else msgspec.structs.replace(sampling, prompt_logprobs=-1),
+                chain=chain.copy() if chain is not None else None,
+            )
+            for index, sampling in enumerate(self.samplings)
+        ]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV came from the prefix cache when the first completion was admitted."""
+        return self.sequences[0].cached_tokens if self.sequences else 0
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether some prompt position is still to be computed for its logprobs."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
+
+    def add_prompt_logprobs(self, position: int, entries: list[TokenLogprobs]) -> None:
+        """Take the entries for the tokens after `position`; those known before a preemption come a second time."""
+        known = self.prompt_logprobs
+        if known is None or position > len(known):
+            raise IntegrityError(f"prompt logprobs of {self.id} from position {position} do not follow those known")
+        known += entries[len(known) - position :]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One completion: its known tokens, and how many of them are computed."""
+
+    request: Request
+    index: int
+    order: tuple[int, int, int]
+    """(priority, arrival number, index): the smaller is scheduled first and preempted last."""
+    tokens: list[int]
+    """Known tokens: prompt, then output."""
+    prompt_length: int
+    length_limit: int
+    """len(tokens) at which it ends."""
+    end_token_ids: frozenset[int]
+    sampling: SlotSampling
+    chain: PrefixChain | None
+    """None: shares no block with anybody. Else it covers the full blocks of the prompt and of the computed tokens."""
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    computed: int = 0
+    """Tokens whose KV is in the cache."""
+    planned: int = 0
+    """Tokens whose KV is in the cache once the steps in flight are done."""
+    expected: int = 0
+    """Tokens that the steps in flight sample: known by their places alone."""
+    told: int = 0
+    """Tokens whose numbers the ranks know."""
+    lives: int = 0
+    """How often it gave its slot up."""
+    blocks: list[int] = field(default_factory=list)
+    capacity: int = 0
+    """Tokens that fit in `blocks`."""
+    slot: int = -1
+    awaits: bytes = b""
+    """Digest of the block that a running sequence was computing when this one last wanted it."""
+    cached_tokens: int = 0
+    preemptions: int = 0
+    finish_reason: str | None = None
+    """"stop", "length" or "abort"."""
+    stop_reason: str | int | None = None
+    first_scheduled_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.request.id}/{self.index}"
+
+    @property
+    def wanted(self) -> int:
+        """Tokens to compute next, with the one that is expected."""
+        return len(self.tokens) + self.expected - self.planned
+
+    @property
+    def cacheable(self) -> int:
+        """Tokens that may come from the prefix cache: sampling needs the last one's logits, and prompt logprobs need
+        those of each position not yet given."""
+        logprobs = self.request.prompt_logprobs
+        if self.index == 0 and logprobs is not None and self.request.needs_prompt_logprobs:
+            return len(logprobs)
+        return len(self.tokens) - 1
+
+    def start(self) -> SlotStart:
+        """What the ranks need to know when it takes its slot."""
+        sampling = self.sampling
+        if sampling.prompt_logprobs >= 0 and not self.request.needs_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
+        return SlotStart(self.slot, self.prompt_length, list(self.tokens), sampling)
+
+    @property
+    def output(self) -> list[int]:
+        """The new tokens, an end-of-sequence or stop token included."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def num_output(self) -> int:
+        """How many new tokens there are."""
+        return len(self.tokens) - self.prompt_length
+
+
+# One is made for each token: without gc, since nothing that it refers to refers to it.
+class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):
+    """What one step, an abort or an external finish brought to one sequence."""
+
+    request: Request
+    sequence: Sequence
+    token_ids: list[int]
+    """New tokens; an end-of-sequence or stop token is one of them."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Aligned with token_ids; None if not asked for."""
+    finish_reason: str | None = None
+    """Set in the last update of a sequence, and only there."""
+    stop_reason: str | int | None = None
+    request_finished: bool = False
+    """Whether this ended the last unfinished sequence of the request."""

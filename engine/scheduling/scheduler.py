@@ -1,0 +1,400 @@
+"""Decides what every sequence computes in each step. One rule, no phases: a sequence has known and computed tokens, and
+each step hands out a budget of tokens until computed catches up with known.
+
+    plan = scheduler.schedule()          # None: nothing to compute
+    updates = scheduler.commit(plan, result)
+
+The next step may be scheduled before the last one is committed. A token that is being sampled is then expected: its
+place is known, the ranks have it, and the row that computes it does without its number. One thread calls everything
+here; no torch is imported.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable
+from operator import attrgetter
+
+from ..errors import CapacityExceeded, ConfigError, InvalidRequest
+from ..protocol.logprobs import TokenLogprobs
+from .block_pool import BlockPool, IntegrityError, PrefixChain
+from .integrity import check_books
+from .request import Request, Sequence, SequenceStatus, SequenceUpdate
+from .step_builder import StepDraft
+from .step_plan import StepPlan, StepResult
+
+HEADROOM_TOKENS = 16  # an admission leaves each running sequence the blocks of its next 16 tokens, or of one block
+
+_order = attrgetter("order")
+
+
+class Scheduler:
+    """Owns all requests, their block tables and slots.
+
+    Sequences are ranked by (priority, arrival, index). They are admitted in that order, and when blocks run out the
+    last one running is preempted: its blocks and its slot go, its tokens stay, it waits again in its place. So the
+    first in rank always progresses, and nothing is admitted past a sequence that waits for blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_queue: int,
+        prefix_cache: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` returns seconds; max_num_batched_tokens is at least max_num_seqs, as EngineConfig checks.
+
+        Raises ConfigError if the pool cannot hold one sequence of max_model_len tokens.
+        """
+        if num_blocks * block_size < max_model_len:
+            raise ConfigError(
+                f"the KV cache holds {num_blocks} blocks of {block_size} = {num_blocks * block_size} tokens, but one "
+                f"sequence may have max_model_len={max_model_len}: raise kv_memory, or lower max_model_len to at most "
+                f"{num_blocks * block_size}"
+            )
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.max_queue = max_queue
+        self.prefix_cache = prefix_cache
+        self._clock = clock
+        self._pool = BlockPool(num_blocks)
+        self._requests: dict[str, Request] = {}
+        self._queued: set[str] = set()  # requests none of whose sequences was admitted yet
+        self._waiting: list[Sequence] = []  # both lists in rank order
+        self._running: list[Sequence] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._computing: dict[bytes, Sequence] = {}  # blocks that running sequences will publish: digest -> by whom
+        # Steps not yet committed: number, sequences of the rows, and the life that each had when it was planned. A row
+        # of an earlier life than its sequence's, which gave its slot up meanwhile, is of no use.
+        self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
+        self._arrivals = 0
+        self.steps = 0
+        self.preemptions = 0
+        self.prefix_hits = 0  # prompt tokens that were in the cache when their sequence was first admitted
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is unfinished."""
+        return bool(self._requests)
+
+    def unfinished(self) -> list[str]:
+        """Ids of the requests under way."""
+        return list(self._requests)
+
+    def request_of_row(self, row: int) -> str | None:
+        """The id of the request that row `row` of the oldest step in flight is of; None if it has no use for it now."""
+        _, sequences, lives = self._in_flight[0]
+        return sequences[row].request.id if sequences[row].lives == lives[row] else None
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step may be scheduled now: while one is in flight, but not while two are."""
+        return len(self._in_flight) < 2
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self._pool.total
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no sequence holds; they may still cache a prefix."""
+        return self._pool.available
+
+    # -- requests in and out
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises CapacityExceeded if max_queue of them wait, InvalidRequest if it can never run."""
+        n, length = len(request.samplings), len(request.prompt)
+        if not 1 <= n <= self.max_num_seqs:
+            raise InvalidRequest(
+                f"n={n} is out of range: it must be in [1, {self.max_num_seqs}]; raise max_num_seqs={self.max_num_seqs}"
+            )
+        if not 1 <= length < self.max_model_len:
+            allowed = f"1 to {self.max_model_len - 1}, so that one more fits max_model_len={self.max_model_len}"
+            raise InvalidRequest(f"the prompt has {length} tokens; it must have {allowed}")
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is in use by an unfinished request")
+        if len(self._queued) >= self.max_queue:
+            raise CapacityExceeded(
+                f"{len(self._queued)} requests wait, as many as max_queue={self.max_queue}: retry later or raise it"
+            )
+        if request.arrived_at is None:
+            request.arrived_at = self._clock()
+        request.take_on(self._arrivals, self.max_model_len, self._chain(request))
+        self._arrivals += 1
+        self._requests[request.id] = request
+        self._queued.add(request.id)
+        for sequence in request.sequences:
+            insort(self._waiting, sequence, key=_order)
+
+    def _chain(self, request: Request) -> PrefixChain | None:
+        if self.prefix_cache:
+            chain = PrefixChain(self.block_size, request.cache_salt)
+        elif len(request.samplings) > 1:
+            # Without a prefix cache the completions of one prompt still share its blocks: nobody else has this salt.
+            chain = PrefixChain(self.block_size, f"request {self._arrivals}")
+        else:
+            return None
+        chain.extend(request.prompt, len(request.prompt))
+        return chain
+
+    def abort(self, request_id: str, forget: bool = False) -> list[SequenceUpdate]:
+        """End a request, also between schedule and commit. Returns an update for each sequence that this ended. With
+        `forget` what it computed serves nobody else: see BlockPool.forget()."""
+        request, now = self._requests.get(request_id), self._clock()
+        updates: list[SequenceUpdate] = []
+        for sequence in [] if request is None else request.sequences:
+            if sequence.status is not SequenceStatus.FINISHED:
+                if forget:
+                    self._pool.forget(sequence.blocks)
+                self._finish(sequence, "abort", None, now)
+                last = sequence.request.unfinished == 0
+                updates.append(SequenceUpdate(sequence.request, sequence, [], None, "abort", None, last))
+        return updates
+
+    def finish(self, request_id: str, index: int, stop_reason: str | int | None) -> SequenceUpdate | None:
+        """End one completion because of its text (a stop string); None if it had ended. Later tokens are dropped."""
+        request = self._requests.get(request_id)
+        if request is None or request.sequences[index].status is SequenceStatus.FINISHED:
+            return None
+        sequence = request.sequences[index]
+        self._finish(sequence, "stop", stop_reason, self._clock())
+        return SequenceUpdate(request, sequence, [], None, "stop", stop_reason, request.unfinished == 0)
+
+    def _finish(self, sequence: Sequence, reason: str, stop_reason: str | int | None, now: float) -> None:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._vacate(sequence)
+        else:
+            del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason, sequence.stop_reason, sequence.finished_at = reason, stop_reason, now
+        request = sequence.request
+        request.unfinished -= 1
+        if request.unfinished == 0:
+            del self._requests[request.id]
+            self._queued.discard(request.id)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Take a running sequence's slot and blocks."""
+        del self._running[bisect_left(self._running, sequence.order, key=_order)]
+        self._pool.release(sequence.blocks)
+        self._free_slots.append(sequence.slot)
+        if sequence.chain is not None:
+            for digest in sequence.chain.digests[sequence.computed // self.block_size :]:
+                if self._computing.get(digest) is sequence:
+                    del self._computing[digest]
+        sequence.blocks, sequence.capacity, sequence.slot = [], 0, -1
+        sequence.lives += 1
+
+    # -- one step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute yet.
+
+        Raises IntegrityError with two steps in flight.
+        """
+        if not self.can_run_ahead:
+            raise IntegrityError(f"step {self._in_flight[0][0]} must be committed before another is scheduled")
+        draft = StepDraft(self.max_num_batched_tokens)
+        self._schedule_running(draft)
+        if self._waiting:
+            self._admit(draft)
+        if not draft.decodes and not draft.chunks:
+            return None
+        draft.give_rest()
+        self.steps += 1
+        plan = draft.plan(self.steps)
+        self._in_flight.append((self.steps, *draft.take_off()))
+        return plan
+
+    def _schedule_running(self, draft: StepDraft) -> None:
+        prompts = []
+        for sequence in self._running:  # preemptions shorten the list from its end, never by one that was seen here
+            known = len(sequence.tokens)
+            if known + sequence.expected - sequence.planned > 1:
+                prompts.append(sequence)
+                continue
+            if sequence.expected and known + 1 >= sequence.length_limit:  # the token that is expected will be its last
+                continue
+            if sequence.planned == sequence.capacity and not self._grow(sequence, draft):
+                break
+            if known > sequence.told:
+                draft.tell(sequence)
+            draft.decodes.append(sequence)
+        draft.budget -= len(draft.decodes)
+        for sequence in prompts:
+            draft.give_tokens(sequence)
+
+    def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
+        """Add one block to a table, if need be by preempting who ranks last; False if that was the sequence itself."""
+        while not self._pool.available:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self._pool.allocate(1)
+        sequence.capacity += self.block_size
+        draft.give_blocks(sequence, len(sequence.blocks) - 1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._vacate(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.computed = sequence.planned = sequence.expected = 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        insort(self._waiting, sequence, key=_order)
+
+    def _admit(self, draft: StepDraft) -> None:
+        passed_over: list[Sequence] = []
+        seen = 0
+        now = self._clock()
+        for sequence in self._waiting:
+            if not draft.budget or not self._free_slots:
+                break
+            if self._is_computing(sequence.awaits, sequence):
+                passed_over.append(sequence)
+                seen += 1
+                continue
+            cached = self._match(sequence)
+            if self._is_computing(sequence.awaits, sequence):
+                passed_over.append(sequence)
+            elif self._fits(sequence, cached):
+                self._start(sequence, cached, draft, now)
+            else:
+                break
+            seen += 1
+        self._waiting[:seen] = passed_over
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """The cached blocks it may use; sets `awaits` to the digest of the first one missing."""
+        sequence.awaits = b""
+        if sequence.chain is None:
+            return []
+        limit = min(sequence.cacheable // self.block_size, len(sequence.chain.digests))
+        cached = self._pool.match(sequence.chain.digests, limit)
+        if len(cached) < limit:
+            sequence.awaits = sequence.chain.digests[len(cached)]
+        return cached
+
+    def _is_computing(self, digest: bytes, waiting: Sequence) -> bool:
+        """Whether a running sequence that ranks before `waiting` will publish this block: worth waiting for."""
+        by = self._computing.get(digest)
+        return by is not None and by.order < waiting.order
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        if not self._running:
+            return True
+        needed = -(-len(sequence.tokens) // self.block_size)
+        spare = self._pool.available - needed + self._pool.held(cached)
+        if spare > len(self._running):
+            return True
+        horizon = min(HEADROOM_TOKENS, self.block_size)
+        return spare > sum(running.capacity - len(running.tokens) < horizon for running in self._running)
+
+    def _start(self, sequence: Sequence, cached: list[int], draft: StepDraft, now: float) -> None:
+        """Give a waiting sequence a slot, and blocks for all it knows: later it competes for new tokens alone."""
+        known = len(sequence.tokens)
+        self._pool.acquire(cached)
+        sequence.blocks = cached + self._pool.allocate(-(-known // self.block_size) - len(cached))
+        sequence.capacity = len(sequence.blocks) * self.block_size
+        sequence.slot = self._free_slots.pop()
+        sequence.computed = sequence.planned = len(cached) * self.block_size
+        sequence.told = known
+        sequence.status = SequenceStatus.RUNNING
+        insort(self._running, sequence, key=_order)
+        self._queued.discard(sequence.request.id)
+        if sequence.chain is not None:
+            for digest in sequence.chain.digests[len(cached) :]:
+                self._computing.setdefault(digest, sequence)
+        if sequence.first_scheduled_at is None:
+            sequence.first_scheduled_at = now
+            sequence.cached_tokens = sequence.computed
+            self.prefix_hits += sequence.computed
+        draft.starts.append(sequence.start())
+        draft.give_blocks(sequence, 0)
+        draft.give_tokens(sequence)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Take in what the plan brought, one update for each new token; sequences that ended meanwhile get none."""
+        if not self._in_flight or plan.step != self._in_flight[0][0]:
+            raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
+        _, rows, lives = self._in_flight.popleft()
+        now = self._clock()
+        for row, entries in result.prompt_logprobs.items():
+            if rows[row].lives == lives[row]:
+                rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
+        size = self.block_size
+        for sequence, life, count in zip(rows, lives, plan.counts, strict=True):
+            if sequence.lives == life:
+                full = sequence.computed // size
+                sequence.computed += count
+                if sequence.chain is not None and sequence.computed // size > full:
+                    self._publish(sequence, sequence.chain, full)
+        updates = []
+        for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
+            sequence = rows[row]
+            if sequence.lives == lives[row]:
+                updates.append(self._append(sequence, token, logprobs, now))
+        return updates
+
+    def _publish(self, sequence: Sequence, chain: PrefixChain, first: int) -> None:
+        """Offer the blocks from index `first` that are computed in full to the prefix cache."""
+        chain.extend(sequence.tokens, sequence.computed)
+        for index in range(first, sequence.computed // self.block_size):
+            digest = chain.digests[index]
+            self._pool.publish(sequence.blocks[index], digest)
+            if self._computing.get(digest) is sequence:
+                del self._computing[digest]
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
+        tokens, request = sequence.tokens, sequence.request
+        reason: str | None = None
+        stop_reason: int | None = None
+        if token in sequence.end_token_ids and sequence.num_output >= sequence.sampling.min_tokens:
+            reason, stop_reason = "stop", None if token in request.eos_token_ids else token
+        tokens.append(token)
+        sequence.expected -= 1
+        if reason is None and len(tokens) >= sequence.length_limit:
+            reason = "length"
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        sequence.last_token_at = now
+        if reason is not None:
+            self._finish(sequence, reason, stop_reason, now)
+        entries = [logprobs] if logprobs is not None else None
+        return SequenceUpdate(request, sequence, [token], entries, reason, stop_reason, request.unfinished == 0)
+
+    # -- the books
+
+    def check_integrity(self) -> None:
+        """Compare all books with each other; O(everything), meant for idle moments and tests. Raises IntegrityError."""
+        sequences = self._waiting, self._running
+        check_books(
+            self._requests, self._queued, *sequences, self._computing, self.block_size, steps=len(self._in_flight)
+        )
+        slots = sorted(self._free_slots + [sequence.slot for sequence in self._running])
+        if slots != list(range(self.max_num_seqs)):
+            raise IntegrityError(f"free slots {self._free_slots} and those in use do not add up to {self.max_num_seqs}")
+        self._pool.check_integrity((s.name, s.blocks, s.chain) for s in self._running)

@@ -1,0 +1,118 @@
+"""What every rank computes in one step, as plain frozen data: the only thing that crosses ranks for control.
+
+A rank keeps, for each slot, the token ids and the block table it was told; a plan carries what changed.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..protocol.logprobs import TokenLogprobs
+
+
+class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
+    """A request's sampling values with every default resolved; all ranks apply them to their vocabulary shard."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # signed 64 bits: the key of this sequence's noise
+    min_tokens: int = 0
+    end_token_ids: tuple[int, ...] = ()  # masked while fewer than min_tokens are out
+    bias_token_ids: tuple[int, ...] = ()
+    bias_values: tuple[float, ...] = ()
+    logprobs: int = -1  # -1: none; 0: the chosen token's alone; k: and the k likeliest
+    prompt_logprobs: int = -1
+    processed_logprobs: bool = False
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the tokens so far change the next one's logits, beyond how many there are."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class SlotStart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence takes a slot (first admission, or again after a preemption): all the ranks need to know of it."""
+
+    slot: int
+    prompt_length: int  # tokens before the output began; the rest of token_ids is output from before a preemption
+    token_ids: list[int]  # every token known so far
+    sampling: SlotSampling
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """One step. Row i of the batch is `counts[i]` tokens of slot `slots[i]` from position `positions[i]`.
+
+    Rows of one token whose position is the slot's last token (decodes) come first: `num_decodes` of them. That token
+    may be one past those that the rank was told: then the slot's last step has sampled it on the device.
+    Blocks and tokens are applied before the rows are computed, in this order: starts, tokens, blocks.
+    """
+
+    step: int
+    starts: list[SlotStart]
+    token_slots: list[
+        int
+    ]  # tokens committed since the slot's last row: slot and token id, appended to the slot's tokens
+    token_ids: list[int]
+    block_slots: list[int]  # block table entries that changed: block_table[slot][index] = block
+    block_indices: list[int]
+    block_ids: list[int]
+    slots: list[int]
+    positions: list[int]
+    counts: list[int]
+    num_decodes: int
+    sample_rows: list[int]  # rows whose last token gets a successor sampled in this step, ascending
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row is a token from which the next is sampled."""
+        return self.num_decodes == len(self.slots) == len(self.sample_rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(self.counts)
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """The group's work is done: every rank leaves its loop. `payload` is for who called the loop (see LLM.in_group)."""
+
+    payload: bytes = b""
+
+
+class Idle(msgspec.Struct, frozen=True, array_like=True, tag="idle"):
+    """Nothing to compute; sent now and then so that a waiting rank knows that rank 0 lives."""
+
+
+class Capture(msgspec.Struct, frozen=True, array_like=True, tag="capture"):
+    """Capture the CUDA graph of decode steps of `rows` rows, between two steps."""
+
+    rows: int
+
+
+Control = StepPlan | Stop | Idle | Capture
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+
+
+def encode(message: Control) -> bytes:
+    """Bytes of a control message, for the control channel."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Control:
+    """The control message in `data`; raises msgspec.ValidationError if it is not one."""
+    return _decoder.decode(data)
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What rank 0 learned in one step, aligned with the plan's sample_rows."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # row -> for the prompt tokens that follow the row's positions

@@ -1,0 +1,1 @@
+"""The command line: settings, help, and what a person sees."""

@@ -1,0 +1,187 @@
+"""Requests from a JSONL file, and their answers to another; a line that is no request fails alone."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ...engine.client.llm import RequestOutput
+from ...engine.config import unknown_name
+from ...engine.errors import ConfigError, InvalidRequest
+from ...engine.protocol.messages import Submit
+from ...engine.protocol.sampling_params import SamplingParams
+
+Id = str | int
+
+
+class _Line(msgspec.Struct):
+    id: Id
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    token_ids: list[int] | None = None
+    sampling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LineRequest:
+    """A line that is a request. `id` is as the line has it; the request's own is its text."""
+
+    id: Id
+    submit: Submit
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is none, and why. `id` is the line's own, or line-N if it has none that can be read."""
+
+    id: Id
+    error: str
+
+
+def read_requests(
+    file: BinaryIO, defaults: SamplingParams, done: Collection[str] = (), seed: int | None = None
+) -> Iterator[LineRequest | BadLine]:
+    """The file's lines in order; blank lines, and those whose id is in `done`, are left out.
+
+    A line's "sampling" is laid over `defaults`, field by field. With `seed`, a line without one of its own gets one
+    that follows from `seed` and its id: whatever an earlier run has answered, it draws the same.
+    """
+    base = msgspec.to_builtins(defaults)
+    first_line: dict[str, int] = {}
+    for number, raw in enumerate(file, 1):
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw  # as editors on Windows leave it
+        if not line.strip():
+            continue
+        item = _parse(line, number, base)
+        key = str(item.id)
+        if key in done:
+            continue
+        if key in first_line:
+            yield BadLine(item.id, f"line {number}: id {item.id!r} is also that of line {first_line[key]}")
+            continue
+        first_line[key] = number
+        yield item if seed is None or isinstance(item, BadLine) else _seeded(item, seed)
+
+
+def _seeded(item: LineRequest, seed: int) -> LineRequest:
+    submit = item.submit
+    if submit.sampling.seed is not None:
+        return item
+    digest = hashlib.blake2b(f"{seed} {submit.id}".encode(), digest_size=8).digest()
+    sampling = msgspec.structs.replace(submit.sampling, seed=int.from_bytes(digest, "big", signed=True))
+    return LineRequest(item.id, msgspec.structs.replace(submit, sampling=sampling))
+
+
+def count_requests(path: Path) -> int:
+    """Lines of the file that are not blank."""
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
+
+
+def _parse(line: bytes, number: int, base: dict[str, Any]) -> LineRequest | BadLine:
+    line_id: Id = f"line-{number}"
+    try:
+        values = msgspec.json.decode(line.decode())
+        if not isinstance(values, dict):
+            raise InvalidRequest(f"a request is a JSON object, not {type(values).__name__}")
+        given = values.get("id")
+        if isinstance(given, str | int) and not isinstance(given, bool) and given != "":
+            line_id = given
+        elif "id" in values:
+            raise InvalidRequest(f"id={given!r} must be a string that is not empty, or an integer")
+        return LineRequest(line_id, _submit(values, base))
+    except UnicodeDecodeError as error:
+        return BadLine(line_id, f"line {number} is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
+    except msgspec.ValidationError as error:
+        return BadLine(line_id, f"line {number}: {error}")
+    except msgspec.DecodeError as error:
+        return BadLine(line_id, f"line {number} is not JSON: {error}")
+    except InvalidRequest as error:
+        return BadLine(line_id, f"line {number}: {error}")
+
+
+def _submit(values: dict[str, Any], base: dict[str, Any]) -> Submit:
+    for name in values:
+        if name not in _Line.__struct_fields__:
+            raise InvalidRequest(unknown_name("field", name, list(_Line.__struct_fields__)))
+    line = msgspec.convert(values, _Line)
+    given = [name for name in ("prompt", "messages", "token_ids") if getattr(line, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
+        )
+    given_sampling = {name: value for name, value in (line.sampling or {}).items() if value is not None}
+    return Submit(
+        id=str(line.id),
+        prompt=line.prompt,
+        messages=line.messages,
+        token_ids=line.token_ids,
+        sampling=SamplingParams.from_dict({**base, **given_sampling}),
+    )
+
+
+def answer_record(request_id: Id, output: RequestOutput) -> dict[str, Any]:
+    """The line of an answer. With n > 1 "completions" lists all of them; the others' place is completion 0's."""
+    completions = [
+        {"text": each.text, "token_ids": each.token_ids, "finish_reason": each.finish_reason}
+        | ({} if each.logprobs is None else {"logprobs": [_logprobs(entry) for entry in each.logprobs]})
+        for each in output.outputs
+    ]
+    record: dict[str, Any] = {"id": request_id, **completions[0]}
+    if len(completions) > 1:
+        record["completions"] = completions
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [_logprobs(entry) for entry in output.prompt_logprobs]
+    return record | {"usage": msgspec.to_builtins(output.usage), "timings": msgspec.to_builtins(output.timings)}
+
+
+def _logprobs(entry: msgspec.Struct) -> dict[str, Any]:
+    return msgspec.structs.asdict(entry)
+
+
+class AnswerFile:
+    """Appends JSON lines to a file opened for appending, each complete there before the next begins."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        self._file.write(msgspec.json.encode(record) + b"\n")
+        self._file.flush()
+
+    def clear(self) -> None:
+        """Drop what an earlier run wrote. A pipe or terminal holds nothing that could be dropped."""
+        if self._file.seekable():
+            self._file.truncate(0)
+
+
+def read_done(path: Path) -> set[str]:
+    """The ids an earlier run has answered; what a killed run left of its last line is cut off.
+
+    Raises ConfigError if the file holds anything else than such lines.
+    """
+    done: set[str] = set()
+    if not path.exists():
+        return done
+    with path.open("r+b") as file:
+        whole = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(str(msgspec.json.decode(line)["id"]))
+            except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+                raise ConfigError(
+                    f"line {number} of output={str(path)!r} is no answer with an id: resume=true continues only a "
+                    f"file that generate wrote; give another output="
+                ) from None
+            whole += len(line)
+        file.truncate(whole)
+    return done

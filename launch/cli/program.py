@@ -1,0 +1,69 @@
+"""The outermost level of every program: arguments in, exit code out; only rank 0 speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import hydra
+from omegaconf import DictConfig
+
+from ...engine.errors import ConfigError
+from ..ranks.failure import report_failure
+from ..ranks.process import STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
+from ..ranks.rank_info import read_place
+from .compose import CONFIG_NAME, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments
+from .help import help_text
+from .presets import CONFIGS
+from .schema import Keys
+
+K = TypeVar("K", bound=Keys)
+
+
+def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, about: str) -> NoReturn:
+    """Compose the configuration from sys.argv, call `body` with it, and exit with the code it returns.
+
+    Exit codes: 0, or body's; 2 for a configuration or checkpoint that cannot be used; 1 for any other failure;
+    128 + signal. Under torchrun every rank runs this; a rank other than 0 prints only how it failed.
+    """
+    try:
+        place = read_place()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if place.launched:
+        end_with_parent()
+    if place.rank == 0:
+        stop_on_signals()
+    else:
+        die_on_signals()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    try:
+        arguments = prepare_arguments(sys.argv[1:], keys, place)
+        if parse_arguments(arguments).help:
+            print(help_text(keys, program, about))
+            sys.exit(0)
+        compose(arguments, keys, place)  # first, because Hydra's own words for a mistake are many
+        job = _through_hydra(arguments, keys)
+        code = 0 if job is None else body(job)
+    except (Exception, Signalled) as error:
+        code = report_failure(error, place)
+    exit_within(STOP_TIMEOUT_S, code)
+    sys.exit(code)
+
+
+def _through_hydra(arguments: list[str], keys: type[K]) -> Job[K] | None:
+    """Let Hydra's command line do what was asked of it; the job, unless that was only to print something."""
+    place = read_place()
+    jobs: list[Job[K]] = []
+    sys.argv[1:] = arguments
+    if parse_arguments(arguments).multirun:
+        raise ConfigError("--multirun is not supported: an engine is built for one configuration at a time")
+
+    def take(config: DictConfig) -> None:
+        jobs.append(job_of(config, keys, place))
+
+    hydra.main(config_path=str(CONFIGS), config_name=CONFIG_NAME, version_base=HYDRA_VERSION_BASE)(take)()
+    return jobs[0] if jobs else None

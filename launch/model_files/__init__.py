@@ -1,0 +1,1 @@
+"""Model folders that get_model makes: converted, random, downloaded."""

@@ -1,0 +1,1 @@
+"""Processes of a group: how they start, what they tell, how they end."""

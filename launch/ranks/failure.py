@@ -1,0 +1,68 @@
+"""What a rank says when it ends with an error: the one that failed speaks first, those that only saw it go wait."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+
+from ...engine.errors import CheckpointError, ConfigError, InvalidRequest, PhalanxError
+from .process import Signalled, die_on_signals
+from .rank_info import Place
+
+OTHERS_DELAY_S = 1.0
+"""Every rank meets the same wrong setting: the others give rank 0 this long to say so, and are ended meanwhile."""
+BYSTANDER_DELAY_S = 2.0
+"""A rank whose peer has gone gives the launcher this long to end it, so that the peer's own words come first."""
+
+
+def report_failure(error: BaseException, place: Place, *, told_by_client: bool = False) -> int:
+    """Print what ended this rank, record it for the launcher's summary, and return the exit code.
+
+    2 for what a user can put right (configuration, checkpoint, request), 128 + signal, else 1. With `told_by_client`
+    an error of ours is recorded only: the client that started the group raises it.
+    """
+    if isinstance(error, Signalled):
+        return error.exit_code
+    die_on_signals()
+    if _saw_a_peer_go(error):
+        time.sleep(BYSTANDER_DELAY_S)
+        _record(error, place)
+        _print(f"{_name(place)}: {error}")
+        return 1
+    if not isinstance(error, PhalanxError):
+        _print(f"{_name(place)} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
+        _record(error, place)
+        return 1
+    if place.rank != 0:
+        time.sleep(OTHERS_DELAY_S)
+    # The message says it all: the launcher's summary needs no traceback of it.
+    _record(error.with_traceback(None), place)
+    if not told_by_client:
+        _print(f"{_name(place)}: {error}" if place.rank else f"error: {error}")
+    return 2 if isinstance(error, ConfigError | CheckpointError | InvalidRequest) else 1
+
+
+def _saw_a_peer_go(error: BaseException) -> bool:
+    # Without the collectives' module loaded there is no such error, and no reason to load torch.
+    module = sys.modules.get(f"{__package__.split('.', maxsplit=1)[0]}.parallel.collectives.base")
+    return module is not None and isinstance(error, module.CollectiveError)
+
+
+def _record(error: BaseException, place: Place) -> None:
+    if not place.launched:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        raise error
+    except BaseException as raised:
+        get_error_handler().record_exception(raised)
+
+
+def _name(place: Place) -> str:
+    return f"rank {place.rank} of {place.size}"
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

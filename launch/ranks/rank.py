@@ -1,0 +1,70 @@
+"""One rank of an engine group that serves clients over ZeroMQ.
+
+`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as launch.group starts it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from ...engine.config import EngineConfig
+from .failure import report_failure
+from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
+from .rank_info import Place, read_place
+
+
+def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
+    """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`. Exit code."""
+    from ...engine.engine import Engine, run_rank
+    from ...parallel.collectives.base import CollectiveError
+    from .progress import loading_progress
+    from .session import bind, join
+
+    stopped_by: list[int] = []
+
+    def on_ready(engine: Engine) -> None:
+        coordinator = engine.coordinator
+        if coordinator is not None:
+
+            def stop(number: int) -> None:
+                stopped_by.append(number)
+                coordinator.stop()
+
+            stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
+
+    binding = bind(config, place)
+    group = join(config, place)
+    try:
+        run_rank(config, group, address, binding, loading_progress(place), on_ready)
+    except CollectiveError:
+        # The signal reached the other ranks too, which left at once: that rank 0 misses them is no failure.
+        if not stopped_by:
+            raise
+    else:
+        group.close()
+    return 128 + stopped_by[0] if stopped_by else 0
+
+
+def main() -> None:
+    """A rank of the group that launch.group supervises."""
+    folder = Path(sys.argv[1])
+    place = read_place()
+    end_with_parent()
+    if place.rank == 0:
+        stop_on_signals(within_s=RANK_STOP_TIMEOUT_S)
+    else:
+        die_on_signals()
+    try:
+        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
+        code = serve_rank(config, place, f"ipc://{folder}/engine")
+    except (Exception, Signalled) as error:
+        code = report_failure(error, place, told_by_client=True)
+    exit_within(RANK_STOP_TIMEOUT_S, code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Which rank this process is, as torchrun says it in the environment; a process on its own is rank 0 of 1."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ...engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank among those that were started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launched: bool = False
+    """Started by torchrun or another launcher, which watches this process's end."""
+
+
+def read_place() -> Place:
+    """The place torchrun gave this process. Raises ConfigError if its variables are incomplete or no numbers."""
+    if "WORLD_SIZE" not in os.environ:
+        return Place()
+    values: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name, "")
+        if not text.isdecimal():
+            raise ConfigError(
+                f"the environment says {name}={text!r}, where a number belongs: start ranks with torchrun, or unset "
+                f"WORLD_SIZE to run without it"
+            )
+        values[name] = int(text)
+    return Place(
+        rank=values["RANK"],
+        size=values["WORLD_SIZE"],
+        local_rank=values["LOCAL_RANK"],
+        local_size=values["LOCAL_WORLD_SIZE"],
+        launched=True,
+    )

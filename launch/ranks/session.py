@@ -1,0 +1,89 @@
+"""An engine for a program of ours: in this process, on torchrun's ranks, or as a group of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ...engine.client.llm import LLM
+from ...engine.config import EngineConfig
+from ...engine.engine import Engine, device_type
+from ...engine.errors import ConfigError, EngineStopped, PhalanxError
+from ...engine.execution.cpu_binding import Binding, bind_process
+from ...engine.execution.worker import Progress
+from ...engine.protocol.transport import InProcess
+from ...parallel.collectives.base import CollectivesUnavailable
+from ...parallel.group import Group, join_group
+from .rank_info import Place
+
+
+def bind(config: EngineConfig, place: Place) -> Binding:
+    """Bind this process, a rank's own, to its CPUs: before join(), whose memory then stands on their NUMA node.
+
+    Raises ConfigError if this machine has not what is asked for.
+    """
+    return bind_process(config, device_type(config), place.local_rank, place.local_size)
+
+
+def join(config: EngineConfig, place: Place) -> Group:
+    """This rank's group; all ranks call it. Raises ConfigError if this machine has not what is asked for."""
+    device = device_type(config)
+    if config.collectives in ("nccl", "symmetric_memory") and device == "cpu":
+        raise ConfigError(f"collectives={config.collectives} needs device=cuda; with device=cpu set collectives=auto")
+    try:
+        return join_group(
+            rank=place.rank,
+            size=place.size,
+            local_rank=place.local_rank,
+            local_size=place.local_size,
+            device=device,
+            collectives=config.collectives,
+            timeout_s=config.timeout_s,
+        )
+    except CollectivesUnavailable as error:
+        raise ConfigError(f"collectives={config.collectives}: {error}; set collectives=auto") from error
+
+
+def follow(config: EngineConfig, place: Place) -> None:
+    """The life of a rank other than 0: until rank 0 stops the group."""
+    binding = bind(config, place)
+    group = join(config, place)
+    engine = Engine(config, group, None, binding=binding)
+    engine.run()
+    engine.close()
+    group.close()
+
+
+@contextmanager
+def open_llm(config: EngineConfig, place: Place, on_progress: Progress | None = None) -> Iterator[LLM]:
+    """An LLM for rank 0, or for a process on its own, which starts a group if ranks > 1. Closed at the end.
+
+    An error that stopped the engine's steps in this process is raised as it was, with its traceback.
+    """
+    if not place.launched and config.ranks > 1:
+        with LLM.from_config(config, on_progress) as llm:
+            yield llm
+        return
+    binding = bind(config, place)
+    group = join(config, place)
+    link = InProcess()
+    engine = Engine(config, group, link.transport, on_progress, binding)
+    coordinator = engine.coordinator
+    assert coordinator is not None
+    try:
+        with LLM.from_engine(engine, link) as llm:
+            yield llm
+    except EngineStopped:
+        if coordinator.stopped is not None:
+            raise coordinator.stopped from None
+        raise
+    group.close()
+
+
+def why_stopped(llm: LLM, error: PhalanxError) -> PhalanxError:
+    """The fullest account of an EngineStopped: once its group has ended, the client knows which rank failed."""
+    try:
+        llm.status()
+    except PhalanxError as fuller:
+        return fuller
+    return error

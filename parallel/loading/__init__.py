@@ -1,0 +1,1 @@
+"""Weights of this rank, read from a checkpoint or made."""

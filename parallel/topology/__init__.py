@@ -1,0 +1,1 @@
+"""Which CPUs a machine has, and which of them each rank gets."""

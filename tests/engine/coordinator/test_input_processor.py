@@ -1,0 +1,193 @@
+"""Intake: defaults from request, configuration and generation_config, and what never gets as far as a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from phalanx import CheckpointError, EngineConfig, InvalidRequest, SamplingParams
+from phalanx.engine.coordinator.input_processor import Intake, sampling_defaults
+from phalanx.engine.models.spec import ModelSpec, RopeSpec
+from phalanx.engine.protocol.messages import Submit
+from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan, encode
+
+SPEC = ModelSpec(
+    architecture="Qwen2ForCausalLM", vocab_size=100, hidden_size=8, intermediate_size=8, num_layers=1,
+    num_query_heads=2, num_kv_heads=1, head_dim=4, rms_norm_eps=1e-6, max_position=64, rope=RopeSpec(),
+    tied_embeddings=True, eos_token_ids=(7,),
+)  # fmt: skip
+
+
+class _Words:
+    """A tokenizer that knows numbers; the last one is outside the model's vocabulary. 91 is the special token <end>."""
+
+    def __init__(self, eos_token_id: int | None = None) -> None:
+        self.eos_token_id = eos_token_id
+
+    def special_token_id(self, text: str) -> int | None:
+        return {"<end>": 91, "<beyond>": 100}.get(text)
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def encode_messages(self, messages: list[dict[str, Any]], limit: int | None = None) -> list[int]:
+        return [3, *(token for message in messages for token in self.encode(message["content"])), 4]
+
+
+def _intake(generation: dict[str, Any] | None = None, eos: int | None = None, **config: Any) -> Intake:
+    values = {"model": "m", "max_num_seqs": 4, "max_num_batched_tokens": 8, **config}
+    return Intake(EngineConfig.from_dict(values), SPEC, _Words(eos), generation or {}, 32)  # type: ignore[arg-type]
+
+
+def _accept(intake: Intake, **fields: Any) -> Any:
+    return intake.accept(Submit(id="a", **{"token_ids": [5], **fields}), "inner", 1.5)
+
+
+def _sampling(intake: Intake, **fields: Any) -> SlotSampling:
+    sampling = _accept(intake, sampling=SamplingParams(**fields)).samplings[0]
+    assert isinstance(sampling, SlotSampling)
+    return sampling
+
+
+SAMPLES = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+
+
+def test_a_request_comes_before_the_configuration_and_that_before_generation_config() -> None:
+    intake = _intake(SAMPLES, sampling={"top_k": 30, "top_p": 0.9})
+    sampling = _sampling(intake, top_p=0.95)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 30, 0.95)
+    assert sampling.repetition_penalty == 1.05
+
+
+def test_an_explicit_zero_or_one_is_a_value_and_no_absence() -> None:
+    sampling = _sampling(_intake(SAMPLES), temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    assert sampling == SlotSampling(seed=sampling.seed, end_token_ids=(7,))
+
+
+def test_generation_config_is_greedy_unless_it_samples() -> None:
+    assert sampling_defaults({"temperature": 0.7, "top_p": 0.8}) == {}
+    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0}
+    assert sampling_defaults({"max_new_tokens": 9, "repetition_penalty": 1.0}) == {"max_tokens": 9}
+
+
+def test_max_tokens_falls_back_to_generation_config_and_then_to_the_context() -> None:
+    assert _accept(_intake({"max_new_tokens": 9})).max_tokens == 9
+    assert _accept(_intake({"max_new_tokens": 9}, sampling={"max_tokens": 5})).max_tokens == 5
+    assert _accept(_intake()).max_tokens == 32
+
+
+def test_a_stop_string_that_is_a_special_token_stops_at_that_token() -> None:
+    request = _accept(_intake(), sampling=SamplingParams(stop=("<end>", "<beyond>", "text"), stop_token_ids=(5,)))
+    assert request.stop_token_ids == {5, 91}
+    assert request.samplings[0].end_token_ids == (5, 7, 91)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sample"),
+    [
+        ("eos_token_id", 258.0, None),
+        ("eos_token_id", ["258"], None),
+        ("eos_token_id", [None], None),
+        ("eos_token_id", [True], None),
+        ("eos_token_id", -1, None),
+        ("eos_token_id", {"a": 1}, None),
+        ("temperature", -0.5, True),
+        ("temperature", float("nan"), True),
+        ("temperature", [1], True),
+        ("top_k", 1.5, True),
+        ("top_p", 0, True),
+        ("min_p", "0.1", True),
+        ("repetition_penalty", 0.0, None),
+        ("max_new_tokens", 0, None),
+        ("max_new_tokens", 1e9, None),
+        ("do_sample", "yes", "yes"),
+    ],
+)
+def test_what_no_request_may_ask_a_generation_config_may_not_either(field: str, value: Any, sample: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"^generation_config.json: {field}="):
+        _intake({field: value, "do_sample": sample})
+
+
+def test_a_generation_configs_zero_is_a_value() -> None:
+    assert sampling_defaults({"do_sample": True, "temperature": 0, "top_k": 0}) == {"temperature": 0, "top_k": 0}
+
+
+def test_end_of_sequence_comes_from_generation_config_if_it_names_any() -> None:
+    assert _accept(_intake()).eos_token_ids == {7}
+    assert _accept(_intake({"eos_token_id": [8, 9]})).eos_token_ids == {8, 9}
+    # A chat's fine-tuning may have changed the tokenizer's alone; what is outside the vocabulary is never sampled.
+    assert _accept(_intake({"eos_token_id": 8}, eos=9)).eos_token_ids == {8, 9}
+    assert _accept(_intake({"eos_token_id": [8, 100]}, eos=101)).eos_token_ids == {8}
+    ignoring = _accept(_intake(), sampling=SamplingParams(ignore_eos=True, stop_token_ids=(5,)))
+    assert (ignoring.eos_token_ids, ignoring.stop_token_ids) == (set(), {5})
+    assert ignoring.samplings[0].end_token_ids == (5,)
+
+
+def test_completions_and_unseeded_requests_have_seeds_of_their_own_and_equal_seeds_agree() -> None:
+    intake = _intake()
+    seeded = [_accept(intake, sampling=SamplingParams(seed=3, n=3)).samplings for _ in range(2)]
+    assert [s.seed for s in seeded[0]] == [s.seed for s in seeded[1]]
+    assert len({s.seed for s in seeded[0]}) == 3
+    drawn = [_sampling(intake).seed for _ in range(5)]
+    assert len(set(drawn)) == 5
+    again = _intake()
+    assert [_sampling(again).seed for _ in range(5)] == drawn
+    assert _sampling(_intake(seed=1)).seed != drawn[0]
+
+
+def test_prompt_logprobs_are_computed_for_the_first_completion_alone() -> None:
+    request = _accept(_intake(), sampling=SamplingParams(n=3, prompt_logprobs=2))
+    assert [sampling.prompt_logprobs for sampling in request.samplings] == [2, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"token_ids": None}, "exactly one of prompt, messages and token_ids must be given; got none"),
+        ({"prompt": "5"}, "got prompt, token_ids"),
+        ({"token_ids": []}, "the token_ids is empty"),
+        ({"token_ids": None, "prompt": ""}, "the prompt is empty"),
+        ({"token_ids": None, "messages": []}, "the messages is empty"),
+        ({"token_ids": [5, 100]}, r"token_ids holds 100, .*0 to 99"),
+        ({"token_ids": [-1]}, "token_ids holds -1"),
+        ({"token_ids": None, "prompt": "5 100"}, "prompt holds 100"),
+        ({"token_ids": None, "messages": [{"content": "100"}]}, "messages holds 100"),
+        ({"token_ids": [5] * 32}, "the prompt has 32 tokens; with max_model_len=32 it may have at most 31"),
+        ({"sampling": SamplingParams(n=5)}, "n=5 is above max_num_seqs=4"),
+        ({"sampling": SamplingParams(stop_token_ids=(100,))}, "stop_token_ids holds 100"),
+        ({"sampling": SamplingParams(logit_bias={100: 1})}, "logit_bias holds 100"),
+        ({"token_ids": None, "prompt": "\udc80"}, "the prompt is not valid Unicode text"),
+        ({"cache_salt": "\udc80"}, "the cache_salt is not valid Unicode text"),
+        ({"token_ids": "five"}, r"ill-typed.*token_ids"),
+        ({"token_ids": [5, "6"]}, r"ill-typed.*token_ids\[1\]"),
+        ({"token_ids": [5.0]}, r"ill-typed.*token_ids\[0\]"),
+        ({"token_ids": None, "prompt": 5}, r"ill-typed.*prompt"),
+        ({"token_ids": None, "messages": "hello"}, r"ill-typed.*messages"),
+        ({"token_ids": None, "messages": ["hello"]}, r"ill-typed.*messages\[0\]"),
+        ({"token_ids": None, "messages": {"role": "user"}}, r"ill-typed.*messages"),
+        ({"priority": "high"}, r"ill-typed.*priority"),
+        ({"cache_salt": None}, r"ill-typed.*cache_salt"),
+        ({"sampling": {"n": 1, "top_p": 3}}, r"ill-typed.*top_p=3"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_value_range_and_setting(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        _accept(_intake(), **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 10**30},
+        {"min_tokens": 10**30},
+        {"presence_penalty": np.float64(0.5)},
+        {"frequency_penalty": np.float64(0.5), "temperature": np.float64(1.5), "top_p": np.float64(0.5)},
+        {"logit_bias": {5: np.float64(0.5)}},
+    ],
+)
+def test_every_accepted_value_fits_the_plan_that_carries_it(fields: dict[str, Any]) -> None:
+    start = SlotStart(0, 1, [5], _sampling(_intake(), **fields))
+    plan = StepPlan(0, [start], [], [], [], [], [], [], [], [], 0, [])
+    assert msgspec.msgpack.decode(encode(plan), type=StepPlan).starts == [start]

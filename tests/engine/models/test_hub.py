@@ -1,0 +1,69 @@
+"""Where a model is found: a folder, the local hub cache, or nowhere, said within seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from phalanx import ConfigError
+from phalanx.engine.models.hub import resolve_model
+
+REFUSING = "http://127.0.0.1:9"  # the discard port: nobody listens
+UNROUTED = "http://10.255.255.1"  # packets to it vanish, or are refused at once
+
+
+def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert resolve_model("~/mine") == tmp_path / "mine"
+
+
+def test_a_file_is_refused_with_what_to_do_about_it(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match=r"is a file; give a model folder.*get_model gguf="):
+        resolve_model(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "no-such-name", "a/b/c", "../nowhere/at/all", "or gani/sation"])
+def test_what_is_neither_folder_nor_hub_name_is_refused_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="no folder here, and no hub name"):
+        resolve_model(name)
+
+
+def _resolve(name: str, cache: Path, endpoint: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """resolve_model in a process of its own: huggingface_hub reads its settings when it is imported."""
+    program = (
+        "from phalanx.engine.models.hub import resolve_model\nfrom phalanx.engine.errors import ConfigError\n"
+        f"try: print('found', resolve_model({name!r}))\nexcept ConfigError as error: print('refused', error)"
+    )
+    kept = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    settings = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_ENDPOINT": endpoint, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=kept | settings, capture_output=True, text=True, timeout=60, check=True
+    )
+
+
+@pytest.mark.parametrize("endpoint", [REFUSING, UNROUTED])
+def test_a_hub_name_without_a_network_is_refused_within_seconds(tmp_path: Path, endpoint: str) -> None:
+    result = _resolve("nobody/has-this-model", tmp_path, endpoint)
+    assert result.stdout.startswith("refused model='nobody/has-this-model' is not in the local hub cache")
+    assert "set model= to a local folder" in result.stdout
+
+
+def test_an_offline_hub_is_refused_too(tmp_path: Path) -> None:
+    result = _resolve("nobody/has-this-model", tmp_path, REFUSING, HF_HUB_OFFLINE="1")
+    assert result.stdout.startswith("refused model='nobody/has-this-model' is not in the local hub cache")
+
+
+def test_a_cached_hub_name_needs_no_network(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--somebody--small"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    assert _resolve("somebody/small", tmp_path, REFUSING).stdout.strip() == f"found {snapshot}"

@@ -1,0 +1,87 @@
+"""Penalties by the tokens counted on the device are those by the tokens a host knows, on every shard."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from phalanx.engine.sampling.penalties import SampleRow, edit_rows
+from phalanx.engine.sampling.token_counts import TokenHistory
+from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart
+
+VOCABULARY = 40
+SLOTS = 5
+CPU = torch.device("cpu")
+
+samplings = st.builds(
+    SlotSampling,
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    presence_penalty=st.sampled_from([0.0, 0.5, -1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.25]),
+    min_tokens=st.sampled_from([0, 6]),
+    end_token_ids=st.sampled_from([(), (3, 30)]),
+    bias_token_ids=st.sampled_from([(), (1, 39, 20)]),
+    bias_values=st.just((5.0, -5.0, 2.0)),
+    logprobs=st.sampled_from([-1, 2]),
+)
+tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12)
+
+
+def _row(sampling: SlotSampling, prompt: list[int], output: list[int], slot: int) -> SampleRow:
+    token_ids = np.array(prompt + output, dtype=np.int32)
+    return SampleRow(sampling, token_ids, len(prompt), len(token_ids), slot)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(samplings, tokens, tokens), min_size=1, max_size=SLOTS),
+    sampled=st.lists(st.lists(st.integers(-1, VOCABULARY - 1), min_size=SLOTS, max_size=SLOTS), max_size=4),
+    shard=st.sampled_from([(0, VOCABULARY), (0, 13), (13, VOCABULARY), (20, 20)]),
+    earlier=samplings,
+)
+def test_counted_tokens_give_the_same_logits(
+    sequences: list[tuple[SlotSampling, list[int], list[int]]],
+    sampled: list[list[int]],
+    shard: tuple[int, int],
+    earlier: SlotSampling,
+) -> None:
+    vocab = range(*shard)
+    history = TokenHistory(SLOTS, vocab, CPU)
+    # Whoever had the slots before is forgotten.
+    for slot in range(SLOTS):
+        history.start(SlotStart(slot, 1, [7, 8, 9], earlier))
+    history.add(torch.arange(SLOTS), torch.full((SLOTS,), 11))
+    for slot, (sampling, prompt, output) in enumerate(sequences):
+        history.start(SlotStart(slot, len(prompt), prompt + output, sampling))
+    outputs = [list(output) for _, _, output in sequences]
+    for step in sampled:
+        rows = list(range(len(sequences)))[::-1]  # in any order
+        history.add(torch.tensor(rows), torch.tensor([step[row] for row in rows]))
+        for row in rows:
+            if step[row] >= 0:
+                outputs[row].append(step[row])
+    rows = [_row(sampling, prompt, outputs[slot], slot) for slot, (sampling, prompt, _) in enumerate(sequences)]
+    logits = torch.randn(len(rows), len(vocab), generator=torch.Generator().manual_seed(1)) * 3
+    by_host, by_device = logits.clone(), logits.clone()
+    kept_by_host = edit_rows(by_host, vocab, rows, None)
+    told_nothing = [SampleRow(r.sampling, np.zeros(0, np.int32), r.prompt_length, r.position, r.slot) for r in rows]
+    kept_by_device = edit_rows(by_device, vocab, told_nothing, history)
+    torch.testing.assert_close(by_device, by_host, atol=1e-5, rtol=1e-6)
+    assert kept_by_host.keys() == kept_by_device.keys()
+    for row, kept in kept_by_device.items():
+        assert torch.equal(kept, logits[row])
+
+
+def test_without_a_penalty_nothing_is_kept_or_counted() -> None:
+    history = TokenHistory(SLOTS, range(VOCABULARY), CPU)
+    history.start(SlotStart(0, 1, [1, 2], SlotSampling(bias_token_ids=(1,), bias_values=(1.0,))))
+    history.add(torch.tensor([0]), torch.tensor([3]))
+    assert history._tables is None
+    history.start(SlotStart(1, 1, [1, 2], SlotSampling(presence_penalty=1.0)))
+    history.add(torch.tensor([1]), torch.tensor([3]))
+    logits = torch.zeros(1, VOCABULARY)
+    history.penalize(logits, [0], [1], [SlotSampling(presence_penalty=1.0)])
+    assert logits[0].nonzero().flatten().tolist() == [2, 3]
+    assert logits.min() == pytest.approx(-1.0)
