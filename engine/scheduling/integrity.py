@@ -1,4 +1,4 @@
-"""The scheduler's books compared with each other: what must hold at any moment."""
+"""What must hold at any moment between the scheduler's lists, its requests and their sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .block_pool import IntegrityError
 from .request import Request, Sequence, SequenceStatus
 
 
-def check_books(
+def check_scheduler(
     requests: Mapping[str, Request],
     queued: Collection[str],
     waiting: Ordered[Sequence],
@@ -21,18 +21,23 @@ def check_books(
 ) -> None:
     """Raises IntegrityError where requests and sequences contradict each other, with `steps` steps in flight."""
     for sequence in running:
-        if sequence.status is not SequenceStatus.RUNNING or not sequence.computed < len(sequence.tokens):
-            raise IntegrityError(f"{sequence.name} is {sequence.status.value} in the running list")
-        if not 0 <= sequence.expected <= steps or (not steps and sequence.planned != sequence.computed):
-            raise IntegrityError(f"{sequence.name} expects {sequence.expected} tokens of {steps} steps in flight")
+        name, known = sequence.name, len(sequence.tokens)
+        pending, scheduled = sequence.num_pending_tokens, sequence.num_scheduled_tokens
+        if sequence.status is not SequenceStatus.RUNNING or not sequence.num_computed_tokens < known:
+            raise IntegrityError(f"{name} is {sequence.status.value} in the running list")
+        if not 0 <= pending <= steps or (not steps and scheduled != sequence.num_computed_tokens):
+            raise IntegrityError(f"{name} has {pending} pending tokens in {steps} steps in flight")
         if len(sequence.blocks) * block_size != sequence.capacity:
-            raise IntegrityError(f"{sequence.name} has {len(sequence.blocks)} blocks for {sequence.capacity} tokens")
+            raise IntegrityError(f"{name} has {len(sequence.blocks)} blocks for {sequence.capacity} tokens")
+
     for sequence in waiting:
         if sequence.status is not SequenceStatus.WAITING or sequence.blocks or sequence.slot != -1:
             raise IntegrityError(f"{sequence.name} is {sequence.status.value} in the waiting list")
+
     for sequences in (running, waiting):
         if sorted(sequences, key=lambda sequence: sequence.order) != list(sequences):
-            raise IntegrityError("sequences are out of rank order")
+            raise IntegrityError("sequences are out of order")
+
     unfinished = sum(request.unfinished for request in requests.values())
     if unfinished != len(running) + len(waiting) or not set(queued) <= requests.keys():
         raise IntegrityError(f"{unfinished} sequences are unfinished, {len(running)} run and {len(waiting)} wait")

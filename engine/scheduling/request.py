@@ -85,7 +85,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One completion: its known tokens, and how many of them are computed."""
+    """One completion: its known tokens, and how many of them are computed, scheduled and sent."""
 
     request: Request
     index: int
@@ -102,21 +102,21 @@ class Sequence:
     """None: shares no block with anybody. Else it covers the full blocks of the prompt and of the computed tokens."""
 
     status: SequenceStatus = SequenceStatus.WAITING
-    computed: int = 0
+    num_computed_tokens: int = 0
     """Tokens whose KV is in the cache."""
-    planned: int = 0
+    num_scheduled_tokens: int = 0
     """Tokens whose KV is in the cache once the steps in flight are done."""
-    expected: int = 0
-    """Tokens that the steps in flight sample: known by their places alone."""
-    told: int = 0
-    """Tokens whose numbers the ranks know."""
-    lives: int = 0
-    """How often it gave its slot up."""
+    num_pending_tokens: int = 0
+    """Tokens that the steps in flight sample: their positions are known, their ids are not yet."""
+    num_sent_tokens: int = 0
+    """Tokens whose ids the ranks were sent."""
+    epoch: int = 0
+    """How often it gave its slot up: what was planned for an earlier epoch is of no use any more."""
     blocks: list[int] = field(default_factory=list)
     capacity: int = 0
     """Tokens that fit in `blocks`."""
     slot: int = -1
-    awaits: bytes = b""
+    awaited_digest: bytes = b""
     """Digest of the block that a running sequence was computing when this one last wanted it."""
     cached_tokens: int = 0
     preemptions: int = 0
@@ -134,9 +134,9 @@ class Sequence:
         return f"{self.request.id}/{self.index}"
 
     @property
-    def wanted(self) -> int:
-        """Tokens to compute next, with the one that is expected."""
-        return len(self.tokens) + self.expected - self.planned
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens to compute next, the pending ones among them."""
+        return len(self.tokens) + self.num_pending_tokens - self.num_scheduled_tokens
 
     @property
     def cacheable(self) -> int:

@@ -4,9 +4,10 @@ each step hands out a budget of tokens until computed catches up with known.
     plan = scheduler.schedule()          # None: nothing to compute
     updates = scheduler.commit(plan, result)
 
-The next step may be scheduled before the last one is committed. A token that is being sampled is then expected: its
-place is known, the ranks have it, and the row that computes it does without its number. One thread calls everything
-here; no torch is imported.
+The next step may be scheduled before the last one is committed. A token that is being sampled is then pending: its
+position is known, the ranks have it, and the row that computes it does without its id.
+
+One thread calls everything here; no torch is imported.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from operator import attrgetter
 
 from ..errors import CapacityExceeded, ConfigError, InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
-from .block_pool import BlockPool, IntegrityError, PrefixChain
-from .integrity import check_books
+from .block_pool import BlockPool, IntegrityError
+from .integrity import check_scheduler
+from .prefix_sharing import PrefixSharing
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate
-from .step_builder import StepDraft
+from .step_builder import StepBuilder
 from .step_plan import StepPlan, StepResult
 
 HEADROOM_TOKENS = 16  # an admission leaves each running sequence the blocks of its next 16 tokens, or of one block
@@ -33,9 +35,9 @@ _order = attrgetter("order")
 class Scheduler:
     """Owns all requests, their block tables and slots.
 
-    Sequences are ranked by (priority, arrival, index). They are admitted in that order, and when blocks run out the
-    last one running is preempted: its blocks and its slot go, its tokens stay, it waits again in its place. So the
-    first in rank always progresses, and nothing is admitted past a sequence that waits for blocks.
+    Sequences are ordered by (priority, arrival, index). They are admitted in that order, and when blocks run out the
+    last one running is preempted: its blocks and its slot go, its tokens stay, it waits again where it stood. So the
+    first in order always progresses, and nothing is admitted past a sequence that waits for blocks.
     """
 
     def __init__(
@@ -73,9 +75,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both lists in rank order
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._computing: dict[bytes, Sequence] = {}  # blocks that running sequences will publish: digest -> by whom
-        # Steps not yet committed: number, sequences of the rows, and the life that each had when it was planned. A row
-        # of an earlier life than its sequence's, which gave its slot up meanwhile, is of no use.
+        self._sharing = PrefixSharing(self._pool, block_size, prefix_cache)
+        # Steps not yet committed: number, sequences of the rows, and the epoch that each had when it was scheduled. A
+        # row of an earlier epoch than its sequence's, which gave its slot up meanwhile, is of no use.
         self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
         self._arrivals = 0
         self.steps = 0
@@ -93,8 +95,8 @@ class Scheduler:
 
     def request_of_row(self, row: int) -> str | None:
         """The id of the request that row `row` of the oldest step in flight is of; None if it has no use for it now."""
-        _, sequences, lives = self._in_flight[0]
-        return sequences[row].request.id if sequences[row].lives == lives[row] else None
+        _, sequences, epochs = self._in_flight[0]
+        return sequences[row].request.id if sequences[row].epoch == epochs[row] else None
 
     @property
     def can_run_ahead(self) -> bool:
@@ -141,23 +143,12 @@ class Scheduler:
             )
         if request.arrived_at is None:
             request.arrived_at = self._clock()
-        request.take_on(self._arrivals, self.max_model_len, self._chain(request))
+        request.take_on(self._arrivals, self.max_model_len, self._sharing.chain_of(request, self._arrivals))
         self._arrivals += 1
         self._requests[request.id] = request
         self._queued.add(request.id)
         for sequence in request.sequences:
             insort(self._waiting, sequence, key=_order)
-
-    def _chain(self, request: Request) -> PrefixChain | None:
-        if self.prefix_cache:
-            chain = PrefixChain(self.block_size, request.cache_salt)
-        elif len(request.samplings) > 1:
-            # Without a prefix cache the completions of one prompt still share its blocks: nobody else has this salt.
-            chain = PrefixChain(self.block_size, f"request {self._arrivals}")
-        else:
-            return None
-        chain.extend(request.prompt, len(request.prompt))
-        return chain
 
     def abort(self, request_id: str, forget: bool = False) -> list[SequenceUpdate]:
         """End a request, also between schedule and commit. Returns an update for each sequence that this ended. With
@@ -200,12 +191,9 @@ class Scheduler:
         del self._running[bisect_left(self._running, sequence.order, key=_order)]
         self._pool.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
-        if sequence.chain is not None:
-            for digest in sequence.chain.digests[sequence.computed // self.block_size :]:
-                if self._computing.get(digest) is sequence:
-                    del self._computing[digest]
+        self._sharing.withdraw(sequence)
         sequence.blocks, sequence.capacity, sequence.slot = [], 0, -1
-        sequence.lives += 1
+        sequence.epoch += 1
 
     # -- one step
 
@@ -216,37 +204,37 @@ class Scheduler:
         """
         if not self.can_run_ahead:
             raise IntegrityError(f"step {self._in_flight[0][0]} must be committed before another is scheduled")
-        draft = StepDraft(self.max_num_batched_tokens)
-        self._schedule_running(draft)
+        step = StepBuilder(self.max_num_batched_tokens)
+        self._schedule_running(step)
         if self._waiting:
-            self._admit(draft)
-        if not draft.decodes and not draft.chunks:
+            self._admit(step)
+        if not step.decodes and not step.chunks:
             return None
-        draft.give_rest()
+        step.spend_leftover_budget()
         self.steps += 1
-        plan = draft.plan(self.steps)
-        self._in_flight.append((self.steps, *draft.take_off()))
+        plan = step.build(self.steps)
+        self._in_flight.append((self.steps, *step.mark_in_flight()))
         return plan
 
-    def _schedule_running(self, draft: StepDraft) -> None:
+    def _schedule_running(self, step: StepBuilder) -> None:
         prompts = []
         for sequence in self._running:  # preemptions shorten the list from its end, never by one that was seen here
             known = len(sequence.tokens)
-            if known + sequence.expected - sequence.planned > 1:
+            if known + sequence.num_pending_tokens - sequence.num_scheduled_tokens > 1:
                 prompts.append(sequence)
                 continue
-            if sequence.expected and known + 1 >= sequence.length_limit:  # the token that is expected will be its last
+            if sequence.num_pending_tokens and known + 1 >= sequence.length_limit:  # the pending token will be its last
                 continue
-            if sequence.planned == sequence.capacity and not self._grow(sequence, draft):
+            if sequence.num_scheduled_tokens == sequence.capacity and not self._grow(sequence, step):
                 break
-            if known > sequence.told:
-                draft.tell(sequence)
-            draft.decodes.append(sequence)
-        draft.budget -= len(draft.decodes)
+            if known > sequence.num_sent_tokens:
+                step.send_new_tokens(sequence)
+            step.decodes.append(sequence)
+        step.budget -= len(step.decodes)
         for sequence in prompts:
-            draft.give_tokens(sequence)
+            step.schedule_tokens(sequence)
 
-    def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
+    def _grow(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Add one block to a table, if need be by preempting who ranks last; False if that was the sequence itself."""
         while not self._pool.available:
             victim = self._running[-1]
@@ -255,53 +243,37 @@ class Scheduler:
                 return False
         sequence.blocks += self._pool.allocate(1)
         sequence.capacity += self.block_size
-        draft.give_blocks(sequence, len(sequence.blocks) - 1)
+        step.send_blocks(sequence, len(sequence.blocks) - 1)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._vacate(sequence)
         sequence.status = SequenceStatus.WAITING
-        sequence.computed = sequence.planned = sequence.expected = 0
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = sequence.num_pending_tokens = 0
         sequence.preemptions += 1
         self.preemptions += 1
         insort(self._waiting, sequence, key=_order)
 
-    def _admit(self, draft: StepDraft) -> None:
+    def _admit(self, step: StepBuilder) -> None:
         passed_over: list[Sequence] = []
         seen = 0
         now = self._clock()
         for sequence in self._waiting:
-            if not draft.budget or not self._free_slots:
+            if not step.budget or not self._free_slots:
                 break
-            if self._is_computing(sequence.awaits, sequence):
+            if self._sharing.is_being_computed(sequence):
                 passed_over.append(sequence)
                 seen += 1
                 continue
-            cached = self._match(sequence)
-            if self._is_computing(sequence.awaits, sequence):
+            cached = self._sharing.match(sequence)
+            if self._sharing.is_being_computed(sequence):
                 passed_over.append(sequence)
             elif self._fits(sequence, cached):
-                self._start(sequence, cached, draft, now)
+                self._start(sequence, cached, step, now)
             else:
                 break
             seen += 1
         self._waiting[:seen] = passed_over
-
-    def _match(self, sequence: Sequence) -> list[int]:
-        """The cached blocks it may use; sets `awaits` to the digest of the first one missing."""
-        sequence.awaits = b""
-        if sequence.chain is None:
-            return []
-        limit = min(sequence.cacheable // self.block_size, len(sequence.chain.digests))
-        cached = self._pool.match(sequence.chain.digests, limit)
-        if len(cached) < limit:
-            sequence.awaits = sequence.chain.digests[len(cached)]
-        return cached
-
-    def _is_computing(self, digest: bytes, waiting: Sequence) -> bool:
-        """Whether a running sequence that ranks before `waiting` will publish this block: worth waiting for."""
-        by = self._computing.get(digest)
-        return by is not None and by.order < waiting.order
 
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
         if not self._running:
@@ -313,60 +285,48 @@ class Scheduler:
         horizon = min(HEADROOM_TOKENS, self.block_size)
         return spare > sum(running.capacity - len(running.tokens) < horizon for running in self._running)
 
-    def _start(self, sequence: Sequence, cached: list[int], draft: StepDraft, now: float) -> None:
+    def _start(self, sequence: Sequence, cached: list[int], step: StepBuilder, now: float) -> None:
         """Give a waiting sequence a slot, and blocks for all it knows: later it competes for new tokens alone."""
         known = len(sequence.tokens)
         self._pool.acquire(cached)
         sequence.blocks = cached + self._pool.allocate(-(-known // self.block_size) - len(cached))
         sequence.capacity = len(sequence.blocks) * self.block_size
         sequence.slot = self._free_slots.pop()
-        sequence.computed = sequence.planned = len(cached) * self.block_size
-        sequence.told = known
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = len(cached) * self.block_size
+        sequence.num_sent_tokens = known
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=_order)
         self._queued.discard(sequence.request.id)
-        if sequence.chain is not None:
-            for digest in sequence.chain.digests[len(cached) :]:
-                self._computing.setdefault(digest, sequence)
+        self._sharing.announce(sequence, len(cached))
         if sequence.first_scheduled_at is None:
             sequence.first_scheduled_at = now
-            sequence.cached_tokens = sequence.computed
-            self.prefix_hits += sequence.computed
-        draft.starts.append(sequence.start())
-        draft.give_blocks(sequence, 0)
-        draft.give_tokens(sequence)
+            sequence.cached_tokens = sequence.num_computed_tokens
+            self.prefix_hits += sequence.num_computed_tokens
+        step.starts.append(sequence.start())
+        step.send_blocks(sequence, 0)
+        step.schedule_tokens(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Take in what the plan brought, one update for each new token; sequences that ended meanwhile get none."""
         if not self._in_flight or plan.step != self._in_flight[0][0]:
             raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
-        _, rows, lives = self._in_flight.popleft()
+        _, rows, epochs = self._in_flight.popleft()
         now = self._clock()
         for row, entries in result.prompt_logprobs.items():
-            if rows[row].lives == lives[row]:
+            if rows[row].epoch == epochs[row]:
                 rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
         size = self.block_size
-        for sequence, life, count in zip(rows, lives, plan.counts, strict=True):
-            if sequence.lives == life:
-                full = sequence.computed // size
-                sequence.computed += count
-                if sequence.chain is not None and sequence.computed // size > full:
-                    self._publish(sequence, sequence.chain, full)
+        for sequence, epoch, count in zip(rows, epochs, plan.counts, strict=True):
+            if sequence.epoch == epoch:
+                full = sequence.num_computed_tokens // size
+                sequence.num_computed_tokens += count
+                self._sharing.publish(sequence, full)
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
             sequence = rows[row]
-            if sequence.lives == lives[row]:
+            if sequence.epoch == epochs[row]:
                 updates.append(self._append(sequence, token, logprobs, now))
         return updates
-
-    def _publish(self, sequence: Sequence, chain: PrefixChain, first: int) -> None:
-        """Offer the blocks from index `first` that are computed in full to the prefix cache."""
-        chain.extend(sequence.tokens, sequence.computed)
-        for index in range(first, sequence.computed // self.block_size):
-            digest = chain.digests[index]
-            self._pool.publish(sequence.blocks[index], digest)
-            if self._computing.get(digest) is sequence:
-                del self._computing[digest]
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
         tokens, request = sequence.tokens, sequence.request
@@ -375,7 +335,7 @@ class Scheduler:
         if token in sequence.end_token_ids and sequence.num_output >= sequence.sampling.min_tokens:
             reason, stop_reason = "stop", None if token in request.eos_token_ids else token
         tokens.append(token)
-        sequence.expected -= 1
+        sequence.num_pending_tokens -= 1
         if reason is None and len(tokens) >= sequence.length_limit:
             reason = "length"
         if sequence.first_token_at is None:
@@ -386,13 +346,19 @@ class Scheduler:
         entries = [logprobs] if logprobs is not None else None
         return SequenceUpdate(request, sequence, [token], entries, reason, stop_reason, request.unfinished == 0)
 
-    # -- the books
+    # -- integrity
 
     def check_integrity(self) -> None:
-        """Compare all books with each other; O(everything), meant for idle moments and tests. Raises IntegrityError."""
-        sequences = self._waiting, self._running
-        check_books(
-            self._requests, self._queued, *sequences, self._computing, self.block_size, steps=len(self._in_flight)
+        """Check that nothing contradicts itself or is lost; takes O(everything), for idle moments and tests. Raises
+        IntegrityError."""
+        check_scheduler(
+            self._requests,
+            self._queued,
+            self._waiting,
+            self._running,
+            self._sharing.computing,
+            self.block_size,
+            steps=len(self._in_flight),
         )
         slots = sorted(self._free_slots + [sequence.slot for sequence in self._running])
         if slots != list(range(self.max_num_seqs)):

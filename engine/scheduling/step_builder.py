@@ -1,4 +1,4 @@
-"""A step while the scheduler puts it together: who gets how many tokens, and how that becomes a StepPlan."""
+"""A step while the scheduler puts it together: who gets how many tokens, and how a StepPlan is built from that."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .request import Sequence
 from .step_plan import SlotStart, StepPlan
 
 
-class StepDraft:
+class StepBuilder:
     """The rows of one step, what changed for the ranks, and the budget of tokens that is left."""
 
     def __init__(self, budget: int) -> None:
@@ -21,23 +21,24 @@ class StepDraft:
         self.chunks: list[Sequence] = []
         self.chunk_counts: list[int] = []
 
-    def give_blocks(self, sequence: Sequence, first: int) -> None:
-        """Tell the ranks the entries of a block table from index `first`."""
+    def send_blocks(self, sequence: Sequence, first: int) -> None:
+        """Send the ranks the entries of a block table from index `first`."""
         new = sequence.blocks[first:]
         self.block_slots += [sequence.slot] * len(new)
         self.block_indices += range(first, first + len(new))
         self.block_ids += new
 
-    def tell(self, sequence: Sequence) -> None:
-        """Tell the ranks the tokens sampled since they were last told."""
-        for token in sequence.tokens[sequence.told :]:
+    def send_new_tokens(self, sequence: Sequence) -> None:
+        """Send the ranks the tokens sampled since they were last sent some."""
+        for token in sequence.tokens[sequence.num_sent_tokens :]:
             self.token_slots.append(sequence.slot)
             self.token_ids.append(token)
-        sequence.told = len(sequence.tokens)
+        sequence.num_sent_tokens = len(sequence.tokens)
 
-    def give_tokens(self, sequence: Sequence) -> None:
-        """All it wants, but at most half of the budget that is left: no short prompt waits for a long one."""
-        wanted = sequence.wanted
+    def schedule_tokens(self, sequence: Sequence) -> None:
+        """Schedule all its uncomputed tokens, but at most half of the budget that is left: no short prompt waits for a
+        long one."""
+        wanted = sequence.num_uncomputed_tokens
         count = min(wanted, (self.budget + 1) // 2)
         if count:
             self.budget -= count
@@ -47,20 +48,20 @@ class StepDraft:
                 self.chunks.append(sequence)
                 self.chunk_counts.append(count)
 
-    def give_rest(self) -> None:
-        """What nobody else could use goes to the first chunk that can."""
+    def spend_leftover_budget(self) -> None:
+        """Give what nobody else could use to the first chunk that can."""
         for i, sequence in enumerate(self.chunks):
-            more = min(self.budget, sequence.wanted - self.chunk_counts[i])
+            more = min(self.budget, sequence.num_uncomputed_tokens - self.chunk_counts[i])
             self.chunk_counts[i] += more
             self.budget -= more
 
-    def plan(self, step: int) -> StepPlan:
-        """The finished step: decodes first, then chunks."""
+    def build(self, step: int) -> StepPlan:
+        """Return the finished plan: decodes first, then chunks."""
         rows = self.decodes + self.chunks
         num_decodes = len(self.decodes)
         sample_rows = list(range(num_decodes))
         for row, (sequence, count) in enumerate(zip(self.chunks, self.chunk_counts, strict=True), num_decodes):
-            if count == sequence.wanted:
+            if count == sequence.num_uncomputed_tokens:
                 sample_rows.append(row)
         return StepPlan(
             step=step,
@@ -71,22 +72,22 @@ class StepDraft:
             block_indices=self.block_indices,
             block_ids=self.block_ids,
             slots=[sequence.slot for sequence in rows],
-            positions=[sequence.planned for sequence in rows],
+            positions=[sequence.num_scheduled_tokens for sequence in rows],
             counts=[1] * num_decodes + self.chunk_counts,
             num_decodes=num_decodes,
             sample_rows=sample_rows,
         )
 
-    def take_off(self) -> tuple[list[Sequence], list[int]]:
-        """The step is on its way: its tokens are planned, and one more is expected of each row that leaves none out.
+    def mark_in_flight(self) -> tuple[list[Sequence], list[int]]:
+        """Count the step's tokens as scheduled, and a pending one for each row that leaves none out.
 
-        Returns the rows' sequences, and which of their lives it is.
+        Returns the rows' sequences, and the epoch of each.
         """
         for sequence in self.decodes:
-            sequence.planned += 1
-            sequence.expected += 1
+            sequence.num_scheduled_tokens += 1
+            sequence.num_pending_tokens += 1
         for sequence, count in zip(self.chunks, self.chunk_counts, strict=True):
-            sequence.planned += count
-            sequence.expected += sequence.planned == len(sequence.tokens)
+            sequence.num_scheduled_tokens += count
+            sequence.num_pending_tokens += sequence.num_scheduled_tokens == len(sequence.tokens)
         rows = self.decodes + self.chunks
-        return rows, [sequence.lives for sequence in rows]
+        return rows, [sequence.epoch for sequence in rows]

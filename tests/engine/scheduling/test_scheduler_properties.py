@@ -157,7 +157,7 @@ class Life:
         running = [s for request in self.requests for s in request.sequences if s.status is SequenceStatus.RUNNING]
         assert len(running) == self.scheduler.running <= self.scheduler.max_num_seqs
         first = min(running, key=lambda sequence: sequence.order)
-        assert first.slot in plan.slots or (self.ahead and first.expected)
+        assert first.slot in plan.slots or (self.ahead and first.num_pending_tokens)
         assert {sequence.slot for sequence in running} >= set(plan.slots)
 
     def check_outputs(self) -> None:
