@@ -75,7 +75,7 @@ def kv_token_bytes(work: Work) -> float:
 
 
 def token_flops(spec: ModelSpec, context: float, head: bool = True) -> float:
-    """Of one token that attends to `context` tokens: 2 a weight, and 4 a query element and token attended to."""
+    """Return the operations of a token that attends to `context` others: 2 a weight, 4 a query element and token."""
     attention = 4.0 * spec.num_layers * spec.num_query_heads * spec.head_dim * context
     return 2.0 * (layer_weights(spec) + (head_weights(spec) if head else 0)) + attention
 
@@ -122,7 +122,7 @@ def case_limit_tokens_per_s(work: Work, requests: int, prompt: int, new: int, ba
 
 
 def share(value: float, limit: float) -> float:
-    """Of the limit that was reached, as printed."""
+    """Return the share of a limit that was reached, as printed."""
     return round(value / limit, 3)
 
 

@@ -77,7 +77,7 @@ def seconds_of(llm: LLM, prompts: Prompts, new_tokens: int) -> float:
 
 @dataclass
 class Rounds:
-    """Of both engines in turns, which begin in turn."""
+    """What both engines gave, in turns that either begins as often."""
 
     seconds: dict[str, list[float]]
     hits: int = 0  # tokens found in the cache
@@ -106,7 +106,7 @@ class Rounds:
 
 
 def hit_prompts(options: Options, vocab_size: int, number: int) -> tuple[Prompts, Prompts]:
-    """Of a round: the prompt whose beginning the cache has to know, and the one that shares it."""
+    """Return a round's two prompts: the one whose beginning the cache has to know, and the one that shares it."""
     [whole, other] = random_prompts(2, options.prompt_tokens, vocab_size, seed=1000 + number)
     shared = int(options.prompt_tokens * options.shared)
     return [whole], [whole[:shared] + other[shared:]]

@@ -1,4 +1,4 @@
-"""The largest of each row, of a vocabulary shard's logits: one pass over them."""
+"""Argmax of each row of a vocabulary shard's logits, with and without Gumbel noise: one pass over them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from . import cpu, cuda
 from .noise import gumbel
 
 
-def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest value and its first column: float32 (R, V) -> float32 (R,), int64 (R,).
+def argmax(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's largest value and its first column: float32 (R, V) -> float32 (R,), int64 (R,).
 
     NaN is larger than all others; without columns it is -inf in column 0.
     """
@@ -17,35 +17,35 @@ def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return values.new_full((len(values),), -torch.inf), values.new_zeros(len(values), dtype=torch.int64)
     if _usable(values):
         rows, size = values.shape
-        most, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-        cpu.native.argmax(values.data_ptr(), rows, size, most.data_ptr(), places.data_ptr())
-        return most, places
+        most, indices = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        cpu.native.argmax(values.data_ptr(), rows, size, most.data_ptr(), indices.data_ptr())
+        return most, indices
     if cuda.usable(values.device):
         from .cuda import sampling
 
-        return sampling.largest(values)
+        return sampling.argmax(values)
     found = values.max(dim=1)
     return found.values, found.indices
 
 
-def noisy_largest(
+def gumbel_argmax(
     values: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, counter: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest of each row of values / temperature + Gumbel noise, as largest() of float32 (R, V).
+    """Return the argmax of each row of values / temperature + Gumbel noise, as argmax() of float32 (R, V).
 
     `temperature` is float32 (R, 1), `seed` int64 (R, 1); the noise of column j is that of counter + j, int64 (R, 1).
     """
     rows, size = values.shape
     if _usable(values):
-        most, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        most, indices = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
         settings = [column.contiguous() for column in (temperature, seed, counter)]
-        addresses = (column.data_ptr() for column in (*settings, most, places))
+        addresses = (column.data_ptr() for column in (*settings, most, indices))
         cpu.native.noisy_argmax(values.data_ptr(), rows, size, *addresses)
-        return most, places
+        return most, indices
     if size and cuda.usable(values.device):
         from .cuda import sampling
 
-        return sampling.noisy_largest(values, temperature, seed, counter)
+        return sampling.gumbel_argmax(values, temperature, seed, counter)
     # A few rows at a time: within the cache on a CPU, bounded in memory elsewhere.
     step = max(1, (1 << 18 if values.device.type == "cpu" else 1 << 24) // max(1, size))
     columns = torch.arange(size, device=values.device)
@@ -53,12 +53,12 @@ def noisy_largest(
     for first in range(0, rows, step):
         some = slice(first, first + step)
         noise = gumbel(seed[some], counter[some] + columns)
-        found.append(largest((values[some] / temperature[some]).add_(noise)))
-    return torch.cat([most for most, _ in found]), torch.cat([places for _, places in found])
+        found.append(argmax((values[some] / temperature[some]).add_(noise)))
+    return torch.cat([most for most, _ in found]), torch.cat([indices for _, indices in found])
 
 
 def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
-    """The largest of each `block` columns, a multiple of 16: float32 (R, V) -> (R, ceil(V / block)).
+    """Return the largest of each `block` columns, a multiple of 16: float32 (R, V) -> (R, ceil(V / block)).
 
     The last block may be shorter. A block with NaN has NaN.
     """

@@ -24,7 +24,7 @@ DECODE_ORDER = ("triton", "flash_attn_3", "flash_attn_2")
 LARGEST_HEAD = 256
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 TOLERANCE = 0.05
-"""Of a trial's results, which are weighted means of values from a standard normal distribution."""
+"""Largest error of a trial's results, weighted means of values from a standard normal distribution."""
 REASON_LENGTH = 160
 
 
@@ -145,7 +145,7 @@ def _cpu_obstacle(facts: DeviceFacts) -> _Obstacle | None:
 
 
 def _gpu_obstacle(name: str, facts: DeviceFacts) -> _Obstacle | None:
-    """Of flash-attn and Triton, what can be told without a trial."""
+    """Return what stands in the way of flash-attn or Triton, as far as it shows without a trial."""
     if facts.device == "cuda" and facts.capability is None:
         return _Obstacle("torch finds no NVIDIA GPU")
     if not facts.triton:

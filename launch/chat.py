@@ -150,11 +150,11 @@ class Chat:
 def chat(job: Job[ChatKeys]) -> int:
     """Converse on standard input and output until their end."""
     config = job.engine_config()
-    if job.place.rank != 0:
-        follow(config, job.place)
+    if job.rank_info.rank != 0:
+        follow(config, job.rank_info)
         return 0
     tokenizer = Tokenizer(resolve_model(config.tokenizer or config.model))
-    with open_llm(config, job.place, loading_progress(job.place)) as llm:
+    with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
         status = llm.status()
         room = min(config.sampling.max_tokens or ANSWER_TOKENS, status.max_model_len // 4)
         conversation = Conversation(

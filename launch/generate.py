@@ -136,8 +136,8 @@ class Batch:
 def generate(job: Job[GenerateKeys]) -> int:
     """One prompt or a batch. 0 if every request was answered, else 1."""
     config = job.engine_config()
-    if job.place.rank != 0:
-        follow(config, job.place)
+    if job.rank_info.rank != 0:
+        follow(config, job.rank_info)
         return 0
     check_keys(job.keys)
     if job.keys.prompt is not None:
@@ -165,7 +165,7 @@ def check_keys(keys: GenerateKeys) -> None:
 def _one(job: Job[GenerateKeys], config: EngineConfig, prompt: str) -> int:
     submit = Submit(id="prompt", prompt=prompt, sampling=config.sampling)
     others = [""] * config.sampling.n
-    with open_llm(config, job.place, loading_progress(job.place)) as llm:
+    with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
         _say_report(llm)
         handle = llm.submit(submit)
         assert handle is not None
@@ -202,7 +202,7 @@ def _batch(job: Job[GenerateKeys], config: EngineConfig) -> int:
     assert keys.input is not None
     done = read_done(Path(keys.output)) if keys.resume and keys.output is not None else set()
     with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
-        with open_llm(config, job.place, loading_progress(job.place)) as llm:
+        with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
             _say_report(llm)
             if answers is not None and not keys.resume:
                 answers.clear()

@@ -24,12 +24,12 @@ def work(job: Job[WorkerKeys]) -> int:
     config, address = job.engine_config(), job.keys.address
     if address is None or not address.startswith(("ipc://", "tcp://")):
         raise ConfigError(f"address={address!r} must be ipc://PATH or tcp://HOST:PORT")
-    if config.ranks != job.place.size:
+    if config.ranks != job.rank_info.size:
         raise ConfigError(
-            f"ranks={config.ranks}, but this is rank {job.place.rank} of {job.place.size}: start as many with "
+            f"ranks={config.ranks}, but this is rank {job.rank_info.rank} of {job.rank_info.size}: start as many with "
             f"torchrun --nproc-per-node {config.ranks} -m {__package__}.worker"
         )
-    return serve_rank(config, job.place, address)
+    return serve_rank(config, job.rank_info, address)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities)."""
 REGISTERS = 65536
-"""Of a multiprocessor, and so the most that a block may have."""
+"""Registers of a multiprocessor, and so the most that a block may have."""
 WORKERS = 2
 TIMEOUT_S = 600
 Job = tuple[str, Callable[[], Any], int]  # name, call, architecture

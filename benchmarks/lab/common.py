@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the figures."""
+    """Return the versions of what decides the figures."""
     others = {name: version(name) for name in ("torch", "transformers")}
     return {"phalanx": __version__, "python": platform.python_version(), **others}
 

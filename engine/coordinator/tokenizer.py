@@ -13,7 +13,7 @@ INCOMPLETE = "\ufffd"
 INCOMPLETE_BYTES = 3
 """Bytes, and so tokens, of an incomplete character at most. Some decoders show each as U+FFFD, others all as one."""
 USUAL_CHARACTERS = 8
-"""Of a token at most, in usual text."""
+"""Characters of a token at most, in usual text."""
 WINDOW_TOKENS = 16
 """Tokens without whole text that are decoded together at most."""
 

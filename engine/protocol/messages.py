@@ -42,7 +42,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Of one request, measured at the coordinator from the moment the request arrived there."""
+    """When things happened to one request: measured at the coordinator, from the moment it arrived there."""
 
     queued_s: float
     """Until its first token was scheduled."""

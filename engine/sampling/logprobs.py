@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ...kernels.argmax import block_maxima, largest
+from ...kernels.argmax import argmax, block_maxima
 from ...parallel.collectives.base import Collectives
 from ..protocol.logprobs import TokenLogprobs
 
@@ -44,8 +44,8 @@ def top_keys(values: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
     """
     size = values.shape[1]
     if count == 1 and size:
-        most, places = largest(values)
-        return token_keys(most, places + first_id).unsqueeze(1)
+        most, indices = argmax(values)
+        return token_keys(most, indices + first_id).unsqueeze(1)
     if size > 2 * count * _BLOCK:
         positions = _leading_blocks(values, count)
         keys = token_keys(values.gather(1, positions.clamp(max=size - 1)), positions + first_id)

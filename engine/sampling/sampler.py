@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...kernels.argmax import largest, noisy_largest
-from ...kernels.host_copies import to_device
-from ...kernels.noise import gumbel
+from ...kernels.argmax import argmax, gumbel_argmax
 from ...parallel.collectives.base import Collectives
 from ..errors import ConfigError
 from ..protocol.logprobs import TokenLogprobs
@@ -32,13 +30,13 @@ from .logprobs import (
 )
 from .penalties import SampleRow, edit_rows
 from .token_counts import TokenHistory
+from .truncation import RowSettings, draw, kept_counts, put_rows, take_rows
 
 INVALID_TOKEN = -1
 """Instead of a token: the row's logits hold NaN or +inf, or leave no token possible. No other row is affected."""
 
-_UNDECIDED = -2
+_NEEDS_FULL_GATHER = -2
 _CANDIDATES = 64
-_FEW = 1024  # keys of a row that are all worked on, whatever it keeps of them: how many it keeps the device alone knows
 _GROWTH = 64  # of the candidates, until they hold all that an undecided row keeps: few rows need more than once
 
 
@@ -84,13 +82,13 @@ class Sampler:
         `logits` is float32 (len(rows), len(vocab)) and is overwritten. A row that cannot be sampled gets INVALID_TOKEN
         and no log-probabilities; the others are not affected.
         One gather. Rows of top-p, min-p or a top-k above the candidates add one broadcast, and one gather of the few
-        that are undecided; log-probabilities add one or two broadcasts, one all_reduce and one gather.
+        that the candidates do not decide; log-probabilities add one or two broadcasts, one all_reduce and one gather.
         """
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
         originals = edit_rows(logits, self._vocab, rows, self._history)
-        if all(_takes_the_largest(row.sampling) for row in rows):
-            tokens = self._largest(logits)
+        if all(_is_plain_greedy(row.sampling) for row in rows):
+            tokens = self._argmax(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
         step = self._run(logits, rows, originals, share=False)
         if self._collectives.rank != 0:
@@ -107,9 +105,9 @@ class Sampler:
         candidates hold. The log-probabilities are None but on rank 0.
         """
         originals = edit_rows(logits, self._vocab, rows, self._history)
-        if self._collectives.size == 1 and all(_takes_the_largest(row.sampling) for row in rows):
-            most, places = largest(logits)
-            return torch.where(most.isfinite(), places, INVALID_TOKEN), [None] * len(rows)
+        if self._collectives.size == 1 and all(_is_plain_greedy(row.sampling) for row in rows):
+            most, indices = argmax(logits)
+            return torch.where(most.isfinite(), indices, INVALID_TOKEN), [None] * len(rows)
         step = self._run(logits, rows, originals, share=True)
         return step.tokens, step.entries
 
@@ -122,16 +120,16 @@ class Sampler:
         if parts is not None:
             self._choose(step, torch.stack(parts))
         # A row of no more tokens than were gathered is always decided.
-        may_be_undecided = any(not 0 < rows[i].sampling.top_k <= self._width for i in step.truncated)
-        if share or step.dense or may_be_undecided:
+        may_need_full_gather = any(not 0 < rows[i].sampling.top_k <= self._width for i in step.truncated)
+        if share or step.needs_full_logprobs or may_need_full_gather:
             step.tokens = self._collectives.broadcast(step.tokens)
-        if may_be_undecided:
-            undecided = [i for i, token in enumerate(step.tokens.tolist()) if token == _UNDECIDED]
-            if undecided:
-                self._choose_from_all(step, undecided)
-            if undecided and (share or not set(undecided).isdisjoint(step.dense)):
+        if may_need_full_gather:
+            needs_full_gather = [i for i, token in enumerate(step.tokens.tolist()) if token == _NEEDS_FULL_GATHER]
+            if needs_full_gather:
+                self._choose_from_full_gather(step, needs_full_gather)
+            if needs_full_gather and (share or not set(needs_full_gather).isdisjoint(step.needs_full_logprobs)):
                 step.tokens = self._collectives.broadcast(step.tokens)
-        if step.dense:
+        if step.needs_full_logprobs:
             self._score(step, originals)
         return step
 
@@ -151,11 +149,11 @@ class Sampler:
         temperature = logits.new_ones(len(token_ids), 1)
         return gather_logprobs(self._collectives, self._vocab, logits, chosen, counts, temperature=temperature)
 
-    def _largest(self, logits: torch.Tensor) -> list[int] | None:
+    def _argmax(self, logits: torch.Tensor) -> list[int] | None:
         """Each row's token of the largest logit, on rank 0, in few operations. One gather."""
-        most, places = largest(logits)
+        most, indices = argmax(logits)
         # A double holds a token id as it is.
-        parts = self._collectives.gather(torch.stack((most.double(), (places + self._vocab.start).double())))
+        parts = self._collectives.gather(torch.stack((most.double(), (indices + self._vocab.start).double())))
         if parts is None:
             return None
         values, tokens = np.stack([part.cpu().numpy() for part in parts], axis=1)
@@ -169,30 +167,32 @@ class Sampler:
         first = self._vocab.start
         parts = []
         if step.greedy:
-            parts.append(top_keys(_take(step.logits, step.greedy), first, 1))
-        if step.noisy:
-            columns = step.columns.take(step.noisy)
-            counter = (columns.position << 32) | first
-            logits = _take(step.logits, step.noisy)
-            most, places = noisy_largest(logits, columns.temperature, columns.seed, counter)
-            parts.append(token_keys(most, places + first).unsqueeze(1))
+            parts.append(top_keys(take_rows(step.logits, step.greedy), first, 1))
+        if step.sampled:
+            settings = step.settings.take(step.sampled)
+            counter = (settings.position << 32) | first
+            logits = take_rows(step.logits, step.sampled)
+            most, indices = gumbel_argmax(logits, settings.temperature, settings.seed, counter)
+            parts.append(token_keys(most, indices + first).unsqueeze(1))
         if step.truncated:
-            parts.append(top_keys(_take(step.logits, step.truncated), first, self._width))
-        if step.weighed:
-            temperature = _take(step.columns.temperature, step.weighed)
-            parts.append(log_sum_exp(_take(step.logits, step.weighed), temperature).view(torch.int64))
+            parts.append(top_keys(take_rows(step.logits, step.truncated), first, self._width))
+        if step.needs_full_logsumexp:
+            temperature = take_rows(step.settings.temperature, step.needs_full_logsumexp)
+            parts.append(log_sum_exp(take_rows(step.logits, step.needs_full_logsumexp), temperature).view(torch.int64))
         return torch.cat([part.flatten() for part in parts])
 
     def _choose(self, step: _Step, summaries: torch.Tensor) -> None:
-        """On rank 0: set the tokens from the ranks' summaries, int64 (ranks, L); _UNDECIDED if these do not suffice."""
-        plain = step.greedy + step.noisy
+        """Set the tokens, on rank 0, from the ranks' summaries, int64 (ranks, L): _NEEDS_FULL_GATHER where these do not
+        suffice."""
+        plain = step.greedy + step.sampled
         end = len(plain) + len(step.truncated) * self._width
         keys, totals = summaries[:, len(plain) : end], summaries[:, end:]
         if plain:
             best = summaries[:, : len(plain)].amax(dim=0)
-            _put(step.tokens, plain, torch.where(key_values(best).isfinite(), key_token_ids(best), INVALID_TOKEN))
-        if step.weighed:
-            _put(step.totals[:, 0], step.weighed, totals.contiguous().view(torch.float64).logsumexp(dim=0))
+            put_rows(step.tokens, plain, torch.where(key_values(best).isfinite(), key_token_ids(best), INVALID_TOKEN))
+        if step.needs_full_logsumexp:
+            full = totals.contiguous().view(torch.float64).logsumexp(dim=0)
+            put_rows(step.totals[:, 0], step.needs_full_logsumexp, full)
         if step.truncated:
             keys = keys.reshape(len(summaries), -1, self._width).transpose(0, 1)
             merged = keys.flatten(1).sort(dim=1, descending=True).values
@@ -200,21 +200,21 @@ class Sampler:
             # What a rank did not send comes after the last of what it sent.
             partial = [rank for rank, size in enumerate(self._shard_sizes) if size > self._width]
             if partial:
-                last = _take(keys[:, :, -1].T, partial).amax(dim=0).unsqueeze(1)
+                last = take_rows(keys[:, :, -1].T, partial).amax(dim=0).unsqueeze(1)
                 exact = (merged >= last).sum(dim=1, keepdim=True)
             self._decide(step, step.truncated, merged, exact)
 
-    def _choose_from_all(self, step: _Step, undecided: list[int]) -> None:
-        """Gather the undecided rows' logits and set their tokens on rank 0."""
+    def _choose_from_full_gather(self, step: _Step, needs_full_gather: list[int]) -> None:
+        """Gather the whole vocabulary's logits of these rows and set their tokens on rank 0."""
         missing = max(self._shard_sizes) - len(self._vocab)
-        padded = torch.nn.functional.pad(step.logits[undecided], (0, missing), value=-torch.inf)
+        padded = torch.nn.functional.pad(step.logits[needs_full_gather], (0, missing), value=-torch.inf)
         parts = self._collectives.gather(padded)
         if parts is None:
             return
         logits = torch.cat([part[:, :size] for part, size in zip(parts, self._shard_sizes, strict=True)], dim=1)
-        for i, row in zip(undecided, logits.unsqueeze(1), strict=True):
+        for i, row in zip(needs_full_gather, logits.unsqueeze(1), strict=True):
             count = self._width
-            while step.tokens[i] == _UNDECIDED:
+            while step.tokens[i] == _NEEDS_FULL_GATHER:
                 count = min(count * _GROWTH, self._vocab_size)
                 self._decide(step, [i], top_keys(row, 0, count), torch.tensor([[count]], device=row.device))
 
@@ -224,34 +224,34 @@ class Sampler:
         The first `exact` keys, int64 (len(index), 1), are the first of the whole vocabulary; others may be missing
         between and after the rest.
         """
-        columns = step.columns.take(index)
-        kept, decided = _kept_counts(keys, exact, columns, _take(step.totals, index), self._vocab_size)
-        drawn = torch.where(decided, _draw(keys, kept, columns), _UNDECIDED)
+        settings = step.settings.take(index)
+        kept, decided = kept_counts(keys, exact, settings, take_rows(step.totals, index), self._vocab_size)
+        drawn = torch.where(decided, draw(keys, kept, settings), _NEEDS_FULL_GATHER)
         tokens = torch.where(key_values(keys[:, :1]).isfinite(), drawn, INVALID_TOKEN).squeeze(1)
-        _put(step.tokens, index, tokens)
+        put_rows(step.tokens, index, tokens)
         for j, i in enumerate(index):
             sampling = step.rows[i].sampling
             if sampling.logprobs >= 0 and sampling.processed_logprobs and tokens[j] >= 0:
-                temperature = float(columns.temperature[j])
+                temperature = float(settings.temperature[j])
                 step.logprobs[i] = kept_logprobs(keys[j, : kept[j]], temperature, int(tokens[j]), sampling.logprobs)
 
     def _score(self, step: _Step, originals: dict[int, torch.Tensor]) -> None:
         """Log-probabilities over the whole vocabulary, of the tokens that every rank knows by now."""
         for i, original in originals.items():
             step.logits[i] = original
-        temperature = step.logits.new_ones(len(step.dense), 1)
-        for j, i in enumerate(step.dense):
+        temperature = step.logits.new_ones(len(step.needs_full_logprobs), 1)
+        for j, i in enumerate(step.needs_full_logprobs):
             if step.rows[i].sampling.processed_logprobs:
-                temperature[j] = step.columns.temperature[i]
-        counts = [step.rows[i].sampling.logprobs for i in step.dense]
-        logits, tokens = _take(step.logits, step.dense), step.tokens[step.dense]
+                temperature[j] = step.settings.temperature[i]
+        counts = [step.rows[i].sampling.logprobs for i in step.needs_full_logprobs]
+        logits, tokens = take_rows(step.logits, step.needs_full_logprobs), step.tokens[step.needs_full_logprobs]
         scored = gather_logprobs(self._collectives, self._vocab, logits, tokens, counts, temperature=temperature)
         if scored is not None:
-            found = zip(step.dense, scored, strict=True)
+            found = zip(step.needs_full_logprobs, scored, strict=True)
             step.logprobs.update((i, logprobs) for i, logprobs in found if logprobs.token_id != INVALID_TOKEN)
 
 
-def _takes_the_largest(sampling: SlotSampling) -> bool:
+def _is_plain_greedy(sampling: SlotSampling) -> bool:
     """Whether the token is all that is asked for, and nothing but the largest logit decides."""
     return sampling.temperature == 0.0 and sampling.logprobs < 0
 
@@ -264,7 +264,7 @@ class _Step:
     rows: Sequence[SampleRow]
     vocab_size: int
     tokens: torch.Tensor = field(init=False)  # int64 (R,), on rank 0 until they are broadcast
-    totals: torch.Tensor = field(init=False)  # float64 (R, 1): log-sum-exp over the vocabulary of the weighed rows
+    totals: torch.Tensor = field(init=False)  # float64 (R, 1): log-sum-exp over the vocabulary, where a row needs it
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
     @property
@@ -278,123 +278,26 @@ class _Step:
         self.totals = torch.zeros(len(self.rows), 1, dtype=torch.float64, device=device)
         samplings = [row.sampling for row in self.rows]
         self.greedy = [i for i, sampling in enumerate(samplings) if sampling.temperature == 0.0]
-        self.noisy: list[int] = []
+        self.sampled: list[int] = []
         self.truncated: list[int] = []
-        self.weighed: list[int] = []  # truncated rows whose nucleus is of the whole vocabulary's probability
-        self.dense: list[int] = []  # rows whose log-probabilities are over the whole vocabulary
+        # Truncated rows whose nucleus is of the whole vocabulary's probability.
+        self.needs_full_logsumexp: list[int] = []
+        # Rows whose log-probabilities are over the whole vocabulary.
+        self.needs_full_logprobs: list[int] = []
+
         for i, sampling in enumerate(samplings):
             limited = 0 < sampling.top_k < self.vocab_size
             truncated = sampling.temperature > 0.0 and (limited or sampling.top_p < 1.0 or sampling.min_p > 0.0)
             if truncated:
                 self.truncated.append(i)
             elif sampling.temperature > 0.0:
-                self.noisy.append(i)
+                self.sampled.append(i)
             if truncated and not limited and sampling.top_p < 1.0:
-                self.weighed.append(i)
+                self.needs_full_logsumexp.append(i)
             if sampling.logprobs >= 0 and not (truncated and sampling.processed_logprobs):
-                self.dense.append(i)
+                self.needs_full_logprobs.append(i)
 
     @cached_property
-    def columns(self) -> _Columns:
+    def settings(self) -> RowSettings:
         """The rows' settings as tensors, made only if a row needs them."""
-        return _Columns.of(self.rows, self.vocab_size, self.logits.device)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Settings of R rows, each a tensor (R, 1)."""
-
-    temperature: torch.Tensor  # float32; 1 where greedy
-    top_k: torch.Tensor  # int64, in [1, vocab_size]
-    top_p: torch.Tensor  # float64
-    min_p: torch.Tensor  # float64
-    seed: torch.Tensor  # int64
-    position: torch.Tensor  # int64
-
-    @classmethod
-    def of(cls, rows: Sequence[SampleRow], vocab_size: int, device: torch.device) -> _Columns:
-        samplings = [row.sampling for row in rows]
-        # Further out, dividing by the temperature leaves float32's range; no draw changes any more before that.
-        temperatures = [min(max(s.temperature, 1e-30), 1e30) if s.temperature > 0.0 else 1.0 for s in samplings]
-        limits = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in samplings]
-        # All of them in one copy to the device.
-        fractions = np.array([temperatures, [s.top_p for s in samplings], [s.min_p for s in samplings]])
-        integers = np.array([limits, [s.seed for s in samplings], [row.position for row in rows]], dtype=np.int64)
-        packed = to_device([np.concatenate((fractions.view(np.int64), integers))], device)[0].unsqueeze(2)
-        return cls(
-            temperature=packed[0].view(torch.float64).float(),
-            top_k=packed[3],
-            top_p=packed[1].view(torch.float64),
-            min_p=packed[2].view(torch.float64),
-            seed=packed[4],
-            position=packed[5],
-        )
-
-    def take(self, rows: list[int]) -> _Columns:
-        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position)
-        if rows == list(range(len(self.position))):
-            return self
-        index = _index(rows, self.position)
-        return _Columns(*(column[index] for column in columns))
-
-
-def _take(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Ascending rows of x; x itself if these are all of them, which spares a GPU several small operations."""
-    return x if len(rows) == x.shape[0] else x[_index(rows, x)]
-
-
-def _put(x: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
-    """Set rows of x, in this order."""
-    if rows == list(range(len(x))):
-        x.copy_(values)
-    else:
-        x[_index(rows, x)] = values
-
-
-def _index(rows: list[int], x: torch.Tensor) -> torch.Tensor:
-    """int64 (len(rows),) on the device of x."""
-    return to_device([np.array(rows, dtype=np.int64)], x.device)[0]
-
-
-def _noisy_scores(values: torch.Tensor, token_ids: torch.Tensor, columns: _Columns) -> torch.Tensor:
-    """float32 (R, M), the largest of which is the draw. No two (position, token id) share a counter of the noise."""
-    return (values / columns.temperature).add_(gumbel(columns.seed, (columns.position << 32) | token_ids))
-
-
-def _draw(keys: torch.Tensor, kept: torch.Tensor, columns: _Columns) -> torch.Tensor:
-    """A draw from the first `kept` of each row's sorted keys: int64 (R, M) and (R, 1) -> token ids (R, 1)."""
-    if keys.shape[1] > _FEW:
-        keys = keys[:, : int(kept.max())]
-    token_ids = key_token_ids(keys)
-    scores = _noisy_scores(key_values(keys), token_ids, columns)
-    beyond = torch.arange(keys.shape[1], device=keys.device) >= kept
-    best = token_keys(scores.masked_fill_(beyond, -torch.inf), token_ids).amax(dim=1, keepdim=True)
-    return key_token_ids(best)
-
-
-def _kept_counts(
-    keys: torch.Tensor, exact: torch.Tensor, columns: _Columns, totals: torch.Tensor, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of each row's sorted keys, int64 (R, M), top-k, top-p and min-p keep; and whether that is certain.
-
-    Each of the three keeps a beginning of the sorted vocabulary, so together they keep the shortest. The first `exact`
-    keys are certain. `totals` is float64 (R, 1), used where no top-k limits the nucleus. Returns int64 and bool (R, 1).
-    """
-    top_k, top_p, min_p = columns.top_k, columns.top_p, columns.min_p
-    temperature = columns.temperature.double()
-    values = key_values(keys).double()
-    likeliest = values[:, :1]
-    known = torch.minimum(top_k, exact)
-    weights = ((values - likeliest) / temperature).exp_()
-    weights.masked_fill_(torch.arange(keys.shape[1], device=keys.device) >= known, 0.0)
-    reached = weights.cumsum(dim=1)
-    limited = top_k < vocab_size
-    total = torch.where(limited, reached[:, -1:], (totals - likeliest / temperature).exp())
-    nucleus = 1 + (reached < top_p * total).sum(dim=1, keepdim=True)
-    nucleus = torch.where(top_p < 1.0, nucleus, vocab_size)
-    probable = (weights >= min_p).sum(dim=1, keepdim=True)
-    probable = torch.where((min_p > 0.0) & (probable < exact), probable, vocab_size)
-    # NaN keeps none by these comparisons; the caller finds those rows invalid, one token is enough until then.
-    kept = torch.minimum(top_k, torch.minimum(nucleus, probable)).clamp_(min=1)
-    total_known = (top_p >= 1.0) | ~limited | (top_k <= exact)
-    return kept, (kept <= exact) & total_known
+        return RowSettings.of(self.rows, self.vocab_size, self.logits.device)

@@ -53,7 +53,7 @@ def warn_if_missing() -> None:
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Of a tensor's first element; 0 for None."""
+    """Return the address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -10,7 +10,7 @@ from .. import cpu
 from ..attention import AttentionBackend, AttentionMetadata, HeadNorms
 
 SCALE_BYTES = 4
-"""Of one head's key or value in a pool of 8-bit numbers; a block's scales stand behind its numbers, head by head."""
+"""The scale of one head's key or value in a pool of 8-bit numbers: scales stand behind a block's numbers, by head."""
 
 
 class CpuAttention(AttentionBackend):

@@ -32,7 +32,7 @@ def _silu_mul(gate_up, out, stride, columns, blocks, BLOCK: tl.constexpr):
     row = (program // blocks).to(tl.int64)
     offsets = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
-    place = gate_up + row * stride + offsets
-    gate = tl.load(place, inside, 0.0).to(tl.float32)
-    up = tl.load(place + columns, inside, 0.0).to(tl.float32)
+    start = gate_up + row * stride + offsets
+    gate = tl.load(start, inside, 0.0).to(tl.float32)
+    up = tl.load(start + columns, inside, 0.0).to(tl.float32)
     tl.store(out + row * columns + offsets, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), inside)

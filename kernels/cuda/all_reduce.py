@@ -89,12 +89,12 @@ def _send(x, addresses, turns, half_bytes, numel, RANK: tl.constexpr, BLOCK: tl.
     turn = tl.load(turns)
     if tl.program_id(0) == 0:
         tl.store(turns + 1, turn)
-    place = tl.load(addresses + RANK) + turn.to(tl.int64) * half_bytes
+    address = tl.load(addresses + RANK) + turn.to(tl.int64) * half_bytes
     # The compiler knows the alignment of arguments only, and would copy number by number here.
-    place = tl.multiple_of(place.to(x.dtype), 16)
+    address = tl.multiple_of(address.to(x.dtype), 16)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
-    tl.store(place + offsets, tl.load(x + offsets, mask=inside), mask=inside)
+    tl.store(address + offsets, tl.load(x + offsets, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -122,9 +122,9 @@ def _receive_add_norm(
     first = row.to(tl.int64) * columns
     added = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
-        place = tl.load(addresses + rank) + turn.to(tl.int64) * half_bytes
-        place = tl.multiple_of(place.to(tl.pointer_type(SENT)), 16)
-        added += tl.load(place + first + offsets, mask=inside, other=0.0).to(tl.float32)
+        address = tl.load(addresses + rank) + turn.to(tl.int64) * half_bytes
+        address = tl.multiple_of(address.to(tl.pointer_type(SENT)), 16)
+        added += tl.load(address + first + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         added += tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
     summed = tl.load(total + first + offsets, mask=inside, other=0.0) + added

@@ -155,13 +155,13 @@ def decode_kernel(
         BLOCK_SIZE,
         BLOCK_N,
     )
-    place = row * (KV_HEADS * GROUP) + head
+    head_row = row * (KV_HEADS * GROUP) + head
     if used <= 1:
-        tl.store(out + (place * HEAD_DIM)[:, None] + d, result.to(out.dtype.element_ty), present)
+        tl.store(out + (head_row * HEAD_DIM)[:, None] + d, result.to(out.dtype.element_ty), present)
     else:
-        place = place * splits + split
-        tl.store(partial + (place * HEAD_DIM)[:, None] + d, result, present)
-        tl.store(partial_lse + place, lse, in_group < GROUP)
+        head_row = head_row * splits + split
+        tl.store(partial + (head_row * HEAD_DIM)[:, None] + d, result, present)
+        tl.store(partial_lse + head_row, lse, in_group < GROUP)
 
 
 @triton.jit(do_not_specialize=["splits", "fill"], do_not_specialize_on_alignment=["seqused_k"])
@@ -171,17 +171,17 @@ def merge_kernel(partial, partial_lse, seqused_k, out, splits, fill, HEAD_DIM: t
     used = _splits_used(tl.load(seqused_k + row), splits, fill)
     if used <= 1:
         return
-    place = row * tl.num_programs(0) + head
+    head_row = row * tl.num_programs(0) + head
     s = tl.arange(0, MAX_SPLITS)
-    lse = tl.load(partial_lse + place * splits + s, s < used, float("-inf"))
+    lse = tl.load(partial_lse + head_row * splits + s, s < used, float("-inf"))
     peak = tl.max(lse, 0)
     total = tl.sum(tl.exp2(lse - peak), 0)
     d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     acc = tl.zeros([triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for first in range(0, used, BLOCK_S):
-        part = place * splits + first + tl.arange(0, BLOCK_S)
+        part = head_row * splits + first + tl.arange(0, BLOCK_S)
         mine = first + tl.arange(0, BLOCK_S) < used
         weights = tl.exp2(tl.load(partial_lse + part, mine, float("-inf")) - peak)
         present = mine[:, None] & (d < HEAD_DIM)[None, :]
         acc += tl.sum(weights[:, None] * tl.load(partial + (part * HEAD_DIM)[:, None] + d[None, :], present, 0.0), 0)
-    tl.store(out + place * HEAD_DIM + d, (acc / total).to(out.dtype.element_ty), d < HEAD_DIM)
+    tl.store(out + head_row * HEAD_DIM + d, (acc / total).to(out.dtype.element_ty), d < HEAD_DIM)

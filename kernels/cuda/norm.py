@@ -75,10 +75,10 @@ def _row_options(columns: int) -> dict[str, int]:
 @triton.jit
 def _rms_norm(x, weight, out, row_stride, head_stride, heads, columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    place = row // heads * row_stride + row % heads * head_stride
+    start = row // heads * row_stride + row % heads * head_stride
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
-    values = tl.load(x + place + offsets, inside, 0.0).to(tl.float32)
+    values = tl.load(x + start + offsets, inside, 0.0).to(tl.float32)
     normed = _normalised(values, weight, offsets, inside, columns, eps)
     tl.store(out + row * columns + offsets, normed.to(out.dtype.element_ty), inside)
 
@@ -90,14 +90,14 @@ def _add_rms_norm(
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
-    place = row * columns + offsets
-    summed = tl.load(total + place, inside, 0.0)
+    index = row * columns + offsets
+    summed = tl.load(total + index, inside, 0.0)
     summed += tl.load(addend + row * addend_stride + offsets, inside, 0.0).to(tl.float32)
     if HAS_BIAS:
         summed += tl.load(bias + offsets, inside, 0.0).to(tl.float32)
-    tl.store(total + place, summed, inside)
+    tl.store(total + index, summed, inside)
     normed = _normalised(summed, weight, offsets, inside, columns, eps)
-    tl.store(out + place, normed.to(out.dtype.element_ty), inside)
+    tl.store(out + index, normed.to(out.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What the Triton kernels of paged attention share: the walk over a row's keys, and the checks before a launch.
 
 A tile is BLOCK_N keys of one KV head. Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed
-2^31 elements, so places in them are 64-bit numbers. A pool is given as a pointer, or as a tensor descriptor for the
+2^31 elements, so offsets in them are 64-bit numbers. A pool is given as a pointer, or as a tensor descriptor for the
 GPU's unit that copies whole tiles to shared memory (TMA, since sm_90): see tile_descriptors.
 """
 
@@ -94,20 +94,20 @@ def _load_tile(
 ):
     """Keys and values [BLOCK_N, D] of positions first to first + BLOCK_N, whose blocks are known.
 
-    `MASKED`: some may be past the row's end. These are zero, as what a place's last owner left there may be NaN.
+    `MASKED`: some may be past the row's end. These are zero, as what a block's last owner left there may be NaN.
     """
     n = first + tl.arange(0, BLOCK_N)
     inside = n < keys
     column = kv_head * HEAD_DIM
     if isinstance(k_cache, tl.tensor_descriptor):
-        place = blocks * BLOCK_SIZE + first % BLOCK_SIZE
-        k, v = k_cache.load([place, column]), v_cache.load([place, column])
+        entry = blocks * BLOCK_SIZE + first % BLOCK_SIZE
+        k, v = k_cache.load([entry, column]), v_cache.load([entry, column])
         if MASKED:  # of keys it is enough that nobody sees their scores
             v = tl.where(inside[:, None], v, 0.0)
     else:
         d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
-        places = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-        offsets = (places * (KV_HEADS * HEAD_DIM))[:, None] + d
+        entries = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+        offsets = (entries * (KV_HEADS * HEAD_DIM))[:, None] + d
         k_cache, v_cache = k_cache + column, v_cache + column
         if d.shape[1] != HEAD_DIM:
             present = inside[:, None] & (d < HEAD_DIM)

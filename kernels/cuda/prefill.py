@@ -124,8 +124,8 @@ def prefill_kernel(
     head = kv_head * GROUP + lines % GROUP
     d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
     present = (lines < count * GROUP)[:, None] & (d < HEAD_DIM)
-    places = (query * q_stride + head * HEAD_DIM)[:, None] + d
-    queries = tl.load(q + (start + first) * q_stride + places, present, 0.0)
+    offsets = (query * q_stride + head * HEAD_DIM)[:, None] + d
+    queries = tl.load(q + (start + first) * q_stride + offsets, present, 0.0)
     seen = keys - count + first  # by the first query: the positions up to this one
     result, _ = attend_keys(
         queries,
@@ -143,5 +143,5 @@ def prefill_kernel(
         BLOCK_SIZE,
         BLOCK_N,
     )
-    places = ((query * (KV_HEADS * GROUP) + head) * HEAD_DIM)[:, None] + d
-    tl.store(out + (start + first) * (KV_HEADS * GROUP * HEAD_DIM) + places, result.to(out.dtype.element_ty), present)
+    offsets = ((query * (KV_HEADS * GROUP) + head) * HEAD_DIM)[:, None] + d
+    tl.store(out + (start + first) * (KV_HEADS * GROUP * HEAD_DIM) + offsets, result.to(out.dtype.element_ty), present)

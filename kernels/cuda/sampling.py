@@ -1,4 +1,4 @@
-"""The largest of each row of a vocabulary shard's logits, in Triton, with noise or without: kernels/argmax.py.
+"""Argmax of each row of a vocabulary shard's logits, in Triton, with Gumbel noise or without: kernels/argmax.py.
 
 A number and its column become one 64-bit key: keys compare as numbers do, and of equal numbers the first column has the
 larger key. So a maximum is one of integers, in any order of the same result.
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["block_maxima", "largest", "noisy_largest"]
+__all__ = ["argmax", "block_maxima", "gumbel_argmax"]
 
 _CHUNK = 4096
 """Columns in a program. One row of a vocabulary of 152,064 then has 38 programs."""
@@ -25,30 +25,30 @@ _ALL_BUT_SIGN = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
 
 
-def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest value and its first column: float32 (R, V) -> float32 (R,), int64 (R,).
+def argmax(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's largest value and its first column: float32 (R, V) -> float32 (R,), int64 (R,).
 
     NaN is larger than all others; V is 1 at least. Raises ValueError for another dtype, or if the numbers of a row are
     not adjacent.
     """
-    return _largest(values, None)
+    return _argmax(values, None)
 
 
-def noisy_largest(
+def gumbel_argmax(
     values: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, counter: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest of each row of values / temperature + Gumbel noise, as largest() of float32 (R, V).
+    """Return the argmax of each row of values / temperature + Gumbel noise, as argmax() of float32 (R, V).
 
     `temperature` is float32 (R, 1), `seed` int64 (R, 1); the noise of column j is that of counter + j, int64 (R, 1):
-    of the same random bits as kernels/noise.py has. Raises ValueError as largest().
+    of the same random bits as kernels/noise.py has. Raises ValueError as argmax().
     """
-    return _largest(values, (temperature, seed, counter))
+    return _argmax(values, (temperature, seed, counter))
 
 
 def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
-    """The largest of each `block` columns: float32 (R, V) -> (R, ceil(V / block)).
+    """Return the largest of each `block` columns: float32 (R, V) -> (R, ceil(V / block)).
 
-    The last block may be shorter. A block with NaN has NaN. Raises ValueError as largest().
+    The last block may be shorter. A block with NaN has NaN. Raises ValueError as argmax().
     """
     _check(values)
     rows, columns = values.shape
@@ -63,7 +63,7 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
     return maxima
 
 
-def _largest(
+def _argmax(
     values: torch.Tensor, noise: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`noise` is (temperature, seed, counter)."""
@@ -72,15 +72,15 @@ def _largest(
     chunks = triton.cdiv(columns, _CHUNK)
     partial = torch.empty(rows, chunks, dtype=torch.int64, device=values.device)
     most = torch.empty(rows, dtype=torch.float32, device=values.device)
-    places = torch.empty(rows, dtype=torch.int64, device=values.device)
+    indices = torch.empty(rows, dtype=torch.int64, device=values.device)
     if rows:
         settings = [values] * 3 if noise is None else [column.contiguous() for column in noise]
         grid = rows, chunks
         _chunk_maxima[grid](
             values, *settings, partial, values.stride(0), columns, NOISY=noise is not None, CHUNK=_CHUNK, TILE=_TILE
         )
-        _row_maxima[(rows,)](partial, most, places, chunks, BLOCK=triton.next_power_of_2(chunks))
-    return most, places
+        _row_maxima[(rows,)](partial, most, indices, chunks, BLOCK=triton.next_power_of_2(chunks))
+    return most, indices
 
 
 def _check(values: torch.Tensor) -> None:
@@ -124,13 +124,13 @@ def _chunk_maxima(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _row_maxima(partial, most, places, chunks, BLOCK: tl.constexpr):
+def _row_maxima(partial, most, indices, chunks, BLOCK: tl.constexpr):
     """Program (row): the largest key of its chunks, taken apart."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK)
     key = tl.max(tl.load(partial + row * chunks + chunk, chunk < chunks, _LOWEST_KEY), 0)
     tl.store(most + row, _number((key >> 32).to(tl.int32)))
-    tl.store(places + row, (key & _ALL_BUT_SIGN) ^ _ALL_BUT_SIGN)
+    tl.store(indices + row, (key & _ALL_BUT_SIGN) ^ _ALL_BUT_SIGN)
 
 
 @triton.jit(do_not_specialize=["blocks"])

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...engine.config import EngineConfig, unknown_name
 from ...engine.errors import ConfigError
-from ..ranks.rank_info import Place
+from ..ranks.rank_info import RankInfo
 from .presets import CONFIGS, choices
 from .schema import Keys, describe_type, key_docs, parse_size, schema_of
 
@@ -39,7 +39,7 @@ K = TypeVar("K", bound=Keys)
 class Job(Generic[K]):
     """What one run of a program was asked to do."""
 
-    place: Place
+    rank_info: RankInfo
     keys: K
     values: dict[str, Any]
     """Every key of the configuration, EngineConfig's too, as plain data."""
@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(arguments))
 
 
-def prepare_arguments(arguments: Sequence[str], keys: type[Keys], place: Place) -> list[str]:
+def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: RankInfo) -> list[str]:
     """The arguments as Hydra is to see them: presets become group choices, text is quoted, torchrun sets ranks.
 
     Raises ConfigError for a name that is no key, or ranks other than torchrun started.
@@ -94,18 +94,18 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], place: Place) 
         given[name] = override.value()
         if name in GROUPS and given[name] is not None and given[name] not in choices(name, folders):
             raise ConfigError(unknown_name(f"choice of {name}:", str(given[name]), choices(name, folders)))
-    if place.launched:
-        if given.get("ranks", place.size) != place.size:
+    if rank_info.launched:
+        if given.get("ranks", rank_info.size) != rank_info.size:
             raise ConfigError(
-                f"ranks={given['ranks']}, but torchrun started {place.size}: leave ranks out, or start as many"
+                f"ranks={given['ranks']}, but torchrun started {rank_info.size}: leave ranks out, or start as many"
             )
         if "ranks" not in given:
             # Hydra's parser wants all overrides side by side.
-            prepared.insert(prepared.index(overrides[0]) if overrides else 0, f"ranks={place.size}")
+            prepared.insert(prepared.index(overrides[0]) if overrides else 0, f"ranks={rank_info.size}")
     return prepared
 
 
-def compose(arguments: Sequence[str], keys: type[K], place: Place) -> Job[K]:
+def compose(arguments: Sequence[str], keys: type[K], rank_info: RankInfo) -> Job[K]:
     """Compose prepared arguments. Raises ConfigError naming the key, its value and what it may be."""
     register_schema(keys)
     parsed = parse_arguments(arguments)
@@ -114,16 +114,16 @@ def compose(arguments: Sequence[str], keys: type[K], place: Place) -> Job[K]:
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base=HYDRA_VERSION_BASE):
             config = hydra.compose(parsed.config_name or CONFIG_NAME, overrides=[*parsed.overrides, *extra])
-        return job_of(config, keys, place)
+        return job_of(config, keys, rank_info)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, keys)) from error
 
 
-def job_of(config: DictConfig, keys: type[K], place: Place) -> Job[K]:
+def job_of(config: DictConfig, keys: type[K], rank_info: RankInfo) -> Job[K]:
     """A composed configuration as plain data."""
     values = {str(name): None if OmegaConf.is_missing(config, name) else _plain(config[name]) for name in config}
     own = keys(**{field.name: values[field.name] for field in dataclasses.fields(keys)})
-    return Job(place, own, values)
+    return Job(rank_info, own, values)
 
 
 def register_schema(keys: type[Keys]) -> None:

@@ -127,7 +127,7 @@ def _submit(values: dict[str, Any], base: dict[str, Any]) -> Submit:
 
 
 def answer_record(request_id: Id, output: RequestOutput) -> dict[str, Any]:
-    """The line of an answer. With n > 1 "completions" lists all of them; the others' place is completion 0's."""
+    """The line of an answer. With n > 1 "completions" lists all of them; "text" and the like are completion 0's."""
     completions = [
         {"text": each.text, "token_ids": each.token_ids, "finish_reason": each.finish_reason}
         | ({} if each.logprobs is None else {"logprobs": [_logprobs(entry) for entry in each.logprobs]})

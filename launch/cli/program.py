@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from ...engine.errors import ConfigError
 from ..ranks.failure import report_failure
 from ..ranks.process import STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
-from ..ranks.rank_info import read_place
+from ..ranks.rank_info import read_rank_info
 from .compose import CONFIG_NAME, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments
 from .help import help_text
 from .presets import CONFIGS
@@ -29,41 +29,41 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
     128 + signal. Under torchrun every rank runs this; a rank other than 0 prints only how it failed.
     """
     try:
-        place = read_place()
+        rank_info = read_rank_info()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if place.launched:
+    if rank_info.launched:
         end_with_parent()
-    if place.rank == 0:
+    if rank_info.rank == 0:
         stop_on_signals()
     else:
         die_on_signals()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     try:
-        arguments = prepare_arguments(sys.argv[1:], keys, place)
+        arguments = prepare_arguments(sys.argv[1:], keys, rank_info)
         if parse_arguments(arguments).help:
             print(help_text(keys, program, about))
             sys.exit(0)
-        compose(arguments, keys, place)  # first, because Hydra's own words for a mistake are many
+        compose(arguments, keys, rank_info)  # first, because Hydra's own words for a mistake are many
         job = _through_hydra(arguments, keys)
         code = 0 if job is None else body(job)
     except (Exception, Signalled) as error:
-        code = report_failure(error, place)
+        code = report_failure(error, rank_info)
     exit_within(STOP_TIMEOUT_S, code)
     sys.exit(code)
 
 
 def _through_hydra(arguments: list[str], keys: type[K]) -> Job[K] | None:
     """Let Hydra's command line do what was asked of it; the job, unless that was only to print something."""
-    place = read_place()
+    rank_info = read_rank_info()
     jobs: list[Job[K]] = []
     sys.argv[1:] = arguments
     if parse_arguments(arguments).multirun:
         raise ConfigError("--multirun is not supported: an engine is built for one configuration at a time")
 
     def take(config: DictConfig) -> None:
-        jobs.append(job_of(config, keys, place))
+        jobs.append(job_of(config, keys, rank_info))
 
     hydra.main(config_path=str(CONFIGS), config_name=CONFIG_NAME, version_base=HYDRA_VERSION_BASE)(take)()
     return jobs[0] if jobs else None

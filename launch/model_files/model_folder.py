@@ -16,7 +16,7 @@ import torch
 from ...engine.errors import ConfigError
 
 SHARD_BYTES = 2 * 10**9
-"""Of one safetensors file at most, unless one tensor is larger."""
+"""Bytes of one safetensors file at most, unless one tensor is larger."""
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, "BF16"),

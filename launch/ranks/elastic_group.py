@@ -95,7 +95,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     # The ranks say what is wrong with them; the launcher's own warnings about ending them would only come on top.
     logging.disable(logging.CRITICAL)
-    # Until the launcher puts its own handlers in their place.
+    # Until the launcher puts its own handlers in place.
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)

@@ -8,7 +8,7 @@ import traceback
 
 from ...engine.errors import CheckpointError, ConfigError, InvalidRequest, PhalanxError
 from .process import Signalled, die_on_signals
-from .rank_info import Place
+from .rank_info import RankInfo
 
 OTHERS_DELAY_S = 1.0
 """Every rank meets the same wrong setting: the others give rank 0 this long to say so, and are ended meanwhile."""
@@ -16,7 +16,7 @@ BYSTANDER_DELAY_S = 2.0
 """A rank whose peer has gone gives the launcher this long to end it, so that the peer's own words come first."""
 
 
-def report_failure(error: BaseException, place: Place, *, told_by_client: bool = False) -> int:
+def report_failure(error: BaseException, rank_info: RankInfo, *, told_by_client: bool = False) -> int:
     """Print what ended this rank, record it for the launcher's summary, and return the exit code.
 
     2 for what a user can put right (configuration, checkpoint, request), 128 + signal, else 1. With `told_by_client`
@@ -27,19 +27,19 @@ def report_failure(error: BaseException, place: Place, *, told_by_client: bool =
     die_on_signals()
     if _saw_a_peer_go(error):
         time.sleep(BYSTANDER_DELAY_S)
-        _record(error, place)
-        _print(f"{_name(place)}: {error}")
+        _record(error, rank_info)
+        _print(f"{_name(rank_info)}: {error}")
         return 1
     if not isinstance(error, PhalanxError):
-        _print(f"{_name(place)} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
-        _record(error, place)
+        _print(f"{_name(rank_info)} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
+        _record(error, rank_info)
         return 1
-    if place.rank != 0:
+    if rank_info.rank != 0:
         time.sleep(OTHERS_DELAY_S)
     # The message says it all: the launcher's summary needs no traceback of it.
-    _record(error.with_traceback(None), place)
+    _record(error.with_traceback(None), rank_info)
     if not told_by_client:
-        _print(f"{_name(place)}: {error}" if place.rank else f"error: {error}")
+        _print(f"{_name(rank_info)}: {error}" if rank_info.rank else f"error: {error}")
     return 2 if isinstance(error, ConfigError | CheckpointError | InvalidRequest) else 1
 
 
@@ -49,8 +49,8 @@ def _saw_a_peer_go(error: BaseException) -> bool:
     return module is not None and isinstance(error, module.CollectiveError)
 
 
-def _record(error: BaseException, place: Place) -> None:
-    if not place.launched:
+def _record(error: BaseException, rank_info: RankInfo) -> None:
+    if not rank_info.launched:
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -60,8 +60,8 @@ def _record(error: BaseException, place: Place) -> None:
         get_error_handler().record_exception(raised)
 
 
-def _name(place: Place) -> str:
-    return f"rank {place.rank} of {place.size}"
+def _name(rank_info: RankInfo) -> str:
+    return f"rank {rank_info.rank} of {rank_info.size}"
 
 
 def _print(text: str) -> None:

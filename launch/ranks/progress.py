@@ -6,14 +6,14 @@ import sys
 import time
 
 from ...engine.execution.worker import Progress
-from .rank_info import Place
+from .rank_info import RankInfo
 
 _PERIOD_S = 0.1
 
 
-def loading_progress(place: Place) -> Progress | None:
+def loading_progress(rank_info: RankInfo) -> Progress | None:
     """Shows rank 0's bytes loaded, on one line that is cleared at the end; None where nobody is watching."""
-    if place.rank != 0 or not sys.stderr.isatty():
+    if rank_info.rank != 0 or not sys.stderr.isatty():
         return None
     shown_at = 0.0
 

@@ -13,10 +13,10 @@ import msgspec
 from ...engine.config import EngineConfig
 from .failure import report_failure
 from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
-from .rank_info import Place, read_place
+from .rank_info import RankInfo, read_rank_info
 
 
-def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
+def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str) -> int:
     """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`. Exit code."""
     from ...engine.engine import Engine, run_rank
     from ...parallel.collectives.base import CollectiveError
@@ -35,10 +35,10 @@ def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
 
             stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
 
-    binding = bind(config, place)
-    group = join(config, place)
+    binding = bind(config, rank_info)
+    group = join(config, rank_info)
     try:
-        run_rank(config, group, address, binding, loading_progress(place), on_ready)
+        run_rank(config, group, address, binding, loading_progress(rank_info), on_ready)
     except CollectiveError:
         # The signal reached the other ranks too, which left at once: that rank 0 misses them is no failure.
         if not stopped_by:
@@ -51,17 +51,17 @@ def serve_rank(config: EngineConfig, place: Place, address: str) -> int:
 def main() -> None:
     """A rank of the group that launch.group supervises."""
     folder = Path(sys.argv[1])
-    place = read_place()
+    rank_info = read_rank_info()
     end_with_parent()
-    if place.rank == 0:
+    if rank_info.rank == 0:
         stop_on_signals(within_s=RANK_STOP_TIMEOUT_S)
     else:
         die_on_signals()
     try:
         config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
-        code = serve_rank(config, place, f"ipc://{folder}/engine")
+        code = serve_rank(config, rank_info, f"ipc://{folder}/engine")
     except (Exception, Signalled) as error:
-        code = report_failure(error, place, told_by_client=True)
+        code = report_failure(error, rank_info, told_by_client=True)
     exit_within(RANK_STOP_TIMEOUT_S, code)
     sys.exit(code)
 

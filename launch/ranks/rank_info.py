@@ -9,7 +9,7 @@ from ...engine.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """One rank among those that were started together."""
 
     rank: int = 0
@@ -20,10 +20,10 @@ class Place:
     """Started by torchrun or another launcher, which watches this process's end."""
 
 
-def read_place() -> Place:
-    """The place torchrun gave this process. Raises ConfigError if its variables are incomplete or no numbers."""
+def read_rank_info() -> RankInfo:
+    """Return what torchrun says of this process. Raises ConfigError if its variables are incomplete or no numbers."""
     if "WORLD_SIZE" not in os.environ:
-        return Place()
+        return RankInfo()
     values: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name, "")
@@ -33,7 +33,7 @@ def read_place() -> Place:
                 f"WORLD_SIZE to run without it"
             )
         values[name] = int(text)
-    return Place(
+    return RankInfo(
         rank=values["RANK"],
         size=values["WORLD_SIZE"],
         local_rank=values["LOCAL_RANK"],

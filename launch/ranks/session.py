@@ -14,28 +14,28 @@ from ...engine.execution.worker import Progress
 from ...engine.protocol.transport import InProcess
 from ...parallel.collectives.base import CollectivesUnavailable
 from ...parallel.group import Group, join_group
-from .rank_info import Place
+from .rank_info import RankInfo
 
 
-def bind(config: EngineConfig, place: Place) -> Binding:
+def bind(config: EngineConfig, rank_info: RankInfo) -> Binding:
     """Bind this process, a rank's own, to its CPUs: before join(), whose memory then stands on their NUMA node.
 
     Raises ConfigError if this machine has not what is asked for.
     """
-    return bind_process(config, device_type(config), place.local_rank, place.local_size)
+    return bind_process(config, device_type(config), rank_info.local_rank, rank_info.local_size)
 
 
-def join(config: EngineConfig, place: Place) -> Group:
+def join(config: EngineConfig, rank_info: RankInfo) -> Group:
     """This rank's group; all ranks call it. Raises ConfigError if this machine has not what is asked for."""
     device = device_type(config)
     if config.collectives in ("nccl", "symmetric_memory") and device == "cpu":
         raise ConfigError(f"collectives={config.collectives} needs device=cuda; with device=cpu set collectives=auto")
     try:
         return join_group(
-            rank=place.rank,
-            size=place.size,
-            local_rank=place.local_rank,
-            local_size=place.local_size,
+            rank=rank_info.rank,
+            size=rank_info.size,
+            local_rank=rank_info.local_rank,
+            local_size=rank_info.local_size,
             device=device,
             collectives=config.collectives,
             timeout_s=config.timeout_s,
@@ -44,10 +44,10 @@ def join(config: EngineConfig, place: Place) -> Group:
         raise ConfigError(f"collectives={config.collectives}: {error}; set collectives=auto") from error
 
 
-def follow(config: EngineConfig, place: Place) -> None:
+def follow(config: EngineConfig, rank_info: RankInfo) -> None:
     """The life of a rank other than 0: until rank 0 stops the group."""
-    binding = bind(config, place)
-    group = join(config, place)
+    binding = bind(config, rank_info)
+    group = join(config, rank_info)
     engine = Engine(config, group, None, binding=binding)
     engine.run()
     engine.close()
@@ -55,17 +55,17 @@ def follow(config: EngineConfig, place: Place) -> None:
 
 
 @contextmanager
-def open_llm(config: EngineConfig, place: Place, on_progress: Progress | None = None) -> Iterator[LLM]:
+def open_llm(config: EngineConfig, rank_info: RankInfo, on_progress: Progress | None = None) -> Iterator[LLM]:
     """An LLM for rank 0, or for a process on its own, which starts a group if ranks > 1. Closed at the end.
 
     An error that stopped the engine's steps in this process is raised as it was, with its traceback.
     """
-    if not place.launched and config.ranks > 1:
+    if not rank_info.launched and config.ranks > 1:
         with LLM.from_config(config, on_progress) as llm:
             yield llm
         return
-    binding = bind(config, place)
-    group = join(config, place)
+    binding = bind(config, rank_info)
+    group = join(config, rank_info)
     link = InProcess()
     engine = Engine(config, group, link.transport, on_progress, binding)
     coordinator = engine.coordinator

@@ -63,7 +63,7 @@ def row_ladder(max_rows: int) -> list[int]:
 
 
 def slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
-    """Of several figures that every rank has measured, each one's largest: a sum is done when the last rank has it."""
+    """Return the largest over the ranks of each of several figures: a sum is done when the last rank has it."""
     return [max(figures) for figures in zip(*ranks, strict=True)]
 
 

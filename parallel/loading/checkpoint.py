@@ -19,7 +19,7 @@ from .streaming import READERS, CudaLanding, Landing, cut, stream
 __all__ = ["LoadError", "LoadReport", "Packing", "Progress", "WeightSlice", "load_weights"]
 
 CHUNK_BYTES = 32 * 2**20
-"""Of the rows of one read, so that what is copied on the way stays small."""
+"""Bytes of the rows of one read, so that what is copied on the way stays small."""
 
 MAPPED_BYTES = 96 * 2**20
 """A file is mapped while it is read, and touched pages count as this process's: after these many it is opened anew."""
@@ -34,7 +34,7 @@ class WeightSlice:
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor in the checkpoint."""
+    """The whole tensor's, in the checkpoint."""
     index: tuple[slice, ...]
     """The part: a contiguous slice for each dimension."""
     destination: torch.Tensor
@@ -73,7 +73,7 @@ class LoadReport:
     bytes_read: int
     """Returned by reads of the checkpoint."""
     shard_bytes: int
-    """Of this rank's parts, in the checkpoint's dtype."""
+    """Bytes of this rank's parts, in the checkpoint's dtype."""
     seconds: float
     files: int
     """That the checkpoint consists of."""
@@ -232,6 +232,6 @@ def _chunks(part: WeightSlice, itemsize: int) -> Iterator[WeightSlice]:
 
 
 def _touched_bytes(part: WeightSlice, itemsize: int) -> int:
-    """Of the pages that reading the part maps: a slice of columns touches its rows whole."""
+    """Return the bytes of the pages that reading the part maps: a slice of columns touches its rows whole."""
     rows = part.index[0].stop - part.index[0].start
     return int(rows * math.prod(part.shape[1:]) * itemsize)

@@ -19,7 +19,7 @@ import torch
 from .safetensors_files import LoadError, StoredTensor
 
 BUFFER_BYTES = 64 * 2**20
-"""Of each buffer: a copy of so much takes milliseconds, beside which starting it is nothing."""
+"""Size of each buffer: a copy of so much takes milliseconds, beside which starting it is nothing."""
 READERS = 8
 """Threads that read, at most: one brings 6 to 12 GB/s from the page cache, and PCIe 5.0 x16 carries some 50."""
 STRIP_BYTES = 2**20
@@ -45,7 +45,7 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Of its elements, as stored."""
+        """Bytes of its elements, as stored."""
         return self.shape[0] * self.shape[1] * self.tensor.itemsize
 
 

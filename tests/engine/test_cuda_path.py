@@ -11,7 +11,7 @@ from phalanx import LLM, SamplingParams
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.execution import slot_table
 from phalanx.engine.execution.cuda_graphs import DecodeGraphs
-from phalanx.engine.sampling import penalties, sampler, token_counts
+from phalanx.engine.sampling import penalties, token_counts, truncation
 from phalanx.kernels import cpu, cuda, host_copies
 from phalanx.tests.engine import programs
 from phalanx.tests.engine.conftest import CONFIG
@@ -30,7 +30,7 @@ PROMPTS = [[5] * 20 + [9, 8, 7], [11, 12] * 20, [3]]
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's kernels instead of the C++ ones, and a batch's tensors in one copy, as on a GPU."""
     monkeypatch.setattr(cpu, "native", None)
-    for module in (slot_table, token_counts, penalties, sampler):
+    for module in (slot_table, token_counts, penalties, truncation):
         monkeypatch.setattr(module, "to_device", host_copies.copy_together)
     cuda.interpret(True)
     yield

@@ -22,7 +22,7 @@ NEEDS_GPU = "what a GPU alone has: PHALANX_TEST_DEVICE=cpu leaves it out"
 
 
 def engine_config(**changes: Any) -> dict[str, Any]:
-    """Of an engine on the device, small enough for several at once; float32 tells of an error that rounding hides."""
+    """Return the settings of an engine small enough for several at once; float32 shows errors that rounding hides."""
     config: dict[str, Any] = {
         "device": DEVICE.type,
         "dtype": "float32",

@@ -26,7 +26,7 @@ BACKENDS = ("triton", "torch")
 HALF_BACKENDS = ("triton", "flash_attn_2", "flash_attn_3") if ON_GPU else ("triton",)
 NEW_TOKENS = 64 if ON_GPU else 5
 FLOAT32_TOLERANCE = 1e-4
-"""Of the largest difference, in units of the largest logit."""
+"""Largest difference allowed, in units of the largest logit."""
 
 
 def _tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:

@@ -40,7 +40,7 @@ gpu_only = pytest.mark.skipif(not ON_GPU, reason=NEEDS_GPU)
 
 
 def _samplings() -> list[SamplingParams]:
-    """Of every kind; on a CPU fewer and shorter ones."""
+    """Return samplings of every kind; on a CPU fewer and shorter ones."""
     if ON_GPU:
         return SAMPLINGS
     short: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True}

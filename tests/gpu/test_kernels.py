@@ -112,12 +112,12 @@ def _columns(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_largest_and_the_noisy_largest_are_those_of_a_cpu(rows: int) -> None:
     values = 3 * normal(rows, VOCABULARY)
     values[0, VOCABULARY // 2 :] = values[0, 0]  # equals: the first counts
-    most, places = argmax.largest(values)
+    most, places = argmax.argmax(values)
     columns = _columns(rows)
-    noisy = argmax.noisy_largest(values, *columns)
+    noisy = argmax.gumbel_argmax(values, *columns)
     with torch_alone():
         expected = values.cpu().max(dim=1)
-        drawn = argmax.noisy_largest(values.cpu(), *(column.cpu() for column in columns))
+        drawn = argmax.gumbel_argmax(values.cpu(), *(column.cpu() for column in columns))
     assert torch.equal(most.cpu(), expected.values)
     assert torch.equal(values.gather(1, places.unsqueeze(1)).squeeze(1), most)
     assert not any((values[row, : places[row]] == most[row]).any() for row in range(rows))
@@ -135,7 +135,7 @@ def test_block_maxima(block: int) -> None:
 def test_nan_is_the_largest() -> None:
     values = normal(2, VOCABULARY)
     values[1, 77] = torch.nan
-    most, places = argmax.largest(values)
+    most, places = argmax.argmax(values)
     assert np.isnan(float(most[1]))
     assert int(places[1]) == 77
     assert bool(most[0].isfinite())

@@ -117,7 +117,7 @@ def attempt(section: Callable[[], Any], expected_s: float, until: float) -> Any:
 
 
 def out_of_time(expected_s: float, left_s: float) -> dict[str, str]:
-    """Of a section that was not begun."""
+    """Return what the report says of a section that was not begun."""
     return {"skipped": f"time budget: {max(0.0, left_s):.0f} s are left, it may take {expected_s:.0f} s; raise limit_s"}
 
 

@@ -32,7 +32,7 @@ def _at(values: Any, *path: str) -> Any:
 
 
 def _decode(shape: Any, rows: str, name: str) -> Any:
-    """Of a batch; if it did not fit, of what was measured instead."""
+    """Return the figure of a batch or, if it did not fit, of what was measured instead."""
     found = _at(shape, "decode", rows, name)
     return found if found is not None else _at(shape, "decode", rows, "instead", name)
 

@@ -239,7 +239,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def kernel_table(events: list[tuple[str, float, float]], steps: int) -> dict[str, Any]:
-    """Of (kernel, start, end) in microseconds over some steps: the idle share, and the kernels that took most time."""
+    """Return the idle share and the kernels that took most time, from (kernel, start, end) in microseconds."""
     if not events:
         raise RuntimeError("the profiler saw no kernels")
     span = max(end for _, _, end in events) - min(start for _, start, _ in events)

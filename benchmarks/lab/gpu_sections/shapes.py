@@ -13,7 +13,7 @@ from phalanx.launch.cli.presets import load_preset
 from phalanx.launch.model_files.random_model import random_origin
 
 LARGEST_ID = 10_000
-"""Of the mixed requests' prompts, within a vocabulary that may be smaller."""
+"""Token ids of the mixed requests' prompts stay below it; a vocabulary may be smaller still."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phalanx.engine.sampling import penalties, sampler, token_counts
+from phalanx.engine.sampling import penalties, token_counts, truncation
 from phalanx.engine.sampling.penalties import SampleRow
 from phalanx.engine.sampling.sampler import Sampler
 from phalanx.engine.sampling.token_counts import TokenHistory
@@ -49,7 +49,7 @@ class Watched(TorchFunctionMode):
 @pytest.mark.parametrize("kinds", [*KINDS, "all"])
 def test_choosing_tokens_waits_for_nothing(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "native", None)
-    for module in (token_counts, penalties, sampler):
+    for module in (token_counts, penalties, truncation):
         monkeypatch.setattr(module, "to_device", copy_together)
     told = TokenHistory(8, range(VOCABULARY), CPU)
     chooser = Sampler(LocalCollectives(CPU), range(VOCABULARY), VOCABULARY, history=told)

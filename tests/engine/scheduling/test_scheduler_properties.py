@@ -69,7 +69,7 @@ sizes = st.builds(
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[int, ...]:
-    """Of few families, so that beginnings repeat."""
+    """Draw prompts of few families, so that beginnings repeat."""
     family, shared, own = draw(st.integers(0, 1)), draw(st.integers(0, 20)), draw(st.integers(0, 15))
     beginning = [family * 7 + i % 5 for i in range(shared)]
     return tuple(beginning + draw(st.lists(st.integers(0, 1), min_size=own, max_size=own))) or (family,)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from phalanx.kernels import cpu, linear
-from phalanx.kernels.argmax import block_maxima, largest, noisy_largest
+from phalanx.kernels.argmax import argmax, block_maxima, gumbel_argmax
 from phalanx.kernels.attention import HeadNorms, TorchAttention
 from phalanx.kernels.cpu.attention import CpuAttention
 from phalanx.kernels.linear import PackedWeight, row_multiple
@@ -230,7 +230,7 @@ def test_the_largest_of_rows_and_of_their_blocks_are_torchs(
     if nan:
         x[0, size // 2] = torch.nan
     x[-1] = -torch.inf
-    values, places = largest(x)
+    values, places = argmax(x)
     padded = torch.nn.functional.pad(x, (0, -size % 32), value=-torch.inf)
     torch.testing.assert_close(
         block_maxima(x, 32), padded.view(rows, -1, 32).amax(dim=2), equal_nan=True, rtol=0, atol=0
@@ -253,14 +253,14 @@ def test_the_noisiest_is_the_largest_of_value_and_gumbel_noise(
     seeds = torch.arange(rows).unsqueeze(1) * 2**40 - seed
     counter = (torch.arange(rows).unsqueeze(1) << 32) | seed
     scores = x / temperature + gumbel(seeds, counter + torch.arange(size))
-    most, places = noisy_largest(x, temperature, seeds, counter)
+    most, places = gumbel_argmax(x, temperature, seeds, counter)
     torch.testing.assert_close(most, scores.amax(dim=1), atol=1e-5, rtol=1e-5)
     # Another logarithm may be an ulp off, and decide between equals.
     torch.testing.assert_close(
         scores.gather(1, places.unsqueeze(1)), scores.amax(dim=1, keepdim=True), atol=1e-5, rtol=1e-5
     )
     x[0, size // 2] = torch.nan
-    assert noisy_largest(x, temperature, seeds, counter)[0][0].isnan()
+    assert gumbel_argmax(x, temperature, seeds, counter)[0][0].isnan()
 
 
 def test_several_threads_may_compute_at_once(instructions: str) -> None:
@@ -490,6 +490,6 @@ def test_what_is_not_finite_stays_so_in_its_own_row(instructions: str, kind: str
 
 def test_without_columns_nothing_is_largest() -> None:
     numbers = torch.ones(2, 1, dtype=torch.int64)
-    noisy = noisy_largest(torch.empty(2, 0), torch.ones(2, 1), numbers, numbers)
-    for found in (largest(torch.empty(2, 0)), noisy):
+    noisy = gumbel_argmax(torch.empty(2, 0), torch.ones(2, 1), numbers, numbers)
+    for found in (argmax(torch.empty(2, 0)), noisy):
         assert found[0].tolist() == [-torch.inf] * 2

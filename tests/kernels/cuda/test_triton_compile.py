@@ -13,7 +13,7 @@ from phalanx.kernels.attention import HeadNorms
 from phalanx.kernels.cuda.activation import silu_mul
 from phalanx.kernels.cuda.norm import add_rms_norm, rms_norm
 from phalanx.kernels.cuda.rope import rotate_and_store, store_kv
-from phalanx.kernels.cuda.sampling import block_maxima, largest, noisy_largest
+from phalanx.kernels.cuda.sampling import argmax, block_maxima, gumbel_argmax
 from phalanx.tests.compile_triton import ARCHITECTURES, Compiled, compile_calls
 
 
@@ -41,8 +41,8 @@ CASES = {
     "rotate, 80": partial(
         rotate_and_store, _meta(4, 7 * 80), TABLE[:, :, :80], TABLE[:, :, :80], None, NARROW, NARROW, SLOTS
     ),
-    "largest": partial(largest, LOGITS),
-    "noisy_largest": partial(noisy_largest, LOGITS, _meta(4, 1, dtype=FLOAT), COLUMN, COLUMN),
+    "argmax": partial(argmax, LOGITS),
+    "gumbel_argmax": partial(gumbel_argmax, LOGITS, _meta(4, 1, dtype=FLOAT), COLUMN, COLUMN),
     "block_maxima": partial(block_maxima, LOGITS, 32),
 }
 

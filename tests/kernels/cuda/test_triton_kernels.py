@@ -114,7 +114,7 @@ def test_rows_that_are_not_adjacent_are_refused() -> None:
     with pytest.raises(ValueError, match="must be adjacent"):
         triton_activation.silu_mul(across)
     with pytest.raises(ValueError, match="must be \\(R, V\\), float32"):
-        triton_sampling.largest(across)
+        triton_sampling.argmax(across)
 
 
 # SwiGLU
@@ -157,7 +157,7 @@ BLOCK_SIZE = 4
 
 
 def _pools(slots: list[int], kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Of keys and values, behind a block that is not theirs."""
+    """Return pools of keys and values, behind a block that is not theirs."""
     shape = (2 + max([0, *slots]) // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim)
     return [torch.full(shape, torch.nan, dtype=dtype)[1:] for _ in "kv"]
 
@@ -290,14 +290,14 @@ def test_the_largest_is_the_first_of_equals_and_nan_before_all(
         values[0, columns // 2 :] = -torch.tensor(torch.nan)
     if rows and lowest:
         values[-1] = -torch.inf
-    most, places = triton_sampling.largest(values)
+    most, places = triton_sampling.argmax(values)
     expected = torch.tensor([_first_of_the_largest(row) for row in values], dtype=torch.int64)
     assert torch.equal(places, expected)
     torch.testing.assert_close(most, values.gather(1, expected.unsqueeze(1)).squeeze(1), rtol=0, atol=0, equal_nan=True)
 
 
 def test_zeros_of_either_sign_are_equal() -> None:
-    most, places = triton_sampling.largest(torch.tensor([[-1.0, -0.0, 0.0], [0.0, -0.0, -1.0]]))
+    most, places = triton_sampling.argmax(torch.tensor([[-1.0, -0.0, 0.0], [0.0, -0.0, -1.0]]))
     assert most.tolist() == [0.0, 0.0]
     assert places.tolist() == [1, 0]
 
@@ -306,7 +306,7 @@ def test_a_whole_vocabulary_has_its_largest_anywhere() -> None:
     values = _random(6, 152_064).clamp_(max=4.0)
     peaks = torch.tensor([0, 1023, 4096, 77_777, 151_552, 152_063])
     values[torch.arange(6), peaks] = 5.0
-    most, places = triton_sampling.largest(values)
+    most, places = triton_sampling.argmax(values)
     assert torch.equal(places, peaks)
     assert most.tolist() == [5.0] * 6
 
@@ -365,7 +365,7 @@ def test_the_noisiest_is_the_largest_of_value_and_gumbel_noise(rows: int, column
     seed = torch.arange(rows).unsqueeze(1) * 2**40 - 17
     counter = (torch.arange(rows).unsqueeze(1) << 32) | 5
     scores = values / temperature + noise.gumbel(seed, counter + torch.arange(columns))
-    most, places = triton_sampling.noisy_largest(values, temperature, seed, counter)
+    most, places = triton_sampling.gumbel_argmax(values, temperature, seed, counter)
     torch.testing.assert_close(most, scores.amax(dim=1), rtol=1e-6, atol=1e-6)
     # Another logarithm may be an ulp off, and decide between equals.
     torch.testing.assert_close(scores.gather(1, places.unsqueeze(1)).squeeze(1), most, rtol=1e-6, atol=1e-6)
@@ -376,7 +376,7 @@ def test_rows_that_are_invalid_are_found_so_with_noise_too() -> None:
     values[0, 70] = torch.nan
     values[1] = -torch.inf
     ones = torch.ones(2, 1, dtype=torch.int64)
-    most, places = triton_sampling.noisy_largest(values, ones.float(), ones, ones)
+    most, places = triton_sampling.gumbel_argmax(values, ones.float(), ones, ones)
     assert most[0].isnan()
     assert most[1] == -torch.inf
     assert places.tolist() == [70, 0]
@@ -391,8 +391,8 @@ SERVED: list[tuple[Any, str, Any, tuple[Any, ...]]] = [
     (norm, "rms_norm", triton_norm, (ROWS, torch.ones(32), 1e-6, torch.float32)),
     (norm, "add_rms_norm", triton_norm, (ROWS, ROWS, None, torch.ones(32), 1e-6, torch.float32)),
     (activation, "silu_mul", triton_activation, (ROWS,)),
-    (argmax, "largest", triton_sampling, (ROWS,)),
-    (argmax, "noisy_largest", triton_sampling, (ROWS, ONES.float(), ONES, ONES)),
+    (argmax, "argmax", triton_sampling, (ROWS,)),
+    (argmax, "gumbel_argmax", triton_sampling, (ROWS, ONES.float(), ONES, ONES)),
     (argmax, "block_maxima", triton_sampling, (ROWS, 16)),
 ]
 
@@ -410,7 +410,7 @@ def test_triton_serves_where_it_is_usable_and_torch_elsewhere(
 
 
 def test_no_columns_have_no_largest() -> None:
-    most, places = argmax.noisy_largest(torch.empty(2, 0), ONES.float(), ONES, ONES)
+    most, places = argmax.gumbel_argmax(torch.empty(2, 0), ONES.float(), ONES, ONES)
     assert most.tolist() == [-torch.inf] * 2
     assert places.tolist() == [0, 0]
-    assert argmax.largest(torch.empty(2, 0))[0].tolist() == [-torch.inf] * 2
+    assert argmax.argmax(torch.empty(2, 0))[0].tolist() == [-torch.inf] * 2

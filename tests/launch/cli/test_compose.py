@@ -19,20 +19,20 @@ from phalanx.launch.cli.schema import Keys, field_docs, key_docs, parse_size
 from phalanx.launch.generate import GenerateKeys, check_keys
 from phalanx.launch.ranks import elastic_group
 from phalanx.launch.ranks.elastic_group import first_failure
-from phalanx.launch.ranks.rank_info import Place, read_place
+from phalanx.launch.ranks.rank_info import RankInfo, read_rank_info
 from phalanx.launch.worker import WorkerKeys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-UNDER_TORCHRUN = Place(rank=1, size=4, local_rank=1, local_size=4, launched=True)
+UNDER_TORCHRUN = RankInfo(rank=1, size=4, local_rank=1, local_size=4, launched=True)
 PROGRAMS: tuple[type[Keys], ...] = (Keys, GenerateKeys, ChatKeys, WorkerKeys)
 
 
-def composed(*arguments: str, place: Place = Place()) -> Job[GenerateKeys]:  # noqa: B008 (frozen)
-    return compose(prepare_arguments(arguments, GenerateKeys, place), GenerateKeys, place)
+def composed(*arguments: str, rank_info: RankInfo = RankInfo()) -> Job[GenerateKeys]:  # noqa: B008 (frozen)
+    return compose(prepare_arguments(arguments, GenerateKeys, rank_info), GenerateKeys, rank_info)
 
 
-def config(*arguments: str, place: Place = Place()) -> EngineConfig:  # noqa: B008 (frozen)
-    return composed("model=/m", *arguments, place=place).engine_config()
+def config(*arguments: str, rank_info: RankInfo = RankInfo()) -> EngineConfig:  # noqa: B008 (frozen)
+    return composed("model=/m", *arguments, rank_info=rank_info).engine_config()
 
 
 def test_without_any_word_the_engine_has_its_own_defaults() -> None:
@@ -191,10 +191,10 @@ def test_a_prompt_quoted_for_hydra_is_unquoted_by_it() -> None:
 
 
 def test_torchrun_sets_ranks_and_another_number_is_refused() -> None:
-    assert config(place=UNDER_TORCHRUN).ranks == 4
-    assert config("ranks=4", place=UNDER_TORCHRUN).ranks == 4
+    assert config(rank_info=UNDER_TORCHRUN).ranks == 4
+    assert config("ranks=4", rank_info=UNDER_TORCHRUN).ranks == 4
     with pytest.raises(ConfigError, match="ranks=1, but torchrun started 4"):
-        config("ranks=1", place=UNDER_TORCHRUN)
+        config("ranks=1", rank_info=UNDER_TORCHRUN)
 
 
 def test_ranks_of_torchrun_go_beside_the_other_overrides_wherever_they_stand() -> None:
@@ -205,13 +205,13 @@ def test_ranks_of_torchrun_go_beside_the_other_overrides_wherever_they_stand() -
 def test_a_rank_reads_its_place_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert read_place() == Place(0, 1, 0, 1, launched=False)
+    assert read_rank_info() == RankInfo(0, 1, 0, 1, launched=False)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert read_place() == Place(5, 8, 1, 4, launched=True)
+    assert read_rank_info() == RankInfo(5, 8, 1, 4, launched=True)
     monkeypatch.setenv("LOCAL_RANK", "first")
     with pytest.raises(ConfigError, match="LOCAL_RANK='first'"):
-        read_place()
+        read_rank_info()
 
 
 def test_meanings_are_read_from_below_each_field() -> None:

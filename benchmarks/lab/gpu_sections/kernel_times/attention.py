@@ -21,7 +21,7 @@ from .roofline import Ceilings, attention_bytes, attention_flops
 
 DTYPE = torch.bfloat16
 CACHES_BYTES = 2**29
-"""Of copies of the keys and values that are read in turn: more than the caches of any GPU hold."""
+"""Size of the copies of keys and values that are read in turn: more than the caches of any GPU hold."""
 MOST_COPIES = 64
 GPU_BACKENDS = ("triton", "flash_attn_3", "flash_attn_2")
 CPU_BACKENDS = ("cpu", "torch")

@@ -37,7 +37,7 @@ def _matmul_tflops(m: int, n: int, k: int, device: torch.device) -> float:
 
 
 def _memory_gb_s(size: int, device: torch.device) -> tuple[float, dict[str, float]]:
-    """Of a copy, what it reads and writes; and of ways to read."""
+    """Return the rate of a copy, counting what it reads and writes, and the rates of several ways to read."""
     source = torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
     copy = 2 * size / best_s([lambda: target.copy_(source)], device, repeats=10) / 1e9
@@ -48,7 +48,7 @@ def _memory_gb_s(size: int, device: torch.device) -> tuple[float, dict[str, floa
 
 
 def _host_gb_s(device: torch.device) -> dict[str, Any]:
-    """Of copies from pinned memory of the host to the device: the limit of loading weights."""
+    """Return the rates of copies from pinned host memory to the device: the limit of loading weights."""
     if device.type != "cuda":
         return {"host_to_device": {"skipped": "device=cpu has no bus to copy over"}}
     here = torch.empty(HOST_BYTES, dtype=torch.uint8, pin_memory=True)

@@ -33,7 +33,7 @@ class Ceilings:
 
 
 def decode_figures(work: Work, rows: int, context: float, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    """Of a decode step of `rows` sequences that read `context` tokens each on average."""
+    """Return the figures of a decode step of `rows` sequences that read `context` tokens each on average."""
     read = step_weight_bytes(work) + rows * context * kv_token_bytes(work)
     flops = rows * token_flops(work.spec, context)
     best = decode_step_s(work, context, rows, *ceilings.rates)
@@ -50,7 +50,7 @@ def decode_figures(work: Work, rows: int, context: float, seconds: float, ceilin
 
 
 def prefill_figures(work: Work, prompt: int, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    """Of one prompt, up to its first token."""
+    """Return the figures of one prompt, up to its first token."""
     flops = prompt * token_flops(work.spec, (prompt + 1) / 2, head=False) + 2.0 * head_weights(work.spec)
     best = prefill_s(work, prompt, 1, *ceilings.rates)
     return {
@@ -78,12 +78,12 @@ def mixed_s(work: Work, lengths: Sequence[tuple[int, int]], bandwidth: float, fl
 
 
 def attention_bytes(keys: int, rows: int, kv_heads: int, head_dim: int, element: int) -> int:
-    """Of the keys and values that `rows` decodes read in one layer."""
+    """Return the bytes of the keys and values that `rows` decodes read in one layer."""
     return 2 * rows * keys * kv_heads * head_dim * element
 
 
 def attention_flops(queries: int, keys: int, heads: int, head_dim: int) -> float:
-    """Of `queries` at the end of `keys` in one layer, causal: 4 a query element and key that it sees."""
+    """Return the operations of `queries` at the end of `keys` in one causal layer: 4 a query element and key it sees."""
     seen = queries * (keys - queries) + queries * (queries + 1) / 2
     return 4.0 * heads * head_dim * seen
 
