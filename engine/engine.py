@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.collectives.rendezvous import exchange, exchange_texts
+from ..parallel.collectives.rendezvous import all_gather_ints, all_gather_texts
 from ..parallel.group import Group
 from ..parallel.loading.safetensors_files import LoadError, hold_the_same, locate_tensors
 from ..parallel.topology.topology import format_cpu_list
@@ -50,8 +50,8 @@ class Engine:
             spec = dataclasses.replace(spec, tied_embeddings=False)
         tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
         self.worker = Worker(config, spec, folder, group, on_progress, binding)
-        self._threads = [threads for [threads] in exchange(group.host, [self.worker.binding.threads])]
-        self._bindings = exchange_texts(group.host, str(self.worker.binding))
+        self._threads = [threads for [threads] in all_gather_ints(group.host, [self.worker.binding.threads])]
+        self._bindings = all_gather_texts(group.host, str(self.worker.binding))
         self.coordinator: Coordinator | None = None
         if group.rank == 0:
             assert transport is not None

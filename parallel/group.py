@@ -16,7 +16,7 @@ from .collectives.host_staged import HostStagedCollectives
 from .collectives.local import LocalCollectives
 from .collectives.peer_memory import SymmetricMemoryUnavailable, connect, gpu_identity
 from .collectives.process_group import ProcessGroupCollectives
-from .collectives.rendezvous import boot, exchange
+from .collectives.rendezvous import all_gather_ints, boot
 from .collectives.shared_memory import SharedMemoryCollectives, SharedMemoryControl, SharedMemoryUnavailable
 from .collectives.symmetric_memory import SymmetricMemoryCollectives
 from .control import BroadcastControl, ControlChannel, LocalControl
@@ -172,7 +172,7 @@ def _within_host(
 
 def _not_by_nccl(process_group: dist.ProcessGroup, host: Collectives, device: torch.device, collectives: str) -> bool:
     """Whether tensors of these ranks' GPUs cannot go over NCCL. Raises CollectivesUnavailable if they were to."""
-    gpus = [tuple(row) for row in exchange(host, [boot(), gpu_identity(device)])]
+    gpus = [tuple(row) for row in all_gather_ints(host, [boot(), gpu_identity(device)])]
     second = next((rank for rank, gpu in enumerate(gpus) if gpu in gpus[:rank]), None)
     if not has_nccl(process_group):
         reason = "their process group has no NCCL"

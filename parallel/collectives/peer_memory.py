@@ -10,7 +10,7 @@ import torch
 
 from ...kernels import cuda
 from .base import Collectives, CollectivesUnavailable
-from .rendezvous import attempt, boot, exchange, first_problem, other_host
+from .rendezvous import all_gather_ints, attempt, boot, first_problem, other_host
 
 CAPACITY = 8 * 2**20
 """Bytes of the largest message."""
@@ -121,7 +121,7 @@ def connect(process_group: Any, host: Collectives, device: torch.device, timeout
             raise SymmetricMemoryUnavailable(first)
         return result
 
-    rows = exchange(host, agreed(lambda: [boot(), gpu_identity(device)]))
+    rows = all_gather_ints(host, agreed(lambda: [boot(), gpu_identity(device)]))
     elsewhere = other_host([row[0] for row in rows])
     if elsewhere is not None:
         raise SymmetricMemoryUnavailable(elsewhere)
@@ -130,7 +130,7 @@ def connect(process_group: Any, host: Collectives, device: torch.device, timeout
     handle = agreed(lambda: symmetric_memory.rendezvous(buffer, process_group))
     name, operations = process_group.group_name, torch.ops.symm_mem
     memory: PeerMemory = agreed(lambda: PeerMemory(buffer, handle, name, timeout_s, operations))
-    every = exchange(host, [int(algorithm in memory.algorithms) for algorithm in (*SUMS, FUSED)])
+    every = all_gather_ints(host, [int(algorithm in memory.algorithms) for algorithm in (*SUMS, FUSED)])
     shared = zip((*SUMS, FUSED), zip(*every, strict=True), strict=True)
     memory.algorithms = tuple(algorithm for algorithm, flags in shared if all(flags))
     return memory

@@ -25,7 +25,7 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
 def first_problem(host: Collectives, problem: str) -> str | None:
     """The same on every rank of `host`, CPU collectives: the first rank's `problem` that is not "", and whose it is."""
     text = problem.encode()
-    for rank, (length,) in enumerate(exchange(host, [len(text)])):
+    for rank, (length,) in enumerate(all_gather_ints(host, [len(text)])):
         if length:
             said = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
             said = host.broadcast(said, src=rank)
@@ -33,7 +33,7 @@ def first_problem(host: Collectives, problem: str) -> str | None:
     return None
 
 
-def exchange(host: Collectives, values: Sequence[int]) -> list[list[int]]:
+def all_gather_ints(host: Collectives, values: Sequence[int]) -> list[list[int]]:
     """Every rank's values, equally many and each of 63 bits at most, on every rank of `host`, CPU collectives."""
     table = torch.zeros(host.size, len(values), dtype=torch.int64)
     table[host.rank] = torch.tensor(values)
@@ -41,21 +41,21 @@ def exchange(host: Collectives, values: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def exchange_texts(host: Collectives, text: str) -> list[str]:
+def all_gather_texts(host: Collectives, text: str) -> list[str]:
     """Every rank's text, on every rank of `host`, CPU collectives."""
     data = text.encode()
-    longest = max(length for [length] in exchange(host, [len(data)]))
-    rows = exchange(host, [len(data), *data, *bytes(longest - len(data))])
+    longest = max(length for [length] in all_gather_ints(host, [len(data)]))
+    rows = all_gather_ints(host, [len(data), *data, *bytes(longest - len(data))])
     return [bytes(row[1 : 1 + row[0]]).decode() for row in rows]
 
 
 def cores_of_all(host: Collectives) -> int:
     """The CPUs that the ranks of `host`, on one machine, may use together: each may be bound to some of its own."""
     mine = os.sched_getaffinity(0)
-    words = max(most for [most] in exchange(host, [max(mine)])) // 62 + 1
+    words = max(most for [most] in all_gather_ints(host, [max(mine)])) // 62 + 1
     masks = [sum(1 << cpu % 62 for cpu in mine if cpu // 62 == word) for word in range(words)]
     united = [0] * words
-    for row in exchange(host, masks):
+    for row in all_gather_ints(host, masks):
         united = [word | other for word, other in zip(united, row, strict=True)]
     return sum(word.bit_count() for word in united)
 

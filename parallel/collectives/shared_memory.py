@@ -18,7 +18,7 @@ import torch
 from ...kernels.norm import rms_norm
 from ..control import ControlChannel
 from .base import CollectiveError, Collectives, CollectivesUnavailable
-from .rendezvous import attempt, boot, cores_of_all, exchange, first_problem, other_host
+from .rendezvous import all_gather_ints, attempt, boot, cores_of_all, first_problem, other_host
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
@@ -215,7 +215,7 @@ def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Call
 def _open_segment(host: Collectives, length: int) -> int:
     """The same file of zeros in the memory of all ranks' host; no folder names it once all have it."""
     process = os.stat("/proc/self/ns/pid").st_ino << 22 | os.getpid()  # a pid has at most 22 bits
-    rows = exchange(host, [boot(), process, os.getpid(), secrets.randbits(62)])
+    rows = all_gather_ints(host, [boot(), process, os.getpid(), secrets.randbits(62)])
     elsewhere = other_host([row[0] for row in rows])
     if elsewhere is not None:
         raise SharedMemoryUnavailable(elsewhere)
@@ -230,10 +230,10 @@ def _open_by_process(host: Collectives, length: int, pid: int, nonce: int) -> in
     """A nameless file that rank 0 holds and the others take from /proc; None if one may not, as in some containers."""
     fd, problem = attempt(lambda: _fill(os.memfd_create("phalanx"), length, nonce)) if host.rank == 0 else (None, "")
     _agree(host, problem)
-    [number], *_ = exchange(host, [fd or 0])
+    [number], *_ = all_gather_ints(host, [fd or 0])
     if host.rank != 0:
         fd, problem = attempt(lambda: _recognise(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR), nonce))
-    refused = any(row[0] for row in exchange(host, [int(bool(problem))]))
+    refused = any(row[0] for row in all_gather_ints(host, [int(bool(problem))]))
     if refused and fd is not None:
         os.close(fd)
     return None if refused else fd

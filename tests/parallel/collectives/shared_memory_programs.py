@@ -21,7 +21,7 @@ import torch.distributed as dist
 from phalanx.parallel.collectives import shared_memory
 from phalanx.parallel.collectives.base import CollectiveError, Collectives
 from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
-from phalanx.parallel.collectives.rendezvous import cores_of_all, exchange_texts
+from phalanx.parallel.collectives.rendezvous import all_gather_texts, cores_of_all
 from phalanx.parallel.collectives.shared_memory import (
     SharedMemoryCollectives,
     SharedMemoryControl,
@@ -313,7 +313,7 @@ def count_cores(rank: int, size: int) -> list[int]:
 
 def say(rank: int, size: int) -> list[str]:
     """Every rank's text."""
-    return exchange_texts(_host(), ["", "zwei Kerne", "ένας κόμβος"][rank])
+    return all_gather_texts(_host(), ["", "zwei Kerne", "ένας κόμβος"][rank])
 
 
 def misuse(rank: int, size: int) -> list[str]:

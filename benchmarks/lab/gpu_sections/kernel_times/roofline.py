@@ -83,7 +83,7 @@ def attention_bytes(keys: int, rows: int, kv_heads: int, head_dim: int, element:
 
 
 def attention_flops(queries: int, keys: int, heads: int, head_dim: int) -> float:
-    """Return the operations of `queries` at the end of `keys` in one causal layer: 4 a query element and key it sees."""
+    """Return the operations of `queries` at the end of `keys`, causal, in one layer: 4 a query element and key seen."""
     seen = queries * (keys - queries) + queries * (queries + 1) / 2
     return 4.0 * heads * head_dim * seen
 
