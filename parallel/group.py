@@ -7,11 +7,14 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .collectives.base import Collectives, CollectivesUnavailable
+from .collectives.file_store import FileStoreCollectives
 from .collectives.host_staged import HostStagedCollectives
 from .collectives.local import LocalCollectives
 from .collectives.peer_memory import SymmetricMemoryUnavailable, connect, gpu_identity
@@ -66,8 +69,12 @@ def join_group(
     device: str,
     collectives: str,
     timeout_s: float,
+    store_file: Path | None = None,
 ) -> Group:
-    """Join the ranks that torchrun started (its env:// rendezvous). `device` is cpu or cuda.
+    """Join the ranks that torchrun started (its env:// rendezvous), or those of one host that share `store_file`.
+
+    `device` is cpu or cuda. With a `store_file`, in a folder that only the ranks' user may enter, no rendezvous listens
+    anywhere; on a CPU whose ranks can share memory, no socket is opened at all.
 
     `collectives` says how tensors of the model travel; plans and small CPU tensors never go over NCCL:
     * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
@@ -86,9 +93,20 @@ def join_group(
         torch.cuda.set_device(where)
     if size == 1:
         return local_group(where)
+    store: Any = None
+    if store_file is not None:
+        host = FileStoreCollectives(store_file, rank, size, timeout_s)
+        if device == "cpu" and collectives in ("auto", "shared_memory"):
+            control, shared = _within_host(host, True, collectives, timeout_s)
+            if shared is not None:
+                return Group(rank, size, local_size, where, shared, shared, control)
+            collectives = "gloo"  # _within_host has said why
+        store = torch._C._distributed_c10d.PrefixStore("torch", host.store)
     # NCCL connects only when the first tensor of a GPU travels by this group, which may be never.
     backend = "gloo" if device == "cpu" or collectives in _BY_HOST else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s)
+    )
     world = dist.group.WORLD
     assert world is not None
     return _group_of(world, where, local_size, collectives, timeout_s, destroy=dist.destroy_process_group)
@@ -142,9 +160,11 @@ def _gloo(process_group: dist.ProcessGroup, timeout_s: float) -> Collectives:
     """Another group of the same ranks, for CPU tensors. It is made by hand: torch.distributed.new_group names groups by
     how many a rank has seen, which the caller's ranks need not agree on.
     """
-    name = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, group_src=0, group=process_group)
-    store = torch._C._distributed_c10d.PrefixStore(f"phalanx/{name[0]}", dist.distributed_c10d._get_default_store())
+    device = _CPU if _CPU in process_group._device_types else torch.device("cuda", torch.cuda.current_device())
+    name = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8, device=device)
+    dist.broadcast(name, group_src=0, group=process_group)
+    prefix = f"phalanx/{bytes(name.tolist()).hex()}"
+    store = torch._C._distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     rank, size = process_group.rank(), process_group.size()
     gloo = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=timeout_s))
     collectives = ProcessGroupCollectives(gloo, _CPU)

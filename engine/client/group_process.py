@@ -1,4 +1,5 @@
-"""A client's own group of ranks: torch's elastic launcher in a process beside it, and how its end is noticed."""
+"""A client's own group of ranks: a supervisor in a process beside it (launch/ranks/own_group.py), and how its end is
+noticed."""
 
 from __future__ import annotations
 
@@ -20,22 +21,16 @@ from ..models.hub import resolve_model
 from ..models.spec import read_config, spec_from_config
 from ..protocol.transport import ZmqConnection
 from .client import Client
+from .group_failure import GroupFailure
 
 STOP_TIMEOUT_S = 5.0
-
-
-class GroupFailure(msgspec.Struct, frozen=True):
-    """What the launcher writes to failure.json when a rank fails."""
-
-    rank: int
-    error: str  # a type of engine/errors.py, or any other exception's name
-    message: str
 
 
 class GroupProcess:
     """Starts `config.ranks` ranks and waits until they are ready. A private folder holds what passes between them:
 
-    config.json (the EngineConfig), engine (the coordinator's ZeroMQ socket), failure.json (why a rank failed).
+    config.json (the EngineConfig), store (by which the ranks meet), engine (the coordinator's ZeroMQ socket),
+    failure.json (why a rank failed).
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -45,9 +40,10 @@ class GroupProcess:
         share_out(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
         self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
         (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
-        # The launcher ends the group when its standard input closes, so that it never outlives this process.
+        # The supervisor ends the group when its standard input closes, so that it never outlives this process.
+        package = __package__.partition(".")[0]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__.split('.', maxsplit=1)[0]}.launch.group", str(self._folder)],
+            [sys.executable, "-m", f"{package}.launch.ranks.own_group", str(self._folder)],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )

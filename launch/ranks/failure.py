@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from pathlib import Path
 
+import msgspec
+
+from ...engine.client.group_failure import GroupFailure
 from ...engine.errors import CheckpointError, ConfigError, InvalidRequest, PhalanxError
 from .process import Signalled, die_on_signals
 from .rank_info import RankInfo
@@ -49,8 +53,26 @@ def _saw_a_peer_go(error: BaseException) -> bool:
     return module is not None and isinstance(error, module.CollectiveError)
 
 
+def read_failure(folder: Path, rank: int) -> GroupFailure | None:
+    """Return what a rank of a client's own group has recorded of its failure in `folder`, if anything."""
+    path = _failure_file(folder, rank)
+    return msgspec.json.decode(path.read_bytes(), type=GroupFailure) if path.exists() else None
+
+
+def _failure_file(folder: Path, rank: int) -> Path:
+    return folder / f"failure-{rank}.json"
+
+
 def _record(error: BaseException, rank_info: RankInfo) -> None:
     if not rank_info.launched:
+        return
+    if rank_info.folder is not None:
+        failure = GroupFailure(rank_info.rank, type(error).__name__, str(error))
+        path = _failure_file(rank_info.folder, rank_info.rank)
+        # Whole or not at all: the supervisor reads it once this process has ended, however it does.
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(msgspec.json.encode(failure))
+        unfinished.replace(path)
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -1,6 +1,6 @@
 """One rank of an engine group that serves clients over ZeroMQ.
 
-`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as launch.group starts it.
+`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as own_group.py starts it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str) -> int:
 
 
 def main() -> None:
-    """A rank of the group that launch.group supervises."""
+    """A rank of the group that own_group.py supervises."""
     folder = Path(sys.argv[1])
-    rank_info = read_rank_info()
+    rank_info = read_rank_info(folder)
     end_with_parent()
     if rank_info.rank == 0:
         stop_on_signals(within_s=RANK_STOP_TIMEOUT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...engine.errors import ConfigError
 
@@ -18,10 +19,15 @@ class RankInfo:
     local_size: int = 1
     launched: bool = False
     """Started by torchrun or another launcher, which watches this process's end."""
+    folder: Path | None = None
+    """The private folder of a client's own group, by whose files its ranks meet (see own_group.py)."""
 
 
-def read_rank_info() -> RankInfo:
-    """Return what torchrun says of this process. Raises ConfigError if its variables are incomplete or no numbers."""
+def read_rank_info(folder: Path | None = None) -> RankInfo:
+    """Return what torchrun, or the supervisor of a group in `folder`, says of this process.
+
+    Raises ConfigError if its variables are incomplete or no numbers.
+    """
     if "WORLD_SIZE" not in os.environ:
         return RankInfo()
     values: dict[str, int] = {}
@@ -39,4 +45,5 @@ def read_rank_info() -> RankInfo:
         local_rank=values["LOCAL_RANK"],
         local_size=values["LOCAL_WORLD_SIZE"],
         launched=True,
+        folder=folder,
     )

@@ -39,6 +39,7 @@ def join(config: EngineConfig, rank_info: RankInfo) -> Group:
             device=device,
             collectives=config.collectives,
             timeout_s=config.timeout_s,
+            store_file=None if rank_info.folder is None else rank_info.folder / "store",
         )
     except CollectivesUnavailable as error:
         raise ConfigError(f"collectives={config.collectives}: {error}; set collectives=auto") from error

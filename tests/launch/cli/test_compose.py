@@ -17,11 +17,8 @@ from phalanx.launch.cli.help import help_text
 from phalanx.launch.cli.presets import CONFIGS, choices
 from phalanx.launch.cli.schema import Keys, field_docs, key_docs, parse_size
 from phalanx.launch.generate import GenerateKeys, check_keys
-from phalanx.launch.ranks import elastic_group
-from phalanx.launch.ranks.elastic_group import first_failure
 from phalanx.launch.ranks.rank_info import RankInfo, read_rank_info
 from phalanx.launch.worker import WorkerKeys
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 UNDER_TORCHRUN = RankInfo(rank=1, size=4, local_rank=1, local_size=4, launched=True)
 PROGRAMS: tuple[type[Keys], ...] = (Keys, GenerateKeys, ChatKeys, WorkerKeys)
@@ -235,36 +232,6 @@ def test_keys_of_generate_that_do_not_go_together_are_refused(keys: GenerateKeys
         check_keys(keys)
 
 
-def test_a_failed_rank_is_named_with_its_error_or_signal(tmp_path: Path) -> None:
-    told = tmp_path / "error.json"
-    told.write_text('{"message": {"message": "CheckpointError: a: b", "extraInfo": {"timestamp": "5"}}}')
-    failure = ProcessFailure(local_rank=2, pid=1, exitcode=1, error_file=str(told))
-    found = first_failure(ChildFailedError("rank", {2: failure}))
-    assert (found.rank, found.error, found.message) == (2, "CheckpointError", "a: b")
-    killed = ProcessFailure(local_rank=1, pid=77, exitcode=-9, error_file=str(tmp_path / "none"))
-    found = first_failure(ChildFailedError("rank", {1: killed}))
-    assert (found.rank, found.error) == (1, "SIGKILL")
-
-
 def test_the_configuration_folder_is_part_of_the_package() -> None:
     assert (CONFIGS / "config.yaml").is_file()
     assert (CONFIGS / "__init__.py").is_file()
-
-
-@dataclasses.dataclass
-class _LauncherWithout:
-    min_nodes: int = 1
-
-
-@dataclasses.dataclass
-class _LauncherWith(_LauncherWithout):
-    shutdown_timeout: int | None = None
-
-
-@pytest.mark.parametrize(("launcher", "said"), [(_LauncherWithout, {}), (_LauncherWith, {"shutdown_timeout": 10})])
-def test_the_launcher_is_told_how_long_ranks_may_take_to_stop_if_it_asks(
-    launcher: type, said: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(elastic_group, "LaunchConfig", launcher)
-    monkeypatch.setattr(elastic_group, "RANK_STOP_TIMEOUT_S", 10.0)
-    assert elastic_group._stop_timeout() == said

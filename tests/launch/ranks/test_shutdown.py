@@ -93,7 +93,7 @@ def test_no_rank_outlives_a_supervisor_that_was_killed(tiny: Path) -> None:
     with nothing_left_behind():
         process = start_generating(tiny, ALONE, 2)
         everyone = family(process.pid)
-        supervisor = next(each for each in everyone if "phalanx.launch.ranks.elastic_group" in each.cmdline())
+        supervisor = next(each for each in everyone if "phalanx.launch.ranks.own_group" in each.cmdline())
         supervisor.kill()
         output = end_within_5_s(process, everyone)
     assert process.returncode == 1

@@ -1,0 +1,144 @@
+"""Supervises a client's own group of ranks on this host: `python -m phalanx.launch.ranks.own_group RUN_DIR`.
+
+No port is opened to bring the ranks together: they meet through files in RUN_DIR, which only their user may enter
+(parallel/collectives/file_store.py). The client holds the other end of standard input: when it closes, the group ends.
+See engine/client/group_process.py. This process imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from ...engine.client.group_failure import GroupFailure
+from ...engine.config import EngineConfig
+from .failure import read_failure
+from .process import RANK_STOP_TIMEOUT_S, Signalled, exit_within
+
+GRACE_S = 1.0
+"""Beyond RANK_STOP_TIMEOUT_S; after it this process leaves, and the ranks notice that it has."""
+LOOPBACK = "lo"
+"""The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
+
+
+def supervise(folder: Path, config: EngineConfig) -> int:
+    """Run the group until it ends. Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal."""
+    ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]] = queue.SimpleQueue()
+    ranks: list[subprocess.Popen[bytes]] = []
+    number = signal.SIGTERM
+    try:
+        for rank in range(config.ranks):
+            process = _start(folder, rank, config.ranks)
+            ranks.append(process)
+            threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
+        for _ in ranks:
+            rank, process = ended.get()
+            if process.returncode:
+                failure = first_failure(folder, rank, process)
+                (folder / "failure.json").write_bytes(msgspec.json.encode(failure))
+                return 1
+    except Signalled as stopped:
+        number = signal.Signals(stopped.exit_code - 128)
+        return stopped.exit_code
+    finally:
+        _stop(ranks, number)
+    return 0
+
+
+def _start(folder: Path, rank: int, size: int) -> subprocess.Popen[bytes]:
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")},
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": LOOPBACK,
+    }
+    command = [sys.executable, "-m", f"{__package__}.rank", str(folder)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+
+
+def _wait_for(
+    rank: int, process: subprocess.Popen[bytes], ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]]
+) -> None:
+    process.wait()
+    ended.put((rank, process))
+
+
+def first_failure(folder: Path, rank: int, process: subprocess.Popen[bytes]) -> GroupFailure:
+    """Return how the rank that ended first failed: in its own words, or by the signal or exit code that ended it."""
+    said = read_failure(folder, rank)
+    if said is not None:
+        return said
+    if process.returncode < 0:
+        return GroupFailure(rank, signal.Signals(-process.returncode).name, f"process {process.pid} was killed")
+    return GroupFailure(rank, "SystemExit", f"process {process.pid} ended with exit code {process.returncode}")
+
+
+def _stop(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    """End the ranks that still run: by a signal, and where that does not help within RANK_STOP_TIMEOUT_S, at once."""
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(number)
+    deadline = time.monotonic() + RANK_STOP_TIMEOUT_S
+    for process in ranks:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def end_with_client() -> threading.Event:
+    """Wait, on a thread, for the end of standard input, then end the group. The event is set once that has happened."""
+    client_gone = threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        client_gone.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        exit_within(RANK_STOP_TIMEOUT_S + GRACE_S, 128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="phalanx-client-watch", daemon=True).start()
+    return client_gone
+
+
+def _signalled(number: int, frame: FrameType | None) -> None:
+    # Once: ending the ranks is not to be interrupted by the second of several signals.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Signalled(number)
+
+
+def main() -> None:
+    """The supervisor process."""
+    folder = Path(sys.argv[1])
+    signal.signal(signal.SIGINT, _signalled)
+    signal.signal(signal.SIGTERM, _signalled)
+    try:
+        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
+        client_gone = end_with_client()
+        code = supervise(folder, config)
+    except Signalled as stopped:
+        sys.exit(stopped.exit_code)
+    if client_gone.is_set():  # and cannot do it
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
