@@ -43,7 +43,7 @@ class Engine:
         binding: Binding | None = None,
     ) -> None:
         self.config, self.group = config, group
-        folder = resolve_model(config.model)
+        folder = resolve_model(config.model, weights=config.load_format != "dummy")
         spec = spec_from_config(read_config(folder), str(folder))
         self._untied = config.load_format != "dummy" and has_own_head(spec, folder)
         if self._untied:
@@ -241,7 +241,7 @@ def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer
         return None
     check_transformers(spec, transformers.__version__)
     try:
-        return Tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        return Tokenizer(resolve_model(config.tokenizer, weights=False) if config.tokenizer else folder)
     except CheckpointError:
         # Dummy weights are for measuring: token ids are enough, and the folder may hold config.json alone.
         if config.load_format == "dummy" and config.tokenizer is None:

@@ -153,7 +153,7 @@ def chat(job: Job[ChatKeys]) -> int:
     if job.rank_info.rank != 0:
         follow(config, job.rank_info)
         return 0
-    tokenizer = Tokenizer(resolve_model(config.tokenizer or config.model))
+    tokenizer = Tokenizer(resolve_model(config.tokenizer or config.model, weights=False))
     with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
         status = llm.status()
         room = min(config.sampling.max_tokens or ANSWER_TOKENS, status.max_model_len // 4)

@@ -36,7 +36,7 @@ class GroupProcess:
     def __init__(self, config: EngineConfig) -> None:
         """Raises the error that kept a rank from starting: ConfigError, CheckpointError, or else EngineStopped."""
         # What can be told without starting N processes is told at once.
-        folder = resolve_model(config.model)
+        folder = resolve_model(config.model, weights=config.load_format != "dummy")
         share_out(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
         self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
         (self._folder / "config.json").write_bytes(msgspec.json.encode(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ USUAL_CHARACTERS = 8
 """Characters of a token at most, in usual text."""
 WINDOW_TOKENS = 16
 """Tokens without whole text that are decoded together at most."""
+CONTEXT_TOKENS = 6
+"""Tokens of the prompt that are decoded before the first new token, as vLLM does."""
 
 
 class Tokenizer:
@@ -30,7 +33,9 @@ class Tokenizer:
                 f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
             )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
+            )
         except KeyError as error:
             import transformers
 
@@ -118,14 +123,30 @@ class Tokenizer:
         """The special token whose text this is."""
         return self._special_ids.get(text)
 
-    def decoder(self, skip_special_tokens: bool) -> TextStream:
-        """A decoder for one completion."""
-        return TextStream(self._tokenizer.backend_tokenizer, self._special if skip_special_tokens else frozenset())
+    def decoder(self, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> TextStream:
+        """Return a decoder for one completion of `prompt`, whose last tokens may decide how the first new one reads."""
+        skipped = self._special if skip_special_tokens else frozenset()
+        return TextStream(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
 
     @property
     def size(self) -> int:
         """Token ids the tokenizer knows; the model's vocabulary may be larger (padded)."""
         return len(self._tokenizer)
+
+
+def _default_config(folder: Path) -> Any:
+    """Return transformers' configuration of the folder's model_type with its default values; None without one.
+
+    It says which class of tokenizer belongs to the model. transformers would read all of config.json for that, and
+    refuse a value of an unusual type that neither a tokenizer nor this engine has a use for (engine/models/spec.py
+    checks those that have one).
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no config.json, or no model_type that is known: the tokenizer's own files have to do
 
 
 def _with_text(message: Message) -> Message:
@@ -149,14 +170,22 @@ class TextStream:
 
     The tokens of the last piece of text are decoded again together with those after it, since what a token's text is
     may depend on the token before it. A window of tokens begins where text was whole.
+
+    The first window begins with the prompt's last tokens: where a tokenizer marks the beginning of a word with a space
+    (SentencePiece), decoding an answer by itself would swallow the space before its first word.
     """
 
-    def __init__(self, backend: Any, skipped: frozenset[int]) -> None:
-        """`backend` is a tokenizers.Tokenizer; the token ids in `skipped` have no text."""
-        self._backend, self._skipped = backend, skipped
-        self._window: list[int] = []
-        self._context = 0  # tokens of the window whose text is shown in full
-        self._text, self._shown = "", 0  # the window's text, and how many characters of it were returned
+    def __init__(self, backend: Any, skipped: frozenset[int], prompt: Sequence[int] = ()) -> None:
+        """`backend` is a tokenizers.Tokenizer; the token ids in `skipped` have no text. `prompt` is its last tokens."""
+        self._backend = backend
+        self._skipped = skipped
+        self._window = [token for token in prompt if token not in skipped and backend.id_to_token(token) is not None]
+        self._text = self._decode() if self._window else ""
+        # An answer to a prompt that ends within a character is decoded by itself.
+        if self._text.endswith(INCOMPLETE):
+            self._window, self._text = [], ""
+        self._context = len(self._window)  # tokens of the window whose text is shown in full
+        self._shown = len(self._text)  # characters of the window's text that were returned, or are the prompt's
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,8 +13,8 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 CONNECT_TIMEOUT_S = 5.0
 
 
-def resolve_model(name: str) -> Path:
-    """The folder of `name`, a path or `organisation/model`.
+def resolve_model(name: str, *, weights: bool = True) -> Path:
+    """Return the folder of `name`, a path or `organisation/model`; from the hub with its `weights`, if they are needed.
 
     Raises ConfigError within seconds if it is neither there nor to be had.
     """
@@ -27,26 +28,49 @@ def resolve_model(name: str) -> Path:
         )
     if not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"model={name!r} is no folder here, and no hub name (organisation/model) either")
-    return _from_hub(name)
+    return _from_hub(name, weights)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    where = "is not in the local hub cache"
     try:
         cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES))
-        if (cached / "config.json").exists():
-            return cached
     except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the hub
+        pass  # the hub is asked
+    else:
+        missing = _missing_file(cached, weights)
+        if missing is None:
+            return cached
+        where = f"is in the local hub cache without {missing}"
     try:
         # One request with a time limit first: snapshot_download alone retries for minutes without a network.
         HfApi().model_info(name, timeout=CONNECT_TIMEOUT_S)
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:
         raise ConfigError(
-            f"model={name!r} is not in the local hub cache and cannot be fetched from the hub "
+            f"model={name!r} {where} and cannot be fetched from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}); set model= to a "
             f"local folder, or make one with `python -m phalanx.launch.get_model`"
         ) from error
+
+
+def _missing_file(folder: Path, weights: bool) -> str | None:
+    """Return the first file that a cached snapshot lacks; None if it is whole.
+
+    A snapshot holds what somebody has asked for: after a tokenizer alone was loaded, the weights are not there.
+    """
+    if not (folder / "config.json").exists():
+        return "config.json"
+    if not weights:
+        return None
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return None if any(folder.glob("*.safetensors")) else "model.safetensors"
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        return next((name for name in names if not (folder / str(name)).exists()), None)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None  # a damaged index is the checkpoint's reader to name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,11 +35,14 @@ def test_what_is_neither_folder_nor_hub_name_is_refused_without_asking_the_hub(n
         resolve_model(name)
 
 
-def _resolve(name: str, cache: Path, endpoint: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _resolve(
+    name: str, cache: Path, endpoint: str, weights: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """resolve_model in a process of its own: huggingface_hub reads its settings when it is imported."""
     program = (
         "from phalanx.engine.models.hub import resolve_model\nfrom phalanx.engine.errors import ConfigError\n"
-        f"try: print('found', resolve_model({name!r}))\nexcept ConfigError as error: print('refused', error)"
+        f"try: print('found', resolve_model({name!r}, weights={weights}))\n"
+        "except ConfigError as error: print('refused', error)"
     )
     kept = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     settings = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_ENDPOINT": endpoint, **environment}
@@ -59,11 +63,35 @@ def test_an_offline_hub_is_refused_too(tmp_path: Path) -> None:
     assert result.stdout.startswith("refused model='nobody/has-this-model' is not in the local hub cache")
 
 
-def test_a_cached_hub_name_needs_no_network(tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--somebody--small"
+def _cached(cache: Path, *names: str) -> Path:
+    """The snapshot of somebody/small in a hub cache, with these files."""
+    repository = cache / "hub" / "models--somebody--small"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    (snapshot / "config.json").write_text("{}")
+    for name in names:
+        (snapshot / name).write_text("{}")
+    return snapshot
+
+
+def test_a_cached_hub_name_needs_no_network(tmp_path: Path) -> None:
+    snapshot = _cached(tmp_path, "config.json", "model.safetensors")
+    assert _resolve("somebody/small", tmp_path, REFUSING).stdout.strip() == f"found {snapshot}"
+
+
+def test_a_snapshot_without_its_weights_is_not_the_model(tmp_path: Path) -> None:
+    snapshot = _cached(tmp_path, "config.json", "tokenizer.json")
+    said = _resolve("somebody/small", tmp_path, REFUSING).stdout
+    assert said.startswith("refused model='somebody/small' is in the local hub cache without model.safetensors and")
+    assert _resolve("somebody/small", tmp_path, REFUSING, weights=False).stdout.strip() == f"found {snapshot}"
+
+
+def test_a_snapshot_with_some_of_its_shards_is_not_the_model(tmp_path: Path) -> None:
+    snapshot = _cached(tmp_path, "config.json", "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = _resolve("somebody/small", tmp_path, REFUSING).stdout
+    assert said.startswith("refused model='somebody/small' is in the local hub cache without model-2.safetensors and")
+    (snapshot / "model-2.safetensors").touch()
     assert _resolve("somebody/small", tmp_path, REFUSING).stdout.strip() == f"found {snapshot}"

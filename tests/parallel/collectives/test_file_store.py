@@ -16,9 +16,7 @@ from phalanx.parallel.collectives.rendezvous import all_gather_ints, all_gather_
 T = TypeVar("T")
 
 
-def together(
-    tmp_path: Path, size: int, action: Callable[[FileStoreCollectives], T], wait_s: float = 20.0
-) -> list[T]:
+def together(tmp_path: Path, size: int, action: Callable[[FileStoreCollectives], T], wait_s: float = 20.0) -> list[T]:
     """What `action` returns on each of `size` ranks, here threads with a store of their own."""
 
     def rank(number: int) -> T:
