@@ -177,13 +177,16 @@ def run_rank(
     binding: Binding,
     on_progress: Progress | None = None,
     on_ready: Callable[[Engine], None] | None = None,
+    secret: bytes | None = None,
 ) -> None:
     """The whole life of a rank in a process of its own: rank 0 serves clients over ZeroMQ at `address`.
+
+    Over tcp:// clients need the `secret`.
 
     `binding` is bind_process()'s, called before the group was joined, whose memory then stands where it should.
     Blocks until a client or a signal handler (through on_ready's engine) ends the group.
     """
-    transport = ZmqTransport(address) if group.rank == 0 and address is not None else None
+    transport = ZmqTransport(address, secret) if group.rank == 0 and address is not None else None
     try:
         engine = Engine(config, group, transport, on_progress, binding)
     except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.errors import ConfigError
+from ..engine.protocol.secret import check_address, read_secret
 from .cli.compose import Job
 from .cli.program import run_program
 from .cli.schema import Keys
@@ -16,20 +17,24 @@ class WorkerKeys(Keys):
     """What a bare group is told."""
 
     address: str | None = None
-    """Where rank 0 serves clients: ipc:///run/engine on this host, tcp://127.0.0.1:5555 for others."""
+    """Where rank 0 serves clients: ipc:///run/engine for its owner on this host, tcp://HOST:5555 for others."""
+    secret_file: str | None = None
+    """A file whose secret clients over tcp:// need; chmod 600. ipc:// needs none."""
 
 
 def work(job: Job[WorkerKeys]) -> int:
     """Serve until a client or a signal ends the group."""
     config, address = job.engine_config(), job.keys.address
-    if address is None or not address.startswith(("ipc://", "tcp://")):
-        raise ConfigError(f"address={address!r} must be ipc://PATH or tcp://HOST:PORT")
+    if address is None:
+        raise ConfigError("address is not set; it must be ipc://PATH or tcp://HOST:PORT")
+    secret = None if job.keys.secret_file is None else read_secret(job.keys.secret_file)
+    check_address(address, secret)
     if config.ranks != job.rank_info.size:
         raise ConfigError(
             f"ranks={config.ranks}, but this is rank {job.rank_info.rank} of {job.rank_info.size}: start as many with "
             f"torchrun --nproc-per-node {config.ranks} -m {__package__}.worker"
         )
-    return serve_rank(config, job.rank_info, address)
+    return serve_rank(config, job.rank_info, address, secret)
 
 
 if __name__ == "__main__":

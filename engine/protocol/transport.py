@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from ..errors import InvalidRequest
-from .messages import Abort, Command, Delta, Event, Failed
+from ..errors import ConfigError, EngineStopped, InvalidRequest
+from .messages import Abort, Command, Delta, Event, Failed, Shutdown
+from .secret import check_address, curve_keys
 
 OnCommand = Callable[[bytes, Command], None]
 OnEvent = Callable[[Event], None]
@@ -183,16 +185,27 @@ def _unbounded(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket
 
 
 class ZmqTransport(Transport):
-    """Serves any number of clients at an address such as ipc:///run/engine or tcp://127.0.0.1:5555.
+    """Serves any number of clients at an address such as ipc:///run/engine or tcp://10.0.0.1:5555.
 
-    A frame is one command or one event; a message to a client may have several frames.
+    An ipc:// socket is its owner's alone. Over tcp:// clients need the secret (secret.py), and none of them may end the
+    engine. A frame is one command or one event; a message to a client may have several frames.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, secret: bytes | None = None) -> None:
+        """Raises ConfigError for an address that others could use, or that cannot be bound."""
+        check_address(address, secret)
+        self._may_shut_down = address.startswith("ipc://")
         self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
-        # A router drops what it sends to a client that has gone; this makes it say so.
-        self._wire.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._wire.socket.bind(address)
+        try:
+            # A router drops what it sends to a client that has gone; this makes it say so.
+            self._wire.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            if secret is not None:
+                self._wire.socket.curve_server = True
+                self._wire.socket.curve_secretkey = curve_keys(secret).server_secret
+            _bind(self._wire.socket, address)
+        except BaseException:
+            self._wire.close()
+            raise
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
 
@@ -203,6 +216,9 @@ class ZmqTransport(Transport):
                 command = self._decoder.decode(data)
             except UNDECODABLE as error:
                 self._refuse(client, data, error)
+                return
+            if isinstance(command, Shutdown) and not self._may_shut_down:
+                _log.warning("a client asked over tcp to end the engine; it was ignored: stop its processes instead")
                 return
             on_command(client, command)
 
@@ -231,6 +247,17 @@ class ZmqTransport(Transport):
         self.send(client, Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}"))
 
 
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    """Bind; nobody but the owner may connect to an ipc:// socket, from its first moment on. Raises ConfigError."""
+    before = os.umask(0o177)
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"address={address!r} cannot be bound: {error.strerror}; choose another") from error
+    finally:
+        os.umask(before)
+
+
 class _Addressed(msgspec.Struct, tag="submit"):
     """What is left to know of a Submit whose other fields are wrong."""
 
@@ -240,8 +267,15 @@ class _Addressed(msgspec.Struct, tag="submit"):
 class ZmqConnection(Connection):
     """A client of a coordinator in another process; it may be there later than the client."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, secret: bytes | None = None) -> None:
+        """Raises ConfigError for an address that needs a `secret`, the engine's, and has none."""
+        check_address(address, secret)
         self._wire = _Wire(zmq.DEALER, "phalanx-connection")
+        if secret is not None:
+            keys = curve_keys(secret)
+            self._wire.socket.curve_serverkey = keys.server_public
+            self._wire.socket.curve_secretkey = keys.client_secret
+            self._wire.socket.curve_publickey = keys.client_public
         self._wire.socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
@@ -249,7 +283,11 @@ class ZmqConnection(Connection):
     def start(self, on_event: OnEvent) -> None:
         def on_frames(frames: list[bytes]) -> None:
             for data in frames:
-                on_event(self._decoder.decode(data))
+                try:
+                    event = self._decoder.decode(data)
+                except UNDECODABLE as error:
+                    event = _unreadable(data, error)
+                on_event(event)
 
         self._wire.start(on_frames)
 
@@ -262,3 +300,18 @@ class ZmqConnection(Connection):
 
     def close(self) -> None:
         self._wire.close()
+
+
+class _Belonging(msgspec.Struct):
+    """What is left to know of an event that cannot be read: whose it is."""
+
+    id: str
+
+
+def _unreadable(data: bytes, error: Exception) -> Failed:
+    """Return what the request of an unreadable event is told: nobody waits for an answer that never becomes whole.
+
+    Raises msgspec.DecodeError, as UNDECODABLE says, for bytes that belong to no request.
+    """
+    why = f"the engine sent what this client cannot read ({error}); use the same version on both sides"
+    return Failed(msgspec.msgpack.decode(data, type=_Belonging).id, EngineStopped.__name__, why)

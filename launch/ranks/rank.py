@@ -16,8 +16,11 @@ from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_pa
 from .rank_info import RankInfo, read_rank_info
 
 
-def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str) -> int:
-    """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`. Exit code."""
+def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: bytes | None = None) -> int:
+    """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`. Exit code.
+
+    Over tcp:// clients need the `secret` (engine/protocol/secret.py).
+    """
     from ...engine.engine import Engine, run_rank
     from ...parallel.collectives.base import CollectiveError
     from .progress import loading_progress
@@ -38,7 +41,7 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str) -> int:
     binding = bind(config, rank_info)
     group = join(config, rank_info)
     try:
-        run_rank(config, group, address, binding, loading_progress(rank_info), on_ready)
+        run_rank(config, group, address, binding, loading_progress(rank_info), on_ready, secret)
     except CollectiveError:
         # The signal reached the other ranks too, which left at once: that rank 0 misses them is no failure.
         if not stopped_by:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError
-from phalanx.launch.ranks.rank_info import Place
+from phalanx.launch.ranks.rank_info import RankInfo
 from phalanx.launch.ranks.session import join
 from phalanx.parallel.collectives.autotune_table import Threshold
 from phalanx.parallel.collectives.peer_memory import check_reach
@@ -94,4 +94,4 @@ def test_a_rank_needs_to_see_and_reach_every_other_gpu_but_its_own() -> None:
 def test_what_gpus_alone_can_do_is_refused_on_a_cpu(collectives: str) -> None:
     config = EngineConfig(model="m", device="cpu", ranks=2, collectives=collectives)
     with pytest.raises(ConfigError, match=f"collectives={collectives} needs device=cuda"):
-        join(config, Place(size=2, local_size=2, launched=True))
+        join(config, RankInfo(size=2, local_size=2, launched=True))
