@@ -87,11 +87,19 @@ class GroupProcess:
             return
         path = self._folder / "failure.json"
         error: PhalanxError = EngineStopped(f"the engine's group ended by itself with exit code {code}")
-        if path.exists():
-            failure = msgspec.json.decode(path.read_bytes(), type=GroupFailure)
+        failure = _read_failure(path)
+        if failure is not None:
             kind = ERRORS_BY_NAME.get(failure.error)
             if kind is not None and kind is not EngineStopped:
                 error = kind(failure.message)
             else:
                 error = EngineStopped(f"rank {failure.rank} failed: {failure.error}: {failure.message}")
         self.client.fail_all(error)
+
+
+def _read_failure(path: Path) -> GroupFailure | None:
+    """Return what the supervisor wrote; None if it wrote nothing, or something that cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=GroupFailure)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None

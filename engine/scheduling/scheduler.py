@@ -282,8 +282,13 @@ class Scheduler:
         spare = self._pool.available - needed + self._pool.held(cached)
         if spare > len(self._running):
             return True
-        horizon = min(HEADROOM_TOKENS, self.block_size)
-        return spare > sum(running.capacity - len(running.tokens) < horizon for running in self._running)
+        growing = sum(self._grows_soon(running, running.capacity) for running in self._running)
+        return spare >= growing + self._grows_soon(sequence, needed * self.block_size)
+
+    def _grows_soon(self, sequence: Sequence, capacity: int) -> bool:
+        """Whether its next tokens need a block beyond `capacity` tokens. The last token it may have needs none."""
+        soon = len(sequence.tokens) + min(HEADROOM_TOKENS, self.block_size)
+        return capacity < min(soon, sequence.length_limit - 1)
 
     def _start(self, sequence: Sequence, cached: list[int], step: StepBuilder, now: float) -> None:
         """Give a waiting sequence a slot, and blocks for all it knows: later it competes for new tokens alone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import select
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import msgspec
 from ...engine.client.group_failure import GroupFailure
 from ...engine.config import EngineConfig
 from .failure import read_failure
-from .process import RANK_STOP_TIMEOUT_S, Signalled, exit_within
+from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
 
 GRACE_S = 1.0
 """Beyond RANK_STOP_TIMEOUT_S; after it this process leaves, and the ranks notice that it has."""
@@ -102,13 +103,20 @@ def _stop(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
 
 
 def end_with_client() -> threading.Event:
-    """Wait, on a thread, for the end of standard input, then end the group. The event is set once that has happened."""
+    """Wait, on a thread, for the client's end, then end the group. The event is set once that has happened.
+
+    The client's end is that of standard input, or of the process that started this one: a process that the client has
+    forked may hold the other end of standard input for longer.
+    """
     client_gone = threading.Event()
+    parent = os.getppid()
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
+            while os.getppid() == parent:
+                readable, _, _ = select.select([0], [], [], PARENT_POLL_S)
+                if readable and not os.read(0, 4096):
+                    break
         client_gone.set()
         os.kill(os.getpid(), signal.SIGTERM)
         exit_within(RANK_STOP_TIMEOUT_S + GRACE_S, 128 + signal.SIGTERM)

@@ -48,15 +48,24 @@ def exit_within(seconds: float, code: int) -> None:
 def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: float = STOP_TIMEOUT_S) -> None:
     """The first SIGINT or SIGTERM calls `on_first` (by default it raises Signalled) and allows `within_s`.
 
-    A second one ends the process at once.
+    A second one ends the process at once. `on_first` runs in the signal handler: it may take no lock, for the thread it
+    interrupts may hold it.
     """
     seen: list[int] = []
+    reader, writer = os.pipe()
+
+    def limit() -> None:
+        [number] = os.read(reader, 1)
+        time.sleep(within_s)
+        exit_now(128 + number)
+
+    threading.Thread(target=limit, name="phalanx-stop-limit", daemon=True).start()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if seen:
             exit_now(128 + number)
         seen.append(number)
-        exit_within(within_s, 128 + number)
+        os.write(writer, bytes([number]))  # starting a thread here would take locks
         if on_first is None:
             raise Signalled(number)
         on_first(number)

@@ -163,6 +163,21 @@ def test_requests_are_admitted_by_priority_and_then_by_arrival() -> None:
     assert order == ["d", "b", "e", "a", "c"]
 
 
+@pytest.mark.parametrize("length", [1, 4, 30, 56, 60, 62, 63])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_pool_of_as_many_whole_sequences_as_slots_admits_them_all_at_once(length: int, prefix_cache: bool) -> None:
+    blocks = 8 * MAX_MODEL_LEN // 4
+    scheduler = make(num_blocks=blocks, max_num_batched_tokens=4096, prefix_cache=prefix_cache)
+    ranks = FakeRanks(scheduler)
+    for i in range(8):
+        scheduler.add(request(f"r{i}", prompt_of(length, 100 * i), max_tokens=MAX_MODEL_LEN))
+    plan = step(scheduler, ranks)
+    assert plan is not None
+    assert plan.counts == [length] * 8
+    run_until_idle(scheduler, ranks)
+    assert scheduler.preemptions == 0
+
+
 def test_nothing_is_admitted_past_a_request_that_waits_for_blocks() -> None:
     scheduler = make(num_blocks=16, max_model_len=64)
     ranks = FakeRanks(scheduler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -91,3 +92,55 @@ def test_the_recorder_of_unpickling_sees_it(tmp_path: Path) -> None:
     code = "import io, pickle; pickle.loads(pickle.dumps(1)); pickle.Unpickler(io.BytesIO(pickle.dumps(2))).load()"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert notes.read_text().count("_record()") == 2
+
+
+def test_a_process_forked_by_the_client_keeps_no_group_alive(tiny: Path) -> None:
+    program = (
+        "import os, sys, time\nfrom phalanx import LLM\n"
+        f"llm = LLM({str(tiny)!r}, ranks=2, max_model_len=256)\n"
+        "child = os.fork()\nif child == 0:\n    time.sleep(60)\n    os._exit(0)\n"
+        "print(child, flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    forked = psutil.Process(int(client.stdout.readline()))
+    try:
+        client.wait()
+        deadline = time.monotonic() + 10
+        while (left := _supervisors(tiny)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert left == []
+    finally:
+        forked.kill()
+
+
+def _supervisors(model: Path) -> list[int]:
+    """Process ids of supervisors and ranks whose group runs this model."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if any("phalanx.launch.ranks" in part for part in command):
+            config = Path(command[-1]) / "config.json"
+            if config.exists() and str(model) in config.read_text():
+                found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize("written", [b"", b"\xff", b'{"rank": "x"}', b"[1]"])
+def test_a_failure_that_cannot_be_read_is_a_failure_still(written: bytes, tmp_path: Path) -> None:
+    from phalanx.engine.client.group_process import _read_failure
+
+    assert _read_failure(tmp_path / "failure.json") is None
+    (tmp_path / "failure.json").write_bytes(written)
+    assert _read_failure(tmp_path / "failure.json") is None
+
+
+def test_a_signal_handler_starts_nothing_and_the_limit_holds(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, threading, time\nfrom phalanx.launch.ranks.process import stop_on_signals\n"
+        "stop_on_signals(lambda number: None, within_s=0.3)\n"
+        "before = threading.active_count()\nos.kill(os.getpid(), signal.SIGTERM)\n"
+        "print(threading.active_count() - before, flush=True)\ntime.sleep(30)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.stdout, done.returncode) == ("0\n", 128 + 15)
