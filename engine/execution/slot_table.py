@@ -99,7 +99,9 @@ class SlotTable:
                 keys.astype(np.int32),
                 self._tokens[token_slots, positions].astype(np.int64),
                 positions,
-                np.maximum(self._known[token_slots], positions + 1),
+                # What each token's sequence had when it was first computed: the whole prompt, or itself as the last
+                # one. So a sequence that is computed again after a preemption gets the same keys.
+                np.maximum(self._prompt[token_slots], positions + 1),
                 starts[1:][sampled] - 1,
                 slots[sampled],
                 slots,

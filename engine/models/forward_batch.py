@@ -28,7 +28,7 @@ class ForwardBatch:
 
     token_ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64
-    lengths: torch.Tensor  # (T,) int64: known tokens of each token's sequence
+    lengths: torch.Tensor  # (T,) int64: tokens that each token's sequence had when it was first computed
     attention: AttentionMetadata
     sample_tokens: torch.Tensor  # (S,) int64: indices of the tokens whose successor is sampled
     sample_slots: torch.Tensor  # (S,) int64: their slots

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phalanx import SamplingParams
+from phalanx import LLM, SamplingParams
 from phalanx.engine.client.llm import RequestOutput
 from phalanx.tests.engine import programs
 from phalanx.tests.models import TEXTS, score
@@ -240,3 +240,18 @@ def _save_random(folder: Path, architecture: str, options: dict[str, Any]) -> Pa
             torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_preemption_changes_no_answer_where_rotary_frequencies_depend_on_the_length(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    folder = _save_random(tmp_path, "Llama", {"rope_parameters": rope})
+    prompts = [prompt[:60] + prompt[:20] for prompt in _random_prompts(211, 6)]
+    greedy = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    config: dict[str, Any] = {"tokenizer": "none", "dtype": "float32", "max_model_len": 160, "max_num_seqs": 6}
+    with LLM(str(folder), **config) as llm:
+        alone = _tokens(llm.generate(prompts, greedy))
+        assert llm.status().preemptions == 0
+    block = 2 * 2 * 2 * 16 * 16 * 4  # bytes: layers, keys and values, KV heads, head_dim, tokens, float32
+    with LLM(str(folder), **config, kv_memory=16.0 * block, block_size=16) as llm:
+        assert _tokens(llm.generate(prompts, greedy)) == alone
+        assert llm.status().preemptions > 0
