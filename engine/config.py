@@ -17,6 +17,7 @@ ATTENTION_BACKENDS = ("auto", "cpu", "torch", "triton", "flash_attn_2", "flash_a
 QUANTIZATIONS = ("none", "int8", "w8a8", "int4")
 QUANTIZED_BYTES = {"int8": 1 + 4 / 32, "w8a8": 1.0, "int4": 0.5 + 4 / 64}
 """Of one weight, with its part of a scale; w8a8 has one scale for a whole row."""
+MAX_TIMEOUT_S = 7 * 24 * 3600
 KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 GRAPHS = ("auto", "none", "all", "lazy", "eager")
@@ -124,6 +125,8 @@ class EngineConfig:
             raise ConfigError(f"kv_memory={self.kv_memory!r} must be bytes (above 1) or a fraction in (0, 1]")
         if not _is_positive(self.timeout_s):
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be a number of seconds above 0")
+        if self.timeout_s > MAX_TIMEOUT_S:
+            raise ConfigError(f"timeout_s={self.timeout_s!r} must be at most {MAX_TIMEOUT_S} seconds, a week")
         if not isinstance(self.overlap, bool | None):
             raise ConfigError(f"overlap={self.overlap!r} must be true, false or null (on a GPU)")
         if not isinstance(self.prefix_cache, bool):

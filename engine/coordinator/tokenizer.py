@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...parallel.loading.safetensors_files import is_lfs_pointer, lfs_advice
 from ..errors import CheckpointError, ConfigError, InvalidRequest
 
 Message = dict[str, Any]
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "config.json")
 INCOMPLETE = "\ufffd"
 INCOMPLETE_BYTES = 3
 """Bytes, and so tokens, of an incomplete character at most. Some decoders show each as U+FFFD, others all as one."""
@@ -28,7 +30,7 @@ class Tokenizer:
         """Raises CheckpointError if the folder holds no tokenizer that transformers can read."""
         from transformers import AutoTokenizer
 
-        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        if not any((folder / name).exists() for name in _FILES[:3]):
             raise CheckpointError(
                 f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
             )
@@ -44,7 +46,9 @@ class Tokenizer:
                 f"(Qwen2 needs 4.37, Qwen3 4.51)"
             ) from error
         except Exception as error:
-            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+            pointers = [path for path in map(folder.joinpath, _FILES) if is_lfs_pointer(path)]
+            why = lfs_advice(pointers[0]) if pointers else f"the tokenizer in {folder} cannot be read: {error}"
+            raise CheckpointError(why) from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(
                 f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...parallel.loading.safetensors_files import is_lfs_pointer, lfs_advice
 from ...parallel.partition import Dimensions
 from ..errors import CheckpointError, ConfigError
 
@@ -71,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte-order mark
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(lfs_advice(path) if is_lfs_pointer(path) else f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
     return config

@@ -12,6 +12,7 @@ from typing import Any
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes that weights may have, as safetensors names them, and their bytes."""
 
+_LFS = b"version https://git-lfs.github.com/spec/"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -63,12 +64,28 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     return located
 
 
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git puts in the place of a large one (git-lfs.com/spec/v1) where it was not fetched."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
+
+
+def lfs_advice(file: Path) -> str:
+    """Return what to tell a user whose file is a Git LFS pointer."""
+    return f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from, or download it"
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file (8 bytes of header length, a JSON header, data).
 
     Raises LoadError if the header is damaged, if the file ends before a tensor does, or for a dtype no weight has.
     """
     size = file.stat().st_size
+    if is_lfs_pointer(file):
+        raise LoadError(lfs_advice(file))
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):

@@ -40,6 +40,7 @@ from phalanx import ConfigError, EngineConfig, SamplingParams
         ("kv_memory", "4GB", "bytes"),
         ("timeout_s", 0, "above 0"),
         ("timeout_s", None, "above 0"),
+        ("timeout_s", 1e11, "at most 604800 seconds"),
         ("prefix_cache", "yes", "true or false"),
         ("seed", 0.5, "an integer"),
         ("seed", 2**64, "an integer"),

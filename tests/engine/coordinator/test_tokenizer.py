@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phalanx import LLM, CheckpointError
 from phalanx.engine.coordinator.tokenizer import TextStream, Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
@@ -73,3 +74,17 @@ def test_a_configuration_that_transformers_refuses_does_not_keep_its_tokenizer_f
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | odd))
     assert Tokenizer(tmp_path).encode("some text") == Tokenizer(tiny).encode("some text")
+
+
+LFS_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12\n"
+)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_pointer_that_git_left_in_a_files_place_is_named_as_one(tiny: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / name).write_text(LFS_POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        LLM(str(folder), max_model_len=64)
