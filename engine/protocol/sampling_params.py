@@ -63,15 +63,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         # OpenAI's API has null for what is absent.
         for field in msgspec.structs.fields(self):
-            if getattr(self, field.name) is None and field.default is not None:
-                msgspec.structs.force_setattr(self, field.name, field.default)
+            value = plain(getattr(self, field.name))
+            if value is None and field.default is not None:
+                value = field.default
+            msgspec.structs.force_setattr(self, field.name, value)
+
         # A list from JSON or a single stop string is what users write; the stored form is always a tuple.
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
         elif isinstance(self.stop, list):
             msgspec.structs.force_setattr(self, "stop", tuple(self.stop))
-        if isinstance(self.stop_token_ids, list):
-            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.stop_token_ids, list | range | set | frozenset):
+            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(map(plain, self.stop_token_ids)))
+        if isinstance(self.logit_bias, dict):
+            bias = {plain(token): plain(value) for token, value in self.logit_bias.items()}
+            msgspec.structs.force_setattr(self, "logit_bias", bias)
         self._validate()
 
     def _validate(self) -> None:
@@ -128,6 +134,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return msgspec.convert(values, cls, strict=True, str_keys=True)
         except msgspec.ValidationError as error:
             raise InvalidRequest(f"sampling parameters: {error}{_value_at(values, str(error))}") from error
+
+
+def plain(value: Any) -> Any:
+    """Return a number or an array of numpy or torch as Python's number or list; anything else as it is."""
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
+        return value.tolist()
+    return value
 
 
 def _is_text(value: Any) -> bool:

@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from phalanx import InvalidRequest, SamplingParams
@@ -125,3 +127,22 @@ def test_valid_parameters_survive_json_and_the_wire(values: dict[str, Any]) -> N
     params = SamplingParams.from_dict(values)
     assert SamplingParams.from_dict(msgspec.json.decode(msgspec.json.encode(params))) == params
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_numbers_of_numpy_and_torch_are_pythons_numbers() -> None:
+    given = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(7),
+        seed=torch.tensor(3),
+        stop_token_ids=np.array([4, 5]),
+        logit_bias={np.int32(6): np.float64(-1.5)},
+        ignore_eos=np.bool_(True),
+    )
+    assert given == SamplingParams(
+        temperature=0.5, top_k=7, seed=3, stop_token_ids=(4, 5), logit_bias={6: -1.5}, ignore_eos=True
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(given), type=SamplingParams) == given
+    with pytest.raises(InvalidRequest, match=r"top_k=\[7, 8\] must be an integer"):
+        SamplingParams(top_k=np.array([7, 8]))
+    with pytest.raises(InvalidRequest, match="temperature=nan is out of range"):
+        SamplingParams(temperature=np.float32("nan"))
