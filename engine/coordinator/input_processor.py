@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 INHERITED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-class Intake:
+class InputProcessor:
     """Turns client messages into requests; a bad one raises InvalidRequest and touches nothing else."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Intake:
         values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
         return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
 
-    def accept(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
+    def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
         """Resolve, encode and check one request. Raises InvalidRequest naming the value, the range and the setting."""
         _check_types(submit)
         params = submit.sampling

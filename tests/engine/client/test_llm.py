@@ -306,18 +306,18 @@ def test_a_failing_step_fails_every_request_with_the_rank_and_the_reason(
                 call()
 
 
-@pytest.mark.parametrize("method", ["accept", "update"])
+@pytest.mark.parametrize("method", ["process", "update"])
 def test_a_defect_in_another_thread_leaves_no_request_waiting(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    from phalanx.engine.coordinator.input_processor import Intake
+    from phalanx.engine.coordinator.input_processor import InputProcessor
     from phalanx.engine.coordinator.output_processor import OutputProcessor
 
     def broken(*args: Any) -> None:
         raise RuntimeError("a defect")
 
     with LLM(str(tiny), **CONFIG) as llm:
-        monkeypatch.setattr(Intake if method == "accept" else OutputProcessor, method, broken)
+        monkeypatch.setattr(InputProcessor if method == "process" else OutputProcessor, method, broken)
         with pytest.raises((EngineStopped, InvalidRequest), match="a defect"):
             llm.generate("abc", ENDLESS)
 
