@@ -11,9 +11,9 @@ from ..errors import CheckpointError, ConfigError, InvalidRequest
 Message = dict[str, Any]
 INCOMPLETE = "\ufffd"
 INCOMPLETE_BYTES = 3
-"""Bytes, and so tokens, of an incomplete character at most. Some decoders show each as U+FFFD, others all as one."""
+"""Bytes of an incomplete character at most, and so tokens. Some decoders show each as U+FFFD, others all as one."""
 USUAL_CHARACTERS = 8
-"""Of a token at most, in usual text."""
+"""Characters of a token at most, in usual text."""
 WINDOW_TOKENS = 16
 """Tokens without whole text that are decoded together at most."""
 
@@ -29,6 +29,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
             )
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except KeyError as error:
@@ -45,6 +46,7 @@ class Tokenizer:
                 f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
                 f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
+
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
@@ -118,9 +120,11 @@ class Tokenizer:
         """The special token whose text this is."""
         return self._special_ids.get(text)
 
-    def decoder(self, skip_special_tokens: bool) -> TextStream:
+    def decoder(self, skip_special_tokens: bool) -> IncrementalDetokenizer:
         """A decoder for one completion."""
-        return TextStream(self._tokenizer.backend_tokenizer, self._special if skip_special_tokens else frozenset())
+        return IncrementalDetokenizer(
+            self._tokenizer.backend_tokenizer, self._special if skip_special_tokens else frozenset()
+        )
 
     @property
     def size(self) -> int:
@@ -144,7 +148,7 @@ def _with_text(message: Message) -> Message:
     return {**message, "content": "\n".join(texts)}
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Decodes one completion token by token; text appears once it is whole UTF-8.
 
     The tokens of the last piece of text are decoded again together with those after it, since what a token's text is
@@ -164,6 +168,7 @@ class TextStream:
             return ""
         self._window.append(token_id)
         self._text = self._decode()
+
         pending = len(self._window) - self._context
         if not self._text.endswith(INCOMPLETE):
             text = self._show(len(self._text))
@@ -171,8 +176,10 @@ class TextStream:
                 self._begin_window(self._context)
                 self._context = len(self._window)
             return text
+
         if pending <= INCOMPLETE_BYTES:
             return ""
+
         # Bytes that are no UTF-8 and never will be. The last of them may still begin a character.
         text = self._show(max(len(self._text.rstrip(INCOMPLETE)), len(self._text) - INCOMPLETE_BYTES))
         if pending == WINDOW_TOKENS:

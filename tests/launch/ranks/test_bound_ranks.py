@@ -29,7 +29,7 @@ def _tokens(llm: LLM) -> list[list[int]]:
 def _rank_processes() -> dict[int, int]:
     """The process of each rank of this process's own group."""
     children = psutil.Process().children(recursive=True)
-    ranks = [child for child in children if any("launch.rank" in part for part in child.cmdline())]
+    ranks = [child for child in children if any("launch.ranks.rank" in part for part in child.cmdline())]
     return {int(child.environ()["RANK"]): child.pid for child in ranks}
 
 

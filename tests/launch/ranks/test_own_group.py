@@ -18,7 +18,7 @@ PROMPTS = ["one", "two words", "and three more of them"]
 def _ranks() -> list[psutil.Process]:
     """This process's rank processes, in the order of their start."""
     children = psutil.Process().children(recursive=True)
-    found = [child for child in children if any("launch.rank" in part for part in child.cmdline())]
+    found = [child for child in children if any("launch.ranks.rank" in part for part in child.cmdline())]
     return sorted(found, key=lambda process: process.create_time())
 
 
