@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine.client.llm import LLM, AsyncLLM
+    from .engine.client.async_llm import AsyncLLM
+    from .engine.client.llm import LLM
     from .engine.config import EngineConfig
     from .engine.errors import (
         CapacityExceeded,
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "client.llm",
-    "AsyncLLM": "client.llm",
+    "AsyncLLM": "client.async_llm",
     "SamplingParams": "protocol.sampling_params",
     "EngineConfig": "config",
     "PhalanxError": "errors",

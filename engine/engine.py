@@ -17,7 +17,7 @@ from ..parallel.loading.safetensors_files import LoadError, hold_the_same, locat
 from ..parallel.topology.topology import format_cpu_list
 from .config import EngineConfig
 from .coordinator.coordinator import Coordinator
-from .coordinator.input_processor import Intake
+from .coordinator.input_processor import InputProcessor
 from .coordinator.tokenizer import Tokenizer, read_generation_config
 from .errors import CheckpointError, ConfigError
 from .execution.cpu_binding import Binding
@@ -98,16 +98,16 @@ class Engine:
             # With dynamic scaling a token's keys depend on its sequence's length: they are nobody else's.
             prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
         )
-        intake = Intake(config, spec, tokenizer, generation_config, capacity.max_model_len)
+        input_processor = InputProcessor(config, spec, tokenizer, generation_config, capacity.max_model_len)
         return Coordinator(
             worker=self.worker,
             scheduler=scheduler,
-            intake=intake,
+            input_processor=input_processor,
             tokenizer=tokenizer,
             control=self.group.control,
             transport=transport,
             ranks=self.group.size,
-            report=[*self._report(), *self._surprises(spec), intake.defaults_report],
+            report=[*self._report(), *self._surprises(spec), input_processor.defaults_report],
             heartbeat_s=config.timeout_s / 4,
         )
 

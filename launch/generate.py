@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ..engine.client.llm import LLM, OutputBuilder
+from ..engine.client.llm import LLM
+from ..engine.client.outputs import OutputBuilder
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineStopped, InvalidRequest, PhalanxError
 from ..engine.protocol.messages import Delta, Event, Finished, Status, Submit

@@ -38,8 +38,10 @@ class GroupProcess:
         # What can be told without starting N processes is told at once.
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         share_out(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
+
         self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
         (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
+
         # The supervisor ends the group when its standard input closes, so that it never outlives this process.
         package = __package__.partition(".")[0]
         self._process = subprocess.Popen(
@@ -48,9 +50,11 @@ class GroupProcess:
             start_new_session=True,
         )
         self.client = Client(ZmqConnection(f"ipc://{self._folder}/engine"))
+
         self._closing = self._ready = False
         self._watch = threading.Thread(target=self._wait_for_end, name="phalanx-group-watch", daemon=True)
         self._watch.start()
+
         try:
             # However long loading takes: _wait_for_end ends the wait if the group does not get there.
             self.client.status(timeout_s=None)
@@ -69,6 +73,7 @@ class GroupProcess:
                 # A rank that is stuck does not hear of it: the signal below ends it.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(STOP_TIMEOUT_S / 2)
+
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -77,6 +82,7 @@ class GroupProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
         self._watch.join()
         self.client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -85,6 +91,7 @@ class GroupProcess:
         code = self._process.wait()
         if self._closing:
             return
+
         path = self._folder / "failure.json"
         error: PhalanxError = EngineStopped(f"the engine's group ended by itself with exit code {code}")
         failure = _read_failure(path)

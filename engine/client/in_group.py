@@ -18,7 +18,9 @@ from ..protocol.messages import Failed
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import InProcess
 from .client import to_error
-from .llm import LLM, Messages, Prompt, RequestOutput, as_prompts
+from .inputs import Messages, Prompt, as_prompts
+from .llm import LLM
+from .outputs import RequestOutput
 
 _Outcome = list[RequestOutput] | Failed
 
@@ -34,6 +36,7 @@ class GroupLLM:
         """`config` are EngineConfig's fields; ranks is the group's size."""
         size = dist.get_world_size(process_group)
         self._config = EngineConfig.from_dict({"model": model, "ranks": size, **config})
+
         on_cuda = self._config.device == "cuda" or (self._config.device == "auto" and has_nccl(process_group))
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         try:
@@ -46,6 +49,7 @@ class GroupLLM:
             )
         except CollectivesUnavailable as error:
             raise ConfigError(f"collectives={self._config.collectives}: {error}; set collectives=auto") from error
+
         link = InProcess() if self._group.rank == 0 else None
         self._engine = Engine(self._config, self._group, link.transport if link else None)
         self._llm = LLM.paused(self._engine, link) if link else None

@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 INHERITED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-class Intake:
+class InputProcessor:
     """Turns client messages into requests; a bad one raises InvalidRequest and touches nothing else."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Intake:
         values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
         return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
 
-    def accept(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
+    def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
         """Resolve, encode and check one request. Raises InvalidRequest naming the value, the range and the setting."""
         _check_types(submit)
         params = submit.sampling
@@ -53,6 +53,7 @@ class Intake:
                 f"n={params.n} is above max_num_seqs={self._config.max_num_seqs}: ask for at most "
                 f"{self._config.max_num_seqs} completions, or raise max_num_seqs"
             )
+
         self._check_vocabulary(params)
         prompt = self._encode(submit)
         limit = self._max_model_len - 1
@@ -61,9 +62,11 @@ class Intake:
                 f"the prompt has {len(prompt)} tokens; with max_model_len={self._max_model_len} it may have at most "
                 f"{limit} (one place is for the answer): shorten it or raise max_model_len"
             )
+
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
+
         return Request(
             id=request_id,
             prompt=prompt,
@@ -77,7 +80,7 @@ class Intake:
         )
 
     def _special_tokens(self, stops: tuple[str, ...]) -> frozenset[int]:
-        """Those of the stop strings that are special tokens: where these are left out of the text, none would show."""
+        """The ids of stop strings that are special tokens: where these are left out of the text, none would show."""
         if self._tokenizer is None:
             return frozenset()
         found = (self._tokenizer.special_token_id(text) for text in stops)
@@ -89,6 +92,7 @@ class Intake:
             raise InvalidRequest(
                 f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
             )
+
         if submit.token_ids is not None:
             tokens = list(submit.token_ids)
         elif self._tokenizer is None:
@@ -100,6 +104,7 @@ class Intake:
         else:
             limit = self._max_model_len - 1
             tokens = self._tokenizer.encode_messages(submit.messages, limit) if submit.messages else []
+
         if not tokens:
             raise InvalidRequest(f"the {given[0]} is empty: it must hold at least 1 token")
         self._check_tokens(given[0], tokens)
@@ -110,10 +115,12 @@ class Intake:
             name: _first(getattr(params, name), getattr(self._config.sampling, name), self._generation.get(name))
             for name in INHERITED
         }
+
         bias = sorted((params.logit_bias or {}).items())
         seed = params.seed
         if seed is None:
             seed, self._unseeded = derive_seed(self._config.seed, self._unseeded), self._unseeded + 1
+
         return [
             SlotSampling(
                 temperature=float(_first(values["temperature"], 0.0)),
@@ -167,17 +174,20 @@ def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
     sample = generation_config.get("do_sample")
     if not isinstance(sample, bool | None):
         raise _bad_generation_config("do_sample", sample, "must be true or false")
+
     names = {"repetition_penalty": "repetition_penalty", "max_tokens": "max_new_tokens"}
     if sample:
         names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
     defaults = {name: generation_config.get(there) for name, there in names.items()}
     if sample and defaults["temperature"] is None:
         defaults["temperature"] = 1.0
+
     for name, value in defaults.items():
         try:
             SamplingParams.from_dict({name: value})
         except InvalidRequest as error:
             raise _bad_generation_config(names[name], value, str(error)) from error
+
     if defaults["repetition_penalty"] == 1.0:
         del defaults["repetition_penalty"]
     return {name: value for name, value in defaults.items() if value is not None}
@@ -188,12 +198,13 @@ def _bad_generation_config(field: str, value: object, why: str) -> CheckpointErr
 
 
 def _eos_token_ids(generation_config: dict[str, Any], spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Those of generation_config, or else of config, and the tokenizer's own, which a chat's fine-tuning may have
-    changed alone. What is outside the vocabulary is never sampled."""
+    """The ids of generation_config, or else of config, and the tokenizer's own, which a chat's fine-tuning may have
+    changed alone. An id outside the vocabulary is left out: it is never sampled."""
     eos = generation_config.get("eos_token_id")
     named = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in named):
         raise _bad_generation_config("eos_token_id", eos, "must be a token id or a list of token ids")
+
     all_ids = list(spec.eos_token_ids) if eos is None else named
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         all_ids.append(tokenizer.eos_token_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..protocol.messages import Completion, Delta, Event, Finished, Submit, Timings, Usage
 from ..scheduling.request import Request, SequenceUpdate
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class StopStrings:
@@ -28,12 +28,14 @@ class StopStrings:
         self._held += text
         if too_early:
             self._too_early = len(self._held)
+
         # The one whose text was complete first is the one a reader of the stream would have met.
         found = [(place + len(stop), place, stop) for stop in self._stops if (place := self._find(stop)) >= 0]
         if found:
             _, place, stop = min(found)
             shown, self._held = self._held[:place], ""
             return shown, stop
+
         keep = 0 if last else self._longest_beginning()
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(self._held) - keep :]
@@ -53,7 +55,7 @@ class StopStrings:
 
 @dataclass
 class _CompletionState:
-    stream: TextStream | None
+    detokenizer: IncrementalDetokenizer | None
     stops: StopStrings
     completion: Completion | None = None
     tokens: int = 0
@@ -85,8 +87,8 @@ class OutputProcessor:
         """Expect updates for a request that was accepted."""
         state = _RequestState(client, submit.id, submit)
         for _ in range(submit.sampling.n):
-            stream = self._tokenizer.decoder(submit.sampling.skip_special_tokens) if self._tokenizer else None
-            state.completions.append(_CompletionState(stream, StopStrings(submit.sampling.stop)))
+            decoder = self._tokenizer.decoder(submit.sampling.skip_special_tokens) if self._tokenizer else None
+            state.completions.append(_CompletionState(decoder, StopStrings(submit.sampling.stop)))
         self._requests[request_id] = state
 
     def forget(self, request_id: str) -> _RequestState | None:
@@ -116,17 +118,20 @@ class OutputProcessor:
             text += shown
             if stop is not None:
                 break
+
         finished = update.finish_reason is not None
         if stop is None and finished:
-            rest = completion.stream.flush() if completion.stream else ""
+            rest = completion.detokenizer.flush() if completion.detokenizer else ""
             shown, stop = completion.stops.feed(rest, last=True)
             text += shown
+
         if stop is not None:
             completion.completion = Completion(index, "stop", stop)
             if not finished:
                 self._stop_found(request.id, index, stop)
         elif finished:
             completion.completion = Completion(index, str(update.finish_reason), update.stop_reason)
+
         completion.tokens += used
         if used or text:
             logprobs = update.logprobs[:used] if update.logprobs else None
@@ -136,9 +141,9 @@ class OutputProcessor:
         self, completion: _CompletionState, token: int, request: Request, too_early: bool
     ) -> tuple[str, str | None]:
         # The token that ends an answer is reported among the token ids but is no part of the text.
-        if completion.stream is None or token in request.eos_token_ids or token in request.stop_token_ids:
+        if completion.detokenizer is None or token in request.eos_token_ids or token in request.stop_token_ids:
             return "", None
-        return completion.stops.feed(completion.stream.step(token), too_early=too_early)
+        return completion.stops.feed(completion.detokenizer.step(token), too_early=too_early)
 
 
 def _finished(state: _RequestState, request: Request) -> Finished:
@@ -157,6 +162,7 @@ def timings(request: Request) -> Timings:
     ended = max((sequence.finished_at or arrived for sequence in sequences), default=arrived)
     scheduled = min((s.first_scheduled_at for s in sequences if s.first_scheduled_at is not None), default=ended)
     first = min((s.first_token_at for s in sequences if s.first_token_at is not None), default=ended)
+
     spans = [
         (s.last_token_at - s.first_token_at, s.num_output - 1)
         for s in sequences

@@ -14,7 +14,7 @@ Message = dict[str, Any]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "config.json")
 INCOMPLETE = "\ufffd"
 INCOMPLETE_BYTES = 3
-"""Bytes, and so tokens, of an incomplete character at most. Some decoders show each as U+FFFD, others all as one."""
+"""Bytes of an incomplete character at most, and so tokens. Some decoders show each as U+FFFD, others all as one."""
 USUAL_CHARACTERS = 8
 """Characters of a token at most, in usual text."""
 WINDOW_TOKENS = 16
@@ -34,6 +34,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
             )
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
@@ -54,6 +55,7 @@ class Tokenizer:
                 f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
                 f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
+
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
@@ -127,10 +129,10 @@ class Tokenizer:
         """The special token whose text this is."""
         return self._special_ids.get(text)
 
-    def decoder(self, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> TextStream:
+    def decoder(self, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> IncrementalDetokenizer:
         """Return a decoder for one completion of `prompt`, whose last tokens may decide how the first new one reads."""
         skipped = self._special if skip_special_tokens else frozenset()
-        return TextStream(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
+        return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
 
     @property
     def size(self) -> int:
@@ -169,7 +171,7 @@ def _with_text(message: Message) -> Message:
     return {**message, "content": "\n".join(texts)}
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Decodes one completion token by token; text appears once it is whole UTF-8.
 
     The tokens of the last piece of text are decoded again together with those after it, since what a token's text is
@@ -197,6 +199,7 @@ class TextStream:
             return ""
         self._window.append(token_id)
         self._text = self._decode()
+
         pending = len(self._window) - self._context
         if not self._text.endswith(INCOMPLETE):
             text = self._show(len(self._text))
@@ -204,8 +207,10 @@ class TextStream:
                 self._begin_window(self._context)
                 self._context = len(self._window)
             return text
+
         if pending <= INCOMPLETE_BYTES:
             return ""
+
         # Bytes that are no UTF-8 and never will be. The last of them may still begin a character.
         text = self._show(max(len(self._text.rstrip(INCOMPLETE)), len(self._text) - INCOMPLETE_BYTES))
         if pending == WINDOW_TOKENS:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from phalanx.engine.client.in_group import GroupLLM
-from phalanx.engine.client.llm import RequestOutput
+from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.errors import PhalanxError
 from phalanx.engine.protocol.messages import Timings
 from phalanx.engine.protocol.sampling_params import SamplingParams

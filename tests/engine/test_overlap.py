@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.llm import RequestOutput
+from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.execution.worker import Worker
 from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.tests.engine import programs

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.llm import RequestOutput
+from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.llm import RequestOutput
+from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.coordinator import coordinator
 from phalanx.engine.engine import Engine

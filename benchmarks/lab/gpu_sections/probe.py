@@ -123,7 +123,7 @@ class Batch:
             waits.set()
             everybody.wait(2 * TIMEOUT_S)
 
-        inbox.put(wait)
+        self._coordinator.call_soon(wait)
         waits.wait(TIMEOUT_S)
         try:
             for submit in self._submits:

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from phalanx import LLM, AsyncLLM, EngineStopped, InvalidRequest, SamplingParams, Timeout
 from phalanx.engine.client.client import RequestHandle
-from phalanx.engine.client.llm import RequestOutput
+from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.execution.worker import Worker
 from phalanx.engine.protocol.messages import Delta, Finished, Submit
 from phalanx.engine.scheduling.step_plan import StepPlan
@@ -153,11 +153,11 @@ def test_the_garbage_collector_drops_a_stream_wherever_a_thread_is(llm: LLM) -> 
 
     def collect() -> None:
         nonlocal handle
-        with llm._client._lock:  # as when it runs within a line of the client's own
+        with llm.client._lock:  # as when it runs within a line of the client's own
             del handle
 
     _in_thread(collect).join(PATIENCE_S)
-    assert not llm._client._lock.locked()
+    assert not llm.client._lock.locked()
     _wait_until_idle(llm)
 
 
@@ -306,18 +306,18 @@ def test_a_failing_step_fails_every_request_with_the_rank_and_the_reason(
                 call()
 
 
-@pytest.mark.parametrize("method", ["accept", "update"])
+@pytest.mark.parametrize("method", ["process", "update"])
 def test_a_defect_in_another_thread_leaves_no_request_waiting(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    from phalanx.engine.coordinator.input_processor import Intake
+    from phalanx.engine.coordinator.input_processor import InputProcessor
     from phalanx.engine.coordinator.output_processor import OutputProcessor
 
     def broken(*args: Any) -> None:
         raise RuntimeError("a defect")
 
     with LLM(str(tiny), **CONFIG) as llm:
-        monkeypatch.setattr(Intake if method == "accept" else OutputProcessor, method, broken)
+        monkeypatch.setattr(InputProcessor if method == "process" else OutputProcessor, method, broken)
         with pytest.raises((EngineStopped, InvalidRequest), match="a defect"):
             llm.generate("abc", ENDLESS)
 

@@ -1,4 +1,4 @@
-"""Intake: defaults from request, configuration and generation_config, and what never gets as far as a step."""
+"""InputProcessor: defaults from request, configuration and generation_config, and what never gets as far as a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from phalanx import CheckpointError, EngineConfig, InvalidRequest, SamplingParams
-from phalanx.engine.coordinator.input_processor import Intake, sampling_defaults
+from phalanx.engine.coordinator.input_processor import InputProcessor, sampling_defaults
 from phalanx.engine.models.spec import ModelSpec, RopeSpec
 from phalanx.engine.protocol.messages import Submit
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan, encode
@@ -36,17 +36,17 @@ class _Words:
         return [3, *(token for message in messages for token in self.encode(message["content"])), 4]
 
 
-def _intake(generation: dict[str, Any] | None = None, eos: int | None = None, **config: Any) -> Intake:
+def _processor(generation: dict[str, Any] | None = None, eos: int | None = None, **config: Any) -> InputProcessor:
     values = {"model": "m", "max_num_seqs": 4, "max_num_batched_tokens": 8, **config}
-    return Intake(EngineConfig.from_dict(values), SPEC, _Words(eos), generation or {}, 32)  # type: ignore[arg-type]
+    return InputProcessor(EngineConfig.from_dict(values), SPEC, _Words(eos), generation or {}, 32)  # type: ignore[arg-type]
 
 
-def _accept(intake: Intake, **fields: Any) -> Any:
-    return intake.accept(Submit(id="a", **{"token_ids": [5], **fields}), "inner", 1.5)
+def _process(processor: InputProcessor, **fields: Any) -> Any:
+    return processor.process(Submit(id="a", **{"token_ids": [5], **fields}), "inner", 1.5)
 
 
-def _sampling(intake: Intake, **fields: Any) -> SlotSampling:
-    sampling = _accept(intake, sampling=SamplingParams(**fields)).samplings[0]
+def _sampling(processor: InputProcessor, **fields: Any) -> SlotSampling:
+    sampling = _process(processor, sampling=SamplingParams(**fields)).samplings[0]
     assert isinstance(sampling, SlotSampling)
     return sampling
 
@@ -55,14 +55,14 @@ SAMPLES = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "re
 
 
 def test_a_request_comes_before_the_configuration_and_that_before_generation_config() -> None:
-    intake = _intake(SAMPLES, sampling={"top_k": 30, "top_p": 0.9})
-    sampling = _sampling(intake, top_p=0.95)
+    processor = _processor(SAMPLES, sampling={"top_k": 30, "top_p": 0.9})
+    sampling = _sampling(processor, top_p=0.95)
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 30, 0.95)
     assert sampling.repetition_penalty == 1.05
 
 
 def test_an_explicit_zero_or_one_is_a_value_and_no_absence() -> None:
-    sampling = _sampling(_intake(SAMPLES), temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    sampling = _sampling(_processor(SAMPLES), temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0)
     assert sampling == SlotSampling(seed=sampling.seed, end_token_ids=(7,))
 
 
@@ -73,13 +73,13 @@ def test_generation_config_is_greedy_unless_it_samples() -> None:
 
 
 def test_max_tokens_falls_back_to_generation_config_and_then_to_the_context() -> None:
-    assert _accept(_intake({"max_new_tokens": 9})).max_tokens == 9
-    assert _accept(_intake({"max_new_tokens": 9}, sampling={"max_tokens": 5})).max_tokens == 5
-    assert _accept(_intake()).max_tokens == 32
+    assert _process(_processor({"max_new_tokens": 9})).max_tokens == 9
+    assert _process(_processor({"max_new_tokens": 9}, sampling={"max_tokens": 5})).max_tokens == 5
+    assert _process(_processor()).max_tokens == 32
 
 
 def test_a_stop_string_that_is_a_special_token_stops_at_that_token() -> None:
-    request = _accept(_intake(), sampling=SamplingParams(stop=("<end>", "<beyond>", "text"), stop_token_ids=(5,)))
+    request = _process(_processor(), sampling=SamplingParams(stop=("<end>", "<beyond>", "text"), stop_token_ids=(5,)))
     assert request.stop_token_ids == {5, 91}
     assert request.samplings[0].end_token_ids == (5, 7, 91)
 
@@ -107,7 +107,7 @@ def test_a_stop_string_that_is_a_special_token_stops_at_that_token() -> None:
 )
 def test_what_no_request_may_ask_a_generation_config_may_not_either(field: str, value: Any, sample: Any) -> None:
     with pytest.raises(CheckpointError, match=rf"^generation_config.json: {field}="):
-        _intake({field: value, "do_sample": sample})
+        _processor({field: value, "do_sample": sample})
 
 
 def test_a_generation_configs_zero_is_a_value() -> None:
@@ -115,30 +115,30 @@ def test_a_generation_configs_zero_is_a_value() -> None:
 
 
 def test_end_of_sequence_comes_from_generation_config_if_it_names_any() -> None:
-    assert _accept(_intake()).eos_token_ids == {7}
-    assert _accept(_intake({"eos_token_id": [8, 9]})).eos_token_ids == {8, 9}
+    assert _process(_processor()).eos_token_ids == {7}
+    assert _process(_processor({"eos_token_id": [8, 9]})).eos_token_ids == {8, 9}
     # A chat's fine-tuning may have changed the tokenizer's alone; what is outside the vocabulary is never sampled.
-    assert _accept(_intake({"eos_token_id": 8}, eos=9)).eos_token_ids == {8, 9}
-    assert _accept(_intake({"eos_token_id": [8, 100]}, eos=101)).eos_token_ids == {8}
-    ignoring = _accept(_intake(), sampling=SamplingParams(ignore_eos=True, stop_token_ids=(5,)))
+    assert _process(_processor({"eos_token_id": 8}, eos=9)).eos_token_ids == {8, 9}
+    assert _process(_processor({"eos_token_id": [8, 100]}, eos=101)).eos_token_ids == {8}
+    ignoring = _process(_processor(), sampling=SamplingParams(ignore_eos=True, stop_token_ids=(5,)))
     assert (ignoring.eos_token_ids, ignoring.stop_token_ids) == (set(), {5})
     assert ignoring.samplings[0].end_token_ids == (5,)
 
 
 def test_completions_and_unseeded_requests_have_seeds_of_their_own_and_equal_seeds_agree() -> None:
-    intake = _intake()
-    seeded = [_accept(intake, sampling=SamplingParams(seed=3, n=3)).samplings for _ in range(2)]
+    processor = _processor()
+    seeded = [_process(processor, sampling=SamplingParams(seed=3, n=3)).samplings for _ in range(2)]
     assert [s.seed for s in seeded[0]] == [s.seed for s in seeded[1]]
     assert len({s.seed for s in seeded[0]}) == 3
-    drawn = [_sampling(intake).seed for _ in range(5)]
+    drawn = [_sampling(processor).seed for _ in range(5)]
     assert len(set(drawn)) == 5
-    again = _intake()
+    again = _processor()
     assert [_sampling(again).seed for _ in range(5)] == drawn
-    assert _sampling(_intake(seed=1)).seed != drawn[0]
+    assert _sampling(_processor(seed=1)).seed != drawn[0]
 
 
 def test_prompt_logprobs_are_computed_for_the_first_completion_alone() -> None:
-    request = _accept(_intake(), sampling=SamplingParams(n=3, prompt_logprobs=2))
+    request = _process(_processor(), sampling=SamplingParams(n=3, prompt_logprobs=2))
     assert [sampling.prompt_logprobs for sampling in request.samplings] == [2, -1, -1]
 
 
@@ -174,7 +174,7 @@ def test_prompt_logprobs_are_computed_for_the_first_completion_alone() -> None:
 )
 def test_what_cannot_run_is_refused_by_value_range_and_setting(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        _accept(_intake(), **fields)
+        _process(_processor(), **fields)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,6 @@ def test_what_cannot_run_is_refused_by_value_range_and_setting(fields: dict[str,
     ],
 )
 def test_every_accepted_value_fits_the_plan_that_carries_it(fields: dict[str, Any]) -> None:
-    start = SlotStart(0, 1, [5], _sampling(_intake(), **fields))
+    start = SlotStart(0, 1, [5], _sampling(_processor(), **fields))
     plan = StepPlan(0, [start], [], [], [], [], [], [], [], [], 0, [])
     assert msgspec.msgpack.decode(encode(plan), type=StepPlan).starts == [start]

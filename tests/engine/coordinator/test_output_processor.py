@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from phalanx import LLM, InvalidRequest, SamplingParams
-from phalanx.engine.client.llm import CompletionOutput
+from phalanx.engine.client.outputs import CompletionOutput
 from phalanx.engine.coordinator.output_processor import OutputProcessor, StopStrings
-from phalanx.engine.coordinator.tokenizer import TextStream, Tokenizer
+from phalanx.engine.coordinator.tokenizer import IncrementalDetokenizer, Tokenizer
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import Delta, Event, Finished, Submit
 from phalanx.engine.scheduling.request import Request, SequenceUpdate
@@ -46,7 +46,7 @@ def smollm2_tokenizers(smollm2: Path) -> tuple[Tokenizer, Any]:
     return Tokenizer(smollm2), AutoTokenizer.from_pretrained(smollm2)
 
 
-def _pieces(stream: TextStream, tokens: list[int]) -> list[str]:
+def _pieces(stream: IncrementalDetokenizer, tokens: list[int]) -> list[str]:
     return [*(stream.step(token) for token in tokens), stream.flush()]
 
 
@@ -117,7 +117,7 @@ def test_a_tokenizer_whose_bytes_fall_back_one_by_one_shows_whole_characters_too
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokens = [257, 258, *(byte + 1 for byte in "🙂你".encode()), *[257, 258] * 20]
-    pieces = _pieces(TextStream(backend, frozenset()), tokens)
+    pieces = _pieces(IncrementalDetokenizer(backend, frozenset()), tokens)
     assert "".join(pieces) == backend.decode(tokens) == "ab🙂你" + " ab" * 20
     assert not any("\ufffd" in piece for piece in pieces)
 

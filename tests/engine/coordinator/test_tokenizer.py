@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phalanx import LLM, CheckpointError
-from phalanx.engine.coordinator.tokenizer import TextStream, Tokenizer
+from phalanx.engine.coordinator.tokenizer import IncrementalDetokenizer, Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
@@ -35,7 +35,7 @@ def sentencepiece() -> Backend:
 
 
 def _answer(backend: Any, prompt: list[int], tokens: list[int]) -> str:
-    stream = TextStream(backend, frozenset({0, 1, 2}), prompt)
+    stream = IncrementalDetokenizer(backend, frozenset({0, 1, 2}), prompt)
     return "".join([*(stream.step(token) for token in tokens), stream.flush()])
 
 

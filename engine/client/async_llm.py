@@ -1,0 +1,83 @@
+"""The Python API for asyncio: AsyncLLM, for programs that do not wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ..protocol.messages import Delta, Event, Failed, Finished, Status
+from ..protocol.sampling_params import SamplingParams
+from .client import to_error
+from .inputs import Messages, Prompt, make_submit
+from .llm import LLM
+from .outputs import OutputBuilder, RequestOutput
+
+
+class AsyncLLM:
+    """The same engine for asyncio: many requests at once on one event loop. Construction blocks until it is ready."""
+
+    def __init__(self, model: str, *, ranks: int = 1, **config: Any) -> None:
+        self._llm = LLM(model, ranks=ranks, **config)
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> AsyncLLM:
+        """An asyncio face on an LLM that is already there; close() closes it."""
+        wrapper = cls.__new__(cls)
+        wrapper._llm = llm
+        return wrapper
+
+    async def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> AsyncIterator[Delta | Finished]:
+        """Yield Delta events, then Finished. Leaving the iteration, or cancelling the task, aborts the request."""
+        client = self._llm.client
+        submit = make_submit(client.new_id(), prompt=prompt, messages=messages, sampling=sampling)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def on_event(event: Event) -> None:
+            # A loop that is closed by then raises, and the client aborts the request.
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        client.submit(submit, on_event)
+
+        ended = False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = isinstance(event, Finished | Failed)
+                if isinstance(event, Failed):
+                    raise to_error(event)
+                assert isinstance(event, Delta | Finished)
+                yield event
+        finally:
+            if not ended:
+                client.abort(submit.id)
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> RequestOutput:
+        """Complete one prompt or conversation; gather several calls to batch them."""
+        builder = OutputBuilder((sampling or SamplingParams()).n)
+        output = None
+        async for event in self.stream(prompt, messages=messages, sampling=sampling):
+            output = builder.add(event)
+        assert output is not None
+        return output
+
+    async def status(self) -> Status:
+        """The engine's state."""
+        return await asyncio.to_thread(self._llm.status)
+
+    async def close(self) -> None:
+        """End the engine with all its ranks."""
+        await asyncio.to_thread(self._llm.close)

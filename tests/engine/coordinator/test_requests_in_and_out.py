@@ -1,0 +1,285 @@
+"""The ends of the coordinator: what is accepted, refused and failed, in which order, and when the engine stops."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+from phalanx.engine.coordinator.egress import Egress
+from phalanx.engine.coordinator.ingress import Ingress
+from phalanx.engine.coordinator.registry import Owner, RequestRegistry
+from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest
+from phalanx.engine.protocol.messages import Abort, Delta, Event, Failed, Finished, Shutdown, StatusRequest, Submit
+from phalanx.engine.protocol.transport import OnCommand, Transport
+from phalanx.engine.scheduling.request import Request, SequenceUpdate
+from phalanx.engine.scheduling.step_plan import SlotSampling
+
+PATIENCE_S = 20.0
+ONE, OTHER = Owner(b"\x01", "a"), Owner(b"\x02", "a")
+
+
+class _Transport(Transport):
+    """Keeps what is sent: a message is a client and its events."""
+
+    def __init__(self) -> None:
+        self.messages: queue.SimpleQueue[tuple[bytes, list[Event]]] = queue.SimpleQueue()
+
+    def start(self, on_command: OnCommand) -> None:
+        raise NotImplementedError
+
+    def send(self, client: bytes, *events: Event) -> None:
+        self.messages.put((client, list(events)))
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def next(self) -> tuple[bytes, list[Event]]:
+        return self.messages.get(timeout=PATIENCE_S)
+
+
+class _Loop:
+    """Notes what it is asked for, by the name of the method, instead of doing it."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+
+    def call_soon(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._asked.put(partial(action, *args, **kwargs))
+
+    def stop(self) -> None:
+        self.call_soon(lambda: ("stop",))
+
+    def next(self) -> Any:
+        """The next thing asked for; raises what the loop would."""
+        return self._asked.get(timeout=PATIENCE_S)()
+
+    @property
+    def idle(self) -> bool:
+        return self._asked.empty()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args: (name, *args)
+
+
+class _Processor:
+    """Makes a request of anything but the prompts that name an error."""
+
+    def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
+        if submit.prompt == "invalid":
+            raise InvalidRequest("the prompt is invalid")
+        if submit.prompt == "defect":
+            raise KeyError("a defect")
+        return _request(request_id)
+
+
+def _request(request_id: str) -> Request:
+    sampling = SlotSampling(
+        temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+        frequency_penalty=0.0, seed=0, min_tokens=0, end_token_ids=(), bias_token_ids=(), bias_values=(), logprobs=-1,
+        prompt_logprobs=-1, processed_logprobs=False,
+    )  # fmt: skip
+    request = Request(id=request_id, prompt=[1], samplings=[sampling], max_tokens=4, arrived_at=0.0)
+    request.take_on(0, 8, None)
+    return request
+
+
+class _Ends:
+    """Both ends over one registry, and what is around them."""
+
+    def __init__(self) -> None:
+        self.transport, self.loop, self.registry = _Transport(), _Loop(), RequestRegistry()
+        self.egress = Egress(self.transport, None, self.registry, self.loop)
+        self.ingress = Ingress(_Processor(), self.registry, self.egress, self.loop)  # type: ignore[arg-type]
+        self.egress.start()
+        self.ingress.start()
+
+    def accept(self, owner: Owner) -> Request:
+        """A request of `owner`, as the scheduler has it once it was submitted."""
+        self.ingress.receive(owner.client, Submit(id=owner.external_id, prompt="x"))
+        name, added, request, submit = self.loop.next()
+        assert (name, added) == ("add", owner)
+        self.egress.begin(owner, submit)
+        assert isinstance(request, Request)
+        return request
+
+
+@pytest.fixture
+def ends() -> Iterator[_Ends]:
+    ends = _Ends()
+    yield ends
+    ends.ingress.close()
+    ends.egress.close()
+
+
+def _update(request: Request, token: int, **last: Any) -> SequenceUpdate:
+    return SequenceUpdate(request, request.sequences[0], [token], **last)
+
+
+def _failed(error: type[Exception], message: str) -> Failed:
+    return Failed("a", error.__name__, message)
+
+
+# ---- the registry
+
+
+def test_two_clients_may_use_the_same_id_and_one_client_may_not_use_it_twice() -> None:
+    registry = RequestRegistry()
+    for owner in (ONE, OTHER):
+        registry.check_unused(owner)
+        registry.add(owner)
+    with pytest.raises(InvalidRequest, match="id='a' is in use by a request that is not finished; choose another"):
+        registry.check_unused(ONE)
+    assert registry.remove(ONE.request_id) == ONE
+    assert registry.remove(ONE.request_id) is None
+    registry.check_unused(ONE)
+    assert registry.unfinished() == [OTHER.request_id]
+
+
+def test_a_closed_registry_refuses_with_the_first_reason_and_keeps_what_it_has() -> None:
+    registry = RequestRegistry()
+    registry.add(ONE)
+    assert [str(registry.close(why)) for why in ("first", "second")] == ["first", "first"]
+    for refused in (registry.check_open, lambda: registry.add(OTHER)):
+        with pytest.raises(EngineStopped, match="first"):
+            refused()
+    assert registry.unfinished() == [ONE.request_id]
+
+
+def test_each_request_is_either_refused_or_left_for_whoever_closes_the_registry() -> None:
+    for _ in range(50):
+        registry, go = RequestRegistry(), threading.Barrier(2)
+        refused = []
+
+        def add_all(registry: RequestRegistry = registry, go: Any = go, refused: list[str] = refused) -> None:
+            go.wait()
+            for number in range(100):
+                owner = Owner(b"", str(number))
+                try:
+                    registry.add(owner)
+                except EngineStopped:
+                    refused.append(owner.request_id)
+
+        thread = threading.Thread(target=add_all)
+        thread.start()
+        go.wait()
+        registry.close("the end")
+        left = registry.unfinished()
+        thread.join()
+        assert sorted([*left, *refused]) == sorted(f":{number}" for number in range(100))
+
+
+# ---- what comes in
+
+
+def test_commands_reach_the_step_loop_under_the_engines_own_ids(ends: _Ends) -> None:
+    assert ends.accept(ONE).id == ONE.request_id
+    for command in (Abort("a"), StatusRequest(), Shutdown()):
+        ends.ingress.receive(ONE.client, command)
+    assert [ends.loop.next() for _ in range(3)] == [
+        ("abort", ONE.request_id), ("report_status", ONE.client), ("stop",)
+    ]  # fmt: skip
+
+
+def test_a_request_is_refused_first_for_its_id_then_for_its_fields_then_for_an_engine_that_stopped(ends: _Ends) -> None:
+    ends.accept(ONE)
+    ends.registry.close("the engine was closed")
+    for owner, prompt in ((ONE, "invalid"), (OTHER, "invalid"), (OTHER, "x")):
+        ends.ingress.receive(owner.client, Submit(id="a", prompt=prompt))
+    in_use = "id='a' is in use by a request that is not finished; choose another"
+    assert [ends.transport.next() for _ in range(3)] == [
+        (ONE.client, [_failed(InvalidRequest, in_use)]),
+        (OTHER.client, [_failed(InvalidRequest, "the prompt is invalid")]),
+        (OTHER.client, [_failed(EngineStopped, "the engine was closed")]),
+    ]
+    assert ends.loop.idle
+
+
+def test_what_else_goes_wrong_while_a_request_is_taken_in_fails_that_request_alone(ends: _Ends) -> None:
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="defect"))
+    refusal = _failed(InvalidRequest, "the request was refused: KeyError('a defect')")
+    assert ends.transport.next() == (ONE.client, [refusal])
+    ends.accept(ONE)
+
+
+def test_closing_handles_what_was_received_and_drops_what_comes_later() -> None:
+    ends = _Ends()
+    for _ in range(100):
+        ends.ingress.receive(b"", StatusRequest())
+    ends.ingress.close()
+    ends.ingress.receive(b"", StatusRequest())
+    assert [ends.loop.next() for _ in range(100)] == [("report_status", b"")] * 100
+    assert ends.loop.idle
+    ends.egress.close()
+
+
+# ---- what goes out
+
+
+def test_what_one_step_brings_a_client_goes_to_it_as_one_message(ends: _Ends) -> None:
+    second = Owner(ONE.client, "b")
+    requests = [ends.accept(owner) for owner in (ONE, OTHER, second)]
+    ends.egress.deliver([_update(request, token) for token, request in enumerate(requests)])
+    assert ends.transport.next() == (ONE.client, [Delta("a", 0, "", [0]), Delta("b", 0, "", [2])])
+    assert ends.transport.next() == (OTHER.client, [Delta("a", 0, "", [1])])
+
+
+def test_an_id_is_free_again_once_its_request_finished_or_failed(ends: _Ends) -> None:
+    request = ends.accept(ONE)
+    ends.egress.deliver([_update(request, 5, finish_reason="length", request_finished=True)])
+    _, events = ends.transport.next()
+    assert [type(event) for event in events] == [Delta, Finished]
+    ends.accept(ONE)
+    ends.egress.fail(ONE.request_id, CapacityExceeded("the queue is full"))
+    assert ends.transport.next() == (ONE.client, [_failed(CapacityExceeded, "the queue is full")])
+    ends.accept(ONE)
+
+
+def test_a_failure_comes_after_what_was_due_and_nothing_comes_after_it(ends: _Ends) -> None:
+    request = ends.accept(ONE)
+    ends.egress.deliver([_update(request, 5)])
+    for _ in range(2):
+        ends.egress.fail(ONE.request_id, InvalidRequest("no number"))
+    ends.egress.deliver([_update(request, 6, finish_reason="abort", request_finished=True)])
+    ends.egress.close()
+    assert ends.transport.next() == (ONE.client, [Delta("a", 0, "", [5])])
+    assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "no number")])
+    assert ends.transport.messages.empty()
+
+
+def test_a_refusal_leaves_the_accepted_request_of_that_id_alone(ends: _Ends) -> None:
+    request = ends.accept(ONE)
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="x"))
+    _, [refusal] = ends.transport.next()
+    assert isinstance(refusal, Failed)
+    ends.egress.deliver([_update(request, 5)])
+    assert ends.transport.next() == (ONE.client, [Delta("a", 0, "", [5])])
+
+
+def test_when_the_engine_stops_every_accepted_request_fails_after_what_is_due(ends: _Ends) -> None:
+    finishing = ends.accept(ONE)
+    ends.ingress.receive(OTHER.client, Submit(id="a", prompt="x"))
+    ends.loop.next()  # accepted; a loop that has stopped never adds it
+    ends.egress.deliver([_update(finishing, 5, finish_reason="length", request_finished=True)])
+    ends.egress.fail_all(ends.registry.close("rank 0 failed"))
+    client, events = ends.transport.next()
+    assert (client, isinstance(events[-1], Finished)) == (ONE.client, True)
+    assert ends.transport.next() == (OTHER.client, [_failed(EngineStopped, "rank 0 failed")])
+    assert ends.registry.unfinished() == []
+
+
+def test_a_defect_of_either_thread_is_raised_in_the_step_loop(ends: _Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(ends.transport, "send", broken)
+    ends.egress.send(b"", Failed("a", "", ""))
+    with pytest.raises(RuntimeError, match="a defect"):
+        ends.loop.next()
+    monkeypatch.setattr(ends.loop, "stop", broken)
+    ends.ingress.receive(b"", Shutdown())
+    with pytest.raises(RuntimeError, match="a defect"):
+        ends.loop.next()
