@@ -34,7 +34,7 @@ test-gpu: setup
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp kernels/cpu/amx/*.h kernels/cpu/amx/*.cpp parallel/collectives/native/*.h parallel/collectives/native/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp')
 	mkdir -p $(VENV)/typecheck && ln -sfn "$(CURDIR)" $(VENV)/typecheck/phalanx
 	cd $(VENV)/typecheck && ../bin/mypy phalanx/engine phalanx/parallel phalanx/launch
 

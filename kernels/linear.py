@@ -31,10 +31,10 @@ class PackedWeight:
     """A weight laid out in panels of 16 rows, as kernels/cpu/kernels.h has it: what is multiplied together stands so.
 
     `quantization` is one of KINDS. With none, bfloat16 numbers are kept bit for bit, but in 12 bits each where the
-    kernels are fast at that and the numbers allow it (kernels/cpu/compressed.h). int8 keeps 8 bits of each number and a
-    float32 scale for each 32 columns of a row, int4 keeps 4 bits and a scale for each 64; w8a8 keeps 8 bits and a scale
-    for each row, and rounds x to 8 bits too, with a scale for each of its rows. All are symmetric: a number stands for
-    itself times its scale.
+    kernels are fast at that and the numbers allow it (kernels/cpu/gemm/compressed.h). int8 keeps 8 bits of each number
+    and a float32 scale for each 32 columns of a row, int4 keeps 4 bits and a scale for each 64; w8a8 keeps 8 bits and a
+    scale for each row, and rounds x to 8 bits too, with a scale for each of its rows. All are symmetric: a number
+    stands for itself times its scale.
     """
 
     KINDS = ("none", "int8", "int4", "w8a8")

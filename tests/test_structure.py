@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.protocol.sampling_params import SamplingParams
 from phalanx.launch.cli.schema import field_docs
+from phalanx.tests.cpp_functions import functions
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["kernels", "parallel", "engine", "serving", "launch"]  # each may import those before it
@@ -32,10 +34,12 @@ ENGINE_ROOMS = [
 FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 400, 60, 12
 
 
-def _sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+def _sources(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*"))
+    return sorted(path for path in paths if path.suffix in suffixes)
 
 
+ALL_SUFFIXES, CPP_SUFFIXES = (".py", ".h", ".cpp"), (".h", ".cpp")
 PACKAGE = [ROOT / "__init__.py", *_sources(*LAYERS)]
 
 
@@ -91,9 +95,13 @@ def test_serving_speaks_to_the_engine_as_its_clients_do() -> None:
         assert rooms <= {"errors", "protocol", "config", "client"}, path
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in _sources(*LAYERS, "benchmarks")}), ids=str)
+@pytest.mark.parametrize(
+    "folder",
+    sorted({path.parent for path in _sources(*LAYERS, "benchmarks", suffixes=ALL_SUFFIXES)}),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_a_folder_has_at_most_twelve_files(folder: Path) -> None:
-    assert len([path for path in folder.iterdir() if path.suffix in (".py", ".h", ".cpp")]) <= FOLDER_FILES
+    assert len([path for path in folder.iterdir() if path.suffix in ALL_SUFFIXES]) <= FOLDER_FILES
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -112,6 +120,59 @@ def test_no_file_and_no_function_outgrows_its_room(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize(
+    "path",
+    _sources(*LAYERS, "benchmarks", suffixes=CPP_SUFFIXES),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_cpp_file_and_no_cpp_function_outgrows_its_room(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= FILE_LINES
+    assert [function for function in functions(text) if function.lines > FUNCTION_LINES] == []
+
+
+@pytest.mark.parametrize("path", _sources(*LAYERS, suffixes=CPP_SUFFIXES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_cpp_file_includes_only_files_that_there_are(path: Path) -> None:
+    included = re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE)
+    assert [name for name in included if not (path.parent / name).is_file()] == []
+
+
+def _cpp_function(head: str, lines: int) -> str:
+    """A function of so many lines, with braces that open nothing."""
+    return "\n".join([f"{head} {{", *["    if (x) { f('{', \"}\"); }  // }"] * (lines - 2), "}"])
+
+
+def test_a_cpp_function_of_61_lines_is_found_wherever_it_stands() -> None:
+    source = f"""
+#define OPEN {{
+namespace a {{
+enum class E : int {{ kOne, kTwo }};
+const int kTable[] = {{1, 2}};
+struct alignas(64) S {{
+    std::atomic<int> count{{0}};
+    template <class T, int N = (1 + 1)>
+    T short_one(T x) const {{ return x; }}  /* {{ */
+
+    {_cpp_function("explicit S(int x) : count(x)", 61)}
+}};
+{_cpp_function("void just_fits(int x)", 60)}
+{_cpp_function("PYBIND11_MODULE(_native, m)", 61)}
+}}  // namespace a
+"""
+    assert [(function.head, function.lines) for function in functions(source)] == [
+        ("template <class T, int N = (1 + 1)> T short_one(T x) const", 2),
+        ("explicit S(int x) : count(x)", 61),
+        ("void just_fits(int x)", 60),
+        ("PYBIND11_MODULE(_native, m)", 61),
+    ]
+
+
+def test_cpp_braces_that_do_not_match_are_an_error() -> None:
+    for source in ("void f() {", "void f() {}\n}"):
+        with pytest.raises(ValueError, match="brace"):
+            list(functions(source))
 
 
 def test_scheduling_and_the_protocol_know_no_torch() -> None:

@@ -1,8 +1,8 @@
 """How fast this machine reads memory and caches and multiplies matrices: measured, with how far the repeats were apart.
 
 A rate is the best of its repeats, for nothing makes a machine faster than it is; the median says how much something
-else slowed it down meanwhile. The C++ kernels' own loops find the limits, without an engine: see kernels/cpu/rates.h.
-torch's operations stand beside them, and serve where the kernels are not built.
+else slowed it down meanwhile. The C++ kernels' own loops find the limits, without an engine: see
+kernels/cpu/runtime/rates.h. torch's operations stand beside them, and serve where the kernels are not built.
 """
 
 from __future__ import annotations

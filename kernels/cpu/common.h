@@ -10,4 +10,4 @@
 #include <utility>
 
 #include "kernels.h"
-#include "pool.h"
+#include "runtime/scratch.h"

@@ -95,8 +95,9 @@ struct Linear {
     void* out;
     int64_t ldo;
     bool out_tiles;  // of kSiluMul with a whole number of tiles: out becomes A tiles
-    // The plan of its tasks, see run_chunk() in operations.cpp: x is cut into row blocks, which the micro-kernel takes,
-    // of which m_tiles are made; the columns into units of two panels. A task is one tile by units_per_task units.
+    // The plan of its tasks, see run_chunk() in runtime/operations.cpp: x is cut into row blocks, which the
+    // micro-kernel takes, of which m_tiles are made; the columns into units of two panels. A task is one tile by
+    // units_per_task units.
     int row_blocks, m_tiles, n_units, units_per_task;
     int word_block;  // words of k that are multiplied in one go
     int block_rows;  // with tiles: rows of a block, also of the last, in which some may be missing
@@ -183,7 +184,7 @@ struct Kernels {
     int64_t (*noisy_argmax)(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
                             float* value);
     void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
-    // What rates.cpp measures the machine with.
+    // What runtime/rates.cpp measures the machine with.
     float (*sum)(const float* from, int64_t size, int64_t times, ReadPattern pattern);
     float (*multiply_add)(int64_t steps);
     int64_t (*compress)(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number);
@@ -193,7 +194,7 @@ struct Kernels {
     float (*tile_products)(bool int8, int64_t steps);
 };
 
-// kCompressed: a panel is cut into groups of so many words, or what is left; see compressed.h.
+// kCompressed: a panel is cut into groups of so many words, or what is left; see gemm/compressed.h.
 constexpr int kGroupWords = 64, kTableBytes = 16, kQuadBytes = 192;
 
 // Of a panel's tables, and of the whole panel.

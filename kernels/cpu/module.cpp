@@ -9,11 +9,12 @@
 #include <utility>
 #include <vector>
 
-#include "operations.h"
-#include "pool.h"
-#include "rates.h"
-#include "stack.h"
-#include "weights.h"
+#include "gemm/weights.h"
+#include "runtime/dispatch.h"
+#include "runtime/operations.h"
+#include "runtime/pool.h"
+#include "runtime/rates.h"
+#include "runtime/stack.h"
 
 namespace py = pybind11;
 using namespace phalanx;
@@ -122,10 +123,7 @@ void rope(uintptr_t qkv, int64_t ld, uintptr_t cos, uintptr_t sin, uintptr_t q_n
               tokens, heads, kv_heads, head_dim, block_size});
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_native, m) {
-    m.doc() = "phalanx's arithmetic on CPUs";
+void bind_layers(py::module_& m) {
     py::class_<Linear>(m, "Weight").def(py::init(&make_weight));
     py::class_<AttentionPlan>(m, "AttentionPlan").def(py::init(&make_plan));
     py::class_<DecoderStack>(m, "DecoderStack")
@@ -136,6 +134,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("attention", &attention);
     m.def("norm", &norm);
     m.def("rope", &rope);
+}
+
+void bind_weights(py::module_& m) {
     m.def("pack_weight", [](uintptr_t weight, int64_t n, int64_t k, int dtype) {
         py::gil_scoped_release release;
         pack_weight(static_cast<DType>(dtype), at<void*>(weight), n, k);
@@ -161,6 +162,9 @@ PYBIND11_MODULE(_native, m) {
               py::gil_scoped_release release;
               look_up_compressed(at(weight), at(apart), n, k, at<const int64_t*>(rows), count, at<void*>(out));
           });
+}
+
+void bind_quantization(py::module_& m) {
     m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, int64_t group, uintptr_t numbers,
                               uintptr_t scales, uintptr_t sums) {
         py::gil_scoped_release release;
@@ -177,6 +181,9 @@ PYBIND11_MODULE(_native, m) {
         look_up_int8(at(numbers), at<const float*>(scales), n, k, together, group, at<const int64_t*>(rows), count,
                      at<void*>(out));
     });
+}
+
+void bind_sampling(py::module_& m) {
     m.def("argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t values, uintptr_t places) {
         py::gil_scoped_release release;
         run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(places));
@@ -191,6 +198,9 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         run_block_maxima(at<const float*>(rows), count, size, block, at<float*>(out));
     });
+}
+
+void bind_threads(py::module_& m) {
     m.def(
         "set_threads",
         [](int count, const std::vector<int>& cpus) {
@@ -211,6 +221,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("count"), py::arg("cpus") = std::vector<int>());
     m.def("threads", &threads);
     m.def("bound", &bound);
+}
+
+void bind_kernels(py::module_& m) {
     m.def("kernels", [] { return std::string(kernels().name); });
     m.def("use_kernels", [](const std::string& name) {
         const Kernels* found = find_kernels(name.c_str());
@@ -223,6 +236,9 @@ PYBIND11_MODULE(_native, m) {
         return by_tiles(kernels(), job) ? 4 : 2;
     });
     m.def("can_run", [](const std::string& name) { return find_kernels(name.c_str()) != nullptr; });
+}
+
+void bind_rates(py::module_& m) {
     m.def("read_rate", [](int64_t bytes, double seconds) {
         py::gil_scoped_release release;
         return read_rate(bytes, seconds);
@@ -242,4 +258,17 @@ PYBIND11_MODULE(_native, m) {
             return tile_rate(int8, steps, seconds);
         },
         py::arg("int8"), py::arg("steps"), py::arg("seconds") = 0.0);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "phalanx's arithmetic on CPUs";
+    bind_layers(m);
+    bind_weights(m);
+    bind_quantization(m);
+    bind_sampling(m);
+    bind_threads(m);
+    bind_kernels(m);
+    bind_rates(m);
 }

@@ -66,7 +66,7 @@ void rope_token(const Rope& job, int token) {
     T* row = static_cast<T*>(job.qkv) + token * job.ld;
     const T* cos = job.cos ? static_cast<const T*>(job.cos) + static_cast<int64_t>(token) * dim : nullptr;
     const T* sin = static_cast<const T*>(job.sin) + static_cast<int64_t>(token) * dim;
-    T* buffer = static_cast<T*>(scratch(2, 2 * dim * sizeof(T)));
+    T* buffer = static_cast<T*>(scratch(Scratch::kRotatedHead, 2 * dim * sizeof(T)));
     T* rotated = buffer + dim;
     for (int h = 0; h < job.heads; ++h) {
         T* head = row + static_cast<int64_t>(h) * dim;

@@ -1,5 +1,5 @@
-// Attention over a cache of bfloat16 by tiles: attend.h's way, with both of its products made of tiles. Included inside
-// an instruction set's namespace.
+// Attention over a cache of bfloat16 by tiles: the way of attend/task.h, with both of its products made of tiles.
+// Included inside an instruction set's namespace.
 //
 //     scores (rows x keys)  =  queries (A: rows x head_dim)   *  keys (B: head_dim x 16 keys, as a block has them)
 //     sums (rows x head_dim) += weights (A: rows x 32 keys)   *  values (B: 32 keys x 16 dimensions)
@@ -35,8 +35,8 @@ struct TileScores {
     float* shrink;   // (rows,) what sums so far are to be multiplied by
 };
 
-// Sums over the keys of a segment. As Running in attend.h, in powers of two: most has log2(e) in it; but a row's weight
-// is sixteen sums, of every sixteenth key each.
+// Sums over the keys of a segment. As Running in attend/softmax.h, in powers of two: most has log2(e) in it; but a
+// row's weight is sixteen sums, of every sixteenth key each.
 struct TileSums {
     float* sums;    // (rows, width)
     float* most;    // (rows,)
@@ -135,7 +135,7 @@ struct TileAttention {
         constexpr int kParts = sizeof(sizes) / sizeof(sizes[0]);
         int64_t all = 0;
         for (int64_t size : sizes) all += ceil_div(size, 64) * 64;
-        char *memory = static_cast<char*>(scratch(1, all)), *parts[kParts];
+        char *memory = static_cast<char*>(scratch(Scratch::kAttentionTask, all)), *parts[kParts];
         for (int i = 0; i < kParts; ++i) {
             parts[i] = memory;
             memory += ceil_div(sizes[i], 64) * 64;
@@ -294,7 +294,7 @@ struct TileAttention {
         if (task.partial >= 0)
             return store_partial(0, job.partials + static_cast<int64_t>(task.partial) * job.query_rows * (dim + 2));
         if (segments > 1) {
-            partials = static_cast<float*>(scratch(12, segments * stride * 4));
+            partials = static_cast<float*>(scratch(Scratch::kSegmentPartials, segments * stride * 4));
             for (int s = 0; s < segments; ++s) store_partial(s, partials + s * stride);
         }
         for (int r = 0; r < rows; ++r) {

@@ -243,9 +243,10 @@ struct TileTask : TileRange {
         block_bytes = int64_t{job.block_rows} * 128;
         unit_bytes = (last_block - first_block) * block_bytes;
         by_units = (last_block - first_block) * job.block_rows * packed_row_bytes(job) <= kCachedBytes;
-        sums = static_cast<char*>(scratch(0, (by_units ? 1 : job.units_per_task) * unit_bytes));
+        sums = static_cast<char*>(scratch(Scratch::kLinearSums, (by_units ? 1 : job.units_per_task) * unit_bytes));
         const int64_t words = few_rows(job) ? 3 * kGroupWords : 2 * job.word_block;
-        room = static_cast<char*>(scratch(6, ceil_div(words, kTileWords) * kTileBytes + kTileBytes));
+        room =
+            static_cast<char*>(scratch(Scratch::kLinearWeights, ceil_div(words, kTileWords) * kTileBytes + kTileBytes));
     }
 
     void run() {

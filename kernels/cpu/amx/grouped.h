@@ -132,8 +132,9 @@ struct GroupedTask : TileRange {
         panel_bytes = Groups::panel_bytes(job);
         block_bytes = packed_row_bytes(job) * job.block_rows;
         block_sums = int64_t{job.block_rows} * 32;
-        sums = static_cast<float*>(scratch(0, (last_block - first_block) * block_sums * 4));
-        room = static_cast<char*>(scratch(6, kRoomBytes + 2 * kChunkGroups * Groups::kSumTiles * kTileBytes));
+        sums = static_cast<float*>(scratch(Scratch::kLinearSums, (last_block - first_block) * block_sums * 4));
+        room = static_cast<char*>(
+            scratch(Scratch::kLinearWeights, kRoomBytes + 2 * kChunkGroups * Groups::kSumTiles * kTileBytes));
         sums_of_groups = room + kRoomBytes;
     }
 
@@ -213,7 +214,7 @@ struct Int8Rows : TileRange {
     float* sums;
 
     Int8Rows(const Linear& job, const PackedRows& x, int task) : TileRange(tile_range(job, task)), job(job), x(x) {
-        sums = static_cast<float*>(scratch(0, kVectorRows * 32 * 4));
+        sums = static_cast<float*>(scratch(Scratch::kLinearSums, kVectorRows * 32 * 4));
     }
 
     void run() {

@@ -1,4 +1,4 @@
-// Linear layers by AMX's tiles: what isa.h calls. Included inside an instruction set's namespace.
+// Linear layers by AMX's tiles: what targets/isa.h calls. Included inside an instruction set's namespace.
 
 #include "tiles.h"
 #include "pack.h"

@@ -1,4 +1,4 @@
-// What the tiles can do at best, for rates.cpp. Included inside an instruction set's namespace.
+// What the tiles can do at best, for runtime/rates.cpp. Included inside an instruction set's namespace.
 
 template <class Products>
 INLINE void multiply_four(const char* a, const char* b) {

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../kernels/cpu/add_reduced.h"
+#include "../../../kernels/cpu/add_reduced.h"
 #include "member.h"
 #include "sum.h"
 

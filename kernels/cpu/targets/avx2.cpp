@@ -1,4 +1,4 @@
-#include "common.h"
+#include "../common.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)

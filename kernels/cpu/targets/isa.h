@@ -11,17 +11,21 @@ constexpr int kTaskRows = 128;
 constexpr int kTaskRows = 48;
 #endif
 
-#include "vectors.h"
-#include "multiply.h"
-#include "quantized.h"
-#include "compressed.h"
-#include "linear.h"
-#include "attend.h"
-#include "rows.h"
+#include "../vectors.h"
+#include "../gemm/multiply.h"
+#include "../gemm/quantized.h"
+#include "../gemm/compressed.h"
+#include "../gemm/linear.h"
+#include "../attend/pieces.h"
+#include "../attend/softmax.h"
+#include "../attend/values.h"
+#include "../attend/task.h"
+#include "../attend/merge.h"
+#include "../rows.h"
 #if PHALANX_ISA_TILES
-#include "amx/linear.h"
-#include "amx/attention.h"
-#include "amx/rate.h"
+#include "../amx/linear.h"
+#include "../amx/attention.h"
+#include "../amx/rate.h"
 #endif
 
 template <class F>

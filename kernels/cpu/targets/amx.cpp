@@ -18,7 +18,7 @@
 #define PHALANX_ISA_BF16 1
 #define PHALANX_ISA_TILES 1
 #define PHALANX_ISA_ROWS 12
-#include "../isa.h"
+#include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,7 +1,7 @@
 // Weights as the kernels want them: what loading a model does once, and rows picked out again.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace phalanx {
 

@@ -24,7 +24,7 @@ inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, in
     const Tile tile = tile_of(job, task);
     const int64_t panel_bytes = compressed_bytes(job.words);
     const auto* weight = static_cast<const uint8_t*>(job.weight);
-    float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
+    float* sums = static_cast<float*>(scratch(Scratch::kLinearSums, tile.rows * 32 * sizeof(float)));
     const int64_t ahead = job.m < kRowsThatWait ? 0 : panels_step(job) * panel_bytes;
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
@@ -74,10 +74,11 @@ template <class T>
 void linear_task(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / words_per_stored(job.kind);
-    float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
+    float* sums = static_cast<float*>(scratch(Scratch::kLinearSums, tile.rows * 32 * sizeof(float)));
     const uint32_t* weight = static_cast<const uint32_t*>(job.weight);
     const bool plain = job.kind == WeightKind::kPlain;
-    uint32_t* decoded = plain ? nullptr : static_cast<uint32_t*>(scratch(6, 2 * 64 * job.word_block));
+    uint32_t* decoded =
+        plain ? nullptr : static_cast<uint32_t*>(scratch(Scratch::kLinearWeights, 2 * 64 * job.word_block));
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
         for (int64_t k = 0; k < job.words; k += job.word_block) {
@@ -121,7 +122,7 @@ void linear_task_of_numbers(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_bytes = static_cast<int64_t>(job.words) * N::kWeightBytes;
     const char* weight = static_cast<const char*>(job.weight);
-    float* sums = static_cast<float*>(scratch(0, tile.rows * 32 * sizeof(float)));
+    float* sums = static_cast<float*>(scratch(Scratch::kLinearSums, tile.rows * 32 * sizeof(float)));
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
         for (int block = tile.first_block; block < tile.last_block; ++block) {

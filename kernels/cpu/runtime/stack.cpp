@@ -3,22 +3,19 @@
 #include <cmath>
 #include <cstring>
 
-#include "pool.h"
+#include "scratch.h"
 
 namespace phalanx {
 namespace {
 
-constexpr int kNormed = 8, kProduct = 9, kAttended = 10, kChosen = 11;  // places in scratch()
-
 // Room for what a projection multiplies, as it had best stand.
-Rows room_for(const Projection& projection, const StackStep& step, int place) {
+Rows room_for(const Projection& projection, const StackStep& step, Scratch slot) {
     const Linear& weight = projection.weight;
-    return {scratch(place, rows_bytes(weight.dtype, step.tokens, weight.k)), weight.k,
-            wants_tiles(weight, step.tokens)};
+    return {scratch(slot, rows_bytes(weight.dtype, step.tokens, weight.k)), weight.k, wants_tiles(weight, step.tokens)};
 }
 
 Rows normed(const DecoderStack& stack, const StackStep& step, const float* norm, const Projection& first) {
-    const Rows x = room_for(first, step, kNormed);
+    const Rows x = room_for(first, step, Scratch::kNormedRows);
     run_norm({stack.dtype, step.total, norm, stack.eps, x.first, step.tokens, stack.hidden, x.tiles});
     return x;
 }
@@ -39,7 +36,7 @@ void gather_rows(const void* from, int64_t stride, const int64_t* rows, int coun
 // With `choose` the tokens of the choice alone go on.
 void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, StackStep& step, bool choose) {
     const int64_t item = element_bytes(stack.dtype);
-    void* qkv = scratch(kProduct, item * step.tokens * layer.qkv.weight.n);
+    void* qkv = scratch(Scratch::kProjectedRows, item * step.tokens * layer.qkv.weight.n);
     multiply(layer.qkv.weight, normed(stack, step, layer.attention_norm, layer.qkv), step.tokens, layer.qkv.bias,
              Output::kStore, {qkv, layer.qkv.weight.n});
     run_rope({stack.dtype, qkv, layer.qkv.weight.n, step.cos, step.sin, layer.q_norm, layer.k_norm, stack.eps,
@@ -50,7 +47,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
     job.ldq = layer.qkv.weight.n;
     const int64_t width = layer.output.weight.k;  // of the queries, which come first
     if (choose) {
-        void* queries = scratch(kChosen, item * step.chosen * width);
+        void* queries = scratch(Scratch::kChosenQueries, item * step.chosen * width);
         gather_rows(qkv, item * job.ldq, step.choice, step.chosen, item * width, queries);
         const int64_t row = sizeof(float) * stack.hidden;
         gather_rows(step.total, row, step.choice, step.chosen, row, step.chosen_total);
@@ -61,7 +58,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
         job.ldq = width;
     }
     if (step.tokens == 0) return;
-    const Rows attended = room_for(layer.output, step, kAttended);
+    const Rows attended = room_for(layer.output, step, Scratch::kAttendedRows);
     job.dtype = stack.dtype;
     job.keys = layer.keys;
     job.values = layer.values;
@@ -78,7 +75,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
 }
 
 void run_mlp_half(const DecoderStack& stack, const DecoderLayer& layer, const StackStep& step) {
-    const Rows product = room_for(layer.down, step, kProduct);
+    const Rows product = room_for(layer.down, step, Scratch::kProjectedRows);
     multiply(layer.gate_up.weight, normed(stack, step, layer.mlp_norm, layer.gate_up), step.tokens, layer.gate_up.bias,
              Output::kSiluMul, product);
     project(layer.down, step, product);

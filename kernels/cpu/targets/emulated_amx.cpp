@@ -1,5 +1,5 @@
-// The code that AMX runs, with its instructions in plain C++ (tiles.h) and portable vectors around them: for tests on
-// any processor, and chosen only by its name.
+// The code that AMX runs, with its instructions in plain C++ (amx/tiles.h) and portable vectors around them: for tests
+// on any processor, and chosen only by its name.
 #include "../common.h"
 
 #define PHALANX_ISA_NAME emulated_amx
@@ -10,4 +10,4 @@
 #define PHALANX_ISA_TILES 1
 #define PHALANX_ISA_EMULATED_TILES 1
 #define PHALANX_ISA_ROWS 2
-#include "../isa.h"
+#include "isa.h"

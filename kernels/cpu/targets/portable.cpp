@@ -1,4 +1,4 @@
-#include "common.h"
+#include "../common.h"
 
 #define PHALANX_ISA_NAME portable
 #define PHALANX_ISA_TABLE kPortable

@@ -10,7 +10,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "operations.h"
+#include "dispatch.h"
 #include "pool.h"
 
 namespace phalanx {

@@ -3,17 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
-#include <string_view>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "dispatch.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace phalanx {
 namespace {
@@ -29,18 +23,6 @@ constexpr int64_t kOwnPackedBytes = 16 << 20;
 constexpr int64_t kOwnTileBytes = 1 << 18;  // tiles multiply so fast that fewer rows pay
 constexpr int kOwnPackedColumns = 64;       // for each thread
 constexpr int kTasksPerThread = 16;         // of many rows: so that a thread which is held up costs little
-
-const Kernels* best_kernels() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    for (const char* name : {"avx512_amx", "avx512_bf16", "avx512", "avx2"}) {
-        if (const Kernels* found = find_kernels(name)) return found;
-    }
-#endif
-    return &kPortable;
-}
-
-const Kernels* current = nullptr;
 
 // The rows of x as row blocks, and the tasks: for the micro-kernel of vectors.
 void plan_vectors(Linear& job, int rows_each) {
@@ -97,8 +79,10 @@ void run_chunk(Linear& job) {
     const int tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
     const int64_t bytes = tiles ? int64_t{job.row_blocks} * job.block_rows * k.row_bytes(job)
                                 : static_cast<int64_t>(job.m) * job.words * 4;
-    const auto room = [&] { return static_cast<uint32_t*>(scratch(3, bytes)); };
-    const auto room_for_scales = [&] { return static_cast<float*>(scratch(7, job.m * sizeof(float))); };
+    const auto room = [&] { return static_cast<uint32_t*>(scratch(Scratch::kPackedRows, bytes)); };
+    const auto room_for_scales = [&] {
+        return static_cast<float*>(scratch(Scratch::kRowScales, job.m * sizeof(float)));
+    };
     const int64_t own_bytes = tiles ? kOwnTileBytes : kOwnPackedBytes;
     if (as_it_stands(k, job)) {
         const PackedRows x{static_cast<const uint32_t*>(job.x), nullptr};
@@ -124,51 +108,7 @@ void run_chunk(Linear& job) {
     }
 }
 
-#if PHALANX_HAS_AMX
-// Whether the processor has AMX for both kinds of numbers, and the system lets this process use it: the state of its
-// tiles is large, so Linux wants to be asked, once a process (arch_prctl(2), ARCH_REQ_XCOMP_PERM).
-bool may_use_tiles() {
-    static const bool may = [] {
-        constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTiles | kInt8;
-        unsigned a, b, c, d;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
-        constexpr long kRequest = 0x1023, kTileData = 18;
-        return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-    }();
-    return may;
-}
-#endif
-
 }  // namespace
-
-const Kernels* find_kernels(const char* name) {
-    std::string_view wanted(name);
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-#if PHALANX_HAS_AMX
-    if (bf16 && wanted == kAvx512Amx.name && may_use_tiles()) return &kAvx512Amx;
-#endif
-    if (bf16 && wanted == kAvx512Bf16.name) return &kAvx512Bf16;
-    if (avx512 && wanted == kAvx512.name) return &kAvx512;
-    if (avx2 && wanted == kAvx2.name) return &kAvx2;
-#endif
-    if (wanted == kEmulatedAmx.name) return &kEmulatedAmx;
-    return wanted == kPortable.name ? &kPortable : nullptr;
-}
-
-void use_kernels(const Kernels* kernels) {
-    current = kernels;
-    set_idle(kernels->release);
-}
-
-const Kernels& kernels() {
-    if (current == nullptr) use_kernels(best_kernels());
-    return *current;
-}
 
 void run_linear(Linear job) {
     if (job.kind == WeightKind::kInt8 && (job.together == 4) != by_tiles(kernels(), job))
@@ -256,8 +196,9 @@ void run_attention(AttentionPlan& plan, const Attention& layer) {
     job.tasks = plan.tasks.data();
     job.count = static_cast<int>(plan.tasks.size()) / kTaskFields;
     job.query_rows = k.query_rows;
-    job.partials = static_cast<float*>(
-        scratch(5, static_cast<int64_t>(plan.partials) * job.query_rows * (job.head_dim + 2) * sizeof(float)));
+    job.partials =
+        static_cast<float*>(scratch(Scratch::kTaskPartials, static_cast<int64_t>(plan.partials) * job.query_rows *
+                                                                (job.head_dim + 2) * sizeof(float)));
     auto body = [&](int task) { k.attention(job, task); };
     parallel(job.count, body);
     auto merge = [&](int i) {

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "operations.h"
-#include "pool.h"
+#include "../runtime/dispatch.h"
+#include "../runtime/pool.h"
+#include "../runtime/scratch.h"
 
 namespace phalanx {
 
@@ -12,7 +13,7 @@ void pack_weight(DType dtype, void* weight, int64_t n, int64_t k) {
     int64_t words = k * element_bytes(dtype) / 4;
     auto* panels = static_cast<uint32_t*>(weight);
     auto body = [&](int panel) {
-        auto* rows = static_cast<uint32_t*>(scratch(4, words * kPanel * 4));
+        auto* rows = static_cast<uint32_t*>(scratch(Scratch::kUnpackedRows, words * kPanel * 4));
         uint32_t* to = panels + panel * words * kPanel;
         std::memcpy(rows, to, words * kPanel * 4);
         for (int64_t first = 0; first < words; first += 16) {

@@ -3,15 +3,9 @@
 
 #include <vector>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace phalanx {
-
-// The best set of kernels this processor runs, or the one named. Null if there is none of that name or it cannot run
-// it.
-const Kernels* find_kernels(const char* name);
-void use_kernels(const Kernels* kernels);
-const Kernels& kernels();
 
 void run_linear(Linear job);
 

@@ -31,7 +31,4 @@ void parallel(int tasks, const F& body) {
     run_tasks(tasks, [](void* context, int task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&body));
 }
 
-// Memory of the calling thread, at least `bytes`, aligned to 64; good until this thread asks for the same slot again.
-void* scratch(int slot, int64_t bytes);
-
 }  // namespace phalanx

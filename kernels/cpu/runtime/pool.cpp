@@ -10,9 +10,7 @@
 #include <atomic>
 #include <cerrno>
 #include <climits>
-#include <cstdlib>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -240,25 +238,5 @@ void run_tasks(int tasks, Task task, void* context) {
 }
 
 void set_idle(void (*idle)()) { on_idle.store(idle, std::memory_order_relaxed); }
-
-void* scratch(int slot, int64_t bytes) {
-    struct Buffer {
-        void* memory = nullptr;
-        int64_t size = 0;
-        ~Buffer() { std::free(memory); }
-    };
-    static thread_local Buffer buffers[16];
-    Buffer& buffer = buffers[slot];
-    if (buffer.size < bytes) {
-        std::free(buffer.memory);
-        buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        buffer.memory = std::aligned_alloc(64, buffer.size);
-        if (buffer.memory == nullptr) {
-            buffer.size = 0;
-            throw std::bad_alloc();
-        }
-    }
-    return buffer.memory;
-}
 
 }  // namespace phalanx

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "add_reduced.h"
+#include "../add_reduced.h"
 #include "operations.h"
 
 namespace phalanx {

@@ -1,0 +1,74 @@
+#include "dispatch.h"
+
+#include <string_view>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "pool.h"
+
+namespace phalanx {
+namespace {
+
+const Kernels* current = nullptr;
+
+const Kernels* best_kernels() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    for (const char* name : {"avx512_amx", "avx512_bf16", "avx512", "avx2"}) {
+        if (const Kernels* found = find_kernels(name)) return found;
+    }
+#endif
+    return &kPortable;
+}
+
+#if PHALANX_HAS_AMX
+// Whether the processor has AMX for both kinds of numbers, and the system lets this process use it: the state of its
+// tiles is large, so Linux wants to be asked, once a process (arch_prctl(2), ARCH_REQ_XCOMP_PERM).
+bool may_use_tiles() {
+    static const bool may = [] {
+        constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTiles | kInt8;
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+        constexpr long kRequest = 0x1023, kTileData = 18;
+        return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    }();
+    return may;
+}
+#endif
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+    std::string_view wanted(name);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#if PHALANX_HAS_AMX
+    if (bf16 && wanted == kAvx512Amx.name && may_use_tiles()) return &kAvx512Amx;
+#endif
+    if (bf16 && wanted == kAvx512Bf16.name) return &kAvx512Bf16;
+    if (avx512 && wanted == kAvx512.name) return &kAvx512;
+    if (avx2 && wanted == kAvx2.name) return &kAvx2;
+#endif
+    if (wanted == kEmulatedAmx.name) return &kEmulatedAmx;
+    return wanted == kPortable.name ? &kPortable : nullptr;
+}
+
+void use_kernels(const Kernels* kernels) {
+    current = kernels;
+    set_idle(kernels->release);
+}
+
+const Kernels& kernels() {
+    if (current == nullptr) use_kernels(best_kernels());
+    return *current;
+}
+
+}  // namespace phalanx
