@@ -6,6 +6,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import os
 import queue
 import threading
 import uuid
@@ -25,6 +26,7 @@ class Client:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
         self._dropped: collections.deque[str] = collections.deque()
@@ -43,6 +45,7 @@ class Client:
 
         Raises InvalidRequest for an id in use and for what cannot be sent, EngineStopped if the engine has stopped.
         """
+        self._check_process()
         self._abort_dropped()
         with self._lock:
             self._check_stopped()
@@ -73,6 +76,7 @@ class Client:
 
     def status(self, timeout_s: float | None) -> Status:
         """The engine's Status; Timeout if none comes in time (None waits), EngineStopped if the engine has stopped."""
+        self._check_process()
         with self._asking:
             while not self._status.empty():  # one that came too late for who had asked
                 self._status.get()
@@ -135,6 +139,14 @@ class Client:
         with self._lock:
             self._sinks.pop(request_id, None)
 
+    def _check_process(self) -> None:
+        """Raise EngineStopped in a forked process: the threads that answer are the parent's, and so are held locks."""
+        if os.getpid() != self._process:
+            raise EngineStopped(
+                f"this engine belongs to process {self._process}, from which this one ({os.getpid()}) was forked: make "
+                f"an engine here, or start processes by spawn"
+            )
+
     def _check_stopped(self) -> None:
         if self._stopped is not None:
             # A new exception each time: one that is raised again and again would grow its traceback.
@@ -147,9 +159,11 @@ class RequestHandle:
     Whoever stops early closes it, which aborts the request; dropping the last reference does the same.
     """
 
-    def __init__(self, client: Client, submit: Submit) -> None:
+    def __init__(self, client: Client, submit: Submit, owner: object = None) -> None:
+        """`owner` is what must not be dropped while somebody iterates: the LLM, with which its engine would end."""
         self.id = submit.id
         self._client = client
+        self._owner = owner
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = True
         client.submit(submit, self._events.put)

@@ -7,23 +7,37 @@ from typing import Any
 
 from ..errors import InvalidRequest
 from ..protocol.messages import Submit
-from ..protocol.sampling_params import SamplingParams
+from ..protocol.sampling_params import SamplingParams, plain
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
 
 
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list: a list of integers is one prompt of token ids.
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """Return one prompt or several as a list of prompts: a sequence of integers is one prompt of token ids.
 
-    Raises InvalidRequest naming a prompt that is neither text nor a list.
+    Any iterable does, arrays of numpy and tensors of torch too. Raises InvalidRequest naming a prompt that is neither
+    text nor token ids.
     """
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    for prompt in prompts:
-        if not isinstance(prompt, str | list):
-            raise InvalidRequest(f"prompt={prompt!r} must be text or a list of token ids")
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        each = [plain(prompt) for prompt in plain(prompts)]
+    except TypeError:
+        raise InvalidRequest(f"prompt={prompts!r} must be text or a list of token ids") from None
+    if each and isinstance(each[0], int):
+        return [each]
+    return [as_prompt(prompt) for prompt in each]
+
+
+def as_prompt(prompt: Any) -> Prompt:
+    """Return a prompt as text or a list of token ids; raises InvalidRequest, naming it, for anything else."""
+    prompt = plain(prompt)
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list | tuple | range):
+        raise InvalidRequest(f"prompt={prompt!r} must be text or a list of token ids")
+    return [plain(token) for token in prompt]
 
 
 def spread_sampling(
@@ -54,7 +68,7 @@ def make_submit(
     return Submit(
         id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
-        token_ids=None if isinstance(prompt, str) else prompt,
+        token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
         messages=messages,
         sampling=sampling or SamplingParams(),
     )

@@ -14,8 +14,6 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from ..errors import EngineStopped
-
 _log = logging.getLogger(__name__)
 
 _open: set[Lifetime] = set()
@@ -40,14 +38,6 @@ class Lifetime:
         self._finalizer.atexit = False
         _start_reaper()
         _open.add(self)
-
-    def check(self) -> None:
-        """Raise EngineStopped in a process that was forked from the one whose engine it is."""
-        if os.getpid() != self._process:
-            raise EngineStopped(
-                f"this engine belongs to process {self._process}, from which this one ({os.getpid()}) was forked: make "
-                f"an engine here, or start processes by spawn"
-            )
 
     def end(self) -> None:
         """Close, unless that has been done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import InProcess
 from .client import Client, OnEvent, RequestHandle
 from .inputs import Messages, Prompt, as_prompts, make_submit, spread_sampling
+from .lifetime import Lifetime
 from .outputs import OutputBuilder, RequestOutput
 
 STATUS_TIMEOUT_S = 60.0
@@ -30,12 +31,14 @@ RETRY_S = 0.05
 class LLM:
     """An engine and a client of it. ranks=1 runs inside this process; more start a group of their own.
 
+    It ends with close(), when it is dropped, or with the interpreter. A process forked from this one cannot use it.
+
     Keyword arguments are EngineConfig's fields. Raises ConfigError or CheckpointError if the engine cannot be built.
     """
 
     client: Client
     """Sends the requests; other faces of the engine, such as AsyncLLM, use it too."""
-    _close_engine: Callable[[], None]
+    _lifetime: Lifetime
 
     def __init__(self, model: str, *, ranks: int = 1, on_progress: Progress | None = None, **config: Any) -> None:
         self._start(EngineConfig.from_dict({"model": model, "ranks": ranks, **config}), on_progress)
@@ -73,7 +76,7 @@ class LLM:
             engine.close()
             client.close()
 
-        llm._close_engine = close
+        llm._lifetime = Lifetime(llm, close)
         return llm
 
     def _start(self, config: EngineConfig, on_progress: Progress | None) -> None:
@@ -82,7 +85,7 @@ class LLM:
 
             process = GroupProcess(config)
             self.client = process.client
-            self._close_engine = process.close
+            self._lifetime = Lifetime(self, process.close)
             return
 
         if config.threads:
@@ -104,14 +107,14 @@ class LLM:
             engine.close()
             client.close()
 
-        self._close_engine = close
+        self._lifetime = Lifetime(self, close)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text or token ids), in one continuous batch; outputs in the order of the prompts.
+        """Complete every prompt (text or token ids, in any iterable), in one continuous batch; outputs in their order.
 
         They may be more than max_queue: what the engine has no room for waits here. If one is refused for another
         reason, the others of this call are aborted and its error is raised.
@@ -137,12 +140,12 @@ class LLM:
     ) -> RequestHandle:
         """Iterate over the request's Delta events, then Finished. Closing the iterator early aborts the request."""
         submit = make_submit(self.client.new_id(), prompt=prompt, messages=messages, sampling=sampling)
-        return RequestHandle(self.client, submit)
+        return RequestHandle(self.client, submit, owner=self)
 
     def submit(self, submit: Submit, on_event: OnEvent | None = None) -> RequestHandle | None:
         """Send one request of the protocol: to `on_event` (called on another thread), or else to an iterable handle."""
         if on_event is None:
-            return RequestHandle(self.client, submit)
+            return RequestHandle(self.client, submit, owner=self)
         self.client.submit(submit, on_event)
         return None
 
@@ -156,8 +159,7 @@ class LLM:
 
     def close(self) -> None:
         """Abort what runs and end the engine with all its ranks. Closing twice is harmless."""
-        close, self._close_engine = self._close_engine, lambda: None
-        close()
+        self._lifetime.end()
 
     def __enter__(self) -> LLM:
         return self

@@ -173,7 +173,7 @@ class Coordinator:
         except PhalanxError as error:
             self._egress.fail(request.id, error)
         else:
-            self._egress.begin(owner, submit)
+            self._egress.begin(owner, submit, request.prompt)
 
     def abort(self, request_id: str) -> None:
         """End a request early; an unknown one is ignored."""

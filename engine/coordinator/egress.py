@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..errors import EngineStopped, PhalanxError
@@ -36,9 +36,9 @@ class Egress:
         """Begin to send events."""
         self._thread.start()
 
-    def begin(self, owner: Owner, submit: Submit) -> None:
-        """Expect updates of a request that the scheduler took."""
-        self._thread.put(partial(self._processor.start, owner.client, submit, owner.request_id))
+    def begin(self, owner: Owner, submit: Submit, prompt: Sequence[int]) -> None:
+        """Expect updates of a request that the scheduler took, with these token ids of its prompt."""
+        self._thread.put(partial(self._processor.start, owner.client, submit, owner.request_id, prompt))
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Send what a step, an abort or a stop string brought."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.messages import Completion, Delta, Event, Finished, Submit, Timings, Usage
@@ -83,11 +83,13 @@ class OutputProcessor:
         self._tokenizer, self._emit, self._stop_found = tokenizer, emit, stop_found
         self._requests: dict[str, _RequestState] = {}
 
-    def start(self, client: bytes, submit: Submit, request_id: str) -> None:
-        """Expect updates for a request that was accepted."""
+    def start(self, client: bytes, submit: Submit, request_id: str, prompt: Sequence[int]) -> None:
+        """Expect updates for a request that was accepted, with these token ids of its prompt."""
         state = _RequestState(client, submit.id, submit)
         for _ in range(submit.sampling.n):
-            decoder = self._tokenizer.decoder(submit.sampling.skip_special_tokens) if self._tokenizer else None
+            decoder = None
+            if self._tokenizer is not None:
+                decoder = self._tokenizer.decoder(submit.sampling.skip_special_tokens, prompt)
             state.completions.append(_CompletionState(decoder, StopStrings(submit.sampling.stop)))
         self._requests[request_id] = state
 

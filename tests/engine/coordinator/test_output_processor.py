@@ -308,7 +308,7 @@ class _Harness:
             arrived_at=1.0,
         )
         self.request.take_on(0, 200, None)
-        self.processor.start(b"", Submit(id="outer", token_ids=[5, 6], sampling=sampling), "inner")
+        self.processor.start(b"", Submit(id="outer", token_ids=[5, 6], sampling=sampling), "inner", [5, 6])
 
     def bring(self, index: int, tokens: list[int], reason: str | None = None, last: bool = False) -> None:
         entries = [TokenLogprobs(token, -1.0, 1, [], []) for token in tokens]

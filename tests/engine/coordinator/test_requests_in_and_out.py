@@ -102,8 +102,8 @@ class _Ends:
         self.ingress.receive(owner.client, Submit(id=owner.external_id, prompt="x"))
         name, added, request, submit = self.loop.next()
         assert (name, added) == ("add", owner)
-        self.egress.begin(owner, submit)
         assert isinstance(request, Request)
+        self.egress.begin(owner, submit, request.prompt)
         return request
 
 

@@ -1,0 +1,43 @@
+"""What callers pass for a prompt: any iterable of them, with numbers of any library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from phalanx import InvalidRequest
+from phalanx.engine.client.inputs import as_prompts, make_submit
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("text", ["text"]),
+        (["a", "b"], ["a", "b"]),
+        (("a", "b"), ["a", "b"]),
+        ((text for text in "ab"), ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ((1, 2), [[1, 2]]),
+        (range(3), [[0, 1, 2]]),
+        (np.array([1, 2]), [[1, 2]]),
+        ([np.int64(1), np.int32(2)], [[1, 2]]),
+        (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([np.array([1, 2]), "a", (3,)], [[1, 2], "a", [3]]),
+        ([], []),
+    ],
+)
+def test_prompts_of_every_kind_are_text_or_lists_of_integers(given: Any, taken: list[Any]) -> None:
+    assert as_prompts(given) == taken
+    assert all(type(token) is int for prompt in as_prompts([*taken]) if isinstance(prompt, list) for token in prompt)
+
+
+@pytest.mark.parametrize("given", [5, None, 1.5, [None], [{"a": 1}], [b"bytes"], ["a", 5.0]])
+def test_what_is_no_prompt_is_named(given: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt=.* must be text or a list of token ids"):
+        as_prompts(given)
+
+
+def test_one_prompt_of_a_stream_may_be_an_array() -> None:
+    assert make_submit("a", prompt=np.array([7, 8])).token_ids == [7, 8]

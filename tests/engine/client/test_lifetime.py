@@ -1,0 +1,78 @@
+"""An engine that nobody closes: a script that just ends, an LLM that is dropped, a process that is forked."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import psutil
+import pytest
+from phalanx import LLM, SamplingParams
+
+LONG = "SamplingParams(max_tokens=200, ignore_eos=True)"
+
+
+def _run(program: str) -> subprocess.CompletedProcess[str]:
+    head = "from phalanx import LLM, SamplingParams, EngineStopped\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_script_that_ends_while_a_request_runs_ends_well(tiny: Path, ranks: int) -> None:
+    done = _run(
+        f"llm = LLM({str(tiny)!r}, ranks={ranks}, max_model_len=256)\n"
+        f"stream = llm.stream('on and on', sampling={LONG})\nnext(stream)\nprint('begun')\n"
+    )
+    assert (done.returncode, done.stdout) == (0, "begun\n"), done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_llm_that_is_dropped_takes_its_engine_along(tiny: Path, ranks: int) -> None:
+    threads, children = threading.active_count(), len(psutil.Process().children(recursive=True))
+    llm = LLM(str(tiny), ranks=ranks, max_model_len=256)
+    gone = weakref.ref(llm)
+    del llm
+    gc.collect()
+    assert gone() is None
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (
+        threading.active_count() > threads + 1 or len(psutil.Process().children(recursive=True)) > children
+    ):
+        time.sleep(0.05)
+    assert threading.active_count() <= threads + 1  # the reaper stays
+    assert len(psutil.Process().children(recursive=True)) == children
+
+
+def test_a_stream_keeps_the_llm_that_nobody_else_holds(tiny: Path) -> None:
+    stream = LLM(str(tiny), max_model_len=256).stream("x", sampling=SamplingParams(max_tokens=30, ignore_eos=True))
+    gc.collect()
+    assert len(list(stream)) > 1
+
+
+def test_a_forked_process_is_told_that_the_engine_is_its_parents(tiny: Path) -> None:
+    done = _run(
+        "import os, signal\n"
+        f"llm = LLM({str(tiny)!r}, max_model_len=256)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    signal.alarm(20)\n"
+        "    for call in (lambda: llm.generate(['a']), llm.status, lambda: llm.stream('a')):\n"
+        "        try: call()\n"
+        "        except EngineStopped as error: print(error, flush=True)\n"
+        "    llm.close()\n"
+        "    raise SystemExit(0)\n"
+        "_, status = os.wait()\n"
+        "[output] = llm.generate(['a'], SamplingParams(max_tokens=2, ignore_eos=True))\n"
+        "print(status, len(output.outputs[0].token_ids), flush=True)\n"
+    )
+    *told, last = done.stdout.splitlines()
+    assert last == "0 2", done.stderr
+    assert len(told) == 3
+    assert all("forked: make an engine here, or start processes by spawn" in line for line in told)
