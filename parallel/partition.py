@@ -17,7 +17,8 @@ from ..kernels.weight_formats import PLAIN_PANELS, WeightFormat
 COLUMN_MULTIPLE = 64
 """MLP columns are dealt in multiples of this, which kernels like, except at the end and where an MLP is too small."""
 UNITS_PER_RANK = 4
-"""An MLP is too small if it has fewer multiples a rank than this: then smaller powers of two are dealt, down to what its format allows."""
+"""An MLP is too small if it has fewer multiples a rank than this: then smaller powers of two are dealt, down to the
+least that the weight format allows."""
 
 
 class PartitionError(ValueError):
@@ -105,6 +106,7 @@ def partition(
 
     No rank that was dealt MLP columns beyond its first unit ends up, in parameters per weight, more than one unit of
     columns above any other (two above the last, which may lack part of a unit).
+    MLP columns are cut where `weight_format` allows it.
     Raises PartitionError unless 1 <= ranks <= num_query_heads and every rank can have some of each matrix.
     """
     d = dimensions
@@ -120,10 +122,10 @@ def partition(
     cut = weight_format.column_cut
     most = min(d.vocab_size, -(-d.intermediate_size // cut), d.num_query_heads)
     if most < ranks:
-        multiples = f", {cut} of which stay together," if cut > 1 else ""
+        runs = f" in runs of {cut}" if cut > 1 else ""
         raise PartitionError(
             f"ranks={ranks} is above what can be dealt: with a vocabulary of {d.vocab_size} and {d.intermediate_size} "
-            f"MLP columns{multiples}, set ranks to 1 to {most}"
+            f"MLP columns{runs}, set ranks to 1 to {most}"
         )
     shares = [1.0] * ranks if weights is None else [float(weight) for weight in weights]
     if len(shares) != ranks or not all(0 < weight < math.inf for weight in shares):
@@ -182,9 +184,10 @@ def _holders(d: Dimensions, weights: list[float]) -> list[int]:
 def _deal_columns(
     d: Dimensions, weights: list[float], heads: list[tuple[range, range]], vocab: list[range], cut: int
 ) -> list[int]:
-    """MLP columns of each rank, in multiples of `cut`, a power of two: every unit goes where it leaves the least weight held per rank weight.
+    """MLP columns of each rank: every unit goes where it leaves the least weight held per rank weight.
 
-    Units are alike, so that this greedy deal has the lightest possible busiest rank.
+    A unit is a multiple of `cut`, a power of two. Units are alike, so that this greedy deal has the lightest possible
+    busiest rank.
     """
     multiple = COLUMN_MULTIPLE
     while multiple > cut and d.intermediate_size // multiple < UNITS_PER_RANK * len(weights):

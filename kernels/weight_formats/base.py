@@ -29,10 +29,9 @@ class WeightFormat(ABC):
     """Whether packing rounds the numbers."""
     rounds_x: ClassVar[bool] = False
     """Whether x is rounded to 8 bits, so that products are of 8-bit integers."""
-    row_cut: ClassVar[int] = 1
-    """A matrix may be cut above each row whose number is a multiple of this; each part is padded by itself."""
     column_cut: ClassVar[int] = 1
-    """A matrix may be cut before each column whose number is a multiple of this: what is packed has such columns."""
+    """Columns stay together by so many, a power of two: a matrix may be cut before each multiple of it, and what is
+    packed has a multiple of it. Rows may be cut anywhere, for each part is padded by itself (see row_multiple)."""
 
     def for_head(self) -> WeightFormat:
         """What the head, and a table tied to it, are kept in: at least 8 bits of weight and 16 of x decide a token."""

@@ -45,7 +45,8 @@ class Bf16In12Bits(WeightFormat):
 
         if not cpu.usable(device, dtype) or dtype != torch.bfloat16:
             raise ValueError(
-                f"12 bits a number need the C++ kernels, a CPU and bfloat16, not {device.type} and {dtype}"
+                f"12 bits a number need the C++ kernels, a CPU and bfloat16, not {device.type} and {dtype}: set "
+                f"dtype=bfloat16 and device=cpu"
             )
 
     def nbytes(self, rows: int, columns: int, itemsize: int) -> int:
