@@ -27,6 +27,7 @@ PACKAGES = [
     "phalanx.kernels",
     "phalanx.kernels.cpu",
     "phalanx.kernels.cuda",
+    "phalanx.kernels.weight_formats",
     "phalanx.launch",
     "phalanx.launch.cli",
     "phalanx.launch.model_files",

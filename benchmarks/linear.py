@@ -28,9 +28,9 @@ from phalanx.benchmarks.limits import share
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
-from phalanx.kernels import linear
 from phalanx.kernels.cpu import PANEL, native
-from phalanx.kernels.linear import PackedWeight
+from phalanx.kernels.weight_formats import get_weight_format
+from phalanx.kernels.weight_formats.packed import Output, PackedWeight
 from phalanx.launch.get_model import load_shape
 
 INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
@@ -83,13 +83,13 @@ class Shape:
     name: str
     outputs: int
     inputs: int
-    output: int = linear._STORE
+    output: Output = Output.STORE
 
     def make_out(self, rows: int) -> torch.Tensor:
         """What it writes to, or adds to."""
-        if self.output == linear._ADD_FLOAT:
+        if self.output == Output.ADD_FLOAT:
             return torch.zeros(rows, self.outputs)
-        columns = self.outputs // 2 if self.output == linear._SILU_MUL else self.outputs
+        columns = self.outputs // 2 if self.output == Output.SILU_MUL else self.outputs
         return torch.zeros(rows, columns, dtype=torch.bfloat16)
 
 
@@ -98,9 +98,9 @@ def shapes_of(spec: ModelSpec) -> list[Shape]:
     queries, keys = spec.num_query_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return [
         Shape("qkv", queries + 2 * keys, spec.hidden_size),
-        Shape("output", spec.hidden_size, queries, linear._ADD_FLOAT),
-        Shape("gate_up", 2 * spec.intermediate_size, spec.hidden_size, linear._SILU_MUL),
-        Shape("down", spec.hidden_size, spec.intermediate_size, linear._ADD_FLOAT),
+        Shape("output", spec.hidden_size, queries, Output.ADD_FLOAT),
+        Shape("gate_up", 2 * spec.intermediate_size, spec.hidden_size, Output.SILU_MUL),
+        Shape("down", spec.hidden_size, spec.intermediate_size, Output.ADD_FLOAT),
     ]
 
 
@@ -111,7 +111,7 @@ def make_weight(shape: Shape, kind: str, seed: int) -> PackedWeight:
     weight = torch.randn(padded, shape.inputs, generator=draw) / shape.inputs**0.5
     if kind == "bf16":
         weight *= torch.exp2(-torch.randint(0, EXPONENTS, weight.shape, generator=draw).float())
-    return PackedWeight(weight.to(torch.bfloat16), shape.outputs, FORMATS[kind])
+    return get_weight_format(FORMATS[kind]).pack(weight.to(torch.bfloat16), shape.outputs)
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Layers:
 
 def _seconds(shape: Shape, weight: PackedWeight, x: torch.Tensor, out: torch.Tensor) -> float:
     started = time.perf_counter()
-    weight._multiply(x, None, out, shape.output)
+    weight.multiply(x, None, out, shape.output)
     return time.perf_counter() - started
 
 
@@ -175,7 +175,7 @@ def packed_layers(kind: str, spec: ModelSpec, options: Options) -> dict[str, Lay
     found = {}
     for name in options.instruction_sets():
         native.use_kernels(name)
-        layout = native.int8_together() if kind == "int8" else 0
+        layout = get_weight_format(FORMATS[kind]).together()
         if layout not in shared:
             weights = [
                 {shape.name: make_weight(shape, kind, 4 * layer + i) for i, shape in enumerate(shapes)}
@@ -236,7 +236,7 @@ def measure_format(
     elements = {shape.name: shape.outputs * shape.inputs for shape in shapes}
     for each in (nbytes, elements):
         each["layer"] = sum(each.values())
-    gflops = limits.gflops(int8=kind == "w8a8")
+    gflops = limits.gflops(int8=get_weight_format(FORMATS[kind]).rounds_x)
     for number in rows:
         seconds = turns(by_set, number, options, lambda message: print(f"{kind}: {message}", flush=True))
         for name, place in dict.fromkeys((name, place) for name, place, _ in seconds):

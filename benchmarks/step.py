@@ -41,6 +41,7 @@ from phalanx.engine.errors import ConfigError
 from phalanx.engine.execution.worker import Worker
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan
+from phalanx.kernels.weight_formats import get_weight_format
 from phalanx.parallel.group import local_group
 from phalanx.parallel.residual import Residual
 
@@ -198,7 +199,7 @@ def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, opt
         found = {f"{name}_ms": median_ms(getattr(parts, name), repeats) for name in names}
         rest = whole - sum(found.values())
         attend = median_ms(parts.attend, repeats)
-    rates = rates_around(limits, options.quantization == "w8a8", before, measure_now())
+    rates = rates_around(limits, get_weight_format(options.quantization).rounds_x, before, measure_now())
     least = bounds(work, plan, **rates)
     linear = found["attention_ms"] - attend + found["mlp_ms"]
     products = linear + found["head_ms"]

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..kernels import weight_formats
 from .errors import ConfigError
 from .protocol.sampling_params import SEED_LIMIT, SamplingParams
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "cpu", "torch", "triton", "flash_attn_2", "flash_attn_3")
-QUANTIZATIONS = ("none", "int8", "w8a8", "int4")
-QUANTIZED_BYTES = {"int8": 1 + 4 / 32, "w8a8": 1.0, "int4": 0.5 + 4 / 64}
-"""Of one weight, with its part of a scale; w8a8 has one scale for a whole row."""
 MAX_TIMEOUT_S = 7 * 24 * 3600
 KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -106,7 +104,7 @@ class EngineConfig:
         _one_of("bind_cpus", self.bind_cpus, BIND_CPUS)
         _one_of("attention", self.attention, ATTENTION_BACKENDS)
         _one_of("graphs", self.graphs, GRAPHS)
-        _one_of("quantization", self.quantization, QUANTIZATIONS)
+        _one_of("quantization", self.quantization, weight_formats.NAMES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):

@@ -23,6 +23,7 @@ from rich.table import Table
 from ..engine.config import EngineConfig, unknown_name
 from ..engine.errors import ConfigError, PhalanxError
 from ..engine.models.spec import ModelSpec, read_config, spec_from_config
+from ..kernels.weight_formats import get_weight_format
 from .cli.plan_table import GIB, Plan, Setup, make_plan, remedies, smallest_fit
 from .cli.presets import load_preset, presets
 from .cli.schema import describe_type, field_docs, parse_size
@@ -192,7 +193,7 @@ def _table(plan: Plan) -> Table:
 def _title(plan: Plan) -> str:
     config, ranks = plan.setup.config, len(plan.needs)
     dtype = plan.spec.dtype if config.dtype == "auto" else config.dtype
-    weights = "" if config.quantization == "none" else f", weights in {config.quantization}"
+    weights = f", weights in {config.quantization}" if get_weight_format(config.quantization).rounds else ""
     cache = "" if config.kv_cache_dtype == "auto" else f", KV cache in {config.kv_cache_dtype}"
     return f"{config.model} in {dtype}{weights}{cache} on {ranks} rank{'s' * (ranks > 1)}"
 

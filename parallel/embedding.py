@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import embedding
 
-from ..kernels.linear import head_quantization
+from ..kernels.weight_formats import WeightFormat
 from .collectives.base import Collectives
 from .linear import Linear
 from .loading.checkpoint import WeightSlice
@@ -36,10 +36,10 @@ class VocabParallelEmbedding(Linear):
         self.name, self.vocab, self.vocab_size = name, vocab, vocab_size
         self.collectives, self._tied = collectives, tied
 
-    def pack(self, quantization: str) -> None:
+    def pack(self, weight_format: WeightFormat) -> None:
         """As the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
         if self._tied:
-            super().pack(head_quantization(quantization))
+            super().pack(weight_format.for_head())
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 (T,) -> (T, hidden_size), the same on every rank."""

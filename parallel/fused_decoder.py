@@ -11,7 +11,7 @@ import torch
 from ..kernels import cpu
 from ..kernels.attention import AttentionMetadata, HeadNorms
 from ..kernels.cpu.attention import cache_shape
-from ..kernels.linear import PackedWeight
+from ..kernels.weight_formats.packed import PackedWeight
 from .collectives.base import Collectives
 
 Projection = tuple[PackedWeight, torch.Tensor | None]

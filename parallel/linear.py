@@ -16,14 +16,15 @@ from torch.nn.functional import linear
 
 from ..kernels.activation import silu_mul
 from ..kernels.huge_pages import empty
-from ..kernels.linear import PackedWeight, head_quantization, row_multiple
+from ..kernels.weight_formats import WeightFormat
+from ..kernels.weight_formats.packed import PackedWeight, row_multiple
 from .collectives.base import Collectives
 from .loading.checkpoint import WeightSlice
 from .residual import Residual
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardedWeight:
     """One checkpoint matrix inside a fused column-parallel layer: `rows` of its `total_rows` belong to this rank."""
 
     name: str
@@ -47,13 +48,13 @@ class Linear(nn.Module):
         self.weight.view(pieces, self._padded_piece, columns)[:, rows // pieces :].zero_()
         self.packed: PackedWeight | None = None
 
-    def pack(self, quantization: str) -> None:
+    def pack(self, weight_format: WeightFormat) -> None:
         """Lay the loaded weight out for this machine's kernels, if they have a layout of their own: in its own memory,
-        or in less. Raises ValueError if it cannot be quantized.
+        or in less. Raises ValueError if the format cannot keep it.
         """
         if not self._can_pack:
             return
-        self.packed = PackedWeight(self.weight.detach(), self.rows, quantization)
+        self.packed = weight_format.pack(self.weight.detach(), self.rows)
         if not self.packed.in_place:
             self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
 
@@ -79,7 +80,7 @@ class ColumnParallelLinear(Linear):
     def __init__(
         self,
         in_features: int,
-        parts: Sequence[Part],
+        parts: Sequence[ShardedWeight],
         *,
         bias: bool,
         dtype: torch.dtype,
@@ -124,7 +125,7 @@ class GatedLinear(ColumnParallelLinear):
     """silu(x Wg^T + bg) * (x Wu^T + bu), as in SwiGLU (arXiv:2002.05202): two parts of equal rows, gate and up."""
 
     def __init__(
-        self, in_features: int, parts: Sequence[Part], *, bias: bool, dtype: torch.dtype, device: torch.device
+        self, in_features: int, parts: Sequence[ShardedWeight], *, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(in_features, parts, bias=bias, dtype=dtype, device=device, pieces=2)
 
@@ -183,12 +184,12 @@ class RowParallelLinear(Linear):
 class LogitsLinear(ColumnParallelLinear):
     """The head: one part, the vocabulary, without a bias. multiply_float() gives logits."""
 
-    def __init__(self, in_features: int, vocab: Part, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, in_features: int, vocab: ShardedWeight, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
 
-    def pack(self, quantization: str) -> None:
-        """As Linear.pack, but never below 8 bits of weight and 16 of x: the head decides between tokens."""
-        super().pack(head_quantization(quantization))
+    def pack(self, weight_format: WeightFormat) -> None:
+        """As Linear.pack, in what the format keeps a head in: the head decides between tokens."""
+        super().pack(weight_format.for_head())
 
 
 class ReplicatedNorm(nn.Module):

@@ -1,7 +1,8 @@
 """Which part of a model each rank holds: pure arithmetic, for any number of ranks up to the query heads.
 
 While there are at most as many ranks as KV heads, the unit is a KV head with its group of query heads. Above that,
-KV heads are replicated and the query heads of each are split among its ranks. MLP columns even out the bytes.
+KV heads are replicated and the query heads of each are split among its ranks. MLP columns even out the bytes; they are
+cut where the weight format allows it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..kernels.weight_formats import PLAIN_PANELS, WeightFormat
+
 COLUMN_MULTIPLE = 64
 """MLP columns are dealt in multiples of this, which kernels like, except at the end and where an MLP is too small."""
 UNITS_PER_RANK = 4
-"""An MLP is too small if it has fewer multiples a rank than this: then smaller powers of two are dealt."""
+"""An MLP is too small if it has fewer multiples a rank than this: then smaller powers of two are dealt, down to the
+least that the weight format allows."""
 
 
 class PartitionError(ValueError):
@@ -41,7 +45,7 @@ class Dimensions:
 
 
 @dataclass(frozen=True)
-class RankShare:
+class RankShard:
     """One rank's part. Its query heads are spread evenly over its KV heads, in order."""
 
     rank: int
@@ -61,7 +65,7 @@ class Partition:
     """Every rank's share."""
 
     dimensions: Dimensions
-    shares: tuple[RankShare, ...]
+    shares: tuple[RankShard, ...]
 
     def parameters(self, rank: int) -> int:
         """Weights that `rank` holds, in elements: its parts of every matrix, and the layers' norms, which all hold.
@@ -92,11 +96,17 @@ class Partition:
         return max((heads.count(head) for head in heads), default=1)
 
 
-def partition(dimensions: Dimensions, ranks: int, weights: Sequence[float] | None = None) -> Partition:
+def partition(
+    dimensions: Dimensions,
+    ranks: int,
+    weights: Sequence[float] | None = None,
+    weight_format: WeightFormat = PLAIN_PANELS,
+) -> Partition:
     """Cut a model over `ranks`, evenly or in proportion to `weights` (one positive number a rank).
 
     No rank that was dealt MLP columns beyond its first unit ends up, in parameters per weight, more than one unit of
     columns above any other (two above the last, which may lack part of a unit).
+    MLP columns are cut where `weight_format` allows it.
     Raises PartitionError unless 1 <= ranks <= num_query_heads and every rank can have some of each matrix.
     """
     d = dimensions
@@ -109,18 +119,21 @@ def partition(dimensions: Dimensions, ranks: int, weights: Sequence[float] | Non
             f"ranks={ranks} is out of range: this model has {d.num_query_heads} query heads, so set ranks to 1 to "
             f"{d.num_query_heads}"
         )
-    if min(d.vocab_size, d.intermediate_size) < ranks:
+    cut = weight_format.column_cut
+    most = min(d.vocab_size, -(-d.intermediate_size // cut), d.num_query_heads)
+    if most < ranks:
+        runs = f" in runs of {cut}" if cut > 1 else ""
         raise PartitionError(
             f"ranks={ranks} is above what can be dealt: with a vocabulary of {d.vocab_size} and {d.intermediate_size} "
-            f"MLP columns, set ranks to 1 to {min(d.vocab_size, d.intermediate_size, d.num_query_heads)}"
+            f"MLP columns{runs}, set ranks to 1 to {most}"
         )
     shares = [1.0] * ranks if weights is None else [float(weight) for weight in weights]
     if len(shares) != ranks or not all(0 < weight < math.inf for weight in shares):
         raise PartitionError(f"rank_weights={shares} must be {ranks} positive numbers, one for each of ranks={ranks}")
     heads = _deal_heads(d, shares)
     vocab = _ranges(_deal(d.vocab_size, shares))
-    mlp = _ranges(_deal_columns(d, shares, heads, vocab))
-    return Partition(d, tuple(RankShare(rank, *heads[rank], mlp[rank], vocab[rank]) for rank in range(ranks)))
+    mlp = _ranges(_deal_columns(d, shares, heads, vocab, cut))
+    return Partition(d, tuple(RankShard(rank, *heads[rank], mlp[rank], vocab[rank]) for rank in range(ranks)))
 
 
 def _column_parameters(d: Dimensions) -> int:
@@ -169,14 +182,15 @@ def _holders(d: Dimensions, weights: list[float]) -> list[int]:
 
 
 def _deal_columns(
-    d: Dimensions, weights: list[float], heads: list[tuple[range, range]], vocab: list[range]
+    d: Dimensions, weights: list[float], heads: list[tuple[range, range]], vocab: list[range], cut: int
 ) -> list[int]:
     """MLP columns of each rank: every unit goes where it leaves the least weight held per rank weight.
 
-    Units are alike, so that this greedy deal has the lightest possible busiest rank.
+    A unit is a multiple of `cut`, a power of two. Units are alike, so that this greedy deal has the lightest possible
+    busiest rank.
     """
     multiple = COLUMN_MULTIPLE
-    while multiple > 1 and d.intermediate_size // multiple < UNITS_PER_RANK * len(weights):
+    while multiple > cut and d.intermediate_size // multiple < UNITS_PER_RANK * len(weights):
         multiple //= 2
     units = -(-d.intermediate_size // multiple)
     unit = multiple * _column_parameters(d)

@@ -16,6 +16,7 @@ import torch
 from ...kernels import cpu
 from ...kernels.attention import AttentionBackend
 from ...kernels.backend_selector import choose_backend
+from ...kernels.weight_formats import get_weight_format
 from ...parallel.group import Group
 from ...parallel.loading.checkpoint import LoadError, LoadReport, Packing, load_weights
 from ...parallel.loading.dummy_weights import fill_dummy
@@ -277,7 +278,7 @@ def follow(worker: Worker, group: Group) -> bytes:
 def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
     """What each rank holds; ConfigError if the model cannot be cut so."""
     try:
-        return partition(dimensions(spec), ranks, config.rank_weights)
+        return partition(dimensions(spec), ranks, config.rank_weights, get_weight_format(config.quantization))
     except PartitionError as error:
         raise ConfigError(str(error)) from error
 
@@ -286,7 +287,7 @@ def _load(
     model: CausalLM, config: EngineConfig, folder: Path, threads: int, on_progress: Progress | None
 ) -> LoadReport:
     slices = list(model.weight_slices())
-    packing = Packing(slices, config.quantization)
+    packing = Packing(slices, get_weight_format(config.quantization))
     try:
         if config.load_format == "dummy":
             return fill_dummy(slices, config.seed, filled=packing.filled)
@@ -340,13 +341,8 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     if device.type == "cpu":
         cpu.warn_if_missing()
-    if config.quantization != "none" and not (cpu.usable(device, dtype) and dtype == torch.bfloat16):
-        raise ConfigError(
-            f"quantization={config.quantization} needs phalanx's C++ kernels, a CPU and dtype=bfloat16; here are "
-            f"{device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set "
-            f"quantization=none"
-        )
     try:
+        get_weight_format(config.quantization).check(device, dtype)
         return choose_backend(
             config.attention,
             device=device,

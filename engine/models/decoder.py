@@ -19,12 +19,12 @@ from ...parallel.linear import (
     ColumnParallelLinear,
     GatedLinear,
     LogitsLinear,
-    Part,
     ReplicatedNorm,
     RowParallelLinear,
+    ShardedWeight,
 )
 from ...parallel.loading.checkpoint import WeightSlice
-from ...parallel.partition import RankShare
+from ...parallel.partition import RankShard
 from ...parallel.residual import Residual
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
@@ -36,7 +36,7 @@ class Build:
     """What every layer of one rank's model is built from."""
 
     spec: ModelSpec
-    share: RankShare
+    share: RankShard
     collectives: Collectives
     attention: AttentionBackend
     dtype: torch.dtype
@@ -70,9 +70,9 @@ class Attention(nn.Module):
         query_size, kv_size = spec.num_query_heads * dim, spec.num_kv_heads * dim
         self.backend, self.heads = build.attention, len(share.query_heads)
         parts = [
-            Part("q_proj", query_rows, query_size),
-            Part("k_proj", kv_rows, kv_size),
-            Part("v_proj", kv_rows, kv_size),
+            ShardedWeight("q_proj", query_rows, query_size),
+            ShardedWeight("k_proj", kv_rows, kv_size),
+            ShardedWeight("v_proj", kv_rows, kv_size),
         ]
         self.qkv = ColumnParallelLinear(spec.hidden_size, parts, bias=spec.qkv_bias, **build.placement)
         self.output = RowParallelLinear(
@@ -105,7 +105,7 @@ class MLP(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         spec, columns = build.spec, build.share.mlp
-        parts = [Part(name, columns, spec.intermediate_size) for name in ("gate_proj", "up_proj")]
+        parts = [ShardedWeight(name, columns, spec.intermediate_size) for name in ("gate_proj", "up_proj")]
         self.gate_up = GatedLinear(spec.hidden_size, parts, bias=spec.mlp_bias, **build.placement)
         self.down = RowParallelLinear(
             "down_proj",
@@ -173,7 +173,7 @@ class CausalLM(nn.Module):
         )
         self.layers = nn.ModuleList(DecoderLayer(build) for _ in range(spec.num_layers))
         self.norm = build.norm("norm", spec.hidden_size)
-        head = Part("lm_head", share.vocab, spec.vocab_size)
+        head = ShardedWeight("lm_head", share.vocab, spec.vocab_size)
         self.head = None if spec.tied_embeddings else LogitsLinear(spec.hidden_size, head, **build.placement)
         self.backend = build.attention
         self._build = build

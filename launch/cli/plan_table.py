@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...engine.config import QUANTIZED_BYTES, EngineConfig
+from ...engine.config import EngineConfig
 from ...engine.errors import ConfigError
 from ...engine.models.spec import ModelSpec, dimensions, position_limit
-from ...parallel.partition import Partition, PartitionError, RankShare, partition
+from ...kernels.weight_formats import WeightFormat, get_weight_format
+from ...parallel.partition import Partition, PartitionError, RankShard, partition
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 RUNTIME_BYTES = 2**29
@@ -94,10 +95,10 @@ class Plan:
 
 def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
     """The needs of every rank. Raises ConfigError for ranks or max_model_len out of the model's range."""
-    config = setup.config
+    config, weight_format = setup.config, get_weight_format(setup.config.quantization)
     item = ITEM_BYTES[spec.dtype if config.dtype == "auto" else config.dtype]
     try:
-        parts = partition(dimensions(spec), config.ranks, config.rank_weights)
+        parts = partition(dimensions(spec), config.ranks, config.rank_weights, weight_format)
     except PartitionError as error:
         raise ConfigError(str(error)) from error
     limit = position_limit(spec)
@@ -108,7 +109,7 @@ def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
         )
     needs = []
     for share in parts.shares:
-        weights = weight_bytes(parts, share, config.quantization, item)
+        weights = weight_bytes(parts, share, weight_format, item)
         activations = activation_bytes(spec, share, config, item)
         memory = None if setup.device_memory is None else setup.device_memory[share.rank]
         room, lacking = kv_room(memory, weights + activations, config.kv_memory)
@@ -119,23 +120,21 @@ def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
     return Plan(spec, setup, parts, tuple(needs), config.max_model_len or limit)
 
 
-def weight_bytes(parts: Partition, share: RankShare, quantization: str, item: int) -> int:
-    """What a rank's weights take, of `item` bytes each where they are not quantized.
+def weight_bytes(parts: Partition, share: RankShard, weight_format: WeightFormat, item: int) -> int:
+    """What a rank's weights take, of `item` bytes each where they are not in a format.
 
-    Quantized are the layers' matrices and the head, which keeps 8 bits; a table of embeddings only where it is the
-    head. (The norms, of less than a thousandth, are counted like the layers.)
+    In a format are the layers' matrices and, in its format for heads, the head; a table of embeddings only where it is
+    the head. (The norms, of less than a thousandth, are counted like the layers, whose rows all count as of hidden_size
+    columns.)
     """
-    everything = parts.parameters(share.rank)
-    if quantization == "none":
-        return everything * item
-    d = parts.dimensions
-    table = len(share.vocab) * d.hidden_size
-    layers = everything - table * (1 if d.tied_embeddings else 2)
-    embeddings = 0 if d.tied_embeddings else table * item
-    return int(layers * QUANTIZED_BYTES[quantization] + table * QUANTIZED_BYTES["int8"]) + embeddings
+    d, vocab = parts.dimensions, len(share.vocab)
+    rows = parts.parameters(share.rank) // d.hidden_size - vocab * (1 if d.tied_embeddings else 2)
+    embeddings = 0 if d.tied_embeddings else vocab * d.hidden_size * item
+    head = weight_format.for_head().nbytes(vocab, d.hidden_size, item)
+    return weight_format.nbytes(rows, d.hidden_size, item) + head + embeddings
 
 
-def activation_bytes(spec: ModelSpec, share: RankShare, config: EngineConfig, item: int) -> int:
+def activation_bytes(spec: ModelSpec, share: RankShard, config: EngineConfig, item: int) -> int:
     """What a rank needs for one full step, in bytes: a reserve, rather too large than too small.
 
     For each of max_num_batched_tokens: the float32 residual and its normalised float32 copy, three hidden vectors (a

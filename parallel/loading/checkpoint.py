@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...kernels.weight_formats import WeightFormat
 from .safetensors_files import LoadError, StoredTensor, locate_tensors, name_some
 from .streaming import READERS, CudaLanding, Landing, cut, stream
 
@@ -53,17 +54,17 @@ class WeightSlice:
 
 
 class Packing:
-    """Calls pack(quantization) of each slice's owner that has one, once all the slices of that owner are filled."""
+    """Calls pack(weight_format) of each slice's owner that has one, once all the slices of that owner are filled."""
 
-    def __init__(self, slices: Sequence[WeightSlice], quantization: str) -> None:
-        self._quantization = quantization
+    def __init__(self, slices: Sequence[WeightSlice], weight_format: WeightFormat) -> None:
+        self._weight_format = weight_format
         self._missing = Counter(id(part.owner) for part in slices)
 
     def filled(self, part: WeightSlice) -> None:
         """Note that a slice holds its values."""
         self._missing[id(part.owner)] -= 1
         if not self._missing[id(part.owner)] and hasattr(part.owner, "pack"):
-            part.owner.pack(self._quantization)
+            part.owner.pack(self._weight_format)
 
 
 @dataclass(frozen=True)

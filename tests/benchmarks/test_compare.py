@@ -34,9 +34,10 @@ from phalanx.benchmarks.limits import Work
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.models.spec import ModelSpec, spec_from_config
 from phalanx.kernels import cpu
-from phalanx.kernels.linear import PackedWeight
+from phalanx.kernels.weight_formats import NAMES
 from phalanx.launch.cli.presets import load_preset
 from phalanx.launch.model_files.random_model import make_random_model
+from phalanx.tests.kernels.packing import pack
 from phalanx.tests.models import TINY_SHAPE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,12 +259,12 @@ def test_each_round_can_begin_with_another_engine(
 
 
 @pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
-@pytest.mark.parametrize("kind", PackedWeight.KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_weights_bytes_are_those_that_the_kernels_read(kind: str) -> None:
     weight = torch.ones(64, 12800, dtype=torch.bfloat16)
     expected = weight_bytes({"quantization": kind}) * weight.numel()
     # w8a8's one scale a row is nothing beside the row.
-    assert PackedWeight(weight, 64, kind).nbytes == pytest.approx(expected, rel=1e-3 if kind == "w8a8" else 1e-9)
+    assert pack(weight, 64, kind).nbytes == pytest.approx(expected, rel=1e-3 if kind == "w8a8" else 1e-9)
 
 
 def test_phalanx_is_planned_for_each_variant_and_number_of_ranks() -> None:

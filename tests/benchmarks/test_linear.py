@@ -23,7 +23,8 @@ from phalanx.benchmarks.linear import (
 )
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import spec_from_config
-from phalanx.kernels import cpu, linear
+from phalanx.kernels import cpu
+from phalanx.kernels.weight_formats.packed import Output
 from phalanx.launch.cli.presets import load_preset
 from phalanx.tests.models import TINY_SHAPE
 
@@ -48,7 +49,7 @@ def test_each_format_takes_the_bytes_that_its_name_says(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_layers_take_turns_from_memory_and_the_first_stays_in_the_cache(kind: str) -> None:
-    add, silu_mul = linear._ADD_FLOAT, linear._SILU_MUL
+    add, silu_mul = Output.ADD_FLOAT, Output.SILU_MUL
     shapes = [Shape("qkv", 40, 64), Shape("down", 64, 48, add), Shape("gate_up", 96, 64, silu_mul)]
     weights = [{shape.name: make_weight(shape, kind, seed) for shape in shapes} for seed in range(3)]
     layers = Layers(shapes, weights)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phalanx.kernels.weight_formats import NAMES, get_weight_format
 from phalanx.parallel.partition import Dimensions, Partition, PartitionError, partition
 
 QWQ = Dimensions(40, 8, 128, 5120, 27648, 152064, 64, False)
@@ -224,6 +225,25 @@ def test_weights_that_are_no_positive_numbers_for_each_rank_are_refused(weights:
 def test_more_ranks_than_rows_or_columns_are_refused_with_the_number_that_is_possible() -> None:
     with pytest.raises(PartitionError, match=r"ranks=8 .*1 to 5"):
         partition(Dimensions(8, 8, 16, 64, 5, 100, 1, True), 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mlp_columns_are_cut_where_the_weight_format_allows_it(name: str) -> None:
+    weight_format = get_weight_format(name)
+    narrow = Dimensions(8, 8, 16, 64, 64, 100, 1, True)
+    shares = partition(narrow, 8, weight_format=weight_format).shares
+    assert all(share.mlp.start % weight_format.column_cut == 0 for share in shares)
+    assert all(len(share.mlp) == 8 for share in shares)
+    uneven = partition(narrow, 7, [1, 2, 3, 4, 5, 6, 7], weight_format).shares
+    assert all(share.mlp.start % weight_format.column_cut == 0 for share in uneven)
+    assert partition(QWQ, 16, weight_format=weight_format) == partition(QWQ, 16)
+
+
+def test_more_ranks_than_columns_that_the_format_can_part_are_refused() -> None:
+    narrow = Dimensions(8, 8, 16, 64, 40, 100, 1, True)
+    assert [len(share.mlp) for share in partition(narrow, 8).shares] == [5] * 8
+    with pytest.raises(PartitionError, match=r"ranks=8 .*40 MLP columns in runs of 8, .*1 to 5"):
+        partition(narrow, 8, weight_format=get_weight_format("int4"))
 
 
 def test_query_heads_that_are_no_multiple_of_the_kv_heads_are_refused() -> None:

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from phalanx.engine.config import QUANTIZED_BYTES, unknown_name
+import torch
+from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError
-from phalanx.kernels import cpu
-from phalanx.kernels.linear import PackedWeight
+from phalanx.kernels.weight_formats import get_weight_format
+from phalanx.kernels.weight_formats.base import PANEL_ROWS
 
 HERE = Path(__file__).resolve().parent
 OPENVINO_INT8_BYTES = 1.0  # of a weight: a whole row shares a scale and a zero point
 Q8_0_BYTES = 34 / 32  # of a weight: 32 of one byte share a scale of two
+LONG_ROW = 2**20  # columns, beside which one scale of a whole row is nothing
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,8 @@ def plan_peers(
 def weight_bytes(fields: Mapping[str, str]) -> float:
     """Bytes of one weight of phalanx's layers under some fields of EngineConfig; under int4 the head has more.
 
-    bfloat16 takes 12 bits where the kernels expand that, if a model's numbers allow it (see PackedWeight).
+    bfloat16 takes 12 bits where the kernels expand that, if a model's numbers allow it (see PlainPanels).
     """
-    quantization = fields.get("quantization", "none")
-    if quantization != "none":
-        return QUANTIZED_BYTES[quantization]
-    if fields.get("dtype") == "float32":
-        return 4.0
-    return PackedWeight.COMPRESSED_BYTES if cpu.compresses() else 2.0
+    dtype = torch.float32 if fields.get("dtype") == "float32" else torch.bfloat16
+    weight_format = get_weight_format(fields.get("quantization", "none")).preferred(dtype)
+    return weight_format.nbytes(PANEL_ROWS, LONG_ROW, dtype.itemsize) / (PANEL_ROWS * LONG_ROW)

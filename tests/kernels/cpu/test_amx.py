@@ -12,7 +12,8 @@ import torch
 from phalanx.kernels import cpu
 from phalanx.kernels.attention import AttentionMetadata
 from phalanx.kernels.cpu.attention import CpuAttention
-from phalanx.kernels.linear import PackedWeight
+from phalanx.kernels.weight_formats import NAMES
+from phalanx.tests.kernels.packing import pack
 
 AMX, EMULATED, VECTORS = "avx512_amx", "emulated_amx", "avx512_bf16"
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
@@ -34,7 +35,7 @@ def _product(kernels: str, kind: str, rows: int, n: int, k: int) -> torch.Tensor
     weight = (torch.randn(n + -n % cpu.PANEL, k, generator=generator) / k**0.5).bfloat16()
     x = torch.randn(rows, k, generator=generator).bfloat16()
     cpu.native.use_kernels(kernels)
-    return PackedWeight(weight, n, kind).linear_float(x)
+    return pack(weight, n, kind).linear_float(x)
 
 
 @needs_amx
@@ -51,11 +52,11 @@ def test_tiles_of_8_bit_numbers_have_the_bits_of_vectors(kind: str, shape: tuple
 
 
 @pytest.mark.parametrize(("kernels", "n"), [(EMULATED, 48), *([(AMX, 48), (AMX, 4096)] if HAS_AMX else [])])
-@pytest.mark.parametrize("kind", PackedWeight.KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_rows_bits_are_the_same_beside_any_number_of_others(kernels: str, kind: str, n: int) -> None:
     cpu.native.use_kernels(kernels)
     generator = torch.Generator().manual_seed(n)
-    weight = PackedWeight((torch.randn(n, 1056, generator=generator) / 32).bfloat16(), n, kind)
+    weight = pack((torch.randn(n, 1056, generator=generator) / 32).bfloat16(), n, kind)
     x = torch.randn(600 if kernels == AMX else 70, 1056, generator=generator).bfloat16()
     alone = [weight.linear_float(x[row : row + 1]) for row in range(8)]
     for rows in (2, 16, 17, 32, 33, 64, 65, len(x)):
@@ -102,7 +103,7 @@ def test_tiles_of_another_library_are_no_harm() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(256, 256, generator=generator) / 16).bfloat16()
     x = torch.randn(64, 256, generator=generator).bfloat16()
-    packed = PackedWeight(weight.clone(), 256)
+    packed = pack(weight.clone(), 256)
     first = packed.linear_float(x)
     for _ in range(3):
         x @ weight.T  # oneDNN configures the same thread's tiles for itself
@@ -112,7 +113,7 @@ def test_tiles_of_another_library_are_no_harm() -> None:
 @needs_amx
 def test_an_int8_weight_of_other_kernels_is_refused() -> None:
     cpu.native.use_kernels(VECTORS)
-    packed = PackedWeight(torch.randn(16, 32).bfloat16(), 16, "int8")
+    packed = pack(torch.randn(16, 32).bfloat16(), 16, "int8")
     cpu.native.use_kernels(AMX)
     with pytest.raises(ValueError, match="packed for"):
         packed.linear_float(torch.randn(1, 32).bfloat16())
@@ -130,11 +131,11 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
 assert libc.prctl(22, 2, ctypes.c_char_p(filter_of), 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
 import torch
 from phalanx.kernels import cpu
-from phalanx.kernels.linear import PackedWeight
+from phalanx.kernels.weight_formats import PLAIN_PANELS
 assert not cpu.native.can_run("avx512_amx")
 weight = torch.randn(32, 64).bfloat16()
 x = torch.randn(3, 64).bfloat16()
-product = PackedWeight(weight.clone(), 32).linear_float(x)
+product = PLAIN_PANELS.pack(weight.clone(), 32).linear_float(x)
 torch.testing.assert_close(product, x.float() @ weight.float().T, atol=1e-3, rtol=1e-3)
 print(cpu.native.kernels())
 """

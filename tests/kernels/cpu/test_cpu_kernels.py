@@ -12,14 +12,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from phalanx.kernels import cpu, linear
+from phalanx.kernels import cpu
 from phalanx.kernels.argmax import argmax, block_maxima, gumbel_argmax
 from phalanx.kernels.attention import HeadNorms, TorchAttention
 from phalanx.kernels.cpu.attention import CpuAttention
-from phalanx.kernels.linear import PackedWeight, row_multiple
 from phalanx.kernels.noise import gumbel
 from phalanx.kernels.norm import rms_norm
+from phalanx.kernels.weight_formats import NAMES, plain
+from phalanx.kernels.weight_formats.packed import PackedWeight, row_multiple
 from phalanx.parallel.topology.topology import format_cpu_list
+from phalanx.tests.kernels.packing import pack
 from phalanx.tests.threads import pool_cpus
 
 INSTRUCTION_SETS = [
@@ -78,7 +80,7 @@ def test_a_packed_weight_multiplies_like_the_plain_one(
     k += k % 2 if dtype == torch.bfloat16 else 0
     weight, x = _random(n, k, dtype=dtype, seed=seed) / k**0.5, _random(rows, k + 6, dtype=dtype, seed=seed + 1)[:, :k]
     b = _random(n, dtype=dtype, seed=seed + 2) if bias else None
-    packed = PackedWeight(_padded(weight), n)
+    packed = pack(_padded(weight), n)
     product = x.double() @ weight.double().T
     expected = product if b is None else product + b.double()
     _close(packed.linear(x, b), expected, dtype)
@@ -104,7 +106,7 @@ def test_a_gated_layer_is_silu_of_one_half_times_the_other(
     product = x.double() @ weight.double().T + (0 if b is None else b.double())
     gate, up = product.chunk(2, dim=1)
     expected = torch.nn.functional.silu(gate) * up
-    _close(PackedWeight(_padded(weight, 2), 2 * half).silu_mul(x, b), expected, dtype)
+    _close(pack(_padded(weight, 2), 2 * half).silu_mul(x, b), expected, dtype)
 
 
 @given(rows=st.integers(1, 70), n=st.integers(1, 70), k=st.integers(1, 40), dtype=DTYPES, seed=st.integers(0, 99))
@@ -117,15 +119,15 @@ def test_rows_are_looked_up_in_a_packed_weight(
     numbers = torch.randint(-3, n + 3, (rows,), generator=torch.Generator().manual_seed(seed))
     inside = (numbers >= 0) & (numbers < n)
     expected = torch.where(inside.unsqueeze(1), weight[numbers.clamp(0, n - 1)], 0)
-    assert torch.equal(PackedWeight(_padded(weight), n).look_up(numbers), expected)
+    assert torch.equal(pack(_padded(weight), n).look_up(numbers), expected)
 
 
 def _compressed(weight: torch.Tensor, rows: int, whether: bool) -> PackedWeight:
     """However slow the kernels are at it and little it saves, or not at all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "compresses", lambda: whether)
-        patch.setattr(linear, "LARGEST_COMPRESSED", 100.0)
-        packed = PackedWeight(weight.clone(), rows)
+        patch.setattr(plain, "LARGEST_COMPRESSED", 100.0)
+        packed = pack(weight.clone(), rows)
     assert packed.in_place == (not whether)
     return packed
 
@@ -164,17 +166,17 @@ def test_a_compressed_weight_takes_12_bits_a_number_unless_that_does_not_pay() -
     weight = _random(64, 1280, dtype=torch.bfloat16, seed=0)
     assert _compressed(weight, 64, True).nbytes == 64 * 1280 * 1.5 + 4 * 192  # 10 tables of 16 bytes, in whole lines
     if not cpu.compresses():
-        assert PackedWeight(weight.clone(), 64).in_place
+        assert pack(weight.clone(), 64).in_place
         return
-    assert PackedWeight(weight.clone(), 64).nbytes < 0.76 * weight.nbytes
+    assert pack(weight.clone(), 64).nbytes < 0.76 * weight.nbytes
     sizes = torch.exp2(torch.randint(-60, 1, (64, 1280), generator=torch.Generator().manual_seed(0)).float())
-    assert PackedWeight((weight * sizes).bfloat16(), 64).in_place
+    assert pack((weight * sizes).bfloat16(), 64).in_place
 
 
-@pytest.mark.parametrize("kind", PackedWeight.KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_products_bits_depend_on_its_own_row_alone(instructions: str, kind: str) -> None:
     weight, x = _random(208, 704, dtype=torch.bfloat16, seed=0), _random(75, 704, dtype=torch.bfloat16, seed=1)
-    packed = PackedWeight(weight, 200, kind)
+    packed = pack(weight, 200, kind)
     whole = packed.linear_float(x)
     for count in (1, 2, 3, 4, 5, 7, 11, 13, 40):
         cpu.set_threads(1 + count % 3)
@@ -265,7 +267,7 @@ def test_the_noisiest_is_the_largest_of_value_and_gumbel_noise(
 
 def test_several_threads_may_compute_at_once(instructions: str) -> None:
     cpu.set_threads(3)
-    packed = PackedWeight(_random(256, 64, dtype=torch.float32, seed=0), 256)
+    packed = pack(_random(256, 64, dtype=torch.float32, seed=0), 256)
     x = _random(50, 64, dtype=torch.float32, seed=1)
     expected = packed.linear(x, None)
     wrong: list[int] = []
@@ -286,12 +288,12 @@ def test_several_threads_may_compute_at_once(instructions: str) -> None:
 
 def _compute_in_child(results: multiprocessing.SimpleQueue) -> None:  # type: ignore[type-arg]
     x = torch.ones(4, 64)
-    results.put(float(PackedWeight(torch.ones(512, 64), 512).linear(x, None).sum()))
+    results.put(float(pack(torch.ones(512, 64), 512).linear(x, None).sum()))
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
     cpu.set_threads(2)
-    PackedWeight(torch.ones(512, 64), 512).linear(torch.ones(4, 64), None)  # the parent's threads run
+    pack(torch.ones(512, 64), 512).linear(torch.ones(4, 64), None)  # the parent's threads run
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     child = context.Process(target=_compute_in_child, args=(results,))
@@ -304,7 +306,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 def _compute() -> None:
     weight = _random(512, 64, dtype=torch.float32, seed=0)
     x = _random(4, 64, dtype=torch.float32, seed=1)
-    _close(PackedWeight(weight.clone(), 512).linear(x, None), x.double() @ weight.double().T, torch.float32)
+    _close(pack(weight.clone(), 512).linear(x, None), x.double() @ weight.double().T, torch.float32)
 
 
 @pytest.fixture
@@ -355,7 +357,7 @@ def test_a_cpu_that_is_refused_is_an_error_and_the_threads_go_on_unbound(two_cpu
 
 
 def _threads_of_child(results: multiprocessing.SimpleQueue) -> None:  # type: ignore[type-arg]
-    PackedWeight(torch.ones(512, 64), 512).linear(torch.ones(4, 64), None)  # torch's own products may hang after a fork
+    pack(torch.ones(512, 64), 512).linear(torch.ones(4, 64), None)  # torch's own products may hang after a fork
     everywhere = format_cpu_list(os.sched_getaffinity(0))
     results.put((cpu.native.bound(), _pool_is_on(everywhere)))
 
@@ -376,10 +378,10 @@ def test_bound_threads_move_a_weight_that_is_not_compressed_to_memory_they_touch
 ) -> None:
     weight, x = _random(96, 64, dtype=torch.float32, seed=0), _random(5, 64, dtype=torch.float32, seed=1)
     cpu.set_threads(2)
-    plain = PackedWeight(weight.clone(), 90)
+    plain = pack(weight.clone(), 90)
     cpu.set_threads(2, two_cpus)
     source = weight.clone()
-    moved = PackedWeight(source, 90)
+    moved = pack(source, 90)
     source.fill_(torch.nan)
     assert (plain.in_place, moved.in_place) == (True, False)
     assert moved.nbytes == plain.nbytes
@@ -392,9 +394,9 @@ def test_what_cannot_be_packed_is_refused() -> None:
     assert row_multiple(64, torch.bfloat16, device) == cpu.PANEL
     assert row_multiple(63, torch.bfloat16, device) == row_multiple(64, torch.float16, device) == 1
     with pytest.raises(ValueError, match="multiple of 16 rows"):
-        PackedWeight(torch.ones(17, 4), 17)
+        pack(torch.ones(17, 4), 17)
     with pytest.raises(ValueError, match=r"x is \(2, 5\)"):
-        PackedWeight(torch.ones(16, 4), 16).linear(torch.ones(2, 5), None)
+        pack(torch.ones(16, 4), 16).linear(torch.ones(2, 5), None)
     with pytest.raises(ValueError, match="cannot run the kernels magic"):
         cpu.native.use_kernels("magic")
 
@@ -427,7 +429,7 @@ def test_a_quantized_weight_is_near_the_plain_one_and_multiplies_as_what_it_beca
     b = _random(n, dtype=torch.bfloat16, seed=seed + 2) if bias else None
     padded = _padded(weight)
     padded[n:] = 0
-    packed = PackedWeight(padded, n, kind)
+    packed = pack(padded, n, kind)
     assert torch.equal(padded[:n], weight)
     became = packed.linear_float(torch.eye(k, dtype=torch.bfloat16)).T.double()
     if kind == "int4":
@@ -452,7 +454,7 @@ def test_rows_are_looked_up_in_a_weight_of_8_bits(instructions: str, kind: str) 
     weight = _random(40, 24, dtype=torch.bfloat16, seed=3)
     padded = _padded(weight)
     padded[40:] = 0
-    found = PackedWeight(padded, 40, kind).look_up(torch.tensor([39, -1, 0, 40, 7]))
+    found = pack(padded, 40, kind).look_up(torch.tensor([39, -1, 0, 40, 7]))
     step = weight.float().abs().amax(dim=1, keepdim=True) / 127
     assert not found[[1, 3]].any()
     places = [39, 0, 7]
@@ -461,7 +463,7 @@ def test_rows_are_looked_up_in_a_weight_of_8_bits(instructions: str, kind: str) 
 
 def test_scales_of_8_bits_leave_less_error_than_the_largest_numbers(instructions: str) -> None:
     weight = _random(64, 512, dtype=torch.bfloat16, seed=5)
-    became = PackedWeight(_padded(weight), 64, "int8").linear_float(torch.eye(512, dtype=torch.bfloat16)).T.double()
+    became = pack(_padded(weight), 64, "int8").linear_float(torch.eye(512, dtype=torch.bfloat16)).T.double()
     groups = weight.double().view(-1, 32)
     step = groups.abs().amax(dim=1, keepdim=True) / 127
     plain = (groups - (groups / step).round() * step).square().sum()
@@ -471,16 +473,16 @@ def test_scales_of_8_bits_leave_less_error_than_the_largest_numbers(instructions
 def test_what_cannot_be_quantized_is_refused_with_the_setting() -> None:
     for weight, kind in ((torch.ones(16, 6, dtype=torch.bfloat16), "int8"), (torch.ones(16, 8), "int4")):
         with pytest.raises(ValueError, match=rf"quantization={kind} needs bfloat16.*quantization=none"):
-            PackedWeight(weight, 16, kind)
+            pack(weight, 16, kind)
     with pytest.raises(ValueError, match="4 bits"):
-        PackedWeight(torch.ones(16, 8, dtype=torch.bfloat16), 16, "int4").look_up(torch.tensor([0]))
+        pack(torch.ones(16, 8, dtype=torch.bfloat16), 16, "int4").look_up(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", ["none", "int8", "w8a8", "int4"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_what_is_not_finite_stays_so_in_its_own_row(instructions: str, kind: str, value: float, rows: int) -> None:
-    packed = PackedWeight(_random(32, 64, dtype=torch.bfloat16, seed=0), 32, kind)
+    packed = pack(_random(32, 64, dtype=torch.bfloat16, seed=0), 32, kind)
     x = _random(rows, 64, dtype=torch.bfloat16, seed=1)
     x[0, 20] = value
     found = packed.linear_float(x)

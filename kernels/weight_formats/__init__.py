@@ -1,0 +1,25 @@
+"""Weight formats: how a matrix is kept and multiplied. Nobody outside this package compares a format's name.
+
+A new one is a class of WeightFormat in a module of its own, registered here.
+"""
+
+from __future__ import annotations
+
+from .base import WeightFormat
+from .int4 import INT4
+from .int8 import INT8, W8A8
+from .plain import PLAIN_PANELS
+
+__all__ = ["NAMES", "PLAIN_PANELS", "WeightFormat", "get_weight_format"]
+
+_FORMATS: dict[str, WeightFormat] = {each.name: each for each in (PLAIN_PANELS, INT8, W8A8(), INT4)}
+
+NAMES = tuple(_FORMATS)
+"""What quantization=... may be."""
+
+
+def get_weight_format(name: str) -> WeightFormat:
+    """The format of quantization=NAME. Raises ValueError for a name that is none of NAMES."""
+    if name not in _FORMATS:
+        raise ValueError(f"quantization={name!r} is not supported; it must be one of {', '.join(NAMES)}")
+    return _FORMATS[name]
