@@ -13,10 +13,10 @@ import msgspec
 import torch
 
 from ...parallel.group import local_group
+from ...parallel.loading.checkpoint import Progress
 from ..config import EngineConfig
 from ..engine import Engine, EngineThread, device_type
 from ..errors import CapacityExceeded, EngineStopped, InvalidRequest
-from ..execution.worker import Progress
 from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import Delta, Event, Failed, Finished, Status, Submit, Timings, Usage
 from ..protocol.sampling_params import SamplingParams

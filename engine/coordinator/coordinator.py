@@ -121,7 +121,7 @@ class Coordinator:
         if plan is not None:
             self._control.send(encode(plan))
             self._flying.append((plan, self._worker.launch(plan)))
-        if self._flying and (plan is None or not self._worker.overlap or len(self._flying) > 1):
+        if self._flying and (plan is None or not self._worker.settings.overlap or len(self._flying) > 1):
             self._commit_oldest()
         if plan is not None and plan.step % CAPTURE_EVERY == 0:
             self._capture_next()
