@@ -48,8 +48,9 @@ def measure_steps(options: Options, world: Any) -> dict[str, list[float]]:
     import dataclasses
 
     import torch
+    from phalanx.benchmarks.lab.sequence_logits import sequence_logits
     from phalanx.engine.config import EngineConfig
-    from phalanx.engine.execution.worker import Worker
+    from phalanx.engine.execution.worker_factory import build_worker
     from phalanx.engine.models.spec import read_config, spec_from_config
     from phalanx.parallel.collectives.shared_memory import SharedMemoryCollectives
     from phalanx.parallel.group import adopt_group
@@ -81,14 +82,14 @@ def measure_steps(options: Options, world: Any) -> dict[str, list[float]]:
     folder = Path(str(options.model))
     spec = spec_from_config(read_config(folder), folder.name)
     config = EngineConfig(model=str(folder), ranks=options.ranks, threads=1, max_model_len=options.steps + 1)
-    worker = Worker(dataclasses.replace(config, max_num_seqs=1), spec, folder, group)
+    worker = build_worker(dataclasses.replace(config, max_num_seqs=1), spec, folder, group)
     tokens = [100 + i % (spec.vocab_size - 100) for i in range(options.steps)]
-    worker.score(tokens[:2], chunk=1)
+    sequence_logits(worker, tokens[:2], chunk=1)
     calls.clear()
     steps = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        worker.score(tokens, chunk=1)
+        sequence_logits(worker, tokens, chunk=1)
         steps.append((time.perf_counter() - started) / options.steps)
     group.close()
     return {"step_s": steps, "calls_s": calls}

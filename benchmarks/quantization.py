@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from phalanx import EngineConfig
 from phalanx.benchmarks.lab.common import ROOT, run
+from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.parallel.group import local_group
 
@@ -50,7 +52,8 @@ def make_worker(options: Options, quantization: str) -> Worker:
         threads=options.threads,
     )
     folder = Path(options.model)
-    return Worker(config, spec_from_config(read_config(folder), str(folder)), folder, local_group(torch.device("cpu")))
+    spec = spec_from_config(read_config(folder), str(folder))
+    return build_worker(config, spec, folder, local_group(torch.device("cpu")))
 
 
 def real_tokens(options: Options) -> list[list[int]]:
@@ -70,11 +73,11 @@ def measure(options: Options) -> dict[str, Any]:
     sums = {name: {"agree": 0, "kl": 0.0, "loss": 0.0} for name in ("none", *names)}
     count = scored = 0
     for window in windows:
-        reference = plain.score(window).log_softmax(dim=1)
+        reference = sequence_logits(plain, window).log_softmax(dim=1)
         following = torch.tensor(window[1:]).unsqueeze(1)
         count, scored = count + len(window), scored + len(following)
         for name, entry in sums.items():
-            found = reference if name == "none" else workers[name].score(window).log_softmax(dim=1)
+            found = reference if name == "none" else sequence_logits(workers[name], window).log_softmax(dim=1)
             entry["agree"] += int((found.argmax(dim=1) == reference.argmax(dim=1)).sum())
             entry["kl"] += float((reference.exp() * (reference - found)).sum(dtype=torch.float64))
             entry["loss"] -= float(found[:-1].gather(1, following).sum(dtype=torch.float64))

@@ -1,12 +1,12 @@
-"""Where one step's time goes on a CPU: both halves of the layers, head, sampling, the batch's tensors, and the rest.
+"""Where one step's time goes on a CPU: attention, MLP, head, sampling, the batch's tensors, and the rest.
 
     python benchmarks/step.py random=qwen2_5_0_5b rows=1,32 context=192 prompts=1024
 
 Each case is a step as the engine computes it, one rank on all cores: `rows` sequences of `context` tokens that each
-compute one (a decode step), or one prompt of so many tokens. The step is timed whole, then each part by itself on the
-same weights and the same shapes, in turn over all layers, so that nothing is found in a cache that a step would not
-find there. `products_ms` is all that multiplies with weights, norms included: the halves and the head, less attention
-itself (`attend_ms`). Beside them stands what the machine allows for the step: its bytes at the rate memory is read, and
+compute one (a decode step), or one prompt of so many tokens. The step is timed whole. Then attention and MLP are timed
+inside forward passes that run them one by one, and each other part by itself on the same weights and the same shapes.
+`products_ms` is all that multiplies with weights, norms included: attention, MLP and head, less attention itself
+(`attend_ms`). Beside them stands what the machine allows for the step: its bytes at the rate memory is read, and
 its operations at the rate that registers are multiplied. Both are measured before and after each case, for on a shared
 host they change from minute to minute; the better one counts. The last line is JSON.
 """
@@ -39,11 +39,11 @@ from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan
 from phalanx.kernels.weight_formats import get_weight_format
 from phalanx.parallel.group import local_group
-from phalanx.parallel.residual import Residual
 
 
 @dataclass
@@ -92,60 +92,69 @@ def median_ms(work: Callable[[], Any], repeats: int) -> float:
     return 1000 * statistics.median(times)
 
 
+class SublayerTimes:
+    """The milliseconds that one forward pass spends in each of its named parts, in all layers together."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        """Hear that a part is done: what passed since the one before was its time."""
+        now = time.perf_counter()
+        self.ms[name] = self.ms.get(name, 0.0) + 1000 * (now - self._last)
+        self._last = now
+
+
 class Parts:
     """The parts of one step of a worker, each as a function that does it for all layers."""
 
     def __init__(self, worker: Worker, plan: StepPlan) -> None:
         self.worker, self.plan = worker, plan
-        model = worker._model
-        worker._slots.apply(plan)
-        self.batch = worker._slots.batch(plan)
+        model, dtype = worker.model, worker.settings.dtype
+        worker.slot_table.apply(plan)
+        self.batch = worker.slot_table.batch(plan)
         self.step = model.step(self.batch, self.batch.sample_tokens)
         self.layers = range(len(model.layers))
         qkv = next(model.layers.children()).attention.qkv
-        self.qkv = torch.randn(plan.num_tokens, qkv.rows).to(worker.dtype)
-        self.stream = torch.randn(plan.num_tokens, model.spec.hidden_size)
-        self.few = self.stream[: len(plan.sample_rows)]
-        self.last = self.few.to(worker.dtype)
+        self.qkv = torch.randn(plan.num_tokens, qkv.rows).to(dtype)
+        self.last = torch.randn(len(plan.sample_rows), model.spec.hidden_size).to(dtype)
         self.logits = model.logits(self.last)
 
-    def attention(self) -> None:
-        """Each layer's first half: norm, projections, rotation, storing of keys and values, attention."""
-        self._halves(self.stream, [2 * layer for layer in self.layers])
+    def sublayers_ms(self, repeats: int) -> dict[str, float]:
+        """Medians, over forward passes, of attention and MLP: with their norms, and as a step has them.
 
-    def mlp(self) -> None:
-        """Each layer's second half; in the last layer only for the tokens from which others are sampled."""
-        *but_last, last = [2 * layer + 1 for layer in self.layers]
-        self._halves(self.stream, but_last)
-        self._halves(self.few, [last])
-
-    def _halves(self, stream: torch.Tensor, halves: list[int]) -> None:
-        residual = Residual(stream.clone())
-        for half in halves:
-            self.worker._model.run_halves(range(half, half + 1), residual, self.step, self.worker._cache)
+        In the last layer only the tokens from which others are sampled go on after the keys and values.
+        """
+        passes = [SublayerTimes() for _ in range(repeats + 1)]
+        for times in passes:
+            self.worker.model(self.batch, self.worker.cache, self.batch.sample_tokens, times)
+        return {
+            f"{name}_ms": statistics.median(times.ms[name] for times in passes[1:]) for name in ("attention", "mlp")
+        }
 
     def attend(self) -> None:
-        """Of attention(), what is no product with a weight: rotation, storing, attention."""
-        backend, step, cache = self.worker.backend, self.step, self.worker._cache
+        """What attention does that is no product with a weight: rotation, storing, attention."""
+        backend, step, cache = self.worker.settings.backend, self.step, self.worker.cache
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            q = backend.rotate_and_store(self.qkv.clone(), step.cos, step.sin, None, keys, values, step.slots)
-            if step.wanted is not None and layer == self.layers[-1]:
-                backend.attend(q[step.wanted.tokens], keys, values, step.wanted.plan)
+            q = backend.rotate_and_store(self.qkv.clone(), step.cos, step.sin, None, keys, values, step.slot_mapping)
+            if step.logits_indices is not None and layer == self.layers[-1]:
+                backend.attend(q[step.logits_indices.tokens], keys, values, step.logits_indices.plan)
             else:
                 backend.attend(q, keys, values, step.attention_plan)
 
     def head(self) -> None:
         """The logits."""
-        self.worker._model.logits(self.last)
+        self.worker.model.logits(self.last)
 
     def sampling(self) -> None:
         """The choice of tokens, here the likeliest."""
-        self.worker._sampler.sample(self.logits, self.batch.sample_rows)
+        self.worker.sampler.sample(self.logits, self.batch.sample_rows)
 
     def tensors(self) -> None:
         """Taking in the plan, and the batch's tensors."""
-        self.worker._slots.apply(self.plan)
-        self.worker._slots.batch(self.plan)
+        self.worker.slot_table.apply(self.plan)
+        self.worker.slot_table.batch(self.plan)
 
 
 def linear_flops(spec: ModelSpec, tokens: int, sampled: int) -> float:
@@ -195,10 +204,12 @@ def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, opt
     with torch.inference_mode(), one_torch_thread():
         whole = median_ms(lambda: worker.execute(plan), repeats)
         parts = Parts(worker, plan)
-        names = ("attention", "mlp", "head", "sampling", "tensors")
-        found = {f"{name}_ms": median_ms(getattr(parts, name), repeats) for name in names}
+        found = parts.sublayers_ms(repeats)
+        for name in ("head", "sampling", "tensors"):
+            found[f"{name}_ms"] = median_ms(getattr(parts, name), repeats)
         rest = whole - sum(found.values())
         attend = median_ms(parts.attend, repeats)
+
     rates = rates_around(limits, get_weight_format(options.quantization).rounds_x, before, measure_now())
     least = bounds(work, plan, **rates)
     linear = found["attention_ms"] - attend + found["mlp_ms"]
@@ -217,6 +228,7 @@ def measure(options: Options) -> dict[str, Any]:
     if options.context < 1 or options.repeats < 1:
         raise ConfigError(f"context={options.context} and repeats={options.repeats} must be at least 1")
     rows, prompts = whole_numbers("rows", options.rows), whole_numbers("prompts", options.prompts)
+
     folder = model_folder(options.model, options.random)
     spec: ModelSpec = spec_from_config(read_config(folder), folder.name)
     config = EngineConfig(
@@ -228,8 +240,9 @@ def measure(options: Options) -> dict[str, Any]:
         max_model_len=max(options.context, *prompts) + 1,
         max_num_batched_tokens=max(*rows, *prompts),
     )
+
     limits = measure_limits(options.limits_s)
-    worker = Worker(config, spec, folder, local_group(torch.device("cpu")))
+    worker = build_worker(config, spec, folder, local_group(torch.device("cpu")))
     work = Work(spec, weight_bytes({"quantization": options.quantization}))
     size = worker.capacity.block_size
     plans = {f"decode_{count}": step_plan(count, options.context - 1, 1, size) for count in rows}

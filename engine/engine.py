@@ -13,6 +13,7 @@ import torch
 
 from ..parallel.collectives.rendezvous import all_gather_ints, all_gather_texts
 from ..parallel.group import Group
+from ..parallel.loading.checkpoint import Progress
 from ..parallel.loading.safetensors_files import LoadError, hold_the_same, locate_tensors
 from ..parallel.topology.topology import format_cpu_list
 from .config import EngineConfig
@@ -21,7 +22,7 @@ from .coordinator.input_processor import InputProcessor
 from .coordinator.tokenizer import Tokenizer, read_generation_config
 from .errors import CheckpointError, ConfigError
 from .execution.cpu_binding import Binding
-from .execution.worker import Progress, Worker, follow
+from .execution.worker_factory import build_worker
 from .models.hub import resolve_model
 from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config, window_words
 from .protocol.transport import Transport, ZmqTransport
@@ -49,9 +50,9 @@ class Engine:
         if self._untied:
             spec = dataclasses.replace(spec, tied_embeddings=False)
         tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
-        self.worker = Worker(config, spec, folder, group, on_progress, binding)
-        self._threads = [threads for [threads] in all_gather_ints(group.host, [self.worker.binding.threads])]
-        self._bindings = all_gather_texts(group.host, str(self.worker.binding))
+        self.worker = build_worker(config, spec, folder, group, on_progress, binding)
+        self._threads = [threads for [threads] in all_gather_ints(group.host, [self.worker.settings.binding.threads])]
+        self._bindings = all_gather_texts(group.host, str(self.worker.settings.binding))
         self.coordinator: Coordinator | None = None
         if group.rank == 0:
             assert transport is not None
@@ -63,7 +64,7 @@ class Engine:
             torch.cuda.set_device(self.group.device)  # it is each thread's own
         with self._computing():
             if self.coordinator is None:
-                return follow(self.worker, self.group)
+                return self.worker.follow_plans(self.group.control)
             self.coordinator.run(payload)
             return b""
 
@@ -72,10 +73,10 @@ class Engine:
         """Set the calling thread up to run the steps. torch's own threads would inherit a single CPU from it: without
         the kernels, which do without them, it stays as it is.
         """
-        if not self.worker.uses_kernels:
+        if not self.worker.settings.uses_kernels:
             yield
             return
-        with one_torch_thread(), self.worker.binding.of_steps():
+        with one_torch_thread(), self.worker.settings.binding.of_steps():
             yield
 
     def close(self) -> None:
@@ -117,14 +118,14 @@ class Engine:
         return [words for words in (untied if self._untied else "", window_words(spec)) if words]
 
     def _report(self) -> list[str]:
-        group, worker, capacity = self.group, self.worker, self.worker.capacity
-        loaded = worker.load_report
+        group, settings, capacity = self.group, self.worker.settings, self.worker.capacity
+        loaded = self.worker.load_report
         threads = sorted({min(self._threads), max(self._threads)})
         return [
             f"{group.size} rank(s) on {group.device.type}, {' to '.join(map(str, threads))} thread(s) each, "
-            f"{worker.dtype}, attention={worker.backend.name}",
-            worker.backend.reason,
-            f"{worker.graphs_reason}; steps overlap: {'yes' if worker.overlap else 'no'}",
+            f"{settings.dtype}, attention={settings.backend.name}",
+            settings.backend.reason,
+            f"{settings.graphs_reason}; steps overlap: {'yes' if settings.overlap else 'no'}",
             _of_ranks(self._bindings),
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "

@@ -21,7 +21,7 @@ class AttentionMetadata:
     """
 
     num_decodes: int
-    slots: torch.Tensor  # (T,) int64: place of each token's K and V in the pool, block * block_size + offset
+    slot_mapping: torch.Tensor  # (T,) int64: index of each token's K and V in the pool, block * block_size + offset
     block_table: torch.Tensor  # (R, B) int64; entries past a row's end are 0
     cu_q: torch.Tensor  # (R + 1,) int32: cumulative query tokens
     seqused_k: torch.Tensor  # (R,) int32: tokens in the cache, this step's included
@@ -51,7 +51,7 @@ class AttentionBackend(ABC):
     """Block sizes must be a multiple of this."""
     default_block_size: int
     supports_graph: bool
-    has_stack = False
+    has_fused_decoder = False
     """Whether parallel/fused_decoder.py takes this backend's plans and cache."""
     reason = ""
     """Why choose.choose_backend took it, in one line."""
@@ -75,9 +75,9 @@ class AttentionBackend(ABC):
         v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
-        """Write keys and values (T, kv_heads, head_dim) to their places (T,) in the pool."""
+        """Write keys and values (T, kv_heads, head_dim) to the pool, at their indices `slot_mapping` (T,)."""
 
     def rotate_and_store(
         self,
@@ -87,12 +87,12 @@ class AttentionBackend(ABC):
         norms: HeadNorms | None,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """Queries (T, heads, head_dim) as attend() wants them, of a projection (T, (heads + 2 kv_heads) * head_dim).
 
         Its query and key heads are normalised, if there are norms, and rotated by RotaryEmbedding's tables; keys and
-        values go to their places (T,) in the pool. `qkv` may be overwritten, and the result may be a view of it.
+        values go to the pool, at `slot_mapping` (T,). `qkv` may be overwritten, and the result may be a view of it.
         """
         kv_heads, head_dim = k_cache.shape[2:]
         all_heads = qkv.shape[1] // head_dim
@@ -101,7 +101,7 @@ class AttentionBackend(ABC):
         if norms is not None:
             q = rms_norm(q, norms.query, norms.eps, q.dtype)
             k = rms_norm(k, norms.key, norms.eps, k.dtype)
-        self.store_kv(apply_rope(k, cos, sin), v, k_cache, v_cache, slots)
+        self.store_kv(apply_rope(k, cos, sin), v, k_cache, v_cache, slot_mapping)
         return apply_rope(q, cos, sin)
 
 
@@ -139,10 +139,10 @@ class TorchAttention(AttentionBackend):
         v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
-        k_cache.flatten(0, 1).index_copy_(0, slots, k)
-        v_cache.flatten(0, 1).index_copy_(0, slots, v)
+        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
+        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
     def plan(self, metadata: AttentionMetadata) -> tuple[list[_DecodeBucket], list[_Chunk], int]:
         chunks = []

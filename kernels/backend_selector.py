@@ -274,7 +274,7 @@ def _trial(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, 
 
     metadata = AttentionMetadata(
         num_decodes=2,
-        slots=torch.zeros(tokens, dtype=torch.int64, device=device),
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
         block_table=torch.randperm(2 * rows, generator=generator).view(rows, 2).to(device),
         cu_q=torch.tensor((0, *query_lengths)).cumsum(0).to(device, torch.int32),
         seqused_k=torch.tensor(key_lengths, dtype=torch.int32, device=device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from .collectives.base import Collectives
 
 Projection = tuple[PackedWeight, torch.Tensor | None]
 """A weight and its bias, if it has one."""
+
+SUBLAYERS = ("attention", "mlp")
+"""A layer's, in order."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The tokens of a step whose hidden states are wanted, if these are not all: int64 (C,), ascending.
+class LogitsIndices:
+    """The tokens of a step that logits are computed of, if these are not all: int64 (C,), ascending indices.
 
-    `plan` is the attention backend's of them alone, each a row of its own, if the backend has_stack; it is good as long
-    as `metadata`.
+    `plan` is the attention backend's of them alone, each a row of its own, if the backend has_fused_decoder; it is good
+    as long as `metadata`.
     """
 
     tokens: torch.Tensor
@@ -44,8 +47,8 @@ class Wanted:
     plan: Any
 
 
-class DecoderStack:
-    """The layers of one rank over one cache of CpuAttention. Half 2 i is layer i's attention, 2 i + 1 its MLP."""
+class FusedDecoder:
+    """The layers of one rank over one cache of CpuAttention. Sublayer 2 i is layer i's attention, 2 i + 1 its MLP."""
 
     def __init__(
         self,
@@ -60,14 +63,17 @@ class DecoderStack:
         collectives: Collectives,
     ) -> None:
         """`keys` and `values` are the layers' pools; `heads` counts this rank's query heads; `eps` is of all norms."""
-        self._last_attention = 2 * len(layers) - 2
+        self._sublayers = range(2 * len(layers))
+        self._last_attention = self._sublayers[-2]
         self._kept = layers, keys, values  # whose memory is used by address
         self._collectives, self._dtype = collectives, dtype
-        # Of each half; among several ranks it is added to the sum of their parts.
+
+        # A bias of each sublayer. Among several ranks it is added to the sum of what they made.
         self._biases = [bias for layer in layers for _, bias in (layer.output, layer.down)]
         alone = collectives.size == 1
         reducer = None if any(bias is not None for bias in self._biases) else collectives.reducer
         self._all_at_once = alone or reducer is not None
+
         block_size, kv_heads, head_dim, int8_cache = cache_shape(keys[0])
         shape = hidden, heads, kv_heads, head_dim, block_size, int8_cache
         self._native = cpu.native.DecoderStack(cpu.DTYPES[dtype], *shape, eps, *(reducer or (0, 0)))
@@ -88,38 +94,50 @@ class DecoderStack:
 
     def run(
         self,
-        halves: range,
         total: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
         plan: Any,
-        wanted: Wanted | None = None,
+        logits_indices: LogitsIndices | None = None,
+        trace: Callable[[str], None] | None = None,
     ) -> torch.Tensor:
-        """Add to the residual stream `total`, float32 (T, hidden), what these halves, one after the other, make of it.
+        """Add to the residual stream `total`, float32 (T, hidden), what the layers, one after the other, make of it.
 
-        Attention stores the tokens' keys and values at `slots` (T,) and attends by `plan`, of CpuAttention.plan();
-        `cos` and `sin` are RotaryEmbedding's. Returns `total`; or, if the last layer's attention is among the halves,
-        the stream of the tokens `wanted` alone, for which that makes nothing but keys and values of the others.
+        Attention stores the tokens' keys and values at `slot_mapping` (T,) and attends by `plan`, of
+        CpuAttention.plan(); `cos` and `sin` are RotaryEmbedding's. Returns `total`; or the stream of the tokens
+        `logits_indices` alone, for the last layer makes nothing but keys and values of the others. A `trace` hears the
+        name of each sublayer when it is done. Without one all are one call, if nothing has to happen between them.
         Raises CollectiveError when a rank is lost.
         """
-        place = cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), plan
+        step = cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr(), plan
         partial = None if self._collectives.size == 1 else torch.empty(total.shape, dtype=self._dtype)
         chosen, choice = None, (-1, 0, 0, plan)
-        if wanted is not None and self._last_attention in halves:
-            chosen = total.new_empty(len(wanted.tokens), total.shape[1])
-            choice = len(chosen), wanted.tokens.data_ptr(), chosen.data_ptr(), wanted.plan
-        for piece in [halves] if self._all_at_once else [range(half, half + 1) for half in halves]:
+        if logits_indices is not None:
+            tokens = logits_indices.tokens
+            chosen = total.new_empty(len(tokens), total.shape[1])
+            choice = len(chosen), tokens.data_ptr(), chosen.data_ptr(), logits_indices.plan
+
+        all_at_once = self._all_at_once and trace is None
+        for piece in [self._sublayers] if all_at_once else [range(i, i + 1) for i in self._sublayers]:
             addresses = total.data_ptr(), cpu.address(partial)
-            self._native.run(piece.start, piece.stop, *addresses, len(total), *place, *choice)
+            self._native.run(piece.start, piece.stop, *addresses, len(total), *step, *choice)
             if chosen is not None and self._last_attention in piece:
                 total = chosen
-            if partial is not None and not self._all_at_once and len(total):
-                self._collectives.add_reduced(partial[: len(total)], total)
-                bias = self._biases[piece.start]
-                if bias is not None:
-                    total.add_(bias)
+            if not self._all_at_once:
+                self._all_reduce(piece.start, partial, total)
+            if trace is not None:
+                trace(SUBLAYERS[piece.start % 2])
         return total
+
+    def _all_reduce(self, sublayer: int, partial: torch.Tensor | None, total: torch.Tensor) -> None:
+        """Add the sum of all ranks' `partial`, and the sublayer's bias, to `total`."""
+        if partial is None or not len(total):
+            return
+        self._collectives.add_reduced(partial[: len(total)], total)
+        bias = self._biases[sublayer]
+        if bias is not None:
+            total.add_(bias)
 
 
 def _addresses(projection: Projection, with_bias: bool = True) -> tuple[Any, int]:

@@ -164,9 +164,9 @@ class RowParallelLinear(Linear):
     def forward(self, x: torch.Tensor, residual: Residual) -> None:
         """Add the result for x (T, columns) to `residual`, the same on every rank: at once, or with its next norm."""
         if self.packed is not None and self.collectives.size == 1:
-            self.packed.add_to(residual.settled(), x, self.bias)
+            self.packed.add_to(residual.materialize(), x, self.bias)
         else:
-            residual.add_later(self.multiply(x, None), self.bias, self.collectives)
+            residual.defer_all_reduce(self.multiply(x, None), self.bias, self.collectives)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         """What to read from the checkpoint, and where it goes."""

@@ -19,13 +19,13 @@ class Residual:
         self.total = embedded.float()
         self._part: tuple[torch.Tensor, torch.Tensor | None, Collectives] | None = None
 
-    def add_later(self, partial: torch.Tensor, bias: torch.Tensor | None, collectives: Collectives) -> None:
+    def defer_all_reduce(self, partial: torch.Tensor, bias: torch.Tensor | None, collectives: Collectives) -> None:
         """Add the sum of all ranks' `partial` (T, H), and `bias` (H,), by the next norm(). `partial` is given away."""
-        self.settled()
+        self.materialize()
         self._part = partial, bias, collectives
 
-    def settled(self) -> torch.Tensor:
-        """`total`, with nothing missing."""
+    def materialize(self) -> torch.Tensor:
+        """Add what is missing now, and return `total`."""
         part, self._part = self._part, None
         if part is not None:
             partial, bias, collectives = part

@@ -16,7 +16,7 @@ import msgspec
 
 from ..config import EngineConfig
 from ..errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
-from ..execution.worker import share_out
+from ..execution.resolved_settings import partition_model
 from ..models.hub import resolve_model
 from ..models.spec import read_config, spec_from_config
 from ..protocol.transport import ZmqConnection
@@ -37,7 +37,7 @@ class GroupProcess:
         """Raises the error that kept a rank from starting: ConfigError, CheckpointError, or else EngineStopped."""
         # What can be told without starting N processes is told at once.
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
-        share_out(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
+        partition_model(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
 
         self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
         (self._folder / "config.json").write_bytes(msgspec.json.encode(config))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ...parallel.group import local_group
+from ...parallel.loading.checkpoint import Progress
 from ..config import EngineConfig
 from ..engine import Engine, EngineThread, device_type
 from ..errors import CapacityExceeded, EngineStopped
-from ..execution.worker import Progress
 from ..protocol.messages import Event, Failed, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import InProcess

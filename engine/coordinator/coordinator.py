@@ -126,7 +126,7 @@ class Coordinator:
         if plan is not None:
             self._control.send(encode(plan))
             self._in_flight.append((plan, self._worker.launch(plan)))
-        if self._in_flight and (plan is None or not self._worker.overlap or len(self._in_flight) > 1):
+        if self._in_flight and (plan is None or not self._worker.settings.overlap or len(self._in_flight) > 1):
             self._commit_oldest()
         if plan is not None and plan.step % CAPTURE_EVERY == 0:
             self._capture_next()

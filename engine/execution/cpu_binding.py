@@ -78,10 +78,12 @@ def choose_binding(
         if config.bind_cpus == "always":
             raise ConfigError("bind_cpus=always is for ranks on CPUs; with device=cuda set bind_cpus=auto or never")
         return Binding(threads, None, "the ranks compute on GPUs")
+
     if config.bind_cpus == "never":
         return Binding(threads, None, "bind_cpus=never")
     if config.bind_cpus == "auto" and topology.nodes_with_cpus == 1:
         return Binding(threads, None, topology.problem or "bind_cpus=auto, and their CPUs are of one NUMA node")
+
     if topology.problem and local_rank == 0:
         _log.warning("bind_cpus=%s: %s", config.bind_cpus, topology.problem)
     placement = place(topology, local_rank, local_size, config.threads or None)

@@ -31,6 +31,7 @@ def choose_graphs(setting: str, *, device: str, attention: str, fits: bool, coll
     ]
     if device != "cuda":
         lacking.insert(0, f"device={device} has none")
+
     if setting == "auto":
         return ("none", f"no CUDA graphs: {lacking[0]}") if lacking else ("all", "CUDA graphs of decode steps")
     if setting in ("all", "lazy") and lacking:
@@ -84,6 +85,7 @@ class CudaRecorder(Recorder):
         with torch.cuda.stream(self._stream):
             function()
         torch.cuda.current_stream().wait_stream(self._stream)
+
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's watchdog among them, may talk to the driver meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -135,12 +137,14 @@ class DecodeGraphs:
         self._compute, self._recorder, self._block_size = compute, recorder, block_size
         self._sizes = sorted(sizes)
         self._recorded: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
+
+        # What the graphs compute on.
         rows = self._sizes[-1]
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._lengths = torch.ones(rows, dtype=torch.int64, device=device)
-        self._dummy_slot = dummy_block * block_size
-        self._slots = torch.full((rows,), self._dummy_slot, dtype=torch.int64, device=device)
+        self._dummy_index = dummy_block * block_size
+        self._slot_mapping = torch.full((rows,), self._dummy_index, dtype=torch.int64, device=device)
         self._block_table = torch.full((rows, max_blocks), dummy_block, dtype=torch.int64, device=device)
         self._cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seqused_k = torch.ones(rows, dtype=torch.int32, device=device)
@@ -155,7 +159,7 @@ class DecodeGraphs:
         """Make the graph of one size. Overwrites the dummy block and waits for the device."""
         batch = self._batch(size)
         # What stands there of earlier steps may name blocks that are somebody's by now.
-        self._slots[:size].fill_(self._dummy_slot)
+        self._slot_mapping[:size].fill_(self._dummy_index)
         self._seqused_k[:size].fill_(1)
         self._positions[:size].zero_()
         self._recorded[size] = self._recorder.record(lambda: self._compute(batch))
@@ -175,8 +179,8 @@ class DecodeGraphs:
         size, attention = len(batch.token_ids), batch.attention
         replay, logits = self._recorded[size]
         torch._foreach_copy_(
-            [self._token_ids[:size], self._positions[:size], self._lengths[:size], self._slots[:size]],
-            [batch.token_ids, batch.positions, batch.lengths, attention.slots],
+            [self._token_ids[:size], self._positions[:size], self._lengths[:size], self._slot_mapping[:size]],
+            [batch.token_ids, batch.positions, batch.lengths, attention.slot_mapping],
         )
         self._seqused_k[:size].copy_(attention.seqused_k)
         self._block_table[:size, : attention.block_table.shape[1]].copy_(attention.block_table)
@@ -191,15 +195,16 @@ class DecodeGraphs:
     def _batch(self, size: int) -> ForwardBatch:
         attention = AttentionMetadata(
             num_decodes=size,
-            slots=self._slots[:size],
+            slot_mapping=self._slot_mapping[:size],
             block_table=self._block_table[:size],
             cu_q=self._cu_q[: size + 1],
             seqused_k=self._seqused_k[:size],
             query_lengths=(1,) * size,
-            # Of whoever replays it, longer than any: nothing may be read off these.
+            # Whoever replays it has others, none of them longer: nothing may be read off these.
             key_lengths=(self._block_table.shape[1] * self._block_size,) * size,
             block_size=self._block_size,
         )
+
         return ForwardBatch(
             token_ids=self._token_ids[:size],
             positions=self._positions[:size],

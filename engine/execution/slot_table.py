@@ -30,6 +30,7 @@ class SlotTable:
         """
         self._history = history
         self._block_size, self._device = block_size, device
+
         # The last slot is nobody's: the sequence of one token with which batches are padded.
         count = max_num_seqs + 1
         # One place more than max_model_len: the token sampled at the very end is known, though never computed.
@@ -40,6 +41,7 @@ class SlotTable:
         self._known[-1] = 1
         self._prompt = np.zeros(count, dtype=np.int64)
         self._sampling = [SlotSampling()] * max_num_seqs
+
         # The last token sampled in each slot: on the device before any host knows it.
         self._sampled = torch.zeros(count, dtype=torch.int64, device=device)
 
@@ -53,13 +55,22 @@ class SlotTable:
             self._sampling[start.slot] = start.sampling
             if self._history is not None:
                 self._history.start(start)
+
         if len(set(plan.token_slots)) == len(plan.token_slots):
             self._append(plan.token_slots, plan.token_ids)
         else:
             for slot, token_id in zip(plan.token_slots, plan.token_ids, strict=True):
                 self._append([slot], [token_id])
+
         if plan.block_slots:
             self._blocks[plan.block_slots, plan.block_indices] = plan.block_ids
+
+    def _lengths(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return how many tokens each token's sequence had when the token was first computed.
+
+        That is the whole prompt, or the token itself as the last one: the same again after a preemption.
+        """
+        return np.maximum(self._prompt[slots], positions + 1)
 
     def _append(self, slots: list[int], token_ids: list[int]) -> None:
         """One token to each of different slots."""
@@ -82,36 +93,46 @@ class SlotTable:
         slots = np.array(plan.slots + [len(self._known) - 1] * padding)
         first, counts = np.array(plan.positions + [0] * padding), np.array(plan.counts + [1] * padding)
         num_decodes = plan.num_decodes + padding
+
+        # Each token's slot, position in its sequence, and first index of its block in the cache.
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         token_slots = np.repeat(slots, counts)
         positions = np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts)
+        block_starts = self._blocks[token_slots, positions // self._block_size] * self._block_size
+
+        # The keys that each row reads, and whether it computes a token that this rank was not told.
         keys = first + counts
         blocks = -(-int(keys.max()) // self._block_size)
-        places = self._blocks[token_slots, positions // self._block_size] * self._block_size
         sampled = np.array(plan.sample_rows, dtype=np.int64)
         untold = keys > self._known[slots]
-        table, place, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, slot_of_row, mask = to_device(
-            [
-                self._blocks[slots, :blocks],
-                places + positions % self._block_size,
-                starts.astype(np.int32),
-                keys.astype(np.int32),
-                self._tokens[token_slots, positions].astype(np.int64),
-                positions,
-                # What each token's sequence had when it was first computed: the whole prompt, or itself as the last
-                # one. So a sequence that is computed again after a preemption gets the same keys.
-                np.maximum(self._prompt[token_slots], positions + 1),
-                starts[1:][sampled] - 1,
-                slots[sampled],
-                slots,
-                untold,
-            ],
-            self._device,
+
+        table, slot_mapping, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, row_slots, mask = (
+            to_device(
+                [
+                    self._blocks[slots, :blocks],
+                    block_starts + positions % self._block_size,
+                    starts.astype(np.int32),
+                    keys.astype(np.int32),
+                    self._tokens[token_slots, positions].astype(np.int64),
+                    positions,
+                    self._lengths(token_slots, positions),
+                    starts[1:][sampled] - 1,
+                    slots[sampled],
+                    slots,
+                    untold,
+                ],
+                self._device,
+            )
         )
+        if untold.any():
+            decodes = slice(0, num_decodes)
+            sampled_last = self._sampled[row_slots[decodes]]
+            token_ids[decodes] = torch.where(mask[decodes], sampled_last, token_ids[decodes])
+
         attention = AttentionMetadata(
             num_decodes=num_decodes,
-            slots=place,
+            slot_mapping=slot_mapping,
             block_table=table,
             cu_q=cu_q,
             seqused_k=seqused_k,
@@ -119,10 +140,6 @@ class SlotTable:
             key_lengths=tuple(keys.tolist()),
             block_size=self._block_size,
         )
-        if untold.any():
-            decodes = slice(0, num_decodes)
-            sampled_last = self._sampled[slot_of_row[decodes]]
-            token_ids[decodes] = torch.where(mask[decodes], sampled_last, token_ids[decodes])
         return ForwardBatch(
             token_ids=token_ids,
             positions=position,

@@ -38,7 +38,7 @@ class RankMemory:
     weights: int = 0
     """Of this rank; they are part of `in_use`."""
     activations: int = 0
-    """That the largest step takes for a while (see Worker.profile)."""
+    """That the largest step takes for a while (worker_factory.measure_largest_step() finds it)."""
     reserve: int = 0
     """Kept free for CUDA graphs (see graph_reserve)."""
     sharers: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...kernels.attention import AttentionBackend, AttentionMetadata, HeadNorms
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.collectives.base import Collectives
 from ...parallel.embedding import VocabParallelEmbedding
-from ...parallel.fused_decoder import DecoderStack, PackedLayer, Wanted
+from ...parallel.fused_decoder import FusedDecoder, LogitsIndices, PackedLayer
 from ...parallel.linear import (
     ColumnParallelLinear,
     GatedLinear,
@@ -29,6 +29,9 @@ from ...parallel.residual import Residual
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
 from .spec import ModelSpec
+
+Trace = Callable[[str], None]
+"""Hears the name of each part of a forward pass when it is done: embedding, of each layer attention and mlp, norm."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,23 @@ class Step:
 
     cos: torch.Tensor
     sin: torch.Tensor
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     attention_plan: Any
-    wanted: Wanted | None = None
+    logits_indices: LogitsIndices | None = None
     """None: all tokens."""
+    trace: Trace | None = None
 
 
 class Attention(nn.Module):
+    """Grouped-query attention of this rank's heads, from the residual stream through a norm, and back into it."""
+
     def __init__(self, build: Build) -> None:
         super().__init__()
         spec, share, dim = build.spec, build.share, build.spec.head_dim
         query_rows, kv_rows = _features(share.query_heads, dim), _features(share.kv_heads, dim)
         query_size, kv_size = spec.num_query_heads * dim, spec.num_kv_heads * dim
         self.backend, self.heads = build.attention, len(share.query_heads)
+
         parts = [
             ShardedWeight("q_proj", query_rows, query_size),
             ShardedWeight("k_proj", kv_rows, kv_size),
@@ -84,6 +91,7 @@ class Attention(nn.Module):
             collectives=build.collectives,
             **build.placement,
         )
+
         self.q_norm = build.norm("q_norm", dim) if spec.qk_norm else None
         self.k_norm = build.norm("k_norm", dim) if spec.qk_norm else None
 
@@ -96,12 +104,15 @@ class Attention(nn.Module):
     def forward(
         self, norm: ReplicatedNorm, residual: Residual, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
-        place = k_cache, v_cache, step.slots
-        q = self.backend.rotate_and_store(self.qkv(norm(residual)), step.cos, step.sin, self.head_norms, *place)
+        q = self.backend.rotate_and_store(
+            self.qkv(norm(residual)), step.cos, step.sin, self.head_norms, k_cache, v_cache, step.slot_mapping
+        )
         self.output(self.backend.attend(q, k_cache, v_cache, step.attention_plan).flatten(1), residual)
 
 
 class MLP(nn.Module):
+    """SwiGLU of this rank's columns, from the residual stream through a norm, and back into it."""
+
     def __init__(self, build: Build) -> None:
         super().__init__()
         spec, columns = build.spec, build.share.mlp
@@ -122,6 +133,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its norm. Both add to the residual stream."""
+
     def __init__(self, build: Build) -> None:
         super().__init__()
         self.input_norm = build.norm("input_layernorm", build.spec.hidden_size)
@@ -129,9 +142,33 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = build.norm("post_attention_layernorm", build.spec.hidden_size)
         self.mlp = MLP(build)
 
+    def forward(
+        self,
+        residual: Residual,
+        step: Step,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        selected: torch.Tensor | None = None,
+    ) -> Residual:
+        """Add attention and MLP to `residual` (T, hidden_size), and write the tokens' keys and values to the caches.
+
+        Returns it; or, with `selected`, int64 (R,), the stream of these tokens, to which alone the MLP is added.
+        """
+        self.attention(self.input_norm, residual, step, k_cache, v_cache)
+        if selected is not None:
+            residual = residual.select(selected)
+        if step.trace is not None:
+            step.trace("attention")
+
+        if len(residual.total):
+            self.mlp(self.mlp_norm, residual)
+        if step.trace is not None:
+            step.trace("mlp")
+        return residual
+
     @property
     def packed(self) -> PackedLayer | None:
-        """What DecoderStack needs of it; None if not all of its projections are packed."""
+        """What FusedDecoder needs of it; None if not all of its projections are packed."""
         attention, mlp = self.attention, self.mlp
         qkv, output, gate_up, down = attention.qkv.packed, attention.output.packed, mlp.gate_up.packed, mlp.down.packed
         if qkv is None or output is None or gate_up is None or down is None:
@@ -161,7 +198,10 @@ class CausalLM(nn.Module):
     def __init__(self, build: Build, max_model_len: int) -> None:
         super().__init__()
         spec, share = build.spec, build.share
-        self.spec = spec
+        self.spec, self.backend = spec, build.attention
+        self._build = build
+        self._fused_decoder_of: tuple[KVCache, FusedDecoder | None] | None = None
+
         self.embedding = VocabParallelEmbedding(
             "embed_tokens",
             share.vocab,
@@ -175,9 +215,6 @@ class CausalLM(nn.Module):
         self.norm = build.norm("norm", spec.hidden_size)
         head = ShardedWeight("lm_head", share.vocab, spec.vocab_size)
         self.head = None if spec.tied_embeddings else LogitsLinear(spec.hidden_size, head, **build.placement)
-        self.backend = build.attention
-        self._build = build
-        self._stack_of: tuple[KVCache, DecoderStack | None] | None = None
         self.rope = RotaryEmbedding(
             head_dim=spec.head_dim,
             max_position=spec.max_position,
@@ -186,73 +223,98 @@ class CausalLM(nn.Module):
             **dataclasses.asdict(spec.rope),
         )
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (T, hidden_size) after the final norm, or only those of the tokens `wanted`, int64 (R,).
+    def forward(
+        self,
+        batch: ForwardBatch,
+        cache: KVCache,
+        logits_indices: torch.Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (T, hidden_size) after the final norm, or only of the tokens `logits_indices`, int64 (R,).
 
-        Writes the keys and values of all to `cache`.
+        Writes the keys and values of all tokens to `cache`. With a `trace`, which hears when each part is done, the
+        layers' sublayers run one by one even where they would be one call; the result has the same bits.
         """
-        halves = range(2 * len(self.layers))
-        embedded = Residual(self.embedding(batch.token_ids))
-        hidden: torch.Tensor = self.norm(self.run_halves(halves, embedded, self.step(batch, wanted), cache))
+        residual = Residual(self.embedding(batch.token_ids))
+        step = self.step(batch, logits_indices, trace)
+        if trace is not None:
+            trace("embedding")
+
+        fused_decoder = self._fused_decoder(cache)
+        if fused_decoder is not None:
+            residual = self._run_fused(fused_decoder, residual, step)
+        else:
+            residual = self._run_layers(residual, step, cache)
+
+        hidden: torch.Tensor = self.norm(residual)
+        if trace is not None:
+            trace("norm")
         return hidden
 
-    def step(self, batch: ForwardBatch, wanted: torch.Tensor | None) -> Step:
-        """What the layers share, if only the tokens `wanted` are."""
+    def step(self, batch: ForwardBatch, logits_indices: torch.Tensor | None, trace: Trace | None = None) -> Step:
+        """What the layers share in one forward pass of `batch`, as forward() takes it."""
         cos, sin = self.rope(batch.positions, batch.lengths)
         attention, plan = batch.attention, self.backend.plan(batch.attention)
-        if wanted is None or len(wanted) == len(batch.token_ids):
-            return Step(cos, sin, attention.slots, plan)
-        metadata = None
-        if self.backend.has_stack:
-            rows = torch.searchsorted(attention.cu_q[1:], wanted.int(), right=True)
-            lengths = batch.positions[wanted].int() + 1
-            metadata = AttentionMetadata(
-                num_decodes=len(wanted),
-                slots=attention.slots[wanted],
-                block_table=attention.block_table[rows],
-                cu_q=torch.arange(len(wanted) + 1, dtype=torch.int32),
-                seqused_k=lengths,
-                query_lengths=(1,) * len(wanted),
-                key_lengths=tuple(lengths.tolist()),
-                block_size=attention.block_size,
-            )
-        return Step(
-            cos, sin, attention.slots, plan, Wanted(wanted, metadata, self.backend.plan(metadata) if metadata else None)
+        chosen = None
+        if logits_indices is not None and len(logits_indices) < len(batch.token_ids):
+            chosen = self._logits_indices(batch, logits_indices)
+        return Step(cos, sin, attention.slot_mapping, plan, chosen, trace)
+
+    def _logits_indices(self, batch: ForwardBatch, tokens: torch.Tensor) -> LogitsIndices:
+        """These tokens of the batch; where all layers are one call, with their attention, each as a row of its own."""
+        if not self.backend.has_fused_decoder:
+            return LogitsIndices(tokens, None, None)
+
+        attention = batch.attention
+        rows = torch.searchsorted(attention.cu_q[1:], tokens.int(), right=True)
+        lengths = batch.positions[tokens].int() + 1
+        metadata = AttentionMetadata(
+            num_decodes=len(tokens),
+            slot_mapping=attention.slot_mapping[tokens],
+            block_table=attention.block_table[rows],
+            cu_q=torch.arange(len(tokens) + 1, dtype=torch.int32),
+            seqused_k=lengths,
+            query_lengths=(1,) * len(tokens),
+            key_lengths=tuple(lengths.tolist()),
+            block_size=attention.block_size,
         )
+        return LogitsIndices(tokens, metadata, self.backend.plan(metadata))
 
-    def run_halves(self, halves: range, residual: Residual, step: Step, cache: KVCache) -> Residual:
-        """Add to `residual` what these halves make of it: of layer i attention is 2 i, and the MLP 2 i + 1.
-
-        Returns it, or after the last layer's attention only what step.wanted says: others have done their part.
-        """
-        stack = self._stack(cache)
-        if stack is not None:
-            place = step.cos, step.sin, step.slots, step.attention_plan
-            return Residual(stack.run(halves, residual.settled(), *place, step.wanted))
-        for half in halves:
-            layer = self.layers[half // 2]
-            assert isinstance(layer, DecoderLayer)
-            if half % 2 == 0:
-                layer.attention(layer.input_norm, residual, step, cache.keys[half // 2], cache.values[half // 2])
-                if step.wanted is not None and layer is self.layers[-1]:
-                    residual = residual.select(step.wanted.tokens)
-            elif len(residual.total):
-                layer.mlp(layer.mlp_norm, residual)
+    def _run_layers(self, residual: Residual, step: Step, cache: KVCache) -> Residual:
+        """The residual stream after all layers; after the last one's attention only of step.logits_indices."""
+        last = self.layers[-1]
+        selected = None if step.logits_indices is None else step.logits_indices.tokens
+        for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
+            residual = layer(residual, step, k_cache, v_cache, selected if layer is last else None)
         return residual
 
-    def _stack(self, cache: KVCache) -> DecoderStack | None:
-        """All layers over this cache, if they can run in one piece."""
-        if self._stack_of is None or self._stack_of[0] is not cache:
-            self._stack_of = cache, self._make_stack(cache)
-        return self._stack_of[1]
+    def _run_fused(self, fused_decoder: FusedDecoder, residual: Residual, step: Step) -> Residual:
+        """What _run_layers() does, in one call."""
+        total = fused_decoder.run(
+            residual.materialize(),
+            step.cos,
+            step.sin,
+            step.slot_mapping,
+            step.attention_plan,
+            step.logits_indices,
+            step.trace,
+        )
+        return Residual(total)
 
-    def _make_stack(self, cache: KVCache) -> DecoderStack | None:
+    def _fused_decoder(self, cache: KVCache) -> FusedDecoder | None:
+        """All layers over this cache, if they can run in one piece."""
+        if self._fused_decoder_of is None or self._fused_decoder_of[0] is not cache:
+            self._fused_decoder_of = cache, self._make_fused_decoder(cache)
+        return self._fused_decoder_of[1]
+
+    def _make_fused_decoder(self, cache: KVCache) -> FusedDecoder | None:
         packed = [layer.packed for layer in self.layers if isinstance(layer, DecoderLayer)]
         layers = [layer for layer in packed if layer is not None]
-        if not self.backend.has_stack or len(layers) < len(packed):
+        if not self.backend.has_fused_decoder or len(layers) < len(packed):
             return None
+
         build = self._build
-        return DecoderStack(
+        return FusedDecoder(
             layers,
             cache.keys,
             cache.values,
@@ -278,7 +340,7 @@ class CausalLM(nn.Module):
             yield from self.head.weight_slices("")
 
     def may_be_left_over(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint needs no place: old rotary buffers, and the copy of a tied head."""
+        """Whether a tensor of the checkpoint is not needed: old rotary buffers, and the copy of a tied head."""
         return name.endswith("rotary_emb.inv_freq") or (self.head is None and name == "lm_head.weight")
 
 

@@ -10,29 +10,34 @@ from ...kernels.huge_pages import LEAST_BYTES, empty
 
 
 @dataclass(frozen=True)
-class KVCache:
-    """Keys and values of one rank: for each layer (blocks, block_size, kv_heads, width of a head), zero-initialised.
+class CacheLayout:
+    """How one rank keeps keys and values. `width` (elements of a head) and `dtype` are the backend's cache_head()."""
 
-    Width and dtype are the attention backend's cache_head().
-    """
+    block_size: int
+    layers: int
+    kv_heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that the keys and values of one token take in all layers."""
+        return 2 * self.layers * self.kv_heads * self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one rank: for each layer (blocks, block_size, kv_heads, width of a head), zero-initialised."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
     @classmethod
-    def allocate(
-        cls,
-        num_blocks: int,
-        block_size: int,
-        layers: int,
-        kv_heads: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
-        shape = (num_blocks, block_size, kv_heads, width)
-        pools = [_zeros(shape, dtype, device) for _ in range(2 * layers)]
-        return cls(pools[:layers], pools[layers:])
+    def allocate(cls, num_blocks: int, layout: CacheLayout) -> KVCache:
+        shape = num_blocks, layout.block_size, layout.kv_heads, layout.width
+        pools = [_zeros(shape, layout.dtype, layout.device) for _ in range(2 * layout.layers)]
+        return cls(pools[: layout.layers], pools[layout.layers :])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

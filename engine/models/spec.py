@@ -89,6 +89,7 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     qwen2, qwen3, llama = (architecture == f"{name}ForCausalLM" for name in ("Qwen2", "Qwen3", "Llama"))
     attention_bias = not qwen2 and fields.flag("attention_bias")
+
     spec = ModelSpec(
         architecture=architecture,
         vocab_size=fields.size("vocab_size"),
@@ -112,6 +113,7 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         attention_window=_attention_window(fields),
     )
+
     if spec.num_query_heads % spec.num_kv_heads:
         raise fields.error("num_key_value_heads", spec.num_kv_heads, f"a divisor of num_attention_heads={heads}")
     if spec.head_dim % 2:
@@ -268,12 +270,14 @@ def _rope(fields: _Fields) -> RopeSpec:
         raise ConfigError(f"{rope.place}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError(f"{fields.place}: partial_rotary_factor must be 1.0, others are not supported")
+
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if kind == "default":
         return RopeSpec(theta=theta)
     max_position = fields.size("max_position_embeddings")
     if kind in ("linear", "dynamic"):
         return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"))
+
     # Beside the rope parameters it wins over inside, and without either there was no extension.
     original = fields.size(
         "original_max_position_embeddings", rope.size("original_max_position_embeddings", max_position)

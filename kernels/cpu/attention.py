@@ -20,7 +20,7 @@ class CpuAttention(AttentionBackend):
     block_multiple = cpu.PANEL
     default_block_size = cpu.PANEL
     supports_graph = False
-    has_stack = True
+    has_fused_decoder = True
 
     def __init__(self, int8_cache: bool = False) -> None:
         """`int8_cache`: the pool keeps 8 bits of each number, and a float32 scale for each head of a token."""
@@ -45,9 +45,9 @@ class CpuAttention(AttentionBackend):
         v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
-        self.rotate_and_store(torch.cat((k, v), dim=1).flatten(1), None, None, None, k_cache, v_cache, slots)
+        self.rotate_and_store(torch.cat((k, v), dim=1).flatten(1), None, None, None, k_cache, v_cache, slot_mapping)
 
     def rotate_and_store(
         self,
@@ -57,7 +57,7 @@ class CpuAttention(AttentionBackend):
         norms: HeadNorms | None,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """Without tables nothing is rotated."""
         block_size, kv_heads, head_dim, int8_cache = cache_shape(k_cache)
@@ -74,7 +74,7 @@ class CpuAttention(AttentionBackend):
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             int8_cache,
-            slots.data_ptr(),
+            slot_mapping.data_ptr(),
             qkv.shape[0],
             heads,
             kv_heads,

@@ -134,11 +134,11 @@ class CudaAttention(AttentionBackend):
         v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
         from .rope import store_kv
 
-        store_kv(k, v, k_cache, v_cache, slots)
+        store_kv(k, v, k_cache, v_cache, slot_mapping)
 
     def rotate_and_store(
         self,
@@ -148,8 +148,8 @@ class CudaAttention(AttentionBackend):
         norms: HeadNorms | None,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         from .rope import rotate_and_store
 
-        return rotate_and_store(qkv, cos, sin, norms, k_cache, v_cache, slots)
+        return rotate_and_store(qkv, cos, sin, norms, k_cache, v_cache, slot_mapping)

@@ -20,20 +20,20 @@ _BLOCK = 1024
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Write keys and values (T, kv_heads, head_dim) to their places `slots`, int64 (T,), in the pools.
+    """Write keys and values (T, kv_heads, head_dim) to the pools, at the tokens' indices `slot_mapping`, int64 (T,).
 
-    A place below 0 is nowhere. Raises ValueError for pools of another shape or layout.
+    What has an index below 0 is not written. Raises ValueError for pools of another shape or layout.
     """
     size = _token_size(k_cache, v_cache)
-    if k.shape != (len(slots), *k_cache.shape[2:]) or v.shape != k.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (k, v, k_cache, slots))
-        raise ValueError(f"keys, values, pool and places do not fit each other: {shapes}")
+    if k.shape != (len(slot_mapping), *k_cache.shape[2:]) or v.shape != k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (k, v, k_cache, slot_mapping))
+        raise ValueError(f"keys, values, pool and slot mapping do not fit each other: {shapes}")
     k, v = k.flatten(1), v.flatten(1)
     if k.numel():
-        grid = len(slots), triton.cdiv(size, _BLOCK)
-        _store_kv[grid](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), SIZE=size, BLOCK=_BLOCK)
+        grid = len(slot_mapping), triton.cdiv(size, _BLOCK)
+        _store_kv[grid](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=size, BLOCK=_BLOCK)
 
 
 def rotate_and_store(
@@ -43,22 +43,22 @@ def rotate_and_store(
     norms: HeadNorms | None,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """AttentionBackend.rotate_and_store in one pass: queries (T, heads, head_dim), a view of `qkv`, where they replace
     what was there; keys and values go to the pools.
 
     Normalised heads are rounded to the projection's dtype before they are rotated. The rotation is computed in float32
-    and rounded once. `cos` and `sin` (T, 1, head_dim) are RotaryEmbedding's, of which the first half says it all. A
-    place below 0 is nowhere. Raises ValueError for shapes and layouts that do not fit.
+    and rounded once. `cos` and `sin` (T, 1, head_dim) are RotaryEmbedding's, of which the first half says it all.
+    What has an index below 0 is not stored. Raises ValueError for shapes and layouts that do not fit.
     """
     kv_heads, head_dim = k_cache.shape[2:]
     size = _token_size(k_cache, v_cache)
     heads, rest = divmod(qkv.shape[1] - 2 * size, head_dim)
     tokens = qkv.shape[0]
-    if heads < 0 or rest or head_dim % 2 or cos.shape != (tokens, 1, head_dim) or slots.shape != (tokens,):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (qkv, cos, k_cache, slots))
-        raise ValueError(f"projection, tables, pool and places do not fit each other: {shapes}")
+    if heads < 0 or rest or head_dim % 2 or cos.shape != (tokens, 1, head_dim) or slot_mapping.shape != (tokens,):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (qkv, cos, k_cache, slot_mapping))
+        raise ValueError(f"projection, tables, pool and slot mapping do not fit each other: {shapes}")
     if qkv.stride(1) != 1 or cos.stride() != sin.stride() or cos.stride(2) != 1:
         raise ValueError("numbers of a token's projection and of its tables must be adjacent")
     if tokens:
@@ -71,7 +71,7 @@ def rotate_and_store(
             norms.key if norms else cos,
             k_cache,
             v_cache,
-            slots,
+            slot_mapping,
             qkv.stride(0),
             cos.stride(0),
             norms.eps if norms else 0.0,
@@ -95,16 +95,16 @@ def _token_size(k_cache: torch.Tensor, v_cache: torch.Tensor) -> int:
 
 
 @triton.jit
-def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _store_kv(k, v, k_cache, v_cache, slot_mapping, k_stride, v_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Program (token, part of its keys and values)."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
+    index = tl.load(slot_mapping + token)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    present = offsets < tl.where(slot >= 0, SIZE, 0)
+    present = offsets < tl.where(index >= 0, SIZE, 0)
     keys = tl.load(k + token * k_stride + offsets, present)
     values = tl.load(v + token * v_stride + offsets, present)
-    tl.store(k_cache + slot * SIZE + offsets, keys.to(k_cache.dtype.element_ty), present)
-    tl.store(v_cache + slot * SIZE + offsets, values.to(v_cache.dtype.element_ty), present)
+    tl.store(k_cache + index * SIZE + offsets, keys.to(k_cache.dtype.element_ty), present)
+    tl.store(v_cache + index * SIZE + offsets, values.to(v_cache.dtype.element_ty), present)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _rotate_and_store(
     k_norm,
     k_cache,
     v_cache,
-    slots,
+    slot_mapping,
     qkv_stride,
     table_stride,
     eps,
@@ -143,13 +143,13 @@ def _rotate_and_store(
         tl.store(queries, left.to(qkv.dtype.element_ty), present)
         tl.store(queries + HALF, right.to(qkv.dtype.element_ty), present)
     else:
-        slot = tl.load(slots + token)
+        index = tl.load(slot_mapping + token)
         head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        present = (head < tl.where(slot >= 0, KV_HEADS, 0))[:, None] & (d < HALF)[None, :]
+        present = (head < tl.where(index >= 0, KV_HEADS, 0))[:, None] & (d < HALF)[None, :]
         inside = (head * HEAD_DIM)[:, None] + d[None, :]
         left, right = _rotated(row + HEADS * HEAD_DIM + inside, present, c, s, k_norm, eps, d, HALF, NORMED)
         values = row + (HEADS + KV_HEADS) * HEAD_DIM + inside
-        place = slot * (KV_HEADS * HEAD_DIM) + inside
+        place = index * (KV_HEADS * HEAD_DIM) + inside
         tl.store(k_cache + place, left.to(k_cache.dtype.element_ty), present)
         tl.store(k_cache + place + HALF, right.to(k_cache.dtype.element_ty), present)
         tl.store(v_cache + place, tl.load(values, present).to(v_cache.dtype.element_ty), present)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from ...engine.execution.worker import Progress
+from ...parallel.loading.checkpoint import Progress
 from .rank_info import RankInfo
 
 _PERIOD_S = 0.1

@@ -10,10 +10,10 @@ from ...engine.config import EngineConfig
 from ...engine.engine import Engine, device_type
 from ...engine.errors import ConfigError, EngineStopped, PhalanxError
 from ...engine.execution.cpu_binding import Binding, bind_process
-from ...engine.execution.worker import Progress
 from ...engine.protocol.transport import InProcess
 from ...parallel.collectives.base import CollectivesUnavailable
 from ...parallel.group import Group, join_group
+from ...parallel.loading.checkpoint import Progress
 from .rank_info import RankInfo
 
 

@@ -80,11 +80,6 @@ class LoadReport:
     """That the checkpoint consists of."""
 
 
-def is_rotary_buffer(name: str) -> bool:
-    """Whether a tensor is a buffer that old checkpoints hold and no model needs."""
-    return name.endswith("rotary_emb.inv_freq")
-
-
 def take_out(slices: list[WeightSlice]) -> Iterator[WeightSlice]:
     """The slices in order, each of which leaves the list: a destination that its owner gives up is then nobody's."""
     slices.reverse()
@@ -96,7 +91,7 @@ def load_weights(
     folder: Path,
     slices: list[WeightSlice],
     *,
-    ignore: Callable[[str], bool] = is_rotary_buffer,
+    ignore: Callable[[str], bool] = lambda name: False,
     progress: Progress | None = None,
     filled: Callable[[WeightSlice], None] = lambda part: None,
     threads: int = 1,

@@ -162,7 +162,7 @@ def test_a_batch_that_does_not_fit_says_so_and_is_measured_at_a_shorter_context(
 
     monkeypatch.setattr(serving, "_decode", decode)
     capacity = SimpleNamespace(num_blocks=4001, block_size=64, max_model_len=32769)
-    worker = SimpleNamespace(capacity=capacity, _cache=SimpleNamespace(keys=[], values=[]))
+    worker = SimpleNamespace(capacity=capacity, cache=SimpleNamespace(keys=[], values=[]))
     engine: Any = SimpleNamespace(worker=worker, group=SimpleNamespace(device=CPU))
     llm: Any = SimpleNamespace(
         status=lambda: SimpleNamespace(total_blocks=4001, block_size=64, peak_memory=[], report=[])
@@ -397,7 +397,7 @@ def test_keys_stand_in_the_blocks_that_the_table_names() -> None:
     inputs = Inputs.random(Case(3, 21, 1), QWEN3.spec, CPU)
     paged = Paged(inputs, 8)
     pool = paged.pool(inputs.k[0])
-    pool.flatten(0, 1)[paged.slots] = inputs.k[0].flatten(0, 1)
+    pool.flatten(0, 1)[paged.slot_mapping] = inputs.k[0].flatten(0, 1)
     for row in range(3):
         assert torch.equal(pool[paged.table[row]].flatten(0, 1)[:21], inputs.k[0][row])
     assert sdpa(inputs)[0]().shape == inputs.q.shape

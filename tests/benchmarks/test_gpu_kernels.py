@@ -195,8 +195,8 @@ def test_decode_plans_are_those_of_overlapping_steps() -> None:
         assert batch.positions.tolist() == [19 + i] * 3
         # The token of the step before is not told yet: it is on the device.
         assert slots._known[:3].tolist() == [20 + max(0, i - 1)] * 3
-        assert len(set(batch.attention.slots.tolist())) == 3
-        seen.update(batch.attention.slots.tolist())
+        assert len(set(batch.attention.slot_mapping.tolist())) == 3
+        seen.update(batch.attention.slot_mapping.tolist())
     assert i == steps - 1
     assert len(seen) == 3 * steps
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.client.in_group import GroupLLM
 from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.errors import PhalanxError
@@ -46,7 +47,7 @@ def logits_at_each_size(
         if rank < size:
             llm = GroupLLM(group, folder, **config)
             worker, collectives = llm._engine.worker, llm._group.collectives
-            shard = worker.score(tokens, chunk).T.contiguous()
+            shard = sequence_logits(worker, tokens, chunk).T.contiguous()
             # Shards differ in size; pad them to the largest for the gather, and cut the padding off again.
             widths = collectives.gather(torch.tensor([len(shard)]))
             widest = collectives.broadcast(torch.tensor([max(map(int, widths or [0]))]))
@@ -69,7 +70,7 @@ def live_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) 
     assert group is not None
     llm = GroupLLM(group, folder, **config)
     greedy = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-    seen["binding"] = str(llm._engine.worker.binding)
+    seen["binding"] = str(llm._engine.worker.settings.binding)
     seen["outputs"] = llm.generate([[5, 6, 7], [8]], greedy)
     seen["sums"].append(_sum(rank))
     seen["refused"] = _error(lambda: llm.generate([[5], [99999]], greedy))
@@ -128,22 +129,23 @@ def generate_with_lazy_graphs(
 ) -> tuple[list[list[RequestOutput]], list[int]]:
     """What ranks answer on the GPU's path, run by Triton's interpreter, and the sizes they captured while serving."""
     from phalanx.engine.coordinator import coordinator
-    from phalanx.engine.execution import worker
+    from phalanx.engine.execution import resolved_settings, worker_factory
     from phalanx.engine.execution.cuda_graphs import EagerRecorder
+    from phalanx.engine.execution.worker import Worker
     from phalanx.kernels import cpu, cuda
 
     cpu.native = None
     cuda.interpret(True)
     captured = []
-    capture = worker.Worker.capture
+    capture = Worker.capture
 
-    def counted(self: worker.Worker, rows: int) -> None:
+    def counted(self: Worker, rows: int) -> None:
         captured.append(rows)
         capture(self, rows)
 
-    worker.choose_graphs = lambda *args, **facts: ("lazy", "")  # type: ignore[assignment]
-    worker.CudaRecorder = lambda device: EagerRecorder()  # type: ignore[assignment,misc]
-    worker.Worker.capture = counted  # type: ignore[method-assign]
+    resolved_settings.choose_graphs = lambda *args, **facts: ("lazy", "")  # type: ignore[assignment]
+    worker_factory.CudaRecorder = lambda device: EagerRecorder()  # type: ignore[assignment,misc]
+    Worker.capture = counted  # type: ignore[method-assign]
     coordinator.CAPTURE_EVERY = 2
     answers = generate_at_each_size(rank, count, folder, [count], calls, config)[count]
     return answers, captured

@@ -165,9 +165,9 @@ def test_logits_that_are_no_numbers_fail_their_own_request(tiny: Path, monkeypat
         alone = _beside(llm)
         compute = CausalLM.forward
 
-        def poisoned(self: CausalLM, batch: Any, cache: Any, wanted: torch.Tensor) -> torch.Tensor:
-            hidden = compute(self, batch, cache, wanted)
-            hidden[batch.token_ids[wanted] == 13] = float("nan")
+        def poisoned(self: CausalLM, batch: Any, cache: Any, logits_indices: torch.Tensor) -> torch.Tensor:
+            hidden = compute(self, batch, cache, logits_indices)
+            hidden[batch.token_ids[logits_indices] == 13] = float("nan")
             return hidden
 
         monkeypatch.setattr(CausalLM, "forward", poisoned)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from phalanx import LLM, EngineConfig, SamplingParams
+from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.kernels import cpu
 from phalanx.kernels.cpu.attention import CpuAttention
@@ -38,7 +40,7 @@ def _answers(folder: Path, prompts: list[list[int]], **config: Any) -> list[list
 def _worker(folder: Path, **config: Any) -> Worker:
     spec = spec_from_config(read_config(folder), str(folder))
     settings = EngineConfig(model=str(folder), max_model_len=512, max_num_seqs=4, **config)
-    return Worker(settings, spec, folder, local_group(torch.device("cpu")))
+    return build_worker(settings, spec, folder, local_group(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -54,10 +56,10 @@ def test_layers_in_one_piece_have_the_bits_of_parts_one_by_one(
     try:
         # Prompts of 32 tokens and fewer, and of 33 and more, have their activations in different layouts under AMX.
         counts = (1, 32, 33, 47, 130)
-        in_one_piece = [_worker(folder).score(tokens[:count]) for count in counts]
-        monkeypatch.setattr(CpuAttention, "has_stack", False)
+        in_one_piece = [sequence_logits(_worker(folder), tokens[:count]) for count in counts]
+        monkeypatch.setattr(CpuAttention, "has_fused_decoder", False)
         for count, found in zip(counts, in_one_piece, strict=True):
-            assert torch.equal(found, _worker(folder).score(tokens[:count])), count
+            assert torch.equal(found, sequence_logits(_worker(folder), tokens[:count])), count
     finally:
         cpu.native.use_kernels(before)
 
@@ -72,18 +74,18 @@ def test_an_engine_answers_the_same_without_the_kernels(qwq_tiny: Path, monkeypa
 @pytest.mark.parametrize(("quantization", "agreement"), [("int8", 0.95), ("w8a8", 0.8), ("int4", 0.55)])
 def test_quantized_weights_agree_with_bfloat16_on_real_text(smollm2: Path, quantization: str, agreement: float) -> None:
     tokens = Tokenizer(smollm2).encode(TEXT)[:500]
-    plain = _worker(smollm2, dtype="bfloat16").score(tokens)
-    quantized = _worker(smollm2, dtype="bfloat16", quantization=quantization).score(tokens)
+    plain = sequence_logits(_worker(smollm2, dtype="bfloat16"), tokens)
+    quantized = sequence_logits(_worker(smollm2, dtype="bfloat16", quantization=quantization), tokens)
     assert float((plain.argmax(dim=1) == quantized.argmax(dim=1)).float().mean()) >= agreement
 
 
 def test_a_cache_of_8_bits_agrees_with_bfloat16_and_takes_half_its_memory(smollm2: Path) -> None:
     tokens = Tokenizer(smollm2).encode(TEXT)[:500]
     plain, small = (_worker(smollm2, dtype="bfloat16", kv_cache_dtype=kept) for kept in ("auto", "int8"))
-    expected, found = plain.score(tokens), small.score(tokens, chunk=100)
+    expected, found = sequence_logits(plain, tokens), sequence_logits(small, tokens, chunk=100)
     assert float((expected.argmax(dim=1) == found.argmax(dim=1)).float().mean()) >= 0.97
     # Whatever the chunks: a key is rounded by itself.
-    assert torch.equal(found, small.score(tokens, chunk=37))
+    assert torch.equal(found, sequence_logits(small, tokens, chunk=37))
     rooms = [
         _worker(smollm2, dtype="bfloat16", kv_cache_dtype=kept, kv_memory=16 * 2**20).capacity.num_blocks
         for kept in ("auto", "int8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx.engine.execution import worker
+from phalanx.engine.execution import resolved_settings, worker_factory
 from phalanx.engine.execution.cuda_graphs import EagerRecorder
 from phalanx.kernels import cpu, cuda
 from phalanx.tests.gpu.place import ON_GPU, why_skipped
@@ -37,8 +37,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     monkeypatch.setattr(cpu, "native", None)
-    monkeypatch.setattr(worker, "choose_graphs", lambda setting, **facts: (_graphs(setting), f"graphs={setting}"))
-    monkeypatch.setattr(worker, "CudaRecorder", lambda device: EagerRecorder())
+    monkeypatch.setattr(
+        resolved_settings, "choose_graphs", lambda setting, **facts: (_graphs(setting), f"graphs={setting}")
+    )
+    monkeypatch.setattr(worker_factory, "CudaRecorder", lambda device: EagerRecorder())
     cuda.interpret(True)
     yield
     cuda.interpret(False)

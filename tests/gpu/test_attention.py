@@ -62,7 +62,7 @@ class _Rows:
     def attend(self, backend: AttentionBackend) -> torch.Tensor:
         metadata = AttentionMetadata(
             num_decodes=len([count for count in self.queries if count == 1]),
-            slots=torch.zeros(len(self.q), dtype=torch.int64, device=DEVICE),
+            slot_mapping=torch.zeros(len(self.q), dtype=torch.int64, device=DEVICE),
             block_table=self.table.to(DEVICE),
             cu_q=torch.tensor([0, *self.queries]).cumsum(0).to(DEVICE, torch.int32),
             seqused_k=torch.tensor(self.keys, dtype=torch.int32, device=DEVICE),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
+from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
@@ -37,7 +38,7 @@ def _tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
 def _logits(folder: Path, tokens: list[int], chunk: int, **changes: Any) -> torch.Tensor:
     config = EngineConfig(**{"model": str(folder), **engine_config(**changes)})
     engine = Engine(config, local_group(DEVICE), InProcess().transport)
-    found = engine.worker.score(tokens, chunk).cpu()
+    found = sequence_logits(engine.worker, tokens, chunk).cpu()
     engine.worker.close()
     return found
 

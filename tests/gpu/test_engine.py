@@ -234,7 +234,7 @@ def _copy(part: torch.Tensor) -> torch.Tensor:
 def test_a_models_weights_on_the_device_are_those_of_its_checkpoint(qwq_tiny: Path) -> None:
     config = EngineConfig(**{"model": str(qwq_tiny), **engine_config()})
     engine = Engine(config, local_group(DEVICE), InProcess().transport)
-    loaded = list(engine.worker._model.weight_slices())
+    loaded = list(engine.worker.model.weight_slices())
     read = [WeightSlice(part.name, part.shape, part.index, torch.empty(part.destination.shape)) for part in loaded]
     kept = [part.destination for part in read]
     load_weights(qwq_tiny, read)

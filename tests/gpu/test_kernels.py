@@ -72,7 +72,7 @@ def test_heads_are_normalised_rotated_and_stored(
 ) -> None:
     block_size, blocks = 16, tokens // 16 + 2
     qkv = normal(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    slots = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(1))[:tokens]
+    slot_mapping = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(1))[:tokens]
     norms = HeadNorms(normal(head_dim, seed=2), normal(head_dim, seed=3), 1e-6) if normed else None
     tables = _tables(torch.arange(tokens, device=DEVICE) * 7, head_dim, dtype)
     pools = [torch.full((blocks, block_size, kv_heads, head_dim), 9.0, dtype=dtype, device=DEVICE) for _ in "kv"]
@@ -80,9 +80,9 @@ def test_heads_are_normalised_rotated_and_stored(
     with torch_alone():
         norms_there = HeadNorms(norms.query.cpu(), norms.key.cpu(), norms.eps) if norms else None
         cos, sin = (table.cpu() for table in tables)
-        expected = TorchAttention().rotate_and_store(qkv.cpu().clone(), cos, sin, norms_there, *of_cpu, slots)
+        expected = TorchAttention().rotate_and_store(qkv.cpu().clone(), cos, sin, norms_there, *of_cpu, slot_mapping)
     triton = CudaAttention(TritonDecode(), TritonPrefill())
-    q = triton.rotate_and_store(qkv.clone(), *tables, norms, *pools, slots.to(DEVICE))
+    q = triton.rotate_and_store(qkv.clone(), *tables, norms, *pools, slot_mapping.to(DEVICE))
     # Between norm and rotation torch rounds to the dtype, as the kernel does, but of another sum.
     close(q, expected, slack=4.0)
     close(pools[0], of_cpu[0], slack=4.0)
@@ -92,13 +92,13 @@ def test_heads_are_normalised_rotated_and_stored(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_and_values_are_stored_in_their_places_and_nowhere_else(dtype: torch.dtype) -> None:
     pools = [torch.zeros(5, 32, 8, 128, dtype=dtype, device=DEVICE) for _ in "kv"]
-    slots = torch.tensor([3, 150, 32, 159, 0], device=DEVICE)
+    slot_mapping = torch.tensor([3, 150, 32, 159, 0], device=DEVICE)
     heads = normal(5, 24, 128, dtype=dtype)
     k, v = heads[:, 8:16], heads[:, 16:]
-    CudaAttention(TritonDecode(), TritonPrefill()).store_kv(k, v, *pools, slots)
+    CudaAttention(TritonDecode(), TritonPrefill()).store_kv(k, v, *pools, slot_mapping)
     for pool, x in zip(pools, (k, v), strict=True):
         expected = torch.zeros_like(pool)
-        expected.flatten(0, 1)[slots] = x
+        expected.flatten(0, 1)[slot_mapping] = x
         assert torch.equal(pool, expected)
 
 

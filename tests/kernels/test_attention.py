@@ -30,7 +30,7 @@ def _metadata(
     ]
     return AttentionMetadata(
         num_decodes=next((i for i, queries in enumerate(query_lengths) if queries > 1), len(query_lengths)),
-        slots=torch.tensor(places),
+        slot_mapping=torch.tensor(places),
         block_table=table,
         cu_q=torch.tensor([0, *query_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         seqused_k=torch.tensor(key_lengths, dtype=torch.int32),
@@ -71,7 +71,7 @@ def _check(
     # As an engine would: the older tokens of all rows first, then the step's own.
     for first, last in ((0, 1), (1, 2)):
         lengths = [(keys - queries, keys) for queries, keys in zip(query_lengths, key_lengths, strict=True)]
-        slots = torch.tensor(
+        slot_mapping = torch.tensor(
             [
                 int(table[row, place // block_size]) * block_size + place % block_size
                 for row, ends in enumerate(lengths)
@@ -79,11 +79,11 @@ def _check(
             ],
             dtype=torch.int64,
         )
-        k, v = (torch.randn(len(slots), kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
-        backend.store_kv(k, v, caches[0], caches[1], slots)
+        k, v = (torch.randn(len(slot_mapping), kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+        backend.store_kv(k, v, caches[0], caches[1], slot_mapping)
         if int8_cache:
             k, v = _rounded(k), _rounded(v)
-        plain[0].flatten(0, 1)[slots], plain[1].flatten(0, 1)[slots] = k.float(), v.float()
+        plain[0].flatten(0, 1)[slot_mapping], plain[1].flatten(0, 1)[slot_mapping] = k.float(), v.float()
     metadata = _metadata(table, query_lengths, key_lengths, block_size)
     out = backend.attend(q, caches[0], caches[1], backend.plan(metadata))
     expected = paged_attention(q, plain[0], plain[1], table, query_lengths, key_lengths)

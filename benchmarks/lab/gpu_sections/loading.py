@@ -21,7 +21,7 @@ from phalanx import LLM, SamplingParams
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.execution.worker import share_out
+from phalanx.engine.execution.resolved_settings import partition_model
 from phalanx.engine.models.decoder import Build, CausalLM
 from phalanx.engine.protocol.transport import InProcess
 from phalanx.kernels.backend_selector import choose_backend
@@ -207,7 +207,7 @@ class Checkpoint:
             backend = choose_backend(
                 "auto", device=device, dtype=torch.bfloat16, head_dim=spec.head_dim, block_size=None
             )
-            share = share_out(EngineConfig(model=str(self._folder)), spec, 1).shares[0]
+            share = partition_model(EngineConfig(model=str(self._folder)), spec, 1).shares[0]
             build = Build(spec, share, local_group(device).collectives, backend, torch.bfloat16, device)
             with torch.inference_mode():
                 self._model = CausalLM(build, 128)

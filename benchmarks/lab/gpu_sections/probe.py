@@ -40,7 +40,7 @@ class DecodeProbe:
         self._worker: Any = engine.worker  # two of its methods are covered
         self._scheduler = engine.coordinator._scheduler
         self._device, self._rows, self._steps = engine.group.device, rows, steps
-        self._launch, self._batch = engine.worker.launch, engine.worker._slots.batch
+        self._launch, self._batch = engine.worker.launch, engine.worker.slot_table.batch
         self._budget = self._scheduler.max_num_batched_tokens
         self.arrivals: list[float] = []  # when the host had each step's tokens
         self.begins: list[Mark] = []  # when the device had each step's inputs
@@ -51,13 +51,13 @@ class DecodeProbe:
     def __enter__(self) -> DecodeProbe:
         # What is not computed needs no budget: the fewer steps until all rows run, the closer their lengths.
         self._scheduler.max_num_batched_tokens = UNLIMITED
-        self._worker.launch, self._worker._slots.batch = self._probed, self._noted_batch
+        self._worker.launch, self._worker.slot_table.batch = self._probed, self._noted_batch
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._worker.launch, self._worker._slots.batch
+        del self._worker.launch, self._worker.slot_table.batch
         self._scheduler.max_num_batched_tokens = self._budget
 
     def _probed(self, plan: StepPlan) -> LaunchedStep:
@@ -84,12 +84,12 @@ class DecodeProbe:
         return batch
 
     def _pretended(self, plan: StepPlan) -> LaunchedStep:
-        self._worker._slots.apply(plan)
+        self._worker.slot_table.apply(plan)
         tokens = torch.zeros(len(plan.sample_rows), dtype=torch.int64)
-        if self._worker.overlap and plan.sample_rows:
+        if self._worker.settings.overlap and plan.sample_rows:
             slots = torch.tensor([plan.slots[row] for row in plan.sample_rows])
             with torch.inference_mode():
-                self._worker._slots.remember(slots.to(self._device), tokens.to(self._device))
+                self._worker.slot_table.remember(slots.to(self._device), tokens.to(self._device))
         return LaunchedStep(tokens, [None] * len(tokens), {})
 
 
@@ -179,5 +179,5 @@ def time_decode(llm: LLM, engine: Engine, rows: int, context: int, steps: int, w
 
 def fill_cache(worker: Worker) -> None:
     """Random numbers for all keys and values: what a device does, and how fast, may depend on what it computes with."""
-    for pool in (*worker._cache.keys, *worker._cache.values):
+    for pool in (*worker.cache.keys, *worker.cache.values):
         pool.normal_()

@@ -112,7 +112,7 @@ def test_a_padded_batch_ends_in_rows_of_one_token_in_the_dummy_block() -> None:
     assert attention.num_decodes == 5
     assert attention.seqused_k.tolist() == [3, 9, 6, 1, 1]
     assert attention.cu_q.tolist() == [0, 1, 2, 3, 4, 5]
-    assert attention.slots.tolist() == [2, (7 + 2) * BLOCK, (14 + 1) * BLOCK + 1, DUMMY * BLOCK, DUMMY * BLOCK]
+    assert attention.slot_mapping.tolist() == [2, (7 + 2) * BLOCK, (14 + 1) * BLOCK + 1, DUMMY * BLOCK, DUMMY * BLOCK]
     assert attention.block_table[3:, 0].tolist() == [DUMMY, DUMMY]
     assert batch.token_ids.tolist() == [2, 108, 205, 0, 0]
     assert batch.positions.tolist() == [2, 8, 5, 0, 0]
@@ -158,8 +158,8 @@ def _graphs(sizes: tuple[int, ...], seen: list[ForwardBatch]) -> DecodeGraphs:
         seen.append(batch)
         attention = batch.attention
         first = attention.block_table.gather(1, ((attention.seqused_k.long() - 1) // BLOCK).unsqueeze(1)).squeeze(1)
-        columns = (batch.token_ids, batch.positions, batch.lengths, attention.slots, attention.seqused_k.long(), first)
-        return torch.stack(columns, dim=1).float()
+        columns = batch.token_ids, batch.positions, batch.lengths, attention.slot_mapping, attention.seqused_k.long()
+        return torch.stack((*columns, first), dim=1).float()
 
     blocks = -(-MAX_LEN // BLOCK)
     return DecodeGraphs(
@@ -212,5 +212,5 @@ def test_a_capture_writes_to_the_dummy_block_alone() -> None:
     seen.clear()
     graphs.capture(2)
     (batch,) = seen
-    assert batch.attention.slots.tolist() == [DUMMY * BLOCK] * 2
+    assert batch.attention.slot_mapping.tolist() == [DUMMY * BLOCK] * 2
     assert batch.attention.seqused_k.tolist() == [1, 1]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError, EngineStopped
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.worker_factory import WorkerParts, assemble, load_parts, measure_largest_step
 from phalanx.engine.memory.advice import HIGHEST_FRACTION, fewest_ranks, out_of_memory_advice
 from phalanx.engine.memory.planner import (
     CPU_BUDGET,
@@ -28,6 +29,7 @@ from phalanx.engine.memory.planner import (
     worst_case_plan,
 )
 from phalanx.engine.memory.profiler import MemoryBudget, count_blocks
+from phalanx.engine.models.decoder import CausalLM
 from phalanx.engine.models.spec import dimensions, read_config, spec_from_config
 from phalanx.engine.sampling.sampler import Sampler
 from phalanx.engine.scheduling.step_plan import decode, encode
@@ -417,37 +419,39 @@ def test_a_gpu_too_small_for_the_weights_is_refused_before_they_are_loaded(monke
 def test_a_step_without_memory_stops_the_engine_with_advice_and_while_it_is_built_is_a_wrong_setting(
     qwq_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = _worker(qwq_tiny)
+    parts = _parts(qwq_tiny)
+    worker = assemble(parts, num_blocks=1)
     _fake_cuda(monkeypatch, 0, 80 * GIB)
 
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(worker, "_model", fail)
+    monkeypatch.setattr(CausalLM, "forward", fail)
     words = (
         r"out of GPU memory: .*lower max_num_batched_tokens from 96 to \d+ and max_num_seqs from 6 to \d, or kv_memory"
     )
     with pytest.raises(EngineStopped, match=words):
         worker.execute(worst_case_plan(6, 96, 64, worker.capacity.block_size))
     with pytest.raises(ConfigError, match=words):
-        worker.profile()
+        measure_largest_step(parts)
 
 
-def _worker(folder: Path) -> Worker:
+def _parts(folder: Path) -> WorkerParts:
     config = EngineConfig(
         model=str(folder), dtype="float32", max_model_len=64, max_num_seqs=6, max_num_batched_tokens=96
     )
     spec = spec_from_config(read_config(folder), str(folder))
-    return Worker(config, spec, folder, local_group(torch.device("cpu")))
+    return load_parts(config, spec, folder, local_group(torch.device("cpu")))
 
 
 def test_a_worker_runs_the_worst_step_and_goes_on_as_before(qwq_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = _worker(qwq_tiny)
+    parts = _parts(qwq_tiny)
+    worker = assemble(parts, num_blocks=parts.memory.agree_on_blocks())
     tokens = [3 * i % 1000 for i in range(50)]
-    expected = worker.score(tokens)
+    expected = sequence_logits(worker, tokens)
     rows: list[int] = []
     sample = Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda *args: rows.append(len(args[2])) or sample(*args))
-    assert 0 <= worker.profile() < GIB
+    assert 0 <= measure_largest_step(parts) < GIB
     assert rows == [6, 6]
-    assert torch.equal(worker.score(tokens), expected)
+    assert torch.equal(sequence_logits(worker, tokens), expected)

@@ -83,7 +83,7 @@ def test_a_tokens_attention_has_the_same_bits_in_a_decode_and_in_a_chunk(
         """Queries first to last - 1 of the last ones, as one chunk."""
         metadata = AttentionMetadata(
             num_decodes=int(last - first == 1),
-            slots=torch.arange(keys - queries + first, keys - queries + last),
+            slot_mapping=torch.arange(keys - queries + first, keys - queries + last),
             block_table=torch.arange(blocks)[None],
             cu_q=torch.tensor([0, last - first], dtype=torch.int32),
             seqused_k=torch.tensor([keys - queries + last], dtype=torch.int32),

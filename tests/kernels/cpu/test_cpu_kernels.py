@@ -211,13 +211,14 @@ def test_heads_are_normalised_rotated_and_stored_as_torch_does_it(
         weights = (_random(head_dim, dtype=torch.float32, seed=seed + i) for i in (1, 2))
         norms = HeadNorms(*weights, 1e-6)
     blocks = -(-tokens // block_size) + 1
-    slots = torch.arange(tokens) + block_size  # block 0 stays empty
+    slot_mapping = torch.arange(tokens) + block_size  # block 0 stays empty
     ours, theirs = ([torch.zeros(blocks, block_size, kv_heads, head_dim, dtype=dtype) for _ in range(2)] for _ in "ab")
-    expected = TorchAttention().rotate_and_store(qkv.clone(), cos, sin, norms, *theirs, slots)
+    expected = TorchAttention().rotate_and_store(qkv.clone(), cos, sin, norms, *theirs, slot_mapping)
     # Keys and values stand in an order of our own; stored plainly, what torch made stands in the same.
     again = [torch.zeros_like(cache) for cache in ours]
-    CpuAttention().store_kv(theirs[0].flatten(0, 1)[slots], theirs[1].flatten(0, 1)[slots], *again, slots)
-    q = CpuAttention().rotate_and_store(qkv, cos, sin, norms, *ours, slots)
+    k, v = (cache.flatten(0, 1)[slot_mapping] for cache in theirs)
+    CpuAttention().store_kv(k, v, *again, slot_mapping)
+    q = CpuAttention().rotate_and_store(qkv, cos, sin, norms, *ours, slot_mapping)
     for value, wanted in ((q, expected), *zip(ours, again, strict=True)):
         # torch rounds to bfloat16 after each of its operations.
         torch.testing.assert_close(value, wanted, atol=1e-5 if dtype == torch.float32 else 6e-2, rtol=1e-2)

@@ -56,7 +56,7 @@ def _step(
     caches = [torch.randn(blocks, block_size, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2)]
     metadata = AttentionMetadata(
         num_decodes=len(decode_keys),
-        slots=torch.zeros(sum(query_lengths), dtype=torch.int64),
+        slot_mapping=torch.zeros(sum(query_lengths), dtype=torch.int64),
         block_table=torch.randperm(blocks, generator=generator)[: rows * width].view(rows, width),
         cu_q=torch.tensor([0, *query_lengths]).cumsum(0).to(torch.int32),
         seqused_k=torch.tensor(key_lengths, dtype=torch.int32),

@@ -123,7 +123,7 @@ def _check_prefill(
 def _metadata(cache: _Cache, decodes: int, queries: list[int], keys: list[int]) -> AttentionMetadata:
     return AttentionMetadata(
         num_decodes=decodes,
-        slots=torch.empty(0, dtype=torch.int64),
+        slot_mapping=torch.empty(0, dtype=torch.int64),
         block_table=cache.table,
         cu_q=_int32([0, *queries]).cumsum(0, dtype=torch.int32),
         seqused_k=_int32(keys),
@@ -183,7 +183,7 @@ def test_a_layers_step_is_that_of_the_plain_backend() -> None:
     queries, keys, group, head_dim, block_size = [1, 1, 1, 5], [1, 17, 40, 21], 3, 64, 16
     generator = torch.Generator().manual_seed(0)
     table = torch.randperm(12, generator=generator).view(4, 3)
-    slots = torch.tensor(
+    slot_mapping = torch.tensor(
         [
             int(table[row, place // block_size]) * block_size + place % block_size
             for row, (count, length) in enumerate(zip(queries, keys, strict=True))
@@ -191,18 +191,18 @@ def test_a_layers_step_is_that_of_the_plain_backend() -> None:
         ]
     )
     cu_q = _int32([0, *queries]).cumsum(0, dtype=torch.int32)
-    metadata = AttentionMetadata(3, slots, table, cu_q, _int32(keys), tuple(queries), tuple(keys), block_size)
-    qkv = torch.randn(len(slots), KV_HEADS * (group + 2) * head_dim, generator=generator)
-    angles = torch.randn(len(slots), 1, head_dim // 2, generator=generator)
+    metadata = AttentionMetadata(3, slot_mapping, table, cu_q, _int32(keys), tuple(queries), tuple(keys), block_size)
+    qkv = torch.randn(len(slot_mapping), KV_HEADS * (group + 2) * head_dim, generator=generator)
+    angles = torch.randn(len(slot_mapping), 1, head_dim // 2, generator=generator)
     cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((angles.sin(), -angles.sin()), -1)
     norms = HeadNorms(*(torch.rand(2, head_dim, generator=generator) + 0.5), eps=1e-6)
     pool = torch.randn(2, 12, block_size, KV_HEADS, head_dim, generator=generator)
     results = []
     for backend in (TorchAttention(), CudaAttention(TritonDecode(), TritonPrefill())):
         k_cache, v_cache = pool.clone()
-        q = backend.rotate_and_store(qkv.clone(), cos, sin, norms, k_cache, v_cache, slots)
+        q = backend.rotate_and_store(qkv.clone(), cos, sin, norms, k_cache, v_cache, slot_mapping)
         backend.store_kv(
-            torch.ones(1, KV_HEADS, head_dim), torch.ones(1, KV_HEADS, head_dim), k_cache, v_cache, slots[:1]
+            torch.ones(1, KV_HEADS, head_dim), torch.ones(1, KV_HEADS, head_dim), k_cache, v_cache, slot_mapping[:1]
         )
         results.append((k_cache, v_cache, backend.attend(q, k_cache, v_cache, backend.plan(metadata))))
     for expected, actual in zip(*results, strict=True):

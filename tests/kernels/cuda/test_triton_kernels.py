@@ -156,16 +156,16 @@ def _rotated(
 BLOCK_SIZE = 4
 
 
-def _pools(slots: list[int], kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def _pools(slot_mapping: list[int], kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return pools of keys and values, behind a block that is not theirs."""
-    shape = (2 + max([0, *slots]) // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim)
+    shape = (2 + max([0, *slot_mapping]) // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim)
     return [torch.full(shape, torch.nan, dtype=dtype)[1:] for _ in "kv"]
 
 
-def _stored(pool: torch.Tensor, slots: list[int]) -> torch.Tensor:
+def _stored(pool: torch.Tensor, slot_mapping: list[int]) -> torch.Tensor:
     """What the places hold; all others, also before the pool, must be as they were."""
     places = pool._base.flatten(0, 1)
-    used = [BLOCK_SIZE + slot for slot in slots]
+    used = [BLOCK_SIZE + index for index in slot_mapping]
     others = torch.ones(len(places), dtype=torch.bool)
     others[used] = False
     assert places[others].isnan().all()
@@ -173,27 +173,27 @@ def _stored(pool: torch.Tensor, slots: list[int]) -> torch.Tensor:
 
 
 @given(
-    slots=st.lists(st.integers(-9, 40), max_size=6, unique=True), kv_heads=st.integers(1, 3), group=st.integers(1, 7),
-    head_dim=st.sampled_from([2, 48, 64, 80, 128]), dtype=st.sampled_from(DTYPES), normed=st.booleans(),
-    seed=st.integers(0, 99),
+    slot_mapping=st.lists(st.integers(-9, 40), max_size=6, unique=True), kv_heads=st.integers(1, 3),
+    group=st.integers(1, 7), head_dim=st.sampled_from([2, 48, 64, 80, 128]), dtype=st.sampled_from(DTYPES),
+    normed=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_heads_are_normalised_rotated_and_stored(
-    slots: list[int], kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, normed: bool, seed: int
+    slot_mapping: list[int], kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, normed: bool, seed: int
 ) -> None:
-    slots = [max(slot, -1) for slot in slots]
-    tokens, heads = len(slots), kv_heads * group
+    slot_mapping = [max(index, -1) for index in slot_mapping]
+    tokens, heads = len(slot_mapping), kv_heads * group
     wide = 2 * _random(tokens, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype, seed=seed)
     qkv, before = wide[:, :-8], wide[:, -8:].clone()
     q, k, v = qkv.clone().view(tokens, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     cos, sin = _tables(torch.arange(tokens) * 7 + seed, head_dim, dtype)
     weights = [_random(head_dim, seed=seed + i) if normed else None for i in (1, 2)]
     norms = HeadNorms(*weights, 1e-6) if normed else None
-    k_cache, v_cache = _pools(slots, kv_heads, head_dim, dtype)
-    result = triton_rope.rotate_and_store(qkv, cos, sin, norms, k_cache, v_cache, torch.tensor(slots).long())
+    k_cache, v_cache = _pools(slot_mapping, kv_heads, head_dim, dtype)
+    result = triton_rope.rotate_and_store(qkv, cos, sin, norms, k_cache, v_cache, torch.tensor(slot_mapping).long())
     assert result.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
-    kept = [token for token, slot in enumerate(slots) if slot >= 0]
-    used = [slots[token] for token in kept]
+    kept = [token for token, index in enumerate(slot_mapping) if index >= 0]
+    used = [slot_mapping[token] for token in kept]
     # Rounding a rotated number is relative to its pair's length; a norm on the brink may be rounded to the next number.
     _close(result, _rotated(q, cos, sin, weights[0], 1e-6), slack=4.0)
     _close(_stored(k_cache, used), _rotated(k, cos, sin, weights[1], 1e-6)[kept], slack=4.0)
@@ -204,11 +204,11 @@ def test_heads_are_normalised_rotated_and_stored(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (8, 128), (9, 129)])
 def test_keys_and_values_are_stored(kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    slots = [9, -1, 0, 22]
-    k_cache, v_cache = _pools(slots, kv_heads, head_dim, dtype)
-    heads = _random(len(slots), 3 * kv_heads, head_dim, dtype=dtype)
+    slot_mapping = [9, -1, 0, 22]
+    k_cache, v_cache = _pools(slot_mapping, kv_heads, head_dim, dtype)
+    heads = _random(len(slot_mapping), 3 * kv_heads, head_dim, dtype=dtype)
     k, v = heads[:, kv_heads:-kv_heads], heads[:, -kv_heads:]
-    triton_rope.store_kv(k, v, k_cache, v_cache, torch.tensor(slots))
+    triton_rope.store_kv(k, v, k_cache, v_cache, torch.tensor(slot_mapping))
     used, kept = [9, 0, 22], [0, 2, 3]
     assert torch.equal(_stored(k_cache, used), k[kept])
     assert torch.equal(_stored(v_cache, used), v[kept])
@@ -227,44 +227,46 @@ FAR = tl.constexpr(2**26)
 
 
 @triton.jit
-def _store_far(k, v, k_cache, v_cache, slots):
-    triton_rope._store_kv(k, v, k_cache - FAR * 64, v_cache - FAR * 64, slots, 64, 64, 64, 64)
+def _store_far(k, v, k_cache, v_cache, slot_mapping):
+    triton_rope._store_kv(k, v, k_cache - FAR * 64, v_cache - FAR * 64, slot_mapping, 64, 64, 64, 64)
 
 
 @triton.jit
-def _rotate_far(qkv, cos, sin, k_cache, v_cache, slots):
+def _rotate_far(qkv, cos, sin, k_cache, v_cache, slot_mapping):
     k_cache, v_cache = k_cache - FAR * 64, v_cache - FAR * 64
-    triton_rope._rotate_and_store(qkv, cos, sin, cos, cos, k_cache, v_cache, slots, 192, 64, 0.0, 1, 1, 64, False, 1)
+    triton_rope._rotate_and_store(
+        qkv, cos, sin, cos, cos, k_cache, v_cache, slot_mapping, 192, 64, 0.0, 1, 1, 64, False, 1
+    )
 
 
 def test_places_beyond_two_to_the_31_elements_are_found() -> None:
-    qkv, slots = _random(2, 192), torch.tensor([1, 0])
+    qkv, slot_mapping = _random(2, 192), torch.tensor([1, 0])
     k, v = qkv[:, 64:128].contiguous(), qkv[:, 128:].contiguous()
     cos, sin = torch.ones(2, 1, 64), torch.zeros(2, 1, 64)  # turned by nothing
     for launch in (
-        lambda *pools: _store_far[(2, 1)](k, v, *pools, slots + FAR.value),
-        lambda *pools: _rotate_far[(2, 2)](qkv, cos, sin, *pools, slots + FAR.value),
+        lambda *pools: _store_far[(2, 1)](k, v, *pools, slot_mapping + FAR.value),
+        lambda *pools: _rotate_far[(2, 2)](qkv, cos, sin, *pools, slot_mapping + FAR.value),
     ):
         k_cache, v_cache = torch.empty(2, 64), torch.empty(2, 64)
         launch(k_cache, v_cache)
-        assert torch.equal(k_cache[slots], k)
-        assert torch.equal(v_cache[slots], v)
+        assert torch.equal(k_cache[slot_mapping], k)
+        assert torch.equal(v_cache[slot_mapping], v)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    pool, slots = torch.zeros(2, 16, 2, 64), torch.zeros(3, dtype=torch.int64)
+    pool, slot_mapping = torch.zeros(2, 16, 2, 64), torch.zeros(3, dtype=torch.int64)
     qkv, table, kv = torch.zeros(3, 6 * 64), torch.zeros(3, 1, 64), torch.zeros(3, 2, 64)
     with pytest.raises(ValueError, match=r"must be contiguous and \(blocks"):
-        triton_rope.store_kv(kv, kv, pool.transpose(0, 1), pool, slots)
+        triton_rope.store_kv(kv, kv, pool.transpose(0, 1), pool, slot_mapping)
     with pytest.raises(ValueError, match=r"must be contiguous and \(blocks"):
-        triton_rope.rotate_and_store(qkv, table, table, None, pool, pool[:1], slots)
+        triton_rope.rotate_and_store(qkv, table, table, None, pool, pool[:1], slot_mapping)
     with pytest.raises(ValueError, match="do not fit each other"):
-        triton_rope.store_kv(kv, kv, pool, pool, slots[:2])
+        triton_rope.store_kv(kv, kv, pool, pool, slot_mapping[:2])
     for projection, cos in ((qkv[:, :-1], table), (qkv[:, :192], table), (qkv, table[:, :, :32])):
         with pytest.raises(ValueError, match="do not fit each other"):
-            triton_rope.rotate_and_store(projection, cos, cos, None, pool, pool, slots)
+            triton_rope.rotate_and_store(projection, cos, cos, None, pool, pool, slot_mapping)
     with pytest.raises(ValueError, match="must be adjacent"):
-        triton_rope.rotate_and_store(torch.zeros(384, 3).T, table, table, None, pool, pool, slots)
+        triton_rope.rotate_and_store(torch.zeros(384, 3).T, table, table, None, pool, pool, slot_mapping)
 
 
 # Sampling

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from phalanx.engine.config import EngineConfig
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.parallel.collectives.base import CollectiveError, Collectives
 from phalanx.parallel.collectives.host_staged import HostStagedCollectives
@@ -109,7 +109,7 @@ def load(rank: int, size: int, folder: str) -> dict[str, int]:
     config = EngineConfig(model=folder, ranks=size, kv_memory=2**20, max_model_len=64, max_num_seqs=1)
     spec = spec_from_config(read_config(Path(folder)), folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    worker = Worker(config, spec, Path(folder), group)
+    worker = build_worker(config, spec, Path(folder), group)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = worker.load_report
     return {"read": report.bytes_read, "shard": report.shard_bytes, "rise": peak - before}

@@ -112,11 +112,11 @@ class Paged:
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(case.rows * self.blocks, generator=generator).view(case.rows, self.blocks)
         places = torch.arange(case.keys)
-        slots = order[:, places // block_size] * block_size + places % block_size
-        self.table, self.slots = order.to(device), slots.flatten().to(device)
+        slot_mapping = order[:, places // block_size] * block_size + places % block_size
+        self.table, self.slot_mapping = order.to(device), slot_mapping.flatten().to(device)
         self.metadata = AttentionMetadata(
             num_decodes=case.rows if case.queries == 1 else 0,
-            slots=self.slots,
+            slot_mapping=self.slot_mapping,
             block_table=self.table,
             cu_q=torch.arange(case.rows + 1, dtype=torch.int32, device=device) * case.queries,
             seqused_k=torch.full((case.rows,), case.keys, dtype=torch.int32, device=device),
@@ -140,7 +140,7 @@ def backend_kernel(name: str, inputs: Inputs) -> Kernel:
     pools = []
     for k, v in zip(inputs.k, inputs.v, strict=True):
         k_pool, v_pool = paged.pool(k), paged.pool(v)
-        backend.store_kv(k.flatten(0, 1), v.flatten(0, 1), k_pool, v_pool, paged.slots)
+        backend.store_kv(k.flatten(0, 1), v.flatten(0, 1), k_pool, v_pool, paged.slot_mapping)
         pools.append((k_pool, v_pool))
     plan = backend.plan(paged.metadata)
     return [partial(_attend, backend, q, *pool, plan, paged) for pool in pools]
@@ -177,7 +177,7 @@ def flashinfer_kernel(inputs: Inputs) -> Kernel:
     for pair in zip(inputs.k, inputs.v, strict=True):
         pool = tuple(paged.pool(x) for x in pair)
         for x, values in zip(pool, pair, strict=True):
-            x.flatten(0, 1)[paged.slots] = values.flatten(0, 1)
+            x.flatten(0, 1)[paged.slot_mapping] = values.flatten(0, 1)
         pools.append(pool)
     return [partial(wrapper.run, q, pool) for pool in pools]
 

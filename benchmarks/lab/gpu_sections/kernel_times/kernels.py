@@ -57,7 +57,7 @@ class Bench:
 
     def graphs(self) -> dict[str, Any]:
         """Decode steps that replay CUDA graphs."""
-        if self._worker.graphs == "none":
+        if self._worker.settings.graphs == "none":
             return {"skipped": f"device={self._device.type} has no CUDA graphs"}
         cases = self._decodes()
         for case in reversed(cases):

@@ -1,0 +1,144 @@
+"""What a rank's settings come to on its device: everything that `auto` or nothing leaves open is decided here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels import cpu
+from ...kernels.attention import AttentionBackend
+from ...kernels.backend_selector import choose_backend
+from ...kernels.weight_formats import get_weight_format
+from ...parallel.group import Group
+from ...parallel.partition import Partition, PartitionError, partition
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..models.spec import ModelSpec, dimensions, position_limit, window_words
+from .cpu_binding import Binding, choose_binding, start_threads
+from .cuda_graphs import choose_graphs
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """The settings by which one rank computes."""
+
+    dtype: torch.dtype
+    uses_kernels: bool
+    """phalanx's own C++ kernels compute."""
+    binding: Binding
+    backend: AttentionBackend
+    overlap: bool
+    graphs: str
+    """none, all, lazy or eager."""
+    graphs_reason: str
+    """Why, in one line."""
+    max_model_len: int
+    block_size: int
+
+
+def resolve_settings(
+    config: EngineConfig, spec: ModelSpec, group: Group, binding: Binding | None = None
+) -> ResolvedSettings:
+    """Decide what `config` leaves open for this rank of `group`, and start the kernels' threads.
+
+    `binding` is that of a process which is this rank's alone; without, only the kernels' own threads may be bound.
+    Raises ConfigError for settings that this device, these kernels or this model do not allow.
+    """
+    device = group.device
+    dtype = _dtype(config, spec, device)
+    uses_kernels = cpu.usable(device, dtype)
+
+    if binding is None:
+        binding = choose_binding(config, device.type, group.rank % group.local_size, group.local_size)
+    binding = start_threads(config, binding, uses_kernels)
+
+    backend = _attention_backend(config, spec, dtype, device)
+    graphs, graphs_reason = _graphs(config, backend, group)
+    return ResolvedSettings(
+        dtype=dtype,
+        uses_kernels=uses_kernels,
+        binding=binding,
+        backend=backend,
+        overlap=config.overlap if config.overlap is not None else device.type == "cuda",
+        graphs=graphs,
+        graphs_reason=graphs_reason,
+        max_model_len=_max_model_len(config, spec),
+        block_size=_block_size(config, backend),
+    )
+
+
+def partition_model(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
+    """What each rank holds; ConfigError if the model cannot be cut so."""
+    try:
+        return partition(dimensions(spec), ranks, config.rank_weights, get_weight_format(config.quantization))
+    except PartitionError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    name = spec.dtype if config.dtype == "auto" else config.dtype
+    if name == "float16" and device.type == "cpu" and config.dtype == "auto":
+        name = "bfloat16"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _attention_backend(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    if device.type == "cpu":
+        cpu.warn_if_missing()
+    try:
+        get_weight_format(config.quantization).check(device, dtype)
+        return choose_backend(
+            config.attention,
+            device=device,
+            dtype=dtype,
+            head_dim=spec.head_dim,
+            block_size=config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
+            group=spec.num_query_heads // spec.num_kv_heads,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _graphs(config: EngineConfig, backend: AttentionBackend, group: Group) -> tuple[str, str]:
+    try:
+        return choose_graphs(
+            config.graphs,
+            device=group.device.type,
+            attention=backend.name,
+            fits=backend.supports_graph,
+            collectives_fit=group.collectives.supports_graph,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    """max_model_len as configured, or the model's own; ConfigError above what the model's positions allow."""
+    limit = position_limit(spec)
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        if spec.attention_window == limit:
+            raise ConfigError(f"max_model_len={config.max_model_len} must be at most {limit}: {window_words(spec)}")
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is above the model's {limit} positions; lower max_model_len to at "
+            f"most {limit}, or give the model's config.json a rope scaling"
+        )
+    return config.max_model_len
+
+
+def _block_size(config: EngineConfig, backend: AttentionBackend) -> int:
+    if config.block_size is None:
+        return backend.default_block_size
+    if config.block_size % backend.block_multiple:
+        raise ConfigError(
+            f"block_size={config.block_size} must be a multiple of {backend.block_multiple} for "
+            f"attention={backend.name}"
+        )
+    return config.block_size

@@ -1,0 +1,240 @@
+"""Builds one rank's Worker: settings, weights, memory, graphs, one named step after the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ...kernels.weight_formats import get_weight_format
+from ...parallel.group import Group
+from ...parallel.loading.checkpoint import LoadError, LoadReport, Packing, Progress, load_weights
+from ...parallel.loading.dummy_weights import fill_dummy
+from ..config import EngineConfig
+from ..errors import CheckpointError, ConfigError
+from ..memory.planner import Demand, worst_case_plan
+from ..memory.profiler import MemoryBudget, peak_memory
+from ..models.decoder import Build, CausalLM
+from ..models.forward_batch import ForwardBatch
+from ..models.kv_cache import CacheLayout, KVCache
+from ..models.spec import ModelSpec
+from ..sampling.sampler import Sampler
+from ..sampling.token_counts import TokenHistory
+from .cpu_binding import Binding
+from .cuda_graphs import CudaRecorder, DecodeGraphs, EagerRecorder, graph_sizes
+from .resolved_settings import ResolvedSettings, partition_model, resolve_settings
+from .slot_table import SlotTable
+from .worker import Capacity, Worker
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One rank's model with its weights, and what loading them took."""
+
+    model: CausalLM
+    report: LoadReport
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """All that a Worker needs but the KV cache, whose size is known once these parts are there and measured."""
+
+    group: Group
+    settings: ResolvedSettings
+    memory: MemoryBudget
+    cache_layout: CacheLayout
+    loaded: LoadedModel
+    history: TokenHistory | None
+    """What penalties go by where steps overlap; the sampler reads it, and the slot table tells it."""
+    sampler: Sampler
+
+
+def build_worker(
+    config: EngineConfig,
+    spec: ModelSpec,
+    folder: Path,
+    group: Group,
+    on_progress: Progress | None = None,
+    binding: Binding | None = None,
+) -> Worker:
+    """This rank's worker. Every rank of the group calls it at the same time: sizes are exchanged with the others.
+
+    `folder` holds the weights; `on_progress` hears bytes read and bytes in all. `binding` is that of a process which is
+    this rank's alone; without, only the kernels' own threads may be bound.
+    Raises ConfigError for settings, and for memory, that do not suffice, and CheckpointError for faulty weights.
+    """
+    parts = load_parts(config, spec, folder, group, on_progress, binding)
+    group.collectives.tune(spec.hidden_size, parts.settings.dtype, config.max_num_seqs)
+    if group.device.type == "cuda":
+        measure_largest_step(parts)
+
+    sizes = graph_sizes(config.max_num_seqs) if parts.settings.graphs != "none" else ()
+    return assemble(parts, parts.memory.agree_on_blocks(sizes), sizes)
+
+
+def load_parts(
+    config: EngineConfig,
+    spec: ModelSpec,
+    folder: Path,
+    group: Group,
+    on_progress: Progress | None = None,
+    binding: Binding | None = None,
+) -> WorkerParts:
+    """Settings, weights and sampler of this rank, as build_worker() has them. Raises what that raises."""
+    settings = resolve_settings(config, spec, group, binding)
+    partition = partition_model(config, spec, group.size)
+    share = partition.shares[group.rank]
+    layout = _cache_layout(spec, settings, len(share.kv_heads), group.device)
+
+    demand = Demand(config, partition, settings.dtype.itemsize, settings.max_model_len, settings.block_size)
+    memory = MemoryBudget(demand, group, layout.token_bytes)
+    memory.check_before_loading()
+
+    build = Build(spec, share, group.collectives, settings.backend, settings.dtype, group.device)
+    loaded = _load_model(build, settings, config, folder, on_progress)
+    history = TokenHistory(config.max_num_seqs, share.vocab, group.device) if settings.overlap else None
+    sampler = Sampler(group.collectives, share.vocab, spec.vocab_size, history=history)
+    return WorkerParts(group, settings, memory, layout, loaded, history, sampler)
+
+
+def measure_largest_step(parts: WorkerParts) -> int:
+    """Bytes that the largest step takes beside weights and KV cache, found by running it on a cache of one block.
+
+    Every rank calls it, while nothing runs and before any sequence has a slot that matters.
+    Raises ConfigError if a GPU has too little memory for the step.
+    """
+    config, demand = parts.memory.demand.config, parts.memory.demand
+    plan = worst_case_plan(config.max_num_seqs, config.max_num_batched_tokens, demand.max_model_len, demand.block_size)
+    trial = assemble(parts, num_blocks=1)
+    return parts.memory.measure_step(lambda: trial.execute(plan))
+
+
+def assemble(parts: WorkerParts, num_blocks: int, sizes: Sequence[int] = ()) -> Worker:
+    """A worker with a KV cache of `num_blocks`, and with CUDA graphs of decode steps of `sizes` rows, if any.
+
+    Every rank calls it with the same values; the graphs are captured here, unless settings.graphs is lazy.
+    """
+    group, settings, model = parts.group, parts.settings, parts.loaded.model
+    max_num_seqs = parts.memory.demand.config.max_num_seqs
+
+    # One more block, that no sequence is given, for the rows that pad a graph's batches.
+    cache = KVCache.allocate(num_blocks + (len(sizes) > 0), parts.cache_layout)
+    slot_table = SlotTable(
+        max_num_seqs,
+        settings.max_model_len,
+        settings.block_size,
+        group.device,
+        parts.history,
+        dummy_block=num_blocks if sizes else 0,
+    )
+    graphs = _make_graphs(parts, cache, sizes, dummy_block=num_blocks) if sizes else None
+
+    return Worker(
+        rank=group.rank,
+        settings=settings,
+        memory=parts.memory,
+        model=model,
+        load_report=parts.loaded.report,
+        sampler=parts.sampler,
+        slot_table=slot_table,
+        cache=cache,
+        graphs=graphs,
+        capacity=Capacity(num_blocks, settings.block_size, settings.max_model_len, peak_memory(group)),
+    )
+
+
+def _cache_layout(spec: ModelSpec, settings: ResolvedSettings, kv_heads: int, device: torch.device) -> CacheLayout:
+    width, dtype = settings.backend.cache_head(spec.head_dim, settings.dtype)
+    return CacheLayout(
+        block_size=settings.block_size,
+        layers=spec.num_layers,
+        kv_heads=kv_heads,
+        width=width,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _load_model(
+    build: Build,
+    settings: ResolvedSettings,
+    config: EngineConfig,
+    folder: Path,
+    on_progress: Progress | None,
+) -> LoadedModel:
+    def load() -> LoadedModel:
+        with torch.inference_mode():
+            model = CausalLM(build, settings.max_model_len)
+            return LoadedModel(model, _fill(model, config, folder, settings.binding.threads, on_progress))
+
+    return _on_own_thread(load) if build.device.type == "cpu" else load()
+
+
+def _fill(
+    model: CausalLM, config: EngineConfig, folder: Path, threads: int, on_progress: Progress | None
+) -> LoadReport:
+    """Read, or make up, the model's weights, and pack those that are to be packed."""
+    slices = list(model.weight_slices())
+    packing = Packing(slices, get_weight_format(config.quantization))
+    try:
+        if config.load_format == "dummy":
+            return fill_dummy(slices, config.seed, filled=packing.filled)
+        return load_weights(
+            folder,
+            slices,
+            ignore=model.may_be_left_over,
+            progress=on_progress,
+            filled=packing.filled,
+            threads=threads,
+        )
+    except LoadError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _make_graphs(parts: WorkerParts, cache: KVCache, sizes: Sequence[int], dummy_block: int) -> DecodeGraphs:
+    settings, model, demand = parts.settings, parts.loaded.model, parts.memory.demand
+
+    def compute(batch: ForwardBatch) -> torch.Tensor:
+        return model.logits(model(batch, cache))
+
+    graphs = DecodeGraphs(
+        compute,
+        EagerRecorder() if settings.graphs == "eager" else CudaRecorder(parts.group.device),
+        sizes,
+        max_blocks=demand.blocks_of_sequence,
+        block_size=demand.block_size,
+        dummy_block=dummy_block,
+        device=parts.group.device,
+    )
+    if settings.graphs != "lazy":
+        with torch.inference_mode():
+            for size in graphs.missing:
+                graphs.capture(size)
+    return graphs
+
+
+def _on_own_thread(work: Callable[[], T]) -> T:
+    """Run `work` on a thread that then ends, and return or raise what it does.
+
+    OpenMP keeps a pool of threads for each thread that ever computed. While there are more of them in all than cores,
+    they sleep between operations instead of spinning, and a decode step of many small ones takes a tenth longer.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="phalanx-load", daemon=True).start()
+    return future.result()
