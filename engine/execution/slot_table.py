@@ -70,7 +70,8 @@ class SlotTable:
 
         That is the whole prompt, or the token itself as the last one: the same again after a preemption.
         """
-        return np.maximum(self._prompt[slots], positions + 1)
+        lengths: np.ndarray = np.maximum(self._prompt[slots], positions + 1)
+        return lengths
 
     def _append(self, slots: list[int], token_ids: list[int]) -> None:
         """One token to each of different slots."""
@@ -107,23 +108,21 @@ class SlotTable:
         sampled = np.array(plan.sample_rows, dtype=np.int64)
         untold = keys > self._known[slots]
 
+        columns = [
+            self._blocks[slots, :blocks],
+            block_starts + positions % self._block_size,
+            starts.astype(np.int32),
+            keys.astype(np.int32),
+            self._tokens[token_slots, positions].astype(np.int64),
+            positions,
+            self._lengths(token_slots, positions),
+            starts[1:][sampled] - 1,
+            slots[sampled],
+            slots,
+            untold,
+        ]
         table, slot_mapping, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, row_slots, mask = (
-            to_device(
-                [
-                    self._blocks[slots, :blocks],
-                    block_starts + positions % self._block_size,
-                    starts.astype(np.int32),
-                    keys.astype(np.int32),
-                    self._tokens[token_slots, positions].astype(np.int64),
-                    positions,
-                    self._lengths(token_slots, positions),
-                    starts[1:][sampled] - 1,
-                    slots[sampled],
-                    slots,
-                    untold,
-                ],
-                self._device,
-            )
+            to_device(columns, self._device)
         )
         if untold.any():
             decodes = slice(0, num_decodes)
