@@ -104,12 +104,11 @@ class SlotTable:
 
         # The keys that each row reads, and whether it computes a token that this rank was not told.
         keys = first + counts
-        blocks = -(-int(keys.max()) // self._block_size)
         sampled = np.array(plan.sample_rows, dtype=np.int64)
         untold = keys > self._known[slots]
 
         columns = [
-            self._blocks[slots, :blocks],
+            self._blocks[slots, : -(-int(keys.max()) // self._block_size)],
             block_starts + positions % self._block_size,
             starts.astype(np.int32),
             keys.astype(np.int32),
