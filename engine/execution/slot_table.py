@@ -1,4 +1,4 @@
-"""A rank's memory of what it was told of each slot, and the tensors of a step built from it."""
+"""What a rank was sent of each slot, and the tensors of a step built from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...kernels.attention import AttentionMetadata
 from ...kernels.host_copies import to_device
 from ..models.forward_batch import ForwardBatch, PromptRows
 from ..sampling.penalties import SampleRow
-from ..sampling.token_counts import TokenHistory
+from ..sampling.token_counts import TokenCounts
 from ..scheduling.step_plan import SlotSampling, StepPlan
 
 
@@ -22,13 +22,14 @@ class SlotTable:
         max_model_len: int,
         block_size: int,
         device: torch.device,
-        history: TokenHistory | None = None,
+        token_counts: TokenCounts | None = None,
         dummy_block: int = 0,
     ) -> None:
-        """`history` hears of what starts and of what is remembered. `dummy_block` is where the rows that pad a batch
-        keep their keys and values: no sequence has it.
+        """`token_counts` hears of what starts and of what is remembered.
+
+        The rows that pad a batch keep their keys and values in `dummy_block`, which no sequence has.
         """
-        self._history = history
+        self._token_counts = token_counts
         self._block_size, self._device = block_size, device
 
         # The last slot is nobody's: the sequence of one token with which batches are padded.
@@ -53,8 +54,8 @@ class SlotTable:
             self._known[start.slot] = count
             self._prompt[start.slot] = start.prompt_length
             self._sampling[start.slot] = start.sampling
-            if self._history is not None:
-                self._history.start(start)
+            if self._token_counts is not None:
+                self._token_counts.start(start)
 
         if len(set(plan.token_slots)) == len(plan.token_slots):
             self._append(plan.token_slots, plan.token_ids)
@@ -80,13 +81,13 @@ class SlotTable:
             self._known[slots] += 1
 
     def remember(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Tokens, int64 (S,), just sampled in `slots`, for rows planned before they are told. Nobody waits.
+        """Keep tokens, int64 (S,), just sampled in `slots`, for rows planned before the host knows them. Nobody waits.
 
         What is no token becomes token 0: the row that computes it is dropped.
         """
         self._sampled[slots] = tokens.clamp(min=0)
-        if self._history is not None:
-            self._history.add(slots, tokens)
+        if self._token_counts is not None:
+            self._token_counts.add(slots, tokens)
 
     def batch(self, plan: StepPlan, pad_to: int = 0) -> ForwardBatch:
         """The tensors of `plan`, which must have been applied; if it has decode rows alone, padded to `pad_to` rows."""
@@ -102,10 +103,10 @@ class SlotTable:
         positions = np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts)
         block_starts = self._blocks[token_slots, positions // self._block_size] * self._block_size
 
-        # The keys that each row reads, and whether it computes a token that this rank was not told.
+        # The keys that each row reads, and whether it computes a token whose id this rank was not sent.
         keys = first + counts
         sampled = np.array(plan.sample_rows, dtype=np.int64)
-        untold = keys > self._known[slots]
+        unsent = keys > self._known[slots]
 
         columns = [
             self._blocks[slots, : -(-int(keys.max()) // self._block_size)],
@@ -118,12 +119,12 @@ class SlotTable:
             starts[1:][sampled] - 1,
             slots[sampled],
             slots,
-            untold,
+            unsent,
         ]
         table, slot_mapping, cu_q, seqused_k, token_ids, position, lengths, last, last_slots, row_slots, mask = (
             to_device(columns, self._device)
         )
-        if untold.any():
+        if unsent.any():
             decodes = slice(0, num_decodes)
             sampled_last = self._sampled[row_slots[decodes]]
             token_ids[decodes] = torch.where(mask[decodes], sampled_last, token_ids[decodes])

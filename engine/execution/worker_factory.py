@@ -24,7 +24,7 @@ from ..models.forward_batch import ForwardBatch
 from ..models.kv_cache import CacheLayout, KVCache
 from ..models.spec import ModelSpec
 from ..sampling.sampler import Sampler
-from ..sampling.token_counts import TokenHistory
+from ..sampling.token_counts import TokenCounts
 from .cpu_binding import Binding
 from .cuda_graphs import CudaRecorder, DecodeGraphs, EagerRecorder, graph_sizes
 from .resolved_settings import ResolvedSettings, partition_model, resolve_settings
@@ -51,7 +51,7 @@ class WorkerParts:
     memory: MemoryBudget
     cache_layout: CacheLayout
     loaded: LoadedModel
-    history: TokenHistory | None
+    token_counts: TokenCounts | None
     """What penalties go by where steps overlap; the sampler reads it, and the slot table tells it."""
     sampler: Sampler
 
@@ -99,9 +99,9 @@ def load_parts(
 
     build = Build(spec, share, group.collectives, settings.backend, settings.dtype, group.device)
     loaded = _load_model(build, settings, config, folder, on_progress)
-    history = TokenHistory(config.max_num_seqs, share.vocab, group.device) if settings.overlap else None
-    sampler = Sampler(group.collectives, share.vocab, spec.vocab_size, history=history)
-    return WorkerParts(group, settings, memory, layout, loaded, history, sampler)
+    token_counts = TokenCounts(config.max_num_seqs, share.vocab, group.device) if settings.overlap else None
+    sampler = Sampler(group.collectives, share.vocab, spec.vocab_size, token_counts=token_counts)
+    return WorkerParts(group, settings, memory, layout, loaded, token_counts, sampler)
 
 
 def measure_largest_step(parts: WorkerParts) -> int:
@@ -131,7 +131,7 @@ def assemble(parts: WorkerParts, num_blocks: int, sizes: Sequence[int] = ()) -> 
         settings.max_model_len,
         settings.block_size,
         group.device,
-        parts.history,
+        parts.token_counts,
         dummy_block=num_blocks if sizes else 0,
     )
     graphs = _make_graphs(parts, cache, sizes, dummy_block=num_blocks) if sizes else None

@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.host_copies import to_device
 from ..scheduling.step_plan import SlotSampling
-from .token_counts import TokenHistory
+from .token_counts import TokenCounts
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -21,33 +21,33 @@ class SampleRow:
     """What chooses the token at `position` of one sequence; the same on every rank."""
 
     sampling: SlotSampling
-    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. With a TokenHistory none is needed
+    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. With a TokenCounts none is needed
     prompt_length: int
     position: int
-    slot: int = -1  # in the TokenHistory, if there is one
+    slot: int = -1  # in the TokenCounts, if there is one
 
 
 def edit_rows(
-    logits: torch.Tensor, vocab: range, rows: Sequence[SampleRow], history: TokenHistory | None
+    logits: torch.Tensor, vocab: range, rows: Sequence[SampleRow], token_counts: TokenCounts | None
 ) -> dict[int, torch.Tensor]:
     """Apply to each row's logits, float32 (len(rows), len(vocab)), in place, what its request asks for: edit_logits.
 
-    Returns the logits as they were, of rows whose raw log-probabilities are wanted. Penalties go by `history`, if there
-    is one, instead of the rows' token ids.
+    Returns the logits as they were, of rows whose raw log-probabilities are wanted. Penalties go by
+    `token_counts`, if there are any, instead of the rows' token ids.
     """
     edited = [i for i, row in enumerate(rows) if changes_logits(row.sampling, row.position - row.prompt_length)]
     wanted = [i for i in edited if rows[i].sampling.logprobs >= 0 and not rows[i].sampling.processed_logprobs]
     originals = {i: logits[i].clone() for i in wanted}
-    if history is None:
+    if token_counts is None:
         for i, row in ((i, rows[i]) for i in edited):
             edit_logits(logits[i], vocab, row.sampling, row.token_ids, row.prompt_length, row.position)
         return originals
     for i in edited:
         add_bias(logits[i], vocab, rows[i].sampling)
-    penalized = [i for i in edited if rows[i].sampling.needs_history]
+    penalized = [i for i in edited if rows[i].sampling.needs_token_counts]
     if penalized:
         slots, samplings = [rows[i].slot for i in penalized], [rows[i].sampling for i in penalized]
-        history.penalize(logits, penalized, slots, samplings)
+        token_counts.penalize(logits, penalized, slots, samplings)
     for i in edited:
         mask_ends(logits[i], vocab, rows[i].sampling, rows[i].position - rows[i].prompt_length)
     return originals

@@ -29,7 +29,7 @@ from .logprobs import (
     top_keys,
 )
 from .penalties import SampleRow, edit_rows
-from .token_counts import TokenHistory
+from .token_counts import TokenCounts
 from .truncation import RowSettings, draw, kept_counts, put_rows, take_rows
 
 INVALID_TOKEN = -1
@@ -49,18 +49,19 @@ class Sampler:
         vocab: range,
         vocab_size: int,
         candidates: int = _CANDIDATES,
-        history: TokenHistory | None = None,
+        token_counts: TokenCounts | None = None,
     ) -> None:
         """`vocab` is the shard whose logits this rank has; the shards are contiguous in rank order.
 
         For top-k, top-p and min-p each rank sends its `candidates` likeliest tokens; a row that keeps more than those
-        surely hold is decided over the whole vocabulary instead. Penalties go by `history`, if there is one, instead of
-        the rows' token ids. Calls one collective.
+        surely hold is decided over the whole vocabulary instead. Penalties go by `token_counts`, if there are
+        any, instead of the rows' token ids. Calls one collective.
+
         Raises ConfigError if the shards do not add up to `vocab_size`.
         """
         if candidates < 1:
             raise ConfigError(f"candidates={candidates} must be at least 1")
-        self._collectives, self._history = collectives, history
+        self._collectives, self._token_counts = collectives, token_counts
         self._vocab, self._vocab_size = vocab, vocab_size
         self._width = min(candidates, vocab_size)
         sizes = torch.zeros(collectives.size, device=collectives.device)
@@ -86,7 +87,7 @@ class Sampler:
         """
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
-        originals = edit_rows(logits, self._vocab, rows, self._history)
+        originals = edit_rows(logits, self._vocab, rows, self._token_counts)
         if all(_is_plain_greedy(row.sampling) for row in rows):
             tokens = self._argmax(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
@@ -104,7 +105,7 @@ class Sampler:
         Nothing waits for the device, unless log-probabilities are asked for, or top-p or min-p without a top-k that the
         candidates hold. The log-probabilities are None but on rank 0.
         """
-        originals = edit_rows(logits, self._vocab, rows, self._history)
+        originals = edit_rows(logits, self._vocab, rows, self._token_counts)
         if self._collectives.size == 1 and all(_is_plain_greedy(row.sampling) for row in rows):
             most, indices = argmax(logits)
             return torch.where(most.isfinite(), indices, INVALID_TOKEN), [None] * len(rows)

@@ -1,4 +1,4 @@
-"""What was said in each slot, counted on the device: penalties then need no token that the host does not know yet."""
+"""Tokens of each slot, counted on the device: penalties then need no token that the host does not know yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..scheduling.step_plan import SlotSampling, SlotStart
 from .logprobs import row_chunks
 
 
-class TokenHistory:
+class TokenCounts:
     """For each slot the tokens of its prompt, and how often each stands in its output, of one vocabulary shard.
 
     The tables take 5 bytes a slot and token of the shard, from the first request on that has a penalty.
@@ -24,14 +24,14 @@ class TokenHistory:
 
     def start(self, start: SlotStart) -> None:
         """A sequence takes a slot, with the tokens known so far. It is followed only if its sampling has a penalty."""
-        if not start.sampling.needs_history:
+        if not start.sampling.needs_token_counts:
             return
         prompt, output = self._allocated()
-        said = np.asarray(start.token_ids, dtype=np.int64)
+        seen = np.asarray(start.token_ids, dtype=np.int64)
         prompt[start.slot].zero_()
-        prompt[start.slot, self._columns(said[: start.prompt_length])] = True
+        prompt[start.slot, self._columns(seen[: start.prompt_length])] = True
         output[start.slot].zero_()
-        token_ids, counts = np.unique(said[start.prompt_length :], return_counts=True)
+        token_ids, counts = np.unique(seen[start.prompt_length :], return_counts=True)
         # Whatever is of other shards goes to one column more, where it may collide.
         output[start.slot, self._columns(token_ids)] = to_device([counts.astype(np.int32)], self._device)[0]
 
@@ -53,8 +53,8 @@ class TokenHistory:
         """
         prompt, output = self._allocated()
         numbers = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in samplings]
-        places = np.array([rows, list(slots)], dtype=np.int64)
-        where, penalties = to_device([places, np.array(numbers, dtype=np.float32)], self._device)
+        indices = np.array([rows, list(slots)], dtype=np.int64)
+        where, penalties = to_device([indices, np.array(numbers, dtype=np.float32)], self._device)
         penalties = penalties.unsqueeze(2)
         everyone = rows == list(range(len(logits)))
         size = len(self._vocab)
@@ -63,8 +63,8 @@ class TokenHistory:
             values = logits[some] if everyone else logits[index]
             counts = output[of_slots, :size]
             repetition, presence, frequency = penalties[some].unbind(1)
-            said = (counts > 0) | prompt[of_slots, :size]
-            values = torch.where(said, torch.where(values > 0, values / repetition, values * repetition), values)
+            seen = (counts > 0) | prompt[of_slots, :size]
+            values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
             values -= presence * (counts > 0) + frequency * counts
             if everyone:
                 logits[some] = values

@@ -1,6 +1,6 @@
 """What every rank computes in one step, as plain frozen data: the only thing that crosses ranks for control.
 
-A rank keeps, for each slot, the token ids and the block table it was told; a plan carries what changed.
+A rank keeps, for each slot, the token ids and the block table it was sent; a plan carries what changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
     processed_logprobs: bool = False
 
     @property
-    def needs_history(self) -> bool:
+    def needs_token_counts(self) -> bool:
         """Whether the tokens so far change the next one's logits, beyond how many there are."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
@@ -48,7 +48,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One step. Row i of the batch is `counts[i]` tokens of slot `slots[i]` from position `positions[i]`.
 
     Rows of one token whose position is the slot's last token (decodes) come first: `num_decodes` of them. That token
-    may be one past those that the rank was told: then the slot's last step has sampled it on the device.
+    may be one past those that the rank was sent: then the slot's last step has sampled it on the device.
     Blocks and tokens are applied before the rows are computed, in this order: starts, tokens, blocks.
     """
 

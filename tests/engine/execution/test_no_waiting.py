@@ -1,4 +1,4 @@
-"""What is asked of a GPU for the next token waits for nothing: told by the operations, which on a CPU are the same."""
+"""What is asked of a GPU for the next token waits for nothing: told by the operations, the same as on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from phalanx.engine.sampling import penalties, token_counts, truncation
 from phalanx.engine.sampling.penalties import SampleRow
 from phalanx.engine.sampling.sampler import Sampler
-from phalanx.engine.sampling.token_counts import TokenHistory
+from phalanx.engine.sampling.token_counts import TokenCounts
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart
 from phalanx.kernels import cpu
 from phalanx.kernels.host_copies import TORCH_DTYPES, copy_together
@@ -51,21 +51,21 @@ def test_choosing_tokens_waits_for_nothing(kinds: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(cpu, "native", None)
     for module in (token_counts, penalties, truncation):
         monkeypatch.setattr(module, "to_device", copy_together)
-    told = TokenHistory(8, range(VOCABULARY), CPU)
-    chooser = Sampler(LocalCollectives(CPU), range(VOCABULARY), VOCABULARY, history=told)
+    counts = TokenCounts(8, range(VOCABULARY), CPU)
+    chooser = Sampler(LocalCollectives(CPU), range(VOCABULARY), VOCABULARY, token_counts=counts)
     samplings = [
         SlotSampling(**kind, seed=i) for i, (name, kind) in enumerate(KINDS.items()) if kinds in (name, "all")
     ] * (1 if kinds == "all" else 3)
     rows = []
     for slot, sampling in enumerate(samplings):
-        told.start(SlotStart(slot, 3, [3, 5, 5, 9], sampling))
+        counts.start(SlotStart(slot, 3, [3, 5, 5, 9], sampling))
         rows.append(SampleRow(sampling, np.array([3, 5, 5, 9], dtype=np.int32), 3, 4, slot))
     logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(0))
     slots = torch.arange(len(rows))
     expected = chooser.choose(logits.clone(), rows)[0].tolist()
     with Watched():
         tokens, logprobs = chooser.choose(logits.clone(), rows)
-        told.add(slots, tokens)
+        counts.add(slots, tokens)
     assert tokens.tolist() == expected
     assert logprobs == [None] * len(rows)
 

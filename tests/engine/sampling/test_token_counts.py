@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phalanx.engine.sampling.penalties import SampleRow, edit_rows
-from phalanx.engine.sampling.token_counts import TokenHistory
+from phalanx.engine.sampling.token_counts import TokenCounts
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart
 
 VOCABULARY = 40
@@ -48,17 +48,17 @@ def test_counted_tokens_give_the_same_logits(
     earlier: SlotSampling,
 ) -> None:
     vocab = range(*shard)
-    history = TokenHistory(SLOTS, vocab, CPU)
+    token_counts = TokenCounts(SLOTS, vocab, CPU)
     # Whoever had the slots before is forgotten.
     for slot in range(SLOTS):
-        history.start(SlotStart(slot, 1, [7, 8, 9], earlier))
-    history.add(torch.arange(SLOTS), torch.full((SLOTS,), 11))
+        token_counts.start(SlotStart(slot, 1, [7, 8, 9], earlier))
+    token_counts.add(torch.arange(SLOTS), torch.full((SLOTS,), 11))
     for slot, (sampling, prompt, output) in enumerate(sequences):
-        history.start(SlotStart(slot, len(prompt), prompt + output, sampling))
+        token_counts.start(SlotStart(slot, len(prompt), prompt + output, sampling))
     outputs = [list(output) for _, _, output in sequences]
     for step in sampled:
         rows = list(range(len(sequences)))[::-1]  # in any order
-        history.add(torch.tensor(rows), torch.tensor([step[row] for row in rows]))
+        token_counts.add(torch.tensor(rows), torch.tensor([step[row] for row in rows]))
         for row in rows:
             if step[row] >= 0:
                 outputs[row].append(step[row])
@@ -67,7 +67,7 @@ def test_counted_tokens_give_the_same_logits(
     by_host, by_device = logits.clone(), logits.clone()
     kept_by_host = edit_rows(by_host, vocab, rows, None)
     told_nothing = [SampleRow(r.sampling, np.zeros(0, np.int32), r.prompt_length, r.position, r.slot) for r in rows]
-    kept_by_device = edit_rows(by_device, vocab, told_nothing, history)
+    kept_by_device = edit_rows(by_device, vocab, told_nothing, token_counts)
     torch.testing.assert_close(by_device, by_host, atol=1e-5, rtol=1e-6)
     assert kept_by_host.keys() == kept_by_device.keys()
     for row, kept in kept_by_device.items():
@@ -75,13 +75,13 @@ def test_counted_tokens_give_the_same_logits(
 
 
 def test_without_a_penalty_nothing_is_kept_or_counted() -> None:
-    history = TokenHistory(SLOTS, range(VOCABULARY), CPU)
-    history.start(SlotStart(0, 1, [1, 2], SlotSampling(bias_token_ids=(1,), bias_values=(1.0,))))
-    history.add(torch.tensor([0]), torch.tensor([3]))
-    assert history._tables is None
-    history.start(SlotStart(1, 1, [1, 2], SlotSampling(presence_penalty=1.0)))
-    history.add(torch.tensor([1]), torch.tensor([3]))
+    token_counts = TokenCounts(SLOTS, range(VOCABULARY), CPU)
+    token_counts.start(SlotStart(0, 1, [1, 2], SlotSampling(bias_token_ids=(1,), bias_values=(1.0,))))
+    token_counts.add(torch.tensor([0]), torch.tensor([3]))
+    assert token_counts._tables is None
+    token_counts.start(SlotStart(1, 1, [1, 2], SlotSampling(presence_penalty=1.0)))
+    token_counts.add(torch.tensor([1]), torch.tensor([3]))
     logits = torch.zeros(1, VOCABULARY)
-    history.penalize(logits, [0], [1], [SlotSampling(presence_penalty=1.0)])
+    token_counts.penalize(logits, [0], [1], [SlotSampling(presence_penalty=1.0)])
     assert logits[0].nonzero().flatten().tolist() == [2, 3]
     assert logits.min() == pytest.approx(-1.0)
