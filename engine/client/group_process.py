@@ -15,8 +15,8 @@ import msgspec
 
 from ..config import EngineConfig
 from ..errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
-from ..execution.worker import share_out
 from ..models.hub import resolve_model
+from ..models.resolve import share_out
 from ..models.spec import read_config, spec_from_config
 from ..protocol.transport import ZmqConnection
 from .client import Client

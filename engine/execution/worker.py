@@ -19,15 +19,17 @@ from ...kernels.backend_selector import choose_backend
 from ...parallel.group import Group
 from ...parallel.loading.checkpoint import LoadError, LoadReport, Packing, load_weights
 from ...parallel.loading.dummy_weights import fill_dummy
-from ...parallel.partition import Partition, PartitionError, partition
 from ..config import EngineConfig
 from ..errors import CheckpointError, ConfigError
-from ..memory.planner import Demand, worst_case_plan
+from ..memory.planner import MemoryRequirements
 from ..memory.profiler import MemoryBudget, explains_out_of_memory, peak_memory
+from ..memory.sizes import kv_token_bytes
+from ..memory.worst_case import worst_case_plan
 from ..models.decoder import Build, CausalLM
 from ..models.forward_batch import ForwardBatch
 from ..models.kv_cache import KVCache
-from ..models.spec import ModelSpec, dimensions, position_limit, window_words
+from ..models.resolve import resolve_dtype, resolve_max_model_len, share_out
+from ..models.spec import ModelSpec
 from ..protocol.logprobs import TokenLogprobs
 from ..sampling.sampler import Sampler
 from ..sampling.token_counts import TokenHistory
@@ -70,7 +72,7 @@ class Worker:
         binding: Binding | None = None,
     ) -> None:
         self._group = group
-        self.dtype = _dtype(config, spec, group.device)
+        self.dtype: torch.dtype = getattr(torch, resolve_dtype(config, spec, group.device.type))
         self.uses_kernels = cpu.usable(group.device, self.dtype)
         place = group.rank % group.local_size, group.local_size
         binding = binding or choose_binding(config, group.device.type, *place)
@@ -83,9 +85,9 @@ class Worker:
         parts = share_out(config, spec, group.size)
         share = parts.shares[group.rank]
         width, kept_as = self.backend.cache_head(spec.head_dim, self.dtype)
-        token_bytes = 2 * spec.num_layers * len(share.kv_heads) * width * kept_as.itemsize
-        demand = Demand(config, parts, self.dtype.itemsize, self.max_model_len, block_size)
-        self.memory = MemoryBudget(demand, group, token_bytes)
+        token_bytes = kv_token_bytes(parts, group.rank, width * kept_as.itemsize)
+        requirements = MemoryRequirements(config, parts, self.dtype.itemsize, self.max_model_len, block_size)
+        self.memory = MemoryBudget(requirements, group, token_bytes)
         self.memory.check_before_loading()
         build = Build(spec, share, group.collectives, self.backend, self.dtype, group.device)
 
@@ -127,9 +129,10 @@ class Worker:
         Every rank calls it, while nothing runs and before any sequence has a slot that matters.
         Raises ConfigError if a GPU has too little memory for the step.
         """
-        config, demand = self.memory.demand.config, self.memory.demand
+        requirements = self.memory.requirements
+        config = requirements.config
         plan = worst_case_plan(
-            config.max_num_seqs, config.max_num_batched_tokens, demand.max_model_len, demand.block_size
+            config.max_num_seqs, config.max_num_batched_tokens, requirements.max_model_len, requirements.block_size
         )
         kept, self._cache = self._cache, self._make_cache(1)
         try:
@@ -191,7 +194,7 @@ class Worker:
     def _make_graphs(self, sizes: Sequence[int], dummy_block: int) -> DecodeGraphs | None:
         if not sizes:
             return None
-        device, demand = self._group.device, self.memory.demand
+        device, requirements = self._group.device, self.memory.requirements
 
         def compute(batch: ForwardBatch) -> torch.Tensor:
             return self._model.logits(self._model(batch, self._cache))
@@ -200,8 +203,8 @@ class Worker:
             compute,
             EagerRecorder() if self.graphs == "eager" else CudaRecorder(device),
             sizes,
-            max_blocks=demand.blocks_of_sequence,
-            block_size=demand.block_size,
+            max_blocks=requirements.blocks_of_sequence,
+            block_size=requirements.block_size,
             dummy_block=dummy_block,
             device=device,
         )
@@ -274,14 +277,6 @@ def follow(worker: Worker, group: Group) -> bytes:
             assert isinstance(message, Idle)
 
 
-def share_out(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
-    """What each rank holds; ConfigError if the model cannot be cut so."""
-    try:
-        return partition(dimensions(spec), ranks, config.rank_weights)
-    except PartitionError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _load(
     model: CausalLM, config: EngineConfig, folder: Path, threads: int, on_progress: Progress | None
 ) -> LoadReport:
@@ -322,21 +317,6 @@ def _on_own_thread(work: Callable[[], T]) -> T:
     return future.result()
 
 
-def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    """max_model_len as configured, or the model's own; ConfigError above what the model's positions allow."""
-    limit = position_limit(spec)
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        if spec.attention_window == limit:
-            raise ConfigError(f"max_model_len={config.max_model_len} must be at most {limit}: {window_words(spec)}")
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} is above the model's {limit} positions; lower max_model_len to at "
-            f"most {limit}, or give the model's config.json a rope scaling"
-        )
-    return config.max_model_len
-
-
 def _attention(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     if device.type == "cpu":
         cpu.warn_if_missing()
@@ -371,15 +351,6 @@ def _graphs(config: EngineConfig, backend: AttentionBackend, group: Group) -> tu
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    name = spec.dtype if config.dtype == "auto" else config.dtype
-    if name == "float16" and device.type == "cpu" and config.dtype == "auto":
-        name = "bfloat16"
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _block_size(config: EngineConfig, backend: AttentionBackend) -> int:
