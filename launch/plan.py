@@ -22,9 +22,11 @@ from rich.table import Table
 
 from ..engine.config import EngineConfig, unknown_name
 from ..engine.errors import ConfigError, PhalanxError
+from ..engine.memory.host_memory import available_memory
+from ..engine.memory.planner import CPU_BUDGET
 from ..engine.models.spec import ModelSpec, read_config, spec_from_config
 from ..kernels.weight_formats import get_weight_format
-from .cli.plan_table import GIB, Plan, Setup, make_plan, remedies, smallest_fit
+from .cli.plan_table import GIB, Plan, Setup, make_plan, remedies
 from .cli.presets import load_preset, presets
 from .cli.schema import describe_type, field_docs, parse_size
 
@@ -42,14 +44,18 @@ class Options:
     """Tensor-parallel ranks, 1 to the number of query heads; nothing has to divide."""
     rank_weights: list[float] | None = None
     """Relative share of each rank, for cards of different size; null deals evenly."""
+    device: str = "auto"
+    """What the ranks compute on: cpu, or a GPU, which is cuda or auto (the plan may be for another machine)."""
     device_memory: Any = None
-    """Of each rank's device: 48GiB, 80GB, bytes, or a list, one for each rank. Unset: nothing is said of fitting."""
+    """Memory of each rank's GPU: 48GiB, 80GB, bytes, or a list, one for each rank; null says nothing about fitting.
+    With device=cpu: of the host that all ranks share (a list: of a host for each); null takes what is available here
+    now, within the limit of a container."""
     dtype: str = "auto"
     """auto (the checkpoint's own), bfloat16, float16 or float32."""
     quantization: str = "none"
-    """Of the weights: none, int8, w8a8 or int4."""
+    """Format of the weights: none, int8, w8a8 or int4. All but none need device=cpu and dtype=bfloat16."""
     kv_cache_dtype: str = "auto"
-    """Of the KV cache: auto (as dtype) or int8."""
+    """Format of the KV cache: auto (as dtype) or int8, which needs device=cpu."""
     max_model_len: int | None = None
     """Tokens of one request at most; null takes the model's own limit."""
     max_num_seqs: int = 64
@@ -57,7 +63,12 @@ class Options:
     max_num_batched_tokens: int = 2048
     """Tokens computed in one step at most."""
     kv_memory: Any = 0.9
-    """The fraction of a device's memory the engine may use in all, or the bytes (4GiB) of the KV cache alone."""
+    """The fraction of a GPU's memory the engine may use in all, or the bytes (4GiB) of the KV cache alone. On a CPU a
+    fraction is of the memory that is free once the weights are loaded, and the cache takes 4GiB of a host at most, or
+    one sequence."""
+    block_size: int | None = None
+    """Tokens of one KV block; null: 16 on a CPU; for GPUs, where the attention backend chooses, tokens are not rounded
+    to blocks."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,10 +96,13 @@ def read_setup(arguments: Sequence[str]) -> Setup:
     kv_memory = values["kv_memory"]
     values["kv_memory"] = _size("kv_memory", kv_memory) if isinstance(kv_memory, str) else kv_memory
     config = EngineConfig.from_dict(values)
+    on_cpu = config.device == "cpu"
     if given is None:
-        return Setup(config)
-    sizes = [_size("device_memory", size) for size in (given if isinstance(given, list) else [given] * config.ranks)]
-    if len(sizes) != config.ranks or min(sizes) < 1:
+        return Setup(config, (available_memory(),) if on_cpu else None)
+    # One number is each GPU's memory, or that of the host which all CPU ranks share.
+    listed = given if isinstance(given, list) else [given] * (1 if on_cpu else config.ranks)
+    sizes = [_size("device_memory", size) for size in listed]
+    if min(sizes, default=0) < 1 or (isinstance(given, list) and len(sizes) != config.ranks):
         raise ConfigError(
             f"device_memory={given!r} must be one size, or a list with one for each of ranks={config.ranks}"
         )
@@ -158,7 +172,7 @@ def show(plan: Plan) -> None:
 
 def describe(plan: Plan) -> list[str]:
     """One sentence or two on each thing worth knowing."""
-    lines = [_memory(plan), _evenness(plan), *_kv_evenness(plan)]
+    lines = [_memory(plan), *_host(plan), *_refused(plan), _evenness(plan), *_kv_evenness(plan)]
     if plan.kv_tokens is not None:
         lines.append(
             f"KV tokens of the group: {plan.kv_tokens:,}; concurrent requests of {plan.request_tokens:,} tokens that "
@@ -192,15 +206,52 @@ def _table(plan: Plan) -> Table:
 
 def _title(plan: Plan) -> str:
     config, ranks = plan.setup.config, len(plan.needs)
-    dtype = plan.spec.dtype if config.dtype == "auto" else config.dtype
     weights = f", weights in {config.quantization}" if get_weight_format(config.quantization).rounds else ""
     cache = "" if config.kv_cache_dtype == "auto" else f", KV cache in {config.kv_cache_dtype}"
-    return f"{config.model} in {dtype}{weights}{cache} on {ranks} rank{'s' * (ranks > 1)}"
+    device = "CPU " if plan.setup.on_cpu else ""
+    return f"{config.model} in {plan.dtype}{weights}{cache} on {ranks} {device}rank{'s' * (ranks > 1)}"
 
 
 def _memory(plan: Plan) -> str:
     weights = sum(need.weights for need in plan.needs)
     return f"Weights of all ranks: {_gib(weights)}. The reserve is for a step's tensors and for the runtime."
+
+
+def _host(plan: Plan) -> list[str]:
+    """What a plan for CPUs assumes."""
+    setup = plan.setup
+    if not setup.on_cpu or setup.device_memory is None:
+        return []
+    sharers = f", shared by {setup.config.ranks} ranks" if setup.config.ranks > 1 else ""
+    host = f"Memory of the host: {_gib(setup.device_memory[0])}{sharers}."
+    lines = [host if setup.one_host else "Each rank has a host of its own."]
+    if setup.config.kv_memory <= 1:
+        lines.append(
+            f"The KV cache takes at most {_gib(CPU_BUDGET)} of a host, or one sequence of max_model_len on each rank; "
+            f"kv_memory in bytes sets it."
+        )
+    if plan.dtype == "bfloat16" and not get_weight_format(setup.config.quantization).rounds:
+        lines.append(
+            "Weights are counted with 16 bits. CPUs with AVX-512 keep most of them in 12, which an engine knows only "
+            "after it has packed them: it measures what is free then, and may have more room than this."
+        )
+    return lines
+
+
+def _refused(plan: Plan) -> list[str]:
+    """Settings that an engine refuses on such a device: the numbers are for one that does not."""
+    config = plan.setup.config
+    lines = []
+    if get_weight_format(config.quantization).rounds and (not plan.setup.on_cpu or plan.dtype != "bfloat16"):
+        lines.append(
+            f"An engine takes quantization={config.quantization} with device=cpu and dtype=bfloat16 alone, and refuses "
+            f"it here."
+        )
+    if config.kv_cache_dtype != "auto" and not plan.setup.on_cpu:
+        lines.append(
+            f"An engine takes kv_cache_dtype={config.kv_cache_dtype} with device=cpu alone, and refuses it here."
+        )
+    return lines
 
 
 def _evenness(plan: Plan) -> str:
@@ -235,7 +286,7 @@ def _kv_evenness(plan: Plan) -> list[str]:
 
 
 def _smallest(plan: Plan) -> str:
-    fewest = smallest_fit(plan.spec, plan.setup)
+    fewest = plan.fewest_ranks
     memory = plan.setup.device_memory
     devices = "" if memory is None or len(set(memory)) == 1 else ", on devices like the smallest"
     if fewest is None:
@@ -245,13 +296,13 @@ def _smallest(plan: Plan) -> str:
 
 def _unfit(plan: Plan) -> list[str]:
     """Why it does not fit, and what to change to which value."""
-    rank, need = max(enumerate(plan.needs), key=lambda pair: pair[1].lacking)
     kv_memory = plan.setup.config.kv_memory
-    if need.lacking:
+    if _lacks(plan):
         cache = f"and kv_memory={_gib(int(kv_memory))}" if kv_memory > 1 else f"within kv_memory={kv_memory:g} of it"
+        owner, lacking, weights, reserve = _shortest(plan)
         lines = [
-            f"It does not fit: rank {rank}'s device lacks {_gib(need.lacking)} for {_gib(need.weights)} of weights and "
-            f"{_gib(need.activations)} of reserve {cache}."
+            f"It does not fit: {owner} lacks {_gib(lacking)} for {_gib(weights)} of weights and {_gib(reserve)} of "
+            f"reserve {cache}."
         ]
     else:
         lines = [
@@ -263,6 +314,16 @@ def _unfit(plan: Plan) -> list[str]:
         return [*lines, "No one setting alone makes it fit: change several."]
     lines.append(f"Set {changes[0]}")
     return lines + [f" or {change}" for change in changes[1:]]
+
+
+def _shortest(plan: Plan) -> tuple[str, int, int, int]:
+    """The device that lacks most: its name, the bytes it lacks, and those of its weights and its reserve."""
+    rank, need = max(enumerate(plan.needs), key=lambda pair: pair[1].lacking)
+    if not plan.setup.one_host:
+        return f"rank {rank}'s device", need.lacking, need.weights, need.activations
+    sums = (sum(values) for values in zip(*((n.lacking, n.weights, n.activations) for n in plan.needs), strict=True))
+    lacking, weights, reserve = sums
+    return "the host", lacking, weights, reserve
 
 
 def _lacks(plan: Plan) -> bool:

@@ -16,8 +16,8 @@ import msgspec
 
 from ..config import EngineConfig
 from ..errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
-from ..execution.resolved_settings import partition_model
 from ..models.hub import resolve_model
+from ..models.resolve import partition_model
 from ..models.spec import read_config, spec_from_config
 from ..protocol.transport import ZmqConnection
 from .client import Client

@@ -11,10 +11,10 @@ from ...kernels.attention import AttentionBackend
 from ...kernels.backend_selector import choose_backend
 from ...kernels.weight_formats import get_weight_format
 from ...parallel.group import Group
-from ...parallel.partition import Partition, PartitionError, partition
 from ..config import EngineConfig
 from ..errors import ConfigError
-from ..models.spec import ModelSpec, dimensions, position_limit, window_words
+from ..models.resolve import resolve_dtype, resolve_max_model_len
+from ..models.spec import ModelSpec
 from .cpu_binding import Binding, choose_binding, start_threads
 from .cuda_graphs import choose_graphs
 
@@ -46,7 +46,7 @@ def resolve_settings(
     Raises ConfigError for settings that this device, these kernels or this model do not allow.
     """
     device = group.device
-    dtype = _dtype(config, spec, device)
+    dtype: torch.dtype = getattr(torch, resolve_dtype(config, spec, device.type))
     uses_kernels = cpu.usable(device, dtype)
 
     if binding is None:
@@ -63,26 +63,9 @@ def resolve_settings(
         overlap=config.overlap if config.overlap is not None else device.type == "cuda",
         graphs=graphs,
         graphs_reason=graphs_reason,
-        max_model_len=_max_model_len(config, spec),
+        max_model_len=resolve_max_model_len(config, spec),
         block_size=_block_size(config, backend),
     )
-
-
-def partition_model(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
-    """What each rank holds; ConfigError if the model cannot be cut so."""
-    try:
-        return partition(dimensions(spec), ranks, config.rank_weights, get_weight_format(config.quantization))
-    except PartitionError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    name = spec.dtype if config.dtype == "auto" else config.dtype
-    if name == "float16" and device.type == "cpu" and config.dtype == "auto":
-        name = "bfloat16"
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _attention_backend(
@@ -116,21 +99,6 @@ def _graphs(config: EngineConfig, backend: AttentionBackend, group: Group) -> tu
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    """max_model_len as configured, or the model's own; ConfigError above what the model's positions allow."""
-    limit = position_limit(spec)
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        if spec.attention_window == limit:
-            raise ConfigError(f"max_model_len={config.max_model_len} must be at most {limit}: {window_words(spec)}")
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} is above the model's {limit} positions; lower max_model_len to at "
-            f"most {limit}, or give the model's config.json a rope scaling"
-        )
-    return config.max_model_len
 
 
 def _block_size(config: EngineConfig, backend: AttentionBackend) -> int:

@@ -17,17 +17,19 @@ from ...parallel.loading.checkpoint import LoadError, LoadReport, Packing, Progr
 from ...parallel.loading.dummy_weights import fill_dummy
 from ..config import EngineConfig
 from ..errors import CheckpointError, ConfigError
-from ..memory.planner import Demand, worst_case_plan
+from ..memory.planner import MemoryRequirements
 from ..memory.profiler import MemoryBudget, peak_memory
+from ..memory.worst_case import worst_case_plan
 from ..models.decoder import Build, CausalLM
 from ..models.forward_batch import ForwardBatch
 from ..models.kv_cache import CacheLayout, KVCache
+from ..models.resolve import partition_model
 from ..models.spec import ModelSpec
 from ..sampling.sampler import Sampler
 from ..sampling.token_counts import TokenCounts
 from .cpu_binding import Binding
 from .cuda_graphs import CudaRecorder, DecodeGraphs, EagerRecorder, graph_sizes
-from .resolved_settings import ResolvedSettings, partition_model, resolve_settings
+from .resolved_settings import ResolvedSettings, resolve_settings
 from .slot_table import SlotTable
 from .worker import Capacity, Worker
 
@@ -93,8 +95,10 @@ def load_parts(
     share = partition.shares[group.rank]
     layout = _cache_layout(spec, settings, len(share.kv_heads), group.device)
 
-    demand = Demand(config, partition, settings.dtype.itemsize, settings.max_model_len, settings.block_size)
-    memory = MemoryBudget(demand, group, layout.token_bytes)
+    requirements = MemoryRequirements(
+        config, partition, settings.dtype.itemsize, settings.max_model_len, settings.block_size
+    )
+    memory = MemoryBudget(requirements, group, layout.token_bytes)
     memory.check_before_loading()
 
     build = Build(spec, share, group.collectives, settings.backend, settings.dtype, group.device)
@@ -110,8 +114,10 @@ def measure_largest_step(parts: WorkerParts) -> int:
     Every rank calls it, while nothing runs and before any sequence has a slot that matters.
     Raises ConfigError if a GPU has too little memory for the step.
     """
-    config, demand = parts.memory.demand.config, parts.memory.demand
-    plan = worst_case_plan(config.max_num_seqs, config.max_num_batched_tokens, demand.max_model_len, demand.block_size)
+    config, requirements = parts.memory.requirements.config, parts.memory.requirements
+    plan = worst_case_plan(
+        config.max_num_seqs, config.max_num_batched_tokens, requirements.max_model_len, requirements.block_size
+    )
     trial = assemble(parts, num_blocks=1)
     return parts.memory.measure_step(lambda: trial.execute(plan))
 
@@ -122,7 +128,7 @@ def assemble(parts: WorkerParts, num_blocks: int, sizes: Sequence[int] = ()) -> 
     Every rank calls it with the same values; the graphs are captured here, unless settings.graphs is lazy.
     """
     group, settings, model = parts.group, parts.settings, parts.loaded.model
-    max_num_seqs = parts.memory.demand.config.max_num_seqs
+    max_num_seqs = parts.memory.requirements.config.max_num_seqs
 
     # One more block, that no sequence is given, for the rows that pad a graph's batches.
     cache = KVCache.allocate(num_blocks + (len(sizes) > 0), parts.cache_layout)
@@ -201,7 +207,7 @@ def _fill(
 
 
 def _make_graphs(parts: WorkerParts, cache: KVCache, sizes: Sequence[int], dummy_block: int) -> DecodeGraphs:
-    settings, model, demand = parts.settings, parts.loaded.model, parts.memory.demand
+    settings, model, requirements = parts.settings, parts.loaded.model, parts.memory.requirements
 
     def compute(batch: ForwardBatch) -> torch.Tensor:
         return model.logits(model(batch, cache))
@@ -210,8 +216,8 @@ def _make_graphs(parts: WorkerParts, cache: KVCache, sizes: Sequence[int], dummy
         compute,
         EagerRecorder() if settings.graphs == "eager" else CudaRecorder(parts.group.device),
         sizes,
-        max_blocks=demand.blocks_of_sequence,
-        block_size=demand.block_size,
+        max_blocks=requirements.blocks_of_sequence,
+        block_size=requirements.block_size,
         dummy_block=dummy_block,
         device=parts.group.device,
     )

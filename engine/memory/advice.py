@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
-from ...parallel.partition import partition
 from ..config import EngineConfig
-from .planner import Demand, RankMemory, kv_bytes
+from .planner import MemoryRequirements, RankMemory, fewest_ranks, kv_bytes, least_fraction, like
 
-HIGHEST_FRACTION = 0.97
-"""Of a GPU's memory that kv_memory is ever advised to be: the rest is the driver's."""
 TOKEN_STEP = 64
 """Numbers of tokens above it are advised in multiples of it."""
 MARGIN = 1.25
-"""By which a step that failed is taken to need more than there was: how much it would have taken is not known."""
+"""A step that failed is taken to need this many times what there was: how much it would have taken is not known."""
 
 
-def refusal(demand: Demand, memory: RankMemory) -> str:
+def refusal(requirements: MemoryRequirements, memory: RankMemory) -> str:
     """Why a rank's KV cache does not fit beside what is there, and changes each of which is enough."""
-    room, needed = demand.room(memory), demand.blocks_of_sequence * memory.block
-    fits = max(0, room) // memory.block * demand.block_size
+    available, needed = requirements.available_bytes(memory), requirements.blocks_of_sequence * memory.block
+    fits = max(0, available) // memory.block * requirements.block_size
     state = (
-        f"the KV cache has room for {fits} tokens ({max(0, room):,} bytes), but one sequence of max_model_len="
-        f"{demand.max_model_len} needs {needed:,} bytes on a rank"
+        f"the KV cache has room for {fits} tokens ({max(0, available):,} bytes), but one sequence of max_model_len="
+        f"{requirements.max_model_len} needs {needed:,} bytes on a rank"
     )
     if not memory.total:
         lower = f"lower max_model_len to {fits} or " if fits else ""
         return f"{state}: {lower}raise kv_memory to at least {needed} (bytes), or use more ranks"
-    if memory.in_use > memory.total * min(1.0, demand.config.kv_memory):
+    if memory.in_use > memory.total * min(1.0, requirements.config.kv_memory):
         state = f"rank {memory.rank}'s weights of {memory.weights:,} bytes do not fit"
-    elif room >= needed:
-        state = f"the KV cache has {room:,} bytes, but kv_memory={int(demand.config.kv_memory)} (bytes) asks for more"
-    changes = list(_changes(demand, memory))
+    elif available >= needed:
+        named = int(requirements.config.kv_memory)
+        state = f"the KV cache has {available:,} bytes, but kv_memory={named} (bytes) asks for more"
+    changes = list(_changes(requirements, memory))
     advice = f"set {', or '.join(changes)}" if changes else "take a smaller model or GPUs with more memory"
-    return f"{state}: {describe(demand.config, memory)}; {advice}"
+    return f"{state}: {describe(requirements.config, memory)}; {advice}"
 
 
 def describe(config: EngineConfig, memory: RankMemory) -> str:
@@ -79,54 +78,35 @@ def out_of_memory_advice(
     )
 
 
-def fewest_ranks(demand: Demand, memory: RankMemory) -> int | None:
-    """The fewest ranks above the present number that would do, evenly dealt over GPUs like this rank's; None if no
-    number does.
-    """
-    parts, kv_memory = demand.parts, demand.config.kv_memory
-    room = kv_bytes(memory, min(1.0, kv_memory)) + memory.weights
-    d = parts.dimensions
-    for ranks in range(len(parts.shares) + 1, min(d.num_query_heads, d.vocab_size, d.intermediate_size) + 1):
-        dealt = partition(d, ranks)
-        weights = max(dealt.parameters(rank) for rank in range(ranks)) * demand.weight_bytes
-        elements = max(dealt.kv_elements_per_token(rank) for rank in range(ranks))
-        block = memory.block * elements // parts.kv_elements_per_token(memory.rank)
-        sequence = demand.blocks_of_sequence * block
-        cache = min(int(kv_memory), demand.config.max_num_seqs * sequence) if kv_memory > 1 else sequence
-        if sequence <= cache and weights + cache <= room:
-            return ranks
-    return None
-
-
-def _changes(demand: Demand, memory: RankMemory) -> Iterator[str]:
+def _changes(requirements: MemoryRequirements, memory: RankMemory) -> Iterator[str]:
     """Changes, each of which alone makes the KV cache fit on this rank's GPU."""
-    config, in_bytes = demand.config, demand.config.kv_memory > 1
-    sequence = demand.blocks_of_sequence * memory.block
-    room = kv_bytes(memory, min(1.0, config.kv_memory))
-    # What the cache must have: bytes that are named are made use of as far as all sequences can.
-    needed = demand.wanted_blocks(memory) * memory.block if in_bytes else sequence
-    if memory.sharers == 1 and (ranks := fewest_ranks(demand, memory)) is not None:
-        yield f"ranks to at least {ranks}"
-    if sequence <= room < needed:
-        yield f"kv_memory to at most {room} (bytes)"
-    elif (fits := max(0, demand.room(memory)) // memory.block * demand.block_size) and fits < demand.max_model_len:
-        lower = f" and kv_memory to at most {room} (bytes)" if in_bytes and room < config.kv_memory else ""
+    config, in_bytes = requirements.config, requirements.config.kv_memory > 1
+    sequence = requirements.blocks_of_sequence * memory.block
+    available, needed = kv_bytes(memory, min(1.0, config.kv_memory)), requirements.wanted_bytes(memory)
+    more = len(requirements.parts.shares) + 1
+    if memory.sharers == 1:
+        ranks = fewest_ranks(requirements, partial(like, requirements, memory), more)
+        if ranks is not None:
+            yield f"ranks to at least {ranks}"
+    fits = max(0, requirements.available_bytes(memory)) // memory.block * requirements.block_size
+    if sequence <= available < needed:
+        yield f"kv_memory to at most {available} (bytes)"
+    elif 0 < fits < requirements.max_model_len:
+        lower = f" and kv_memory to at most {available} (bytes)" if in_bytes and available < config.kv_memory else ""
         yield f"max_model_len to at most {fits}{lower}"
     if in_bytes and needed < sequence:
         # Whatever else is changed, these stay too few.
-        if sequence <= room:
+        if sequence <= available:
             yield f"kv_memory to at least {sequence} (bytes)"
         return
-    if not in_bytes:
-        used = memory.in_use + memory.sharers * (sequence + memory.activations + memory.reserve)
-        if (fraction := math.ceil(used / memory.total * 100) / 100) <= HIGHEST_FRACTION:
-            yield f"kv_memory to at least {fraction:g}"
-    if 0 < needed - room < memory.activations:
-        fewer = _scaled(config, 1 - (needed - room) / memory.activations)
+    if not in_bytes and (fraction := least_fraction(requirements, memory)) is not None:
+        yield f"kv_memory to at least {fraction:g}"
+    if 0 < needed - available < memory.activations:
+        fewer = _scaled(config, 1 - (needed - available) / memory.activations)
         if fewer is not None:
             yield fewer
     # The keys and values halve with the weights; bytes that are named do not.
-    if demand.weight_bytes == 4 and room + memory.weights // 2 >= (needed if in_bytes else sequence // 2):
+    if requirements.element_bytes == 4 and available + memory.weights // 2 >= (needed if in_bytes else sequence // 2):
         yield "dtype to bfloat16"
 
 

@@ -1,25 +1,24 @@
-"""How much memory a rank has for its KV cache: arithmetic on what engine/memory/profiler.py measures."""
+"""How much memory a rank has for its KV cache: arithmetic on what engine/memory/profiler.py measures, and on what
+launch.plan estimates where nothing is measured. Without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...parallel.partition import Partition
+from ...parallel.partition import Partition, partition
 from ..config import EngineConfig
-from ..protocol.sampling_params import LOGPROBS_LIMIT
-from ..scheduling.step_plan import SlotSampling, SlotStart, StepPlan
+from .sizes import RUNTIME_BYTES, activation_bytes, head_bytes, kv_token_bytes, weight_bytes
 
 CPU_BUDGET = 4 * 2**30
 """Bytes of KV cache on one host, over its ranks, where kv_memory names no bytes."""
 GRAPH_BYTES = 16 * 2**20
-"""Of the driver's own for one CUDA graph: an allowance for its nodes and what they hold."""
-
-HEAVIEST = SlotSampling(
-    temperature=1000.0, top_p=0.99, repetition_penalty=1.1, logprobs=LOGPROBS_LIMIT, prompt_logprobs=LOGPROBS_LIMIT
-)
-"""Sampling that takes the most memory: so hot that no rank's candidates hold the nucleus, and the logits are kept from
-before the penalty as well."""
+"""What the driver takes for one CUDA graph: an allowance for its nodes and what they hold."""
+HIGHEST_FRACTION = 0.97
+"""The largest part of a device's memory that kv_memory is ever advised to be: the rest is the driver's."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,17 @@ class RankMemory:
 
     rank: int
     block: int
-    """Of one KV block, over all layers."""
+    """Size of one KV block, over all layers."""
     host_budget: int = 0
-    """For the KV cache on a CPU, where all below is 0."""
+    """For the KV cache, where `total` is 0: on a CPU."""
     total: int = 0
-    """Of its GPU."""
+    """Memory of its GPU; 0 on a CPU."""
     in_use: int = 0
-    """Of these, by anybody: the weights, CUDA contexts, what libraries keep, other processes."""
+    """Taken of the GPU's memory, by anybody: the weights, CUDA contexts, what libraries keep, other processes."""
     weights: int = 0
-    """Of this rank; they are part of `in_use`."""
+    """Taken by this rank's weights; on a GPU they are part of `in_use`."""
     activations: int = 0
-    """That the largest step takes for a while (worker_factory.measure_largest_step() finds it)."""
+    """Taken for a while by the largest step (worker_factory.measure_largest_step(), and sizes.activation_bytes)."""
     reserve: int = 0
     """Kept free for CUDA graphs (see graph_reserve)."""
     sharers: int = 1
@@ -46,13 +45,13 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class Demand:
+class MemoryRequirements:
     """What memory is needed for: the same on every rank."""
 
     config: EngineConfig
     parts: Partition
-    weight_bytes: int
-    """Of one weight."""
+    element_bytes: int
+    """Size of an activation, and of a weight that is not quantized."""
     max_model_len: int
     block_size: int
 
@@ -61,18 +60,63 @@ class Demand:
         """KV blocks of one sequence of max_model_len."""
         return -(-self.max_model_len // self.block_size)
 
+    def weights(self, rank: int) -> int:
+        """Bytes of a rank's weights."""
+        return weight_bytes(self.parts, rank, self.config.quantization, self.element_bytes)
+
+    def activations(self, rank: int) -> int:
+        """Bytes of a rank's largest step and of its runtime, where they are not measured."""
+        return activation_bytes(self.parts, rank, self.config, self.element_bytes)
+
+    def block(self, rank: int) -> int:
+        """Bytes of one KV block of a rank, where no attention backend says otherwise."""
+        head = head_bytes(self.parts.dimensions.head_dim, self.config.kv_cache_dtype, self.element_bytes)
+        return self.block_size * kv_token_bytes(self.parts, rank, head)
+
     def wanted_blocks(self, memory: RankMemory) -> int:
         """KV blocks that kv_memory asks for, never more than all sequences can use."""
         most = self.blocks_of_sequence * self.config.max_num_seqs
         kv_memory = self.config.kv_memory
         return min(int(kv_memory) // memory.block, most) if kv_memory > 1 else most
 
-    def room(self, memory: RankMemory) -> int:
-        """Bytes that a rank has for its KV cache within kv_memory; on a GPU below 0 by what is lacking."""
+    def wanted_bytes(self, memory: RankMemory) -> int:
+        """Bytes that the KV cache must have: bytes that are named, as far as all sequences can make use of them, else
+        one sequence's.
+        """
+        blocks = self.wanted_blocks(memory) if self.config.kv_memory > 1 else self.blocks_of_sequence
+        return blocks * memory.block
+
+    def available_bytes(self, memory: RankMemory) -> int:
+        """Bytes that a rank has for its KV cache within kv_memory; below 0 by what is lacking for everything else."""
         kv_memory = self.config.kv_memory
         if not memory.total:
             return memory.host_budget
         return min(int(kv_memory), kv_bytes(memory, 1.0)) if kv_memory > 1 else kv_bytes(memory, kv_memory)
+
+    def lacking_bytes(self, memory: RankMemory) -> int:
+        """Bytes by which a device is too small for all but the KV cache, or for the bytes named for the cache."""
+        wanted = self.wanted_bytes(memory) if self.config.kv_memory > 1 else 0
+        return max(0, wanted - self.available_bytes(memory))
+
+    def blocks(self, memory: RankMemory) -> int:
+        """KV blocks that a rank has room for, never more than it wants."""
+        return min(max(0, self.available_bytes(memory)) // memory.block, self.wanted_blocks(memory))
+
+    def poorest(self, ranks: Sequence[RankMemory]) -> RankMemory:
+        """The rank with room for the fewest KV blocks, which bounds those of all."""
+        return min(ranks, key=lambda memory: self.available_bytes(memory) // memory.block)
+
+    def fits(self, ranks: Sequence[RankMemory]) -> bool:
+        """Whether one sequence of max_model_len fits on every rank, and the bytes that kv_memory names."""
+        fewest = self.poorest(ranks)
+        blocks = self.available_bytes(fewest) // fewest.block
+        named = self.wanted_blocks(fewest) if self.config.kv_memory > 1 else 0
+        return blocks >= max(self.blocks_of_sequence, named)
+
+    def on_ranks(self, ranks: int) -> MemoryRequirements:
+        """The same of another number of ranks, evenly dealt."""
+        config = dataclasses.replace(self.config, ranks=ranks, rank_weights=None)
+        return dataclasses.replace(self, config=config, parts=partition(self.parts.dimensions, ranks))
 
 
 def kv_bytes(memory: RankMemory, fraction: float) -> int:
@@ -108,33 +152,95 @@ def host_budget(config: EngineConfig, local_size: int, sequence_bytes: int, avai
     return min(max(CPU_BUDGET // local_size, sequence_bytes), int(available * config.kv_memory) // local_size)
 
 
-def worst_case_plan(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int) -> StepPlan:
-    """The step that takes the most memory: as many tokens and as many rows of logits as there may be.
+def fewest_ranks(
+    requirements: MemoryRequirements,
+    memory_of: Callable[[MemoryRequirements], Sequence[RankMemory]],
+    first: int = 1,
+) -> int | None:
+    """The fewest ranks, from `first` on, that fit, evenly dealt; None if no number does.
 
-    The last row is at the end of a sequence of max_model_len; rows before it are like it as long as there are tokens
-    for more than one each, and the rest are sequences of one token. All sample, as HEAVIEST. Every block of every
-    sequence is block 0: the values that are computed mean nothing, and a cache of one block is enough.
+    `memory_of` says what memory the ranks have once the model is dealt to so many.
     """
-    rows = min(max_num_seqs, max_num_batched_tokens)
-    counts = [1] * rows
-    spare = max_num_batched_tokens - rows
-    for row in reversed(range(rows)):
-        more = min(spare, max_model_len - 1)
-        counts[row] += more
-        spare -= more
-    lengths = [max_model_len if count > 1 else 1 for count in counts[:-1]] + [max_model_len]
-    blocks = [-(-length // block_size) for length in lengths]
-    return StepPlan(
-        step=0,
-        starts=[SlotStart(slot, length, [0] * length, HEAVIEST) for slot, length in enumerate(lengths)],
-        token_slots=[],
-        token_ids=[],
-        block_slots=[slot for slot, count in enumerate(blocks) for _ in range(count)],
-        block_indices=[index for count in blocks for index in range(count)],
-        block_ids=[0] * sum(blocks),
-        slots=list(range(rows)),
-        positions=[length - count for length, count in zip(lengths, counts, strict=True)],
-        counts=counts,
-        num_decodes=counts.count(1),
-        sample_rows=list(range(rows)),
+    d = requirements.parts.dimensions
+    for ranks in range(first, min(d.num_query_heads, d.vocab_size, d.intermediate_size) + 1):
+        dealt = requirements.on_ranks(ranks)
+        if dealt.fits(memory_of(dealt)):
+            return ranks
+    return None
+
+
+def like(requirements: MemoryRequirements, memory: RankMemory, dealt: MemoryRequirements) -> list[RankMemory]:
+    """The memory of the ranks of `dealt`, on GPUs each like the one on which `memory` was measured, by one rank alone.
+
+    What a step takes stays as it was measured, though a smaller part takes less.
+    """
+    elements = requirements.parts.kv_elements_per_token(memory.rank)
+    ranks = []
+    for rank in range(dealt.config.ranks):
+        weights = dealt.weights(rank)
+        ranks.append(
+            dataclasses.replace(
+                memory,
+                rank=rank,
+                block=memory.block * dealt.parts.kv_elements_per_token(rank) // elements,
+                in_use=memory.in_use - memory.weights + weights,
+                weights=weights,
+            )
+        )
+    return ranks
+
+
+def least_fraction(requirements: MemoryRequirements, memory: RankMemory) -> float | None:
+    """The lowest kv_memory, in hundredths, with which one sequence fits on a GPU; None above HIGHEST_FRACTION."""
+    sequence = requirements.blocks_of_sequence * memory.block
+    used = memory.in_use + memory.sharers * (sequence + memory.activations + memory.reserve)
+    fraction = math.ceil(used / memory.total * 100) / 100
+    return fraction if fraction <= HIGHEST_FRACTION else None
+
+
+def estimate_gpu(
+    requirements: MemoryRequirements, rank: int, total: int, activations: int, reserve: int = 0
+) -> RankMemory:
+    """A rank's memory on a GPU of `total` bytes with nothing on it but the rank's weights."""
+    weights, block = requirements.weights(rank), requirements.block(rank)
+    return RankMemory(
+        rank, block, total=total, in_use=weights, weights=weights, activations=activations, reserve=reserve
     )
+
+
+def estimate_hosts(requirements: MemoryRequirements, hosts: Sequence[int]) -> list[RankMemory]:
+    """The ranks' memory on CPUs: on one host of so many bytes that all share, or each on a host of its own.
+
+    A host's bytes are those that are free before its ranks start. As in an engine, a fraction is of what the weights
+    and the processes leave free. Bytes that kv_memory names are given as far as the host has them.
+    """
+    count = requirements.config.ranks
+    local_size = count if len(hosts) == 1 else 1
+    estimates = []
+    for rank in range(count):
+        local = range(count) if len(hosts) == 1 else range(rank, rank + 1)
+        host, block = hosts[min(rank, len(hosts) - 1)], requirements.block(rank)
+        free = host - sum(requirements.weights(each) + RUNTIME_BYTES for each in local)
+        budget = host_budget(requirements.config, local_size, requirements.blocks_of_sequence * block, free)
+        steps = sum(requirements.activations(each) - RUNTIME_BYTES for each in local)
+        if requirements.config.kv_memory > 1:
+            budget = min(budget, (free - steps) // local_size)
+        elif free < 0:
+            budget = free // local_size
+        weights, activations = requirements.weights(rank), requirements.activations(rank)
+        estimates.append(RankMemory(rank, block, host_budget=budget, weights=weights, activations=activations))
+    return estimates
+
+
+def least_device_bytes(requirements: MemoryRequirements, ranks: Sequence[RankMemory], shared: bool = False) -> int:
+    """The least memory of each GPU on which estimated ranks fit; of the one host, if its CPUs are `shared` by all."""
+    kv_memory = requirements.config.kv_memory
+    fraction = 1.0 if kv_memory > 1 else kv_memory
+    needed = [rank.weights + rank.activations + requirements.wanted_bytes(rank) for rank in ranks]
+    if not shared:
+        return math.ceil(max(needed) / fraction)
+    if kv_memory > 1:
+        return sum(needed)
+    # A fraction is of what weights and processes leave, and is divided evenly.
+    loaded = sum(rank.weights + RUNTIME_BYTES for rank in ranks)
+    return loaded + math.ceil(len(ranks) * max(map(requirements.wanted_bytes, ranks)) / fraction) + len(ranks)

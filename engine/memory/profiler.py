@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import resource
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -16,7 +14,8 @@ import torch
 from ...parallel.group import Group
 from ..errors import ConfigError, EngineStopped
 from .advice import out_of_memory_advice, refusal
-from .planner import Demand, RankMemory, graph_reserve, host_budget
+from .host_memory import available_memory
+from .planner import MemoryRequirements, RankMemory, graph_reserve, host_budget
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,10 +24,10 @@ T = TypeVar("T")
 class MemoryBudget:
     """What a rank may spend on its KV cache. Every rank makes one, and calls its methods when the others do."""
 
-    def __init__(self, demand: Demand, group: Group, token_bytes: int) -> None:
-        """`token_bytes` are of this rank's KV cache, for each token."""
-        self.demand, self._group = demand, group
-        self._block = demand.block_size * token_bytes
+    def __init__(self, requirements: MemoryRequirements, group: Group, token_bytes: int) -> None:
+        """`token_bytes` is what this rank's KV cache takes for each token."""
+        self.requirements, self._group = requirements, group
+        self._block = requirements.block_size * token_bytes
         self._activations = 0
         self._memory = RankMemory(group.rank, self._block)
         self._kept = self._cache = 0
@@ -41,7 +40,7 @@ class MemoryBudget:
         if self._group.device.type == "cuda":
             memory = self._gpu_memory()
             loaded = dataclasses.replace(memory, in_use=memory.in_use + memory.weights)
-            count_blocks(self.demand, self._exchange(loaded))
+            count_blocks(self.requirements, self._exchange(loaded))
 
     def measure_step(self, step: Callable[[], object]) -> int:
         """Bytes that `step`, run twice, takes for a while; agree_on_blocks() keeps them free on a GPU.
@@ -54,7 +53,7 @@ class MemoryBudget:
         try:
             # Once before, for what is made at the first step and stays: compiled kernels, libraries' workspaces.
             step()
-            self._activations = _gpu_rise(device, step) if device.type == "cuda" else _host_rise(step)
+            self._activations = _gpu_peak_delta(device, step) if device.type == "cuda" else _host_peak_delta(step)
         except EngineStopped as error:
             raise ConfigError(str(error)) from error
         return self._activations
@@ -67,13 +66,13 @@ class MemoryBudget:
         """
         memory = self._gpu_memory() if self._group.device.type == "cuda" else self._host_memory()
         if memory.total:
-            config, vocab = self.demand.config, self.demand.parts.shares[self._group.rank].vocab
+            config, vocab = self.requirements.config, self.requirements.parts.shares[self._group.rank].vocab
             tokens = config.max_num_batched_tokens
             reserve = graph_reserve(graph_buckets, self._activations, tokens, 4 * len(vocab), self._block)
             memory = dataclasses.replace(memory, activations=self._activations, reserve=reserve)
             self._kept = torch.cuda.memory_allocated(self._group.device)
         ranks = self._exchange(memory)
-        blocks = count_blocks(self.demand, ranks)
+        blocks = count_blocks(self.requirements, ranks)
         self._memory, self._cache = ranks[self._group.rank], blocks * self._block
         return blocks
 
@@ -82,19 +81,19 @@ class MemoryBudget:
         device = self._group.device
         free, total = torch.cuda.mem_get_info(device)
         return out_of_memory_advice(
-            self.demand.config,
+            self.requirements.config,
             total=total,
             kept=self._kept + self._cache,
             elsewhere=total - free - torch.cuda.memory_reserved(device),
             activations=self._activations,
             cache=self._cache,
-            spare=max(0, self.demand.room(self._memory) - self._cache),
+            spare=max(0, self.requirements.available_bytes(self._memory) - self._cache),
         )
 
     def _host_memory(self) -> RankMemory:
-        demand = self.demand
-        sequence = demand.blocks_of_sequence * self._block
-        budget = host_budget(demand.config, self._group.local_size, sequence, available_memory())
+        requirements = self.requirements
+        sequence = requirements.blocks_of_sequence * self._block
+        budget = host_budget(requirements.config, self._group.local_size, sequence, available_memory())
         return RankMemory(self._group.rank, self._block, host_budget=budget)
 
     def _gpu_memory(self) -> RankMemory:
@@ -103,7 +102,7 @@ class MemoryBudget:
         # Ranks that share a GPU must not count what another is about to give back.
         self._group.host.barrier()
         free, total = torch.cuda.mem_get_info(device)
-        weights = self.demand.parts.parameters(rank) * self.demand.weight_bytes
+        weights = self.requirements.weights(rank)
         return RankMemory(rank, self._block, total=total, in_use=total - free, weights=weights)
 
     def _exchange(self, memory: RankMemory) -> list[RankMemory]:
@@ -121,17 +120,15 @@ class MemoryBudget:
         ]
 
 
-def count_blocks(demand: Demand, ranks: Sequence[RankMemory]) -> int:
+def count_blocks(requirements: MemoryRequirements, ranks: Sequence[RankMemory]) -> int:
     """KV blocks that every rank has room for, never more than all sequences can use.
 
     Raises ConfigError if one sequence of max_model_len does not fit, or, on a GPU, not the bytes that kv_memory names.
     """
-    fewest = min(ranks, key=lambda memory: demand.room(memory) // memory.block)
-    blocks, wanted = demand.room(fewest) // fewest.block, demand.wanted_blocks(fewest)
-    cut_short = fewest.total > 0 and demand.config.kv_memory > 1 and blocks < wanted
-    if blocks < demand.blocks_of_sequence or cut_short:
-        raise ConfigError(refusal(demand, fewest))
-    return min(blocks, wanted)
+    fewest = requirements.poorest(ranks)
+    if not requirements.fits(ranks):
+        raise ConfigError(refusal(requirements, fewest))
+    return requirements.blocks(fewest)
 
 
 class _HasMemory(Protocol):
@@ -163,21 +160,7 @@ def peak_memory(group: Group) -> tuple[int, ...]:
     return tuple(int(value) for value in everyone) if everyone else ()
 
 
-def available_memory() -> int:
-    """Bytes a new process could use on this host now: MemAvailable, within the control group's limit."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            break
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return available
-
-
-def _gpu_rise(device: torch.device, step: Callable[[], object]) -> int:
+def _gpu_peak_delta(device: torch.device, step: Callable[[], object]) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -188,7 +171,7 @@ def _gpu_rise(device: torch.device, step: Callable[[], object]) -> int:
     return peak - torch.cuda.memory_reserved(device)
 
 
-def _host_rise(step: Callable[[], object]) -> int:
+def _host_peak_delta(step: Callable[[], object]) -> int:
     before = _host_peak()
     step()
     return _host_peak() - before

@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...engine.config import EngineConfig
-from ...engine.errors import ConfigError
-from ...engine.models.spec import ModelSpec, dimensions, position_limit
-from ...kernels.weight_formats import WeightFormat, get_weight_format
-from ...parallel.partition import Partition, PartitionError, RankShard, partition
+from ...engine.memory.planner import (
+    MemoryRequirements,
+    RankMemory,
+    estimate_gpu,
+    estimate_hosts,
+    fewest_ranks,
+    least_device_bytes,
+    least_fraction,
+)
+from ...engine.memory.sizes import ELEMENT_BYTES
+from ...engine.models.resolve import partition_model, resolve_dtype, resolve_max_model_len
+from ...engine.models.spec import ModelSpec
+from ...parallel.partition import Partition
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-RUNTIME_BYTES = 2**29
-"""Of a rank, beside tensors: the CUDA context, communication buffers, library workspaces."""
-SCALE_BYTES = 4
-"""Of a head's key or value of one token in a KV cache of int8."""
 REQUEST_TOKENS = 32768
-HIGHEST_FRACTION = 0.97
-"""Of a device's memory that kv_memory is ever advised to be: the rest is the driver's."""
+CPU_BLOCK_SIZE = 16
+"""Tokens of one KV block that an engine takes on a CPU where none are named."""
 MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What to plan for: the engine's settings, and the bytes of each rank's device, if it is to be seen what fits."""
+    """What to plan for: the engine's settings, and the bytes of its devices, if it is to be seen what fits.
+
+    `device_memory` has a number for each rank's device, or for CPUs one alone, for a host that all ranks share.
+    """
 
     config: EngineConfig
     device_memory: tuple[int, ...] | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks compute on CPUs. A plan is for a GPU where nothing else is said."""
+        return self.config.device == "cpu"
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks share one host's memory."""
+        return self.on_cpu and self.device_memory is not None and len(self.device_memory) == 1
 
 
 @dataclass(frozen=True)
@@ -40,25 +57,11 @@ class RankNeeds:
     weights: int
     activations: int
     kv_token: int
-    """Of the KV cache, for each token."""
-    kv_room: int | None
-    """For the KV cache; None if neither device_memory nor kv_memory in bytes says how much."""
-    lacking: int = 0
+    """What each token of the KV cache takes."""
+    kv_tokens: int | None
+    """Tokens of KV cache that there is room for; None if neither device_memory nor kv_memory in bytes says how much."""
+    lacking: int
     """By which the device is too small for all that comes before the KV cache, or is given to it in bytes."""
-
-    @property
-    def used(self) -> int:
-        """Bytes of all but the KV cache."""
-        return self.weights + self.activations
-
-    @property
-    def kv_tokens(self) -> int | None:
-        """Tokens of KV cache that there is room for."""
-        return None if self.kv_room is None else self.kv_room // self.kv_token
-
-    def needed(self, tokens: int) -> int:
-        """Bytes of everything, with a KV cache of so many tokens."""
-        return self.used + tokens * self.kv_token
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,41 @@ class Plan:
 
     spec: ModelSpec
     setup: Setup
-    parts: Partition
-    needs: tuple[RankNeeds, ...]
-    max_model_len: int
+    requirements: MemoryRequirements
+    ranks: tuple[RankMemory, ...] | None
+    """Every rank's memory, as far as it is known; None if it was not said how much there is."""
+
+    @property
+    def parts(self) -> Partition:
+        """What each rank holds."""
+        return self.requirements.parts
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.requirements.max_model_len
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of activations, and of weights that are not quantized."""
+        return _dtype(self.spec, self.setup)
 
     @property
     def request_tokens(self) -> int:
-        """Of one long request: 32k, or max_model_len if that is less."""
+        """Tokens of one long request: 32k, or max_model_len if that is less."""
         return min(self.max_model_len, REQUEST_TOKENS)
 
     @property
+    def needs(self) -> tuple[RankNeeds, ...]:
+        """Every rank's numbers."""
+        return tuple(self._needs(share.rank) for share in self.parts.shares)
+
+    @property
     def kv_tokens(self) -> int | None:
-        """Tokens that every rank has room for."""
-        tokens = [need.kv_tokens for need in self.needs if need.kv_tokens is not None]
-        return min(tokens) if tokens else None
+        """Tokens that every rank has room for, and an engine's sequences can use."""
+        if self.ranks is None:
+            return None
+        return self._tokens(self.requirements.poorest(self.ranks))
 
     @property
     def fits(self) -> bool | None:
@@ -88,89 +112,48 @@ class Plan:
 
         None if it was not said how much memory there is.
         """
-        if self.kv_tokens is None:
-            return None
-        return self.kv_tokens >= self.max_model_len and not any(need.lacking for need in self.needs)
+        return None if self.ranks is None else self.requirements.fits(self.ranks)
+
+    @property
+    def fewest_ranks(self) -> int | None:
+        """The fewest ranks that fit, evenly dealt over devices like the smallest one; None if no number does."""
+        memory = self.setup.device_memory
+
+        def estimate(dealt: MemoryRequirements) -> list[RankMemory]:
+            if memory is None or self.setup.one_host:
+                return _estimate(dealt, memory)
+            return _estimate(dealt, (min(memory),) * dealt.config.ranks)
+
+        return fewest_ranks(self.requirements, estimate)
+
+    def _needs(self, rank: int) -> RankNeeds:
+        requirements, memory = self.requirements, None if self.ranks is None else self.ranks[rank]
+        return RankNeeds(
+            requirements.weights(rank),
+            requirements.activations(rank),
+            requirements.block(rank) // requirements.block_size,
+            None if memory is None else self._tokens(memory),
+            0 if memory is None else requirements.lacking_bytes(memory),
+        )
+
+    def _tokens(self, memory: RankMemory) -> int:
+        return self.requirements.blocks(memory) * self.requirements.block_size
 
 
 def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
     """The needs of every rank. Raises ConfigError for ranks or max_model_len out of the model's range."""
-    config, weight_format = setup.config, get_weight_format(setup.config.quantization)
-    item = ITEM_BYTES[spec.dtype if config.dtype == "auto" else config.dtype]
-    try:
-        parts = partition(dimensions(spec), config.ranks, config.rank_weights, weight_format)
-    except PartitionError as error:
-        raise ConfigError(str(error)) from error
-    limit = position_limit(spec)
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} is above the model's {limit} positions; lower max_model_len to at "
-            f"most {limit}"
-        )
-    needs = []
-    for share in parts.shares:
-        weights = weight_bytes(parts, share, weight_format, item)
-        activations = activation_bytes(spec, share, config, item)
-        memory = None if setup.device_memory is None else setup.device_memory[share.rank]
-        room, lacking = kv_room(memory, weights + activations, config.kv_memory)
-        kv_token = parts.kv_elements_per_token(share.rank) * item
-        if config.kv_cache_dtype == "int8":
-            kv_token = parts.kv_elements_per_token(share.rank) // spec.head_dim * (spec.head_dim + SCALE_BYTES)
-        needs.append(RankNeeds(weights, activations, kv_token, room, lacking))
-    return Plan(spec, setup, parts, tuple(needs), config.max_model_len or limit)
-
-
-def weight_bytes(parts: Partition, share: RankShard, weight_format: WeightFormat, item: int) -> int:
-    """What a rank's weights take, of `item` bytes each where they are not in a format.
-
-    In a format are the layers' matrices and, in its format for heads, the head; a table of embeddings only where it is
-    the head. (The norms, of less than a thousandth, are counted like the layers, whose rows all count as of hidden_size
-    columns.)
-    """
-    d, vocab = parts.dimensions, len(share.vocab)
-    rows = parts.parameters(share.rank) // d.hidden_size - vocab * (1 if d.tied_embeddings else 2)
-    embeddings = 0 if d.tied_embeddings else vocab * d.hidden_size * item
-    head = weight_format.for_head().nbytes(vocab, d.hidden_size, item)
-    return weight_format.nbytes(rows, d.hidden_size, item) + head + embeddings
-
-
-def activation_bytes(spec: ModelSpec, share: RankShard, config: EngineConfig, item: int) -> int:
-    """What a rank needs for one full step, in bytes: a reserve, rather too large than too small.
-
-    For each of max_num_batched_tokens: the float32 residual and its normalised float32 copy, three hidden vectors (a
-    block's input, its output, one in the all-reduce), and the larger of attention (q, k, v, the rotated q and k, the
-    output) and MLP (gate, up, their product). For each of max_num_seqs: this rank's logits, and three float32 copies
-    of them while sampling. And RUNTIME_BYTES. `item` is the bytes of an activation.
-    """
-    queries, kv = len(share.query_heads), len(share.kv_heads)
-    attention = 3 * (queries + kv) * spec.head_dim
-    token = (2 * 4 + 3 * item) * spec.hidden_size + item * max(attention, 3 * len(share.mlp))
-    row = (item + 3 * 4) * len(share.vocab)
-    return config.max_num_batched_tokens * token + config.max_num_seqs * row + RUNTIME_BYTES
-
-
-def kv_room(memory: int | None, used: int, kv_memory: float) -> tuple[int | None, int]:
-    """(bytes for the KV cache, bytes lacking) on a device of `memory` bytes of which `used` are taken otherwise.
-
-    `kv_memory` is EngineConfig's: bytes above 1, else the fraction of the device that may be used in all.
-    """
-    if kv_memory > 1:
-        given = int(kv_memory)
-        return given, 0 if memory is None else max(0, used + given - memory)
-    if memory is None:
-        return None, 0
-    room = int(memory * kv_memory) - used
-    return max(0, room), max(0, -room)
-
-
-def smallest_fit(spec: ModelSpec, setup: Setup) -> int | None:
-    """The fewest ranks that fit, evenly dealt over devices like the smallest one; None if no number does."""
-    for ranks in range(1, spec.num_query_heads + 1):
-        config = dataclasses.replace(setup.config, ranks=ranks, rank_weights=None)
-        memory = None if setup.device_memory is None else (min(setup.device_memory),) * ranks
-        if make_plan(spec, Setup(config, memory)).fits:
-            return ranks
-    return None
+    config = setup.config
+    requirements = MemoryRequirements(
+        config,
+        partition_model(config, spec, config.ranks),
+        ELEMENT_BYTES[_dtype(spec, setup)],
+        resolve_max_model_len(config, spec),
+        # On a GPU the attention backend chooses, so that tokens are counted one by one.
+        config.block_size or (CPU_BLOCK_SIZE if setup.on_cpu else 1),
+    )
+    if setup.device_memory is None and config.kv_memory <= 1:
+        return Plan(spec, setup, requirements, None)
+    return Plan(spec, setup, requirements, tuple(_estimate(requirements, setup.device_memory)))
 
 
 def remedies(plan: Plan) -> list[str]:
@@ -182,43 +165,69 @@ def remedies(plan: Plan) -> list[str]:
     ]
 
 
+def _dtype(spec: ModelSpec, setup: Setup) -> str:
+    return resolve_dtype(setup.config, spec, "cpu" if setup.on_cpu else "cuda")
+
+
+def _estimate(requirements: MemoryRequirements, device_memory: Sequence[int] | None) -> list[RankMemory]:
+    """Every rank's memory before the KV cache is made; without devices only what kv_memory names is known."""
+    config = requirements.config
+    if device_memory is None:
+        budget = int(config.kv_memory)
+        return [RankMemory(rank, requirements.block(rank), host_budget=budget) for rank in range(config.ranks)]
+    if config.device == "cpu":
+        return estimate_hosts(requirements, device_memory)
+    return [
+        estimate_gpu(requirements, rank, total, requirements.activations(rank))
+        for rank, total in enumerate(device_memory)
+    ]
+
+
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Changes that may make a plan fit."""
-    config, memory, longest = plan.setup.config, plan.setup.device_memory, plan.max_model_len
+    config, memory, requirements = plan.setup.config, plan.setup.device_memory, plan.requirements
+    assert plan.ranks is not None
     if memory is not None and len(set(memory)) > 1:
         yield {"rank_weights": tuple(round(size / min(memory), 2) for size in memory)}
-    elif (ranks := smallest_fit(plan.spec, plan.setup)) is not None:
+    elif (ranks := plan.fewest_ranks) is not None:
         yield {"ranks": ranks} | ({} if config.rank_weights is None else {"rank_weights": None})
-    if plan.kv_tokens and plan.kv_tokens < longest:
+    if plan.kv_tokens and plan.kv_tokens < plan.max_model_len:
         yield {"max_model_len": plan.kv_tokens // 256 * 256 or plan.kv_tokens}
+    if memory is None or (plan.setup.on_cpu and config.kv_memory <= 1):
+        sequence = max(requirements.blocks_of_sequence * rank.block for rank in plan.ranks)
+        yield {"kv_memory": -(-sequence // MIB) * MIB}
     if memory is None:
-        yield {"kv_memory": -(-max(need.kv_token for need in plan.needs) * longest // MIB) * MIB}
         return
     if config.kv_memory > 1:
-        room = min(size - need.used for size, need in zip(memory, plan.needs, strict=True))
-        if room > MIB:
-            yield {"kv_memory": room // MIB * MIB}
-        needed = max(need.used for need in plan.needs) + int(config.kv_memory)
-    else:
-        fraction = max(need.needed(longest) / size for size, need in zip(memory, plan.needs, strict=True))
-        if fraction <= HIGHEST_FRACTION:
-            yield {"kv_memory": math.ceil(fraction * 100) / 100}
-        needed = math.ceil(max(need.needed(longest) for need in plan.needs) / config.kv_memory)
-    yield {"device_memory": int(math.ceil(needed * 10 / GIB) / 10 * GIB)}
+        # As much as there is.
+        everything = dataclasses.replace(requirements, config=dataclasses.replace(config, kv_memory=float(sum(memory))))
+        most = min(map(everything.available_bytes, _estimate(everything, memory)))
+        if most > MIB:
+            yield {"kv_memory": most // MIB * MIB}
+    elif not plan.setup.on_cpu:
+        fractions = [least_fraction(requirements, rank) for rank in plan.ranks]
+        if None not in fractions:
+            yield {"kv_memory": max(fraction for fraction in fractions if fraction is not None)}
+    needed = least_device_bytes(requirements, plan.ranks, shared=plan.setup.one_host)
+    rounded = int(math.ceil(needed * 10 / GIB) / 10 * GIB)
+    # A list for CPUs that have a host each, so that it is not taken for one host.
+    apart = plan.setup.on_cpu and not plan.setup.one_host
+    yield {"device_memory": (rounded,) * (len(memory) if apart else 1)}
 
 
-def _after(plan: Plan, device_memory: int | None = None, **change: Any) -> Plan:
+def _after(plan: Plan, device_memory: tuple[int, ...] | None = None, **change: Any) -> Plan:
     config, memory = dataclasses.replace(plan.setup.config, **change), plan.setup.device_memory
     if device_memory is not None:
-        memory = (device_memory,) * config.ranks
-    elif memory is not None and len(memory) != config.ranks:
+        memory = device_memory
+    if memory is not None and not plan.setup.one_host and len(memory) != config.ranks:
         memory = memory[:1] * config.ranks
     return make_plan(plan.spec, Setup(config, memory))
 
 
 def _written(name: str, value: Any) -> str:
     if name == "device_memory":
-        return f"{value / GIB:.1f}GiB"
+        sizes = [f"{size / GIB:.1f}GiB" for size in value]
+        return sizes[0] if len(sizes) == 1 else f"[{','.join(sizes)}]"
     if name == "kv_memory" and value > 1:
         return f"{value // MIB}MiB"
     if isinstance(value, tuple):

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from phalanx import CheckpointError, ConfigError
-from phalanx.launch.cli.plan_table import GIB, Plan, activation_bytes, kv_room, make_plan, remedies, smallest_fit
+from phalanx.engine.memory.planner import RankMemory
+from phalanx.engine.memory.sizes import RUNTIME_BYTES, activation_bytes
+from phalanx.launch.cli.plan_table import GIB, Plan, make_plan, remedies
 from phalanx.launch.cli.presets import load_preset, presets
 from phalanx.launch.plan import main, read_setup, read_spec
 
@@ -88,7 +90,7 @@ def test_the_reserve_grows_with_a_steps_tokens_and_rows() -> None:
     # The reserve is the runtime's plus a sum over tokens and rows: twice of both is twice the sum.
     reserve, twice = plan.needs[0].activations, more.needs[0].activations
     assert twice - reserve == reserve - 2**29
-    assert reserve == activation_bytes(plan.spec, plan.parts.shares[0], plan.setup.config, 2)
+    assert reserve == activation_bytes(plan.parts, 0, plan.setup.config, 2)
 
 
 def test_the_groups_kv_tokens_are_those_of_the_rank_with_the_least_room() -> None:
@@ -97,13 +99,20 @@ def test_the_groups_kv_tokens_are_those_of_the_rank_with_the_least_room() -> Non
     assert plan.needs[2].kv_tokens != plan.kv_tokens  # two KV heads, where the others have three
 
 
-def test_a_fraction_is_of_the_device_and_bytes_are_of_the_cache() -> None:
-    assert kv_room(10 * GIB, 6 * GIB, 0.5) == (0, GIB)
-    assert kv_room(10 * GIB, 4 * GIB, 0.5) == (GIB, 0)
-    assert kv_room(10 * GIB, 6 * GIB, 3 * GIB) == (3 * GIB, 0)
-    assert kv_room(10 * GIB, 6 * GIB, 5 * GIB) == (5 * GIB, GIB)
-    assert kv_room(None, 6 * GIB, 5 * GIB) == (5 * GIB, 0)
-    assert kv_room(None, 6 * GIB, 0.9) == (None, 0)
+@pytest.mark.parametrize(
+    ("kv_memory", "available", "lacking"),
+    [(0.5, -GIB, GIB), (0.7, GIB, 0), (3 * GIB, 3 * GIB, 0), (5 * GIB, 4 * GIB, GIB)],
+)
+def test_a_fraction_is_of_the_device_and_bytes_are_of_the_cache(kv_memory: float, available: int, lacking: int) -> None:
+    memory = RankMemory(0, 2**15, total=10 * GIB, in_use=5 * GIB, activations=GIB)
+    requirements = _plan("model=qwq_32b_preview", f"kv_memory={kv_memory}").requirements
+    assert requirements.available_bytes(memory) == available
+    assert requirements.lacking_bytes(memory) == lacking
+
+
+def test_without_a_device_only_the_bytes_that_are_named_are_known() -> None:
+    assert _plan("model=qwq_32b_preview", "kv_memory=5GiB").kv_tokens == 5 * GIB // 262_144
+    assert _plan("model=qwq_32b_preview").kv_tokens is None
 
 
 def test_it_fits_only_if_one_sequence_of_max_model_len_does() -> None:
@@ -113,7 +122,7 @@ def test_it_fits_only_if_one_sequence_of_max_model_len_does() -> None:
 
 
 def test_the_fewest_ranks_that_fit_do_fit_and_one_less_does_not() -> None:
-    fewest = smallest_fit(read_spec("qwen2_5_72b"), read_setup(["model=qwen2_5_72b", "device_memory=80GB"]))
+    fewest = _plan("model=qwen2_5_72b", "device_memory=80GB").fewest_ranks
     assert fewest is not None
     assert _plan("model=qwen2_5_72b", "device_memory=80GB", f"ranks={fewest}").fits
     assert not _plan("model=qwen2_5_72b", "device_memory=80GB", f"ranks={fewest - 1}").fits
@@ -165,6 +174,76 @@ def test_what_does_not_fit_says_which_setting_to_change_to_what(
         assert re.search(rf"^(Set| or) {re.escape(change)}", out, re.MULTILINE), out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advised"),
+    [
+        (["device_memory=24GiB", "max_num_seqs=8"], ["device_memory="]),
+        (["device_memory=70.2GiB"], ["max_model_len=", "kv_memory=8192MiB", "device_memory="]),
+        (["device_memory=80GiB", "kv_memory=2GiB"], ["ranks=4", "max_model_len=8192", "kv_memory="]),
+        (["device_memory=80GiB", "kv_memory=60GiB", "ranks=2"], ["kv_memory=", "device_memory="]),
+        (["device_memory=[60GiB,10GiB]", "ranks=2"], ["device_memory=["]),
+    ],
+)
+def test_what_does_not_fit_a_cpu_host_says_what_would(arguments: list[str], advised: list[str]) -> None:
+    arguments = ["model=qwq_32b_preview", "device=cpu", *arguments]
+    plan = _plan(*arguments)
+    assert plan.fits is False
+    changes = remedies(plan)
+    for change in changes:
+        assert _plan(*arguments, *change.split()).fits, change
+    for change in advised:
+        assert any(line.startswith(change) for line in changes), (change, changes)
+
+
+def test_ranks_on_cpus_share_a_hosts_memory_or_have_one_each() -> None:
+    arguments = ["model=qwen2_5_0_5b", "device=cpu", "ranks=2"]
+    together = _plan(*arguments, "device_memory=8GiB")
+    assert together.setup.one_host
+    assert together.kv_tokens == 2 * GIB // 6144 // 16 * 16  # half of what a host's cache takes, for each
+    apart = _plan(*arguments, "device_memory=[8GiB,8GiB]")
+    assert apart.kv_tokens == 4 * GIB // 6144 // 16 * 16
+    # On a small host it is a fraction of what weights and processes leave.
+    small = _plan(*arguments, "device_memory=4GiB")
+    weights = sum(need.weights for need in small.needs)
+    assert small.kv_tokens == int((4 * GIB - weights - 2 * RUNTIME_BYTES) * 0.9) // 2 // (16 * 6144) * 16
+
+
+def test_on_a_cpu_the_memory_that_is_available_here_is_planned_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("phalanx.launch.plan.available_memory", lambda: 6 * GIB)
+    assert read_setup(["model=qwen2_5_0_5b", "device=cpu"]).device_memory == (6 * GIB,)
+    assert read_setup(["model=qwen2_5_0_5b"]).device_memory is None
+    assert main(["model=qwen2_5_0_5b", "device=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "on 1 CPU rank" in out
+    assert "Memory of the host: 6.00 GiB." in out
+    assert "Weights are counted with 16 bits. CPUs with AVX-512 keep most of them in 12" in out
+    assert main(["model=qwq_32b_preview", "device=cpu"]) == 1
+    assert "the host lacks" in capsys.readouterr().out
+    for other in ("dtype=float32", "quantization=int8"):
+        main(["model=qwen2_5_0_5b", "device=cpu", other])
+        assert "Weights are counted with 16 bits" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["quantization=int8"], "quantization=int8"),
+        (["kv_cache_dtype=int8"], "kv_cache_dtype=int8"),
+        (["device=cpu", "quantization=int4", "dtype=float32"], "quantization=int4"),
+        (["device=cpu", "quantization=int4", "kv_cache_dtype=int8"], None),
+    ],
+)
+def test_settings_that_an_engine_refuses_on_the_device_are_named(
+    arguments: list[str], refused: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["model=qwen2_5_0_5b", *arguments])
+    out = capsys.readouterr().out
+    assert ("refuses it here" in out) == (refused is not None)
+    assert refused is None or f"An engine takes {refused} with device=cpu" in out
+
+
 def test_the_cost_of_an_uneven_number_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     main(["model=qwq_32b_preview", "ranks=16"])
     out = capsys.readouterr().out
@@ -205,6 +284,8 @@ def test_no_number_is_cut_on_a_narrow_terminal(
         (["model=qwq_32b_preview", "kv_memory=.inf"], "kv_memory=inf"),
         (["model=qwq_32b_preview", "dtype=int3"], "int3.*bfloat16"),
         (["model=qwq_32b_preview", "max_model_len=40000"], "max_model_len=40000.*32768"),
+        (["model=qwq_32b_preview", "device=tpu"], "device='tpu'.*auto, cpu, cuda"),
+        (["model=qwq_32b_preview", "device=cpu", "ranks=2", "device_memory=[48GiB]"], "device_memory=.*ranks=2"),
         (["model=qwq_32b_preview", "max_num_seqs=4096"], "max_num_batched_tokens=2048 is below max_num_seqs=4096"),
         (["model"], "key=value"),
     ],
@@ -221,8 +302,9 @@ def test_bad_input_exits_2_and_names_what_is_allowed(
 def test_help_names_every_key_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("model", "rank_weights", "device_memory", "kv_memory", *presets()):
+    for name in ("model", "rank_weights", "device", "device_memory", "kv_memory", *presets()):
         assert name in out
+    assert not re.search(r"^ *Of ", out, re.MULTILINE)
 
 
 def test_a_folder_is_as_good_as_a_preset(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from phalanx import LLM, SamplingParams
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.execution.resolved_settings import partition_model
 from phalanx.engine.models.decoder import Build, CausalLM
+from phalanx.engine.models.resolve import partition_model
 from phalanx.engine.protocol.transport import InProcess
 from phalanx.kernels.backend_selector import choose_backend
 from phalanx.launch.model_files.model_folder import SHARD_BYTES, write_weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +18,22 @@ from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.execution.worker_factory import WorkerParts, assemble, load_parts, measure_largest_step
-from phalanx.engine.memory.advice import HIGHEST_FRACTION, fewest_ranks, out_of_memory_advice
+from phalanx.engine.memory.advice import out_of_memory_advice
 from phalanx.engine.memory.planner import (
     CPU_BUDGET,
     GRAPH_BYTES,
-    Demand,
+    HIGHEST_FRACTION,
+    MemoryRequirements,
     RankMemory,
+    estimate_gpu,
+    fewest_ranks,
     graph_reserve,
     host_budget,
     kv_bytes,
-    worst_case_plan,
+    like,
 )
 from phalanx.engine.memory.profiler import MemoryBudget, count_blocks
+from phalanx.engine.memory.worst_case import worst_case_plan
 from phalanx.engine.models.decoder import CausalLM
 from phalanx.engine.models.spec import dimensions, read_config, spec_from_config
 from phalanx.engine.sampling.sampler import Sampler
@@ -44,17 +49,24 @@ QWQ = dimensions(spec_from_config(load_preset("qwq_32b_preview")["shape"], "qwq"
 QWQ_PARAMETERS = partition(QWQ, 1).parameters(0)
 
 
-def demand(ranks: int = 1, weight_bytes: int = 2, max_model_len: int = 32768, **config: Any) -> Demand:
+def requirements(
+    ranks: int = 1, element_bytes: int = 2, max_model_len: int = 32768, **config: Any
+) -> MemoryRequirements:
     settings = EngineConfig(model="m", ranks=ranks, **config)
-    return Demand(settings, partition(QWQ, ranks), weight_bytes, max_model_len, block_size=16)
+    return MemoryRequirements(settings, partition(QWQ, ranks), element_bytes, max_model_len, block_size=16)
 
 
 def gpu(
-    asked: Demand, rank: int = 0, total: int = 80 * GIB, elsewhere: int = GIB, sharers: int = 1, **changes: int
+    asked: MemoryRequirements,
+    rank: int = 0,
+    total: int = 80 * GIB,
+    elsewhere: int = GIB,
+    sharers: int = 1,
+    **changes: int,
 ) -> RankMemory:
     """A rank of QwQ with its weights on a GPU, beside those of its sharers and something `elsewhere`."""
-    weights = asked.parts.parameters(rank) * asked.weight_bytes
-    block = asked.block_size * asked.parts.kv_elements_per_token(rank) * asked.weight_bytes
+    weights = asked.parts.parameters(rank) * asked.element_bytes
+    block = asked.block_size * asked.parts.kv_elements_per_token(rank) * asked.element_bytes
     in_use = elsewhere + sharers * weights
     return RankMemory(rank, block, total=total, in_use=in_use, weights=weights, sharers=sharers, **changes)
 
@@ -130,7 +142,7 @@ def test_the_worst_step_is_full_and_a_step_that_ranks_may_be_sent(
 
 
 def test_all_ranks_get_what_the_poorest_has() -> None:
-    asked = demand(ranks=3)
+    asked = requirements(ranks=3)
     ranks = [gpu(asked, rank, activations=GIB) for rank in range(3)]
     alone = [kv_bytes(memory, 0.9) // memory.block for memory in ranks]
     assert count_blocks(asked, ranks) == min(alone)
@@ -139,15 +151,15 @@ def test_all_ranks_get_what_the_poorest_has() -> None:
 
 
 def test_no_more_blocks_than_all_sequences_can_use() -> None:
-    asked = demand(max_model_len=1000, max_num_seqs=2)
+    asked = requirements(max_model_len=1000, max_num_seqs=2)
     assert count_blocks(asked, [gpu(asked)]) == 2 * 63
     assert count_blocks(asked, [RankMemory(0, 10, host_budget=10**9)]) == 2 * 63
-    generous = demand(max_model_len=1000, max_num_seqs=2, kv_memory=70 * GIB)
+    generous = requirements(max_model_len=1000, max_num_seqs=2, kv_memory=70 * GIB)
     assert count_blocks(generous, [gpu(generous)]) == 2 * 63
 
 
 def test_a_cpu_with_too_little_says_what_to_change() -> None:
-    asked = demand(max_model_len=100)
+    asked = requirements(max_model_len=100)
     with pytest.raises(
         ConfigError,
         match=r"room for 48 tokens \(35 bytes\).*max_model_len=100 needs 70 bytes on a rank: lower max_model_len to 48 "
@@ -159,7 +171,7 @@ def test_a_cpu_with_too_little_says_what_to_change() -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_ranks_that_would_do() -> None:
-    asked = demand(weight_bytes=4)
+    asked = requirements(element_bytes=4)
     with pytest.raises(ConfigError) as caught:
         count_blocks(asked, [gpu(asked)])
     text = str(caught.value)
@@ -171,15 +183,20 @@ def test_weights_that_do_not_fit_are_refused_with_the_ranks_that_would_do() -> N
 
 
 def test_bytes_that_a_gpu_lacks_are_refused_with_those_it_has() -> None:
-    asked = demand(kv_memory=40 * GIB)
+    asked = requirements(kv_memory=40 * GIB)
     memory = gpu(asked, activations=GIB)
     with pytest.raises(
         ConfigError, match=r"kv_memory=42949672960 \(bytes\) asks for more.*kv_memory to at most"
     ) as caught:
         count_blocks(asked, [memory])
     lower = int(re.search(r"at most (\d+) \(bytes\)", str(caught.value))[1])
-    changed = demand(kv_memory=lower)
+    changed = requirements(kv_memory=lower)
     assert count_blocks(changed, [memory]) == lower // memory.block
+
+
+def fewest(asked: MemoryRequirements, memory: RankMemory) -> int | None:
+    """The fewest ranks above the present number, on GPUs like this one."""
+    return fewest_ranks(asked, partial(like, asked, memory), len(asked.parts.shares) + 1)
 
 
 def advised(text: str) -> list[dict[str, Any]]:
@@ -202,13 +219,15 @@ def scaled(memory: RankMemory, old: EngineConfig, new: EngineConfig) -> RankMemo
     return dataclasses.replace(memory, activations=int(memory.activations * keep))
 
 
-def after(asked: Demand, memory: RankMemory, change: dict[str, Any]) -> tuple[Demand, list[RankMemory]]:
+def after(
+    asked: MemoryRequirements, memory: RankMemory, change: dict[str, Any]
+) -> tuple[MemoryRequirements, list[RankMemory]]:
     """What the ranks find once a change is made."""
     config, elsewhere = asked.config, memory.in_use - memory.sharers * memory.weights
-    weight_bytes = 2 if change.get("dtype") == "bfloat16" else asked.weight_bytes
+    element_bytes = 2 if change.get("dtype") == "bfloat16" else asked.element_bytes
     length = change.get("max_model_len", asked.max_model_len)
     config = dataclasses.replace(config, **change)
-    changed = Demand(config, partition(QWQ, config.ranks), weight_bytes, length, asked.block_size)
+    changed = MemoryRequirements(config, partition(QWQ, config.ranks), element_bytes, length, asked.block_size)
     ranks = [
         gpu(
             changed,
@@ -229,7 +248,7 @@ def after(asked: Demand, memory: RankMemory, change: dict[str, Any]) -> tuple[De
 def test_each_change_that_is_advised_is_enough_by_itself(data: st.DataObject) -> None:
     ranks = data.draw(st.sampled_from([1, 1, 2, 3]))
     kv_memory = data.draw(st.sampled_from([0.9, 0.5, 0.97, 1 * GIB, 6 * GIB, 9 * GIB]))
-    asked = demand(
+    asked = requirements(
         ranks,
         data.draw(st.sampled_from([2, 4])),
         data.draw(st.sampled_from([4096, 32768])),
@@ -252,7 +271,7 @@ def test_each_change_that_is_advised_is_enough_by_itself(data: st.DataObject) ->
     else:
         return
     if "take a smaller model" in text:
-        assert fewest_ranks(asked, memory) is None or memory.sharers > 1
+        assert fewest(asked, memory) is None or memory.sharers > 1
         return
     changes = advised(text)
     assert len(changes) == text.count(", or ") + 1
@@ -264,7 +283,7 @@ def test_each_change_that_is_advised_is_enough_by_itself(data: st.DataObject) ->
 
 
 def test_all_kinds_of_changes_are_advised_where_they_help() -> None:
-    asked = demand(weight_bytes=4, max_num_batched_tokens=8192)
+    asked = requirements(element_bytes=4, max_num_batched_tokens=8192)
     memory = gpu(asked, total=160 * GIB, activations=16 * GIB)
     with pytest.raises(ConfigError) as caught:
         count_blocks(asked, [memory])
@@ -279,9 +298,9 @@ def test_all_kinds_of_changes_are_advised_where_they_help() -> None:
 
 
 def test_the_fewest_ranks_are_the_first_that_fit() -> None:
-    asked = demand()
+    asked = requirements()
     memory = gpu(asked, total=24 * GIB, activations=GIB)
-    ranks = fewest_ranks(asked, memory)
+    ranks = fewest(asked, memory)
     assert ranks is not None
 
     def fits(count: int) -> bool:
@@ -385,10 +404,10 @@ def _fake_cuda(monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
         monkeypatch.setattr(torch.cuda, name, answer)
 
 
-def _gpu_budget(asked: Demand, *others: Callable[[torch.Tensor], torch.Tensor]) -> MemoryBudget:
+def _gpu_budget(asked: MemoryRequirements, *others: Callable[[torch.Tensor], torch.Tensor]) -> MemoryBudget:
     device = torch.device("cuda", 0)
     group = Group(0, 1 + len(others), 1, device, LocalCollectives(device), _Host(others), LocalControl())
-    return MemoryBudget(asked, group, asked.parts.kv_elements_per_token(0) * asked.weight_bytes)
+    return MemoryBudget(asked, group, asked.parts.kv_elements_per_token(0) * asked.element_bytes)
 
 
 @pytest.mark.parametrize(("others", "sharers"), [([], 1), ([_beside], 2), ([_apart], 1), ([_beside, _apart], 2)])
@@ -396,7 +415,7 @@ def test_a_gpu_is_measured_with_a_step_and_divided_among_its_ranks(
     others: list[Callable[[torch.Tensor], torch.Tensor]], sharers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fake_cuda(monkeypatch, 60 * GIB, 140 * GIB)
-    asked = demand(ranks=1 + len(others))
+    asked = requirements(ranks=1 + len(others))
     budget = _gpu_budget(asked, *others)
     steps: list[int] = []
     assert budget.measure_step(lambda: steps.append(1)) == 3 * GIB
@@ -409,11 +428,29 @@ def test_a_gpu_is_measured_with_a_step_and_divided_among_its_ranks(
     assert budget.agree_on_blocks([64, 1]) == (room - reserve) // block
 
 
+@pytest.mark.parametrize("kv_memory", [0.9, 0.95, 8 * GIB])
+@pytest.mark.parametrize("elsewhere", [0, GIB])
+def test_a_plan_with_the_recorded_peak_says_what_the_profiler_agrees_on(
+    kv_memory: float, elsewhere: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requirements(ranks=2, kv_memory=kv_memory)
+    total, peak = 80 * GIB, 3 * GIB
+    _fake_cuda(monkeypatch, total - asked.weights(0) - elsewhere, total)
+    budget = _gpu_budget(asked, _apart)
+    assert budget.measure_step(lambda: None) == peak
+    logits = 4 * len(asked.parts.shares[0].vocab)
+    reserve = graph_reserve([8, 1], peak, 2048, logits, asked.block(0))
+    planned = estimate_gpu(asked, 0, total, peak, reserve)
+    planned = dataclasses.replace(planned, in_use=planned.in_use + elsewhere)
+    assert budget.agree_on_blocks([8, 1]) == asked.blocks(planned)
+    assert 0 < asked.blocks(planned) < asked.blocks_of_sequence * asked.config.max_num_seqs
+
+
 def test_a_gpu_too_small_for_the_weights_is_refused_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_cuda(monkeypatch, 47 * GIB, 48 * GIB)
     with pytest.raises(ConfigError, match=r"rank 0's weights of .* do not fit.*set ranks to at least 2"):
-        _gpu_budget(demand()).check_before_loading()
-    _gpu_budget(demand(ranks=2), _apart).check_before_loading()
+        _gpu_budget(requirements()).check_before_loading()
+    _gpu_budget(requirements(ranks=2), _apart).check_before_loading()
 
 
 def test_a_step_without_memory_stops_the_engine_with_advice_and_while_it_is_built_is_a_wrong_setting(
