@@ -72,7 +72,7 @@ class Coordinator:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()  # launched, not committed; oldest first
         self._stopping = False
-        self.stopped: Exception | None = None
+        self.stopped: Exception | None = None  # what ended run(), if it was an error
 
     def start(self) -> None:
         """Begin to take in commands. Steps run in run()."""
