@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable
 
@@ -30,11 +31,11 @@ class Client:
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
         self._dropped: collections.deque[str] = collections.deque()
-        self._status: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
+        self._status: queue.SimpleQueue[Status | PhalanxError] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._stopped: PhalanxError | None = None
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
-        connection.start(self._on_event)
+        connection.start(self._on_event, self._on_lost)
 
     def new_id(self) -> str:
         """A request id that this client has not used."""
@@ -77,19 +78,22 @@ class Client:
     def status(self, timeout_s: float | None) -> Status:
         """The engine's Status; Timeout if none comes in time (None waits), EngineStopped if the engine has stopped."""
         self._check_process()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._asking:
             while not self._status.empty():  # one that came too late for who had asked
                 self._status.get()
-            self._check_stopped()
-            self._connection.send(StatusRequest())
-            try:
-                status = self._status.get(timeout=timeout_s)
-            except queue.Empty:
-                raise Timeout(f"the engine sent no status within {timeout_s} s") from None
-        if status is None:
-            self._check_stopped()
-        assert status is not None
-        return status
+            while True:
+                self._check_stopped()
+                self._connection.send(StatusRequest())
+                try:
+                    status = self._status.get(
+                        timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
+                    )
+                except queue.Empty:
+                    raise Timeout(f"the engine sent no status within {timeout_s} s") from None
+                # The question may have been lost with the engine, or the connection, that it went to.
+                if not isinstance(status, PhalanxError):
+                    return status
 
     def fail_all(self, error: PhalanxError) -> None:
         """The engine is gone: end every request with `error`, and refuse new ones."""
@@ -97,15 +101,27 @@ class Client:
             if self._stopped is not None:
                 return
             self._stopped = error
-            sinks, self._sinks = self._sinks, {}
-        self._status.put(None)
-        for request_id, sink in sinks.items():
-            self._hand_on(sink, Failed(request_id, type(error).__name__, str(error)))
+        self._fail_outstanding(error)
 
     def close(self) -> None:
         """End what is outstanding with EngineStopped, and the connection."""
         self.fail_all(EngineStopped("the engine was closed"))
         self._connection.close()
+
+    def _on_lost(self, error: EngineStopped) -> None:
+        """The engine does not have this client's requests any more; another may answer at its address."""
+        for request_id in self._fail_outstanding(error):
+            # If it has them after all, nobody waits for them.
+            self.abort(request_id)
+
+    def _fail_outstanding(self, error: PhalanxError) -> list[str]:
+        """End every request, and a wait for a Status, with `error`. Returns the requests' ids."""
+        with self._lock:
+            sinks, self._sinks = self._sinks, {}
+        self._status.put(error)
+        for request_id, sink in sinks.items():
+            self._hand_on(sink, Failed(request_id, type(error).__name__, str(error)))
+        return list(sinks)
 
     def _abort_dropped(self) -> None:
         while self._dropped:

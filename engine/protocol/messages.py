@@ -119,5 +119,18 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """What was chosen at the start, in words: dtype, backends, threads, KV tokens, generation_config defaults."""
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Ask whether the engine's process is there; its transport answers, whatever the engine does. See liveness.py."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to a Ping."""
+
+    epoch: str
+    """Differs between any two engines, also at one address."""
+    client: str
+    """The name under which the engine knows the connection that asked."""
+
+
 Command = Submit | Abort | Shutdown | StatusRequest
 Event = Delta | Finished | Failed | Status

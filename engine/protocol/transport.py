@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -12,14 +13,19 @@ import msgspec
 import zmq
 
 from ..errors import ConfigError, EngineStopped, InvalidRequest
-from .messages import Abort, Command, Delta, Event, Failed, Shutdown
+from .liveness import EngineWatch
+from .messages import Abort, Command, Delta, Event, Failed, Ping, Pong, Shutdown
 from .secret import check_address, curve_keys
 
 OnCommand = Callable[[bytes, Command], None]
 OnEvent = Callable[[Event], None]
+OnLost = Callable[[EngineStopped], None]
 _OnFrames = Callable[[list[bytes]], None]
 
 _log = logging.getLogger(__name__)
+
+TICK_MS = 500
+"""Longest time between two looks at whether the engine lives."""
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises for bytes that are no message; the last for lists in lists, a thousand deep."""
@@ -45,8 +51,8 @@ class Connection(ABC):
     """The client's side. send() may be called from any thread; events arrive on a thread of the transport."""
 
     @abstractmethod
-    def start(self, on_event: OnEvent) -> None:
-        """Begin to deliver events."""
+    def start(self, on_event: OnEvent, on_lost: OnLost) -> None:
+        """Begin to deliver events. `on_lost` hears of requests that the engine does not have any more, and why."""
 
     @abstractmethod
     def send(self, command: Command) -> None:
@@ -87,7 +93,7 @@ class _InProcessConnection(Connection):
     def __init__(self, link: InProcess) -> None:
         self._link = link
 
-    def start(self, on_event: OnEvent) -> None:
+    def start(self, on_event: OnEvent, on_lost: OnLost) -> None:
         self._link.on_event = on_event
 
     def send(self, command: Command) -> None:
@@ -117,10 +123,20 @@ class _Wire:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._on_frames: _OnFrames = lambda frames: None
         self._on_lost: _OnFrames = lambda frames: None
+        self._tick: Callable[[], None] | None = None
 
-    def start(self, on_frames: _OnFrames, on_lost: _OnFrames = lambda frames: None) -> None:
-        """`on_lost` gets what a router socket could not send, because its receiver has gone."""
+    def start(
+        self,
+        on_frames: _OnFrames,
+        on_lost: _OnFrames = lambda frames: None,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_lost` gets what a router socket could not send, because its receiver has gone.
+
+        `tick` is called on the wire's thread every TICK_MS milliseconds or more often; it may use the socket.
+        """
         self._on_frames, self._on_lost = on_frames, on_lost
+        self._tick = tick
         self._thread.start()
 
     def send(self, frames: list[bytes]) -> None:
@@ -148,7 +164,9 @@ class _Wire:
         try:
             running = True
             while running:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(None if self._tick is None else TICK_MS))
+                if self._tick is not None:
+                    self._tick()
                 if self._pull in ready:
                     frames = self._pull.recv_multipart()
                     if frames == [b""]:
@@ -206,8 +224,9 @@ class ZmqTransport(Transport):
         except BaseException:
             self._wire.close()
             raise
+        self._epoch = uuid.uuid4().hex
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._decoder: msgspec.msgpack.Decoder[Command | Ping] = msgspec.msgpack.Decoder(Command | Ping)
 
     def start(self, on_command: OnCommand) -> None:
         def on_frames(frames: list[bytes]) -> None:
@@ -216,6 +235,9 @@ class ZmqTransport(Transport):
                 command = self._decoder.decode(data)
             except UNDECODABLE as error:
                 self._refuse(client, data, error)
+                return
+            if isinstance(command, Ping):
+                self._wire.send([client, self._encoder.encode(Pong(self._epoch, client.hex()))])
                 return
             if isinstance(command, Shutdown) and not self._may_shut_down:
                 _log.warning("a client asked over tcp to end the engine; it was ignored: stop its processes instead")
@@ -277,19 +299,33 @@ class ZmqConnection(Connection):
             self._wire.socket.curve_secretkey = keys.client_secret
             self._wire.socket.curve_publickey = keys.client_public
         self._wire.socket.connect(address)
+        self._watch = EngineWatch(address)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Event)
+        self._decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)
 
-    def start(self, on_event: OnEvent) -> None:
+    def start(self, on_event: OnEvent, on_lost: OnLost) -> None:
         def on_frames(frames: list[bytes]) -> None:
             for data in frames:
                 try:
                     event = self._decoder.decode(data)
                 except UNDECODABLE as error:
                     event = _unreadable(data, error)
-                on_event(event)
+                if isinstance(event, Pong):
+                    tell(self._watch.heard(event))
+                else:
+                    on_event(event)
 
-        self._wire.start(on_frames)
+        def tick() -> None:
+            if self._watch.should_ask:
+                self._wire.socket.send(self._encoder.encode(Ping()))
+                self._watch.asked()
+            tell(self._watch.silence())
+
+        def tell(why: str | None) -> None:
+            if why is not None:
+                on_lost(EngineStopped(why))
+
+        self._wire.start(on_frames, tick=tick)
 
     def send(self, command: Command) -> None:
         try:

@@ -19,6 +19,10 @@ PATIENCE_S = 20.0
 SECRET = b"k" * 32
 
 
+def _lost(error: Exception) -> None:
+    raise AssertionError(error)
+
+
 def _free_port() -> int:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         return int(socket.bind_to_random_port("tcp://127.0.0.1"))
@@ -58,7 +62,7 @@ def test_over_tcp_whoever_knows_the_secret_is_served_and_others_are_not(address:
         bare.connect(address)
         bare.send(msgspec.msgpack.encode(StatusRequest()))
         for end in ends:
-            end.start(lambda event: None)
+            end.start(lambda event: None, _lost)
             end.send(StatusRequest())
         assert isinstance(commands.get(timeout=PATIENCE_S), StatusRequest)
         with pytest.raises(queue.Empty):
@@ -71,7 +75,7 @@ def test_nobody_ends_an_engine_over_tcp(address: str, caplog: pytest.LogCaptureF
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     transport, connection = ZmqTransport(address, SECRET), ZmqConnection(address, SECRET)
     transport.start(lambda client, command: commands.put(command))
-    connection.start(lambda event: None)
+    connection.start(lambda event: None, _lost)
     with caplog.at_level(logging.WARNING):
         connection.send(Shutdown())
         connection.send(StatusRequest())
@@ -91,7 +95,7 @@ def test_an_event_that_cannot_be_read_fails_its_request_and_no_other(tmp_path: P
     address = f"ipc://{tmp_path}/engine"
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     connection = ZmqConnection(address)
-    connection.start(events.put)
+    connection.start(events.put, _lost)
     connection.send(StatusRequest())
     with zmq.Context() as context, context.socket(zmq.ROUTER) as engine:
         engine.bind(address)

@@ -71,6 +71,10 @@ EVENTS: list[Event] = [
 ]  # fmt: skip
 
 
+def _lost(error: Exception) -> None:
+    raise AssertionError(error)
+
+
 @pytest.fixture
 def address(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/engine"
@@ -81,7 +85,7 @@ def test_every_command_and_every_event_survives_the_way(address: str) -> None:
     commands: queue.SimpleQueue[tuple[bytes, Command]] = queue.SimpleQueue()
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     transport.start(lambda client, command: commands.put((client, command)))
-    connection.start(events.put)
+    connection.start(events.put, _lost)
     for command in COMMANDS:
         connection.send(command)
     received = [commands.get(timeout=PATIENCE_S) for _ in COMMANDS]
@@ -99,7 +103,7 @@ def test_what_was_sent_just_before_closing_still_arrives(address: str) -> None:
     clients: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     transport.start(lambda client, command: clients.put(client))
-    connection.start(events.put)
+    connection.start(events.put, _lost)
     connection.send(StatusRequest())
     client = clients.get(timeout=PATIENCE_S)
     count = 20_000  # far more than ZeroMQ's own limits would hold
@@ -117,7 +121,7 @@ def test_what_was_sent_just_before_closing_still_arrives(address: str) -> None:
 
 def test_a_client_may_be_there_before_its_coordinator(address: str) -> None:
     connection = ZmqConnection(address)
-    connection.start(lambda event: None)
+    connection.start(lambda event: None, _lost)
     connection.send(Abort("early"))
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     transport = ZmqTransport(address)
@@ -130,7 +134,7 @@ def test_a_client_may_be_there_before_its_coordinator(address: str) -> None:
 def test_closing_twice_and_sending_after_closing_are_harmless(address: str) -> None:
     transport, connection = ZmqTransport(address), ZmqConnection(address)
     transport.start(lambda client, command: None)
-    connection.start(lambda event: None)
+    connection.start(lambda event: None, _lost)
     for end in (connection, transport):
         end.close()
         end.close()

@@ -1,0 +1,67 @@
+"""Whether the engine at the other end of a wire is still the one that has this client's requests.
+
+The transport answers a Ping itself, beside intake and the step loop, so that an engine which computes a long step is
+not taken for a dead one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from .messages import Pong
+
+PING_S = 1.0
+"""Seconds from an answer to the next Ping."""
+SILENCE_S = 15.0
+"""An engine that has answered before and does not for so long is taken for gone; so often it is asked meanwhile."""
+
+
+class EngineWatch:
+    """Says when requests are lost, from what an engine answers. Used by one thread.
+
+    They are lost when another engine answers at the address (its epoch differs), when the same engine knows this client
+    by another name (the connection was cut and made again, and what was sent to the old one is gone), and when an
+    engine that answered before falls silent.
+    """
+
+    def __init__(self, address: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._address = address
+        self._clock = clock
+        self._known: Pong | None = None
+        self._silent = False
+        self._asked_at: float | None = None  # when the Ping was sent that was not answered yet
+        self._heard_at = clock()
+
+    @property
+    def should_ask(self) -> bool:
+        """Whether it is time for a Ping; whoever sends it calls asked()."""
+        now = self._clock()
+        if self._asked_at is not None:
+            return now - self._asked_at >= SILENCE_S
+        return self._known is None or now - self._heard_at >= PING_S
+
+    def asked(self) -> None:
+        """Note that a Ping was sent."""
+        self._asked_at = self._clock()
+
+    def heard(self, pong: Pong) -> str | None:
+        """Take in an answer. Returns why requests are lost, if they are."""
+        before, self._known = self._known, pong
+        self._heard_at = self._clock()
+        self._asked_at = None
+        self._silent = False
+        if before is None or before == pong:
+            return None
+        if before.epoch != pong.epoch:
+            return f"the engine at {self._address} was replaced by another; what it had not finished is lost"
+        return f"the connection to {self._address} was lost and made again; what was under way is lost"
+
+    def silence(self) -> str | None:
+        """Return why requests are lost if the engine has fallen silent; once for each silence."""
+        if self._known is None or self._silent or self._asked_at is None:
+            return None
+        if self._clock() - self._heard_at < SILENCE_S:
+            return None
+        self._silent = True
+        return f"the engine at {self._address} has not answered for {SILENCE_S:g} s"

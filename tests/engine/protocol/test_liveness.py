@@ -1,0 +1,132 @@
+"""An engine that dies, is replaced, is cut off or falls silent: its client hears of it and goes on with the next."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from phalanx import EngineStopped, SamplingParams
+from phalanx.engine.client.client import Client, RequestHandle
+from phalanx.engine.protocol.liveness import PING_S, SILENCE_S, EngineWatch
+from phalanx.engine.protocol.messages import Command, Failed, Pong, Submit
+from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
+
+PATIENCE_S = 60.0
+FIRST = Pong("epoch one", "client one")
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def watch(clock: Clock) -> EngineWatch:
+    return EngineWatch("ipc:///run/engine", clock)
+
+
+def test_an_engine_that_never_answered_is_asked_seldom_and_never_given_up(watch: EngineWatch, clock: Clock) -> None:
+    assert watch.should_ask
+    watch.asked()
+    for second in range(1, 100):
+        clock.now = float(second)
+        assert watch.should_ask == (second % SILENCE_S == 0)
+        if watch.should_ask:
+            watch.asked()
+        assert watch.silence() is None
+
+
+def test_an_engine_that_answers_is_asked_again_after_a_while(watch: EngineWatch, clock: Clock) -> None:
+    watch.asked()
+    assert watch.heard(FIRST) is None
+    assert not watch.should_ask
+    clock.now += PING_S
+    assert watch.should_ask
+    watch.asked()
+    assert not watch.should_ask
+    assert watch.heard(FIRST) is None
+
+
+def test_another_epoch_and_another_name_are_losses(watch: EngineWatch) -> None:
+    assert watch.heard(FIRST) is None
+    assert "was replaced by another" in str(watch.heard(Pong("epoch two", "client one")))
+    assert watch.heard(Pong("epoch two", "client one")) is None
+    assert "lost and made again" in str(watch.heard(Pong("epoch two", "client two")))
+
+
+def test_silence_is_told_once_and_again_after_an_answer(watch: EngineWatch, clock: Clock) -> None:
+    for _ in range(2):
+        watch.heard(FIRST)
+        clock.now += PING_S
+        watch.asked()
+        clock.now += SILENCE_S - PING_S - 0.1
+        assert watch.silence() is None
+        clock.now += 0.2
+        assert "has not answered for 15 s" in str(watch.silence())
+        assert watch.silence() is None
+
+
+def test_what_a_replaced_engine_had_fails_and_the_next_one_serves(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/engine"
+    first: queue.SimpleQueue[tuple[bytes, Command]] = queue.SimpleQueue()
+    transport = ZmqTransport(address)
+    transport.start(lambda client, command: first.put((client, command)))
+    client = Client(ZmqConnection(address))
+    handle = RequestHandle(client, Submit(id="a", token_ids=[1]))
+    assert isinstance(first.get(timeout=PATIENCE_S)[1], Submit)
+    transport.close()
+
+    second: queue.SimpleQueue[tuple[bytes, Command]] = queue.SimpleQueue()
+    transport = ZmqTransport(address)
+    transport.start(lambda client, command: second.put((client, command)))
+    with pytest.raises(EngineStopped, match="was replaced by another; what it had not finished is lost"):
+        next(handle)
+    again = RequestHandle(client, Submit(id="b", token_ids=[1]))
+    name, command = second.get(timeout=PATIENCE_S)
+    while not isinstance(command, Submit):  # the Abort of the request that was lost
+        name, command = second.get(timeout=PATIENCE_S)
+    transport.send(name, Failed("b", "InvalidRequest", "heard"))
+    with pytest.raises(Exception, match="heard"):
+        next(again)
+    client.close()
+    transport.close()
+
+
+def test_a_killed_worker_leaves_nobody_waiting(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.protocol.liveness.SILENCE_S", 3.0)
+    address = f"ipc://{tmp_path}/engine"
+    program = [
+        sys.executable,
+        "-m",
+        "phalanx.launch.worker",
+        f"model={tiny}",
+        f"address={address}",
+        "max_model_len=256",
+    ]
+    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+    client = Client(ZmqConnection(address))
+    for name in ("a", "b"):  # the second engine serves the client of the first
+        worker = subprocess.Popen(program)
+        try:
+            assert client.status(PATIENCE_S).ready
+            handle = RequestHandle(client, Submit(id=name, prompt="on and on", sampling=endless))
+            next(handle)
+        finally:
+            worker.kill()
+            worker.wait()
+        with pytest.raises(EngineStopped, match="has not answered for 3 s"):
+            list(handle)
+    client.close()
