@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from phalanx import SamplingParams
 from phalanx.engine.coordinator.egress import Egress
 from phalanx.engine.coordinator.ingress import Ingress
 from phalanx.engine.coordinator.registry import Owner, RequestRegistry
@@ -68,7 +69,15 @@ class _Loop:
 class _Processor:
     """Makes a request of anything but the prompts that name an error."""
 
+    def __init__(self) -> None:
+        self.busy, self.go_on = threading.Event(), threading.Event()
+        self.processed: list[str] = []
+
     def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
+        self.processed.append(submit.id)
+        if submit.prompt == "long":
+            self.busy.set()
+            assert self.go_on.wait(PATIENCE_S)
         if submit.prompt == "invalid":
             raise InvalidRequest("the prompt is invalid")
         if submit.prompt == "defect":
@@ -93,7 +102,8 @@ class _Ends:
     def __init__(self) -> None:
         self.transport, self.loop, self.registry = _Transport(), _Loop(), RequestRegistry()
         self.egress = Egress(self.transport, None, self.registry, self.loop)
-        self.ingress = Ingress(_Processor(), self.registry, self.egress, self.loop)  # type: ignore[arg-type]
+        self.processor = _Processor()
+        self.ingress = Ingress(self.processor, self.registry, self.egress, self.loop)  # type: ignore[arg-type]
         self.egress.start()
         self.ingress.start()
 
@@ -175,6 +185,41 @@ def test_each_request_is_either_refused_or_left_for_whoever_closes_the_registry(
 # ---- what comes in
 
 
+def test_nothing_but_text_waits_for_text(ends: _Ends) -> None:
+    ends.ingress.receive(b"\x01", Submit(id="a", prompt="long"))
+    assert ends.processor.busy.wait(PATIENCE_S)
+    ends.ingress.receive(b"\x01", StatusRequest())
+    ends.ingress.receive(b"\x01", Shutdown())
+    assert [ends.loop.next()[0] for _ in range(2)] == ["report_status", "stop"]
+    ends.processor.go_on.set()
+    assert ends.loop.next()[0] == "add"
+
+
+def test_a_request_aborted_while_its_text_is_taken_in_is_aborted_once_it_is_added(ends: _Ends) -> None:
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="long"))
+    assert ends.processor.busy.wait(PATIENCE_S)
+    ends.ingress.receive(ONE.client, Abort("a"))
+    assert ends.loop.next() == ("abort", ONE.request_id)  # of no use: the loop does not know it yet
+    ends.processor.go_on.set()
+    assert ends.loop.next()[0] == "add"
+    assert ends.loop.next() == ("abort", ONE.request_id)
+
+
+def test_a_request_aborted_while_it_waits_for_its_turn_ends_without_being_looked_at(ends: _Ends) -> None:
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="long"))
+    assert ends.processor.busy.wait(PATIENCE_S)
+    ends.ingress.receive(OTHER.client, Submit(id="a", prompt="x", sampling=SamplingParams(n=2)))
+    ends.ingress.receive(OTHER.client, Abort("a"))
+    ends.processor.go_on.set()
+    client, [event] = ends.transport.next()
+    assert client == OTHER.client
+    assert isinstance(event, Finished)
+    assert [completion.finish_reason for completion in event.completions] == ["abort", "abort"]
+    assert ends.processor.processed == ["a"]
+    assert [ends.loop.next()[0] for _ in range(2)] == ["abort", "add"]
+    assert ends.accept(OTHER).id == OTHER.request_id  # the id is free again
+
+
 def test_commands_reach_the_step_loop_under_the_engines_own_ids(ends: _Ends) -> None:
     assert ends.accept(ONE).id == ONE.request_id
     for command in (Abort("a"), StatusRequest(), Shutdown()):
@@ -207,11 +252,11 @@ def test_what_else_goes_wrong_while_a_request_is_taken_in_fails_that_request_alo
 
 def test_closing_handles_what_was_received_and_drops_what_comes_later() -> None:
     ends = _Ends()
-    for _ in range(100):
-        ends.ingress.receive(b"", StatusRequest())
+    for number in range(100):
+        ends.ingress.receive(b"", Submit(id=str(number), prompt="x"))
     ends.ingress.close()
-    ends.ingress.receive(b"", StatusRequest())
-    assert [ends.loop.next() for _ in range(100)] == [("report_status", b"")] * 100
+    ends.ingress.receive(b"", Submit(id="late", prompt="x"))
+    assert [ends.loop.next()[1].external_id for _ in range(100)] == [str(number) for number in range(100)]
     assert ends.loop.idle
     ends.egress.close()
 
@@ -279,7 +324,7 @@ def test_a_defect_of_either_thread_is_raised_in_the_step_loop(ends: _Ends, monke
     ends.egress.send(b"", Failed("a", "", ""))
     with pytest.raises(RuntimeError, match="a defect"):
         ends.loop.next()
-    monkeypatch.setattr(ends.loop, "stop", broken)
-    ends.ingress.receive(b"", Shutdown())
+    monkeypatch.setattr(ends.egress, "refuse", broken)
+    ends.ingress.receive(b"", Submit(id="a", prompt="invalid"))
     with pytest.raises(RuntimeError, match="a defect"):
         ends.loop.next()
