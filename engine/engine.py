@@ -115,7 +115,17 @@ class Engine:
     def _surprises(self, spec: ModelSpec) -> list[str]:
         """What is done otherwise than config.json says."""
         untied = "the checkpoint's lm_head is not its embeddings: it is used, although tie_word_embeddings is true"
-        return [words for words in (untied if self._untied else "", window_words(spec)) if words]
+        computed = str(self.worker.settings.dtype).removeprefix("torch.")
+        other_dtype = (
+            f"the checkpoint is in {spec.dtype}, but computed with in {computed}, as dtype={self.config.dtype} has it "
+            f"on this device; dtype=float32 loses nothing"
+        )
+        surprises = {
+            untied: self._untied,
+            other_dtype: computed not in (spec.dtype, "float32"),
+            window_words(spec): bool(window_words(spec)),
+        }
+        return [words for words, holds in surprises.items() if holds]
 
     def _report(self) -> list[str]:
         group, settings, capacity = self.group, self.worker.settings, self.worker.capacity

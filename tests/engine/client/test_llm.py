@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -466,3 +468,15 @@ def test_a_failing_step_stops_the_engine_of_a_group_without_a_hang(
     for rank, (first, second) in enumerate(run_ranks(2, programs.fail_in_a_group, str(tiny), CONFIG)):
         assert first == ("EngineStopped", f"rank {rank} failed: RuntimeError: a card fell out")
         assert second == first
+
+
+def test_a_checkpoint_that_is_computed_with_in_another_dtype_says_so(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float16", "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = "the checkpoint is in float16, but computed with in bfloat16, as dtype=auto has it on this device"
+    with LLM(str(folder), max_model_len=64) as llm:
+        assert any(line.startswith(words) for line in llm.status().report)
+    with LLM(str(folder), max_model_len=64, dtype="float32") as llm:
+        assert not any("the checkpoint is in" in line for line in llm.status().report)
