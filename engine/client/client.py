@@ -44,7 +44,8 @@ class Client:
     def submit(self, submit: Submit, on_event: OnEvent) -> None:
         """Send a request; `on_event` gets its events on another thread, the last one a Finished or Failed.
 
-        Raises InvalidRequest for an id in use and for what cannot be sent, EngineStopped if the engine has stopped.
+        A request that cannot be sent fails in the same way, at once. Raises InvalidRequest for an id in use, and
+        EngineStopped if the engine has stopped.
         """
         self._check_process()
         self._abort_dropped()
@@ -55,6 +56,8 @@ class Client:
             self._sinks[submit.id] = on_event
         try:
             self._connection.send(submit)
+        except InvalidRequest as error:
+            self._on_event(Failed(submit.id, type(error).__name__, str(error)))
         except BaseException:
             self._forget(submit.id)
             raise

@@ -175,6 +175,8 @@ def _check_number(
     allowed = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InvalidRequest(f"{name}={value!r} must be {'an integer' if integer else 'a number'} in {allowed}")
+    if integer and high == math.inf and value > SEED_LIMIT:
+        raise InvalidRequest(f"{name}={value!r} is out of range: it must be at most {SEED_LIMIT}, a 64-bit number")
     # "not (a <= b)" rather than "a > b": NaN fails every comparison and must be refused.
     if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         raise InvalidRequest(f"{name}={value!r} is out of range: it must be in {allowed}")

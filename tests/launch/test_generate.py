@@ -21,14 +21,17 @@ LINES = (
     '{"id": "ids", "token_ids": [1, 2, 3], "sampling": {"max_tokens": 2, "logprobs": 1}}',
     '{"id": "empty", "prompt": ""}',
     '{"id": "foreign", "token_ids": [1031]}',
+    '{"id": "huge", "token_ids": [99999999999999999999]}',
+    '{"id": "many", "prompt": "a", "sampling": {"max_tokens": 99999999999999999999}}',
+    '{"id": "half", "prompt": "a\\ud800"}',
     '{"id": "late", "prompt": "Bye"}',
 )
-BAD = {"line-3", "empty", "foreign"}
+BAD = {"line-3", "empty", "foreign", "huge", "many", "line-9"}
 
 
 @pytest.fixture
 def requests(tmp_path: Path) -> Path:
-    """A JSONL file: four requests, and three lines that are none."""
+    """A JSONL file: four requests, and lines that are none."""
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(LINES) + "\n")
     return path
@@ -138,7 +141,7 @@ def test_stream_shows_the_answers_one_below_the_other_in_the_order_of_the_lines(
     assert places == sorted(places)
     assert "-- completion 2 --" in shown[places[1] : places[2]]
     assert shown.count("(length; ") == 4
-    assert shown.count("error: ") == 3
+    assert shown.count("error: ") == len(BAD)
 
 
 def test_without_output_the_answers_go_to_standard_output(tiny: Path, requests: Path) -> None:

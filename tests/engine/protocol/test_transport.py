@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 from phalanx import InvalidRequest, SamplingParams
-from phalanx.engine.client.client import Client
+from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.client.llm import choose_device
 from phalanx.engine.client.outputs import OutputBuilder, RequestOutput
 from phalanx.engine.config import EngineConfig
@@ -154,7 +154,7 @@ def test_what_the_wire_cannot_carry_is_an_invalid_request(address: str, submit: 
     client = Client(ZmqConnection(address))
     for _ in range(2):  # the second would be refused as a duplicate, were the first not forgotten
         with pytest.raises(InvalidRequest, match="cannot be sent"):
-            client.submit(submit, lambda event: None)
+            next(RequestHandle(client, submit))
     client.close()
 
 
