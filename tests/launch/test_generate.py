@@ -74,7 +74,7 @@ def test_each_line_is_answered_or_refused_by_name(
     assert answers[7]["completions"][0]["token_ids"] == answers[7]["token_ids"]
     assert len(answers[7]["completions"]) == 2
     assert len(answers["ids"]["logprobs"]) == 2
-    assert "7 requests: 4 answered, 3 failed" in ended.stderr
+    assert "10 requests: 4 answered, 6 failed" in ended.stderr
     assert ended.stdout == ""
     assert ended.returncode == 1
 
