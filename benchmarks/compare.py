@@ -86,7 +86,9 @@ class Contest:
         self.report: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.planned: dict[str, Planned] = {}
-        self._cases, self._logs, self._measure = cases, logs, measure
+        self._cases = cases
+        self._logs = logs
+        self._measure = measure
         self._processes: dict[str, EngineProcess] = {}
 
     def enter(self, planned: Planned) -> None:
@@ -97,14 +99,19 @@ class Contest:
         except EngineStopped as error:
             self._fail(name, error)
             return
-        self.planned[name], self._processes[name] = planned, process
+
+        self.planned[name] = planned
+        self._processes[name] = process
         for case in self._cases.values():
             short = Case(case.prompts, min(WARM_UP_TOKENS, case.new_tokens), [0.0] * len(case.prompts))
             if self.run(name, short) is None:
                 return
+
+        # An engine that computes while it has nothing to do disturbs the others: the report says so.
         process.go_on()
         busy = process.busy_cores(IDLE_S)
         process.stop()
+
         self.report[name] = {
             "version": process.version,
             "ready_s": process.ready_s,
@@ -160,7 +167,7 @@ class Contest:
 
 
 def measure_limits(folder: Path, seconds: float) -> dict[str, float]:
-    """limits.py's rates, by a process of its own: nothing of it stays. Empty if seconds is 0. Raises ConfigError."""
+    """The rates of limits.py, measured by a process of its own. Empty if seconds is 0. Raises ConfigError."""
     if not seconds:
         return {}
     command = [sys.executable, str(ROOT / "benchmarks" / "limits.py"), f"model={folder}", f"seconds={seconds}"]
@@ -182,7 +189,7 @@ def sizes_of(cases: Sequence[Case]) -> Sizes:
 
 
 def curve_cases(vocab_size: int) -> tuple[dict[str, Case], dict[str, Case]]:
-    """By concurrency, and by request rate."""
+    """The cases of the curves: by concurrency, and by request rate."""
     texts = (
         [CONCURRENCY_CASE.format(count) for count in CONCURRENCIES],
         [RATE_CASE.format(rate) for rate in RATES],
@@ -207,11 +214,13 @@ def draw_curves(contest: Contest, vocab_size: int, plot: str | None) -> dict[str
     rate: Outcomes = {}
     contest.round(by_concurrency, concurrency, "curve")
     contest.round(by_rate, rate, "curve")
+
     curves = {
         "output_tokens_per_s_by_concurrency": curve(concurrency, 0, lambda run: run["output_tokens_per_s"]),
         "latency_s_by_requests_per_s": curve(rate, 3, lambda run: (percentiles(run["latency_s"], 3) or {})["p50"]),
         "ttft_s_by_requests_per_s": curve(rate, 3, lambda run: (percentiles(run["ttft_s"], 3) or {})["p50"]),
     }
+
     if plot:
         labels = (
             ("Throughput, 128+128 tokens", "requests at once", "output tokens/s"),
@@ -227,7 +236,10 @@ def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
     folder = model_folder(options.model, options.random).resolve()
     spec = spec_from_config(read_config(folder), folder.name)
-    cases, ranks = options.read_cases(spec.vocab_size), whole_numbers("ranks", options.ranks)
+    cases = options.read_cases(spec.vocab_size)
+    ranks = whole_numbers("ranks", options.ranks)
+
+    # Who takes part: phalanx in its variants, and the peers that are installed.
     installed = Path(options.peers_folder or ROOT.parent / "peers").resolve()
     sizes = sizes_of([*cases.values(), *(case for kind in curve_cases(spec.vocab_size) for case in kind.values())])
     planned = plan_phalanx(folder, options.variants.split(";"), ranks, sizes)
@@ -236,12 +248,16 @@ def measure(options: Options) -> dict[str, Any]:
     )
     for message in missing:
         print(message, file=sys.stderr)
+
     if options.repeats < WARN_BELOW:
         print(f"repeats={options.repeats}: a median of fewer than {WARN_BELOW} rounds says little", flush=True)
+
+    # The machine's limits are measured before and after the rounds.
     before = measure_limits(folder, options.limits_s)
     outcomes: Outcomes = {}
     curves = None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no suspended engine is left behind
+
     with ExitStack() as stack:
         logs = Path(tempfile.mkdtemp(prefix="phalanx-compare-"))
         contest = Contest(cases, logs)
@@ -252,14 +268,18 @@ def measure(options: Options) -> dict[str, Any]:
             raise EngineStopped("without phalanx there is nothing to compare")
         for engine in peers:
             contest.enter(engine)
+
         for number in range(options.repeats):
             contest.round(cases, outcomes, f"round {number + 1}", first=number)
         after = measure_limits(folder, options.limits_s)
         if options.curves:
             curves = draw_curves(contest, spec.vocab_size, options.plot)
+
+    # The better of the two measurements is the limit.
     limits = {name: max(value, after.get(name, value)) for name, value in before.items()}
     verdict = judge(cases, outcomes, contest.planned, spec, limits)
     print("\n".join(lines(verdict)), flush=True)
+
     return {
         "benchmark": "compare",
         "cases": verdict,

@@ -61,7 +61,7 @@ LINE = 600
 """Characters of a section's result that are printed as it comes."""
 CEILINGS_S = 60.0
 PATIENCE = 1.6
-"""Times the seconds that a group is expected to take."""
+"""A group may take this many times the seconds that it is expected to take."""
 
 SECTIONS = ("decode", "prefill", "throughput", "profile", "attention", "peer", "ready", "two_ranks")
 SECTIONS += ("kernels", "loading", "nccl_one")
@@ -164,7 +164,8 @@ def measure(options: Options) -> dict[str, Any]:
     options.check()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU; device=cpu shape=tiny runs the same code without one")
-    until, results = time.monotonic() + options.limit_s, Results(options)
+    until = time.monotonic() + options.limit_s
+    results = Results(options)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if options.interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -189,7 +190,8 @@ def _outcome(
     group: Group, options: Options, results: Results, until: float, environment: dict[str, str]
 ) -> Iterator[tuple[str, Any]]:
     """Every section's result."""
-    full, now = options.shape == "full", time.monotonic()
+    full = options.shape == "full"
+    now = time.monotonic()
     expected = {name: seconds if full else 0.0 for name, seconds in group.sections.items()}
     needed = (group.start_s if full else 0.0) + next(seconds for name, seconds in expected.items() if name != "engine")
     job = Job(group.kind, group.family, expected, now + CEILINGS_S, options.device, not full, options.interpret, {})
@@ -249,12 +251,14 @@ def _sections_alone(job: Job, folder: Path, device: Any, ceilings: Any, host_to_
     from phalanx.benchmarks.lab.gpu_sections.kernel_times.attention import measure_attention
     from phalanx.benchmarks.lab.gpu_sections.shapes import shape_of, two_ranks_shape
 
-    shape, small = shape_of(job.family, job.tiny), two_ranks_shape().make_folder(folder.parent)
+    shape = shape_of(job.family, job.tiny)
+    small = two_ranks_shape().make_folder(folder.parent)
     stored = loading.loading_shape(shape, job.tiny)
     checkpoint = loading.Checkpoint(
         stored, stored.make_folder(folder.parent / "stored"), device, host_to_device, job.tiny
     )
-    rank, memory = one_rank.OneRank(device), one_rank.OneMemory(device)
+    rank = one_rank.OneRank(device)
+    memory = one_rank.OneMemory(device)
     kinds: dict[str, Sections] = {
         "attention": {"attention": lambda: measure_attention(shape, device, ceilings)},
         "peer": {"peer": lambda: processes.measure_peer(shape, folder, device)},

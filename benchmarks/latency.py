@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py random=qwen2_5_0_5b prompt_tokens=64 new_tokens=64 concurrencies=1,4,16 ranks=1,2
 
-So many requests are sent at once as the concurrency says. The figures are medians over the repeats, beside the limits
+As many requests are sent at once as the concurrency says. The figures are medians over the repeats, beside the limits
 of this machine, measured in the same run; the last line is JSON.
 """
 
@@ -79,7 +79,9 @@ def measure_case(llm: LLM, folder: Path, load: throughput.Options) -> dict[str, 
 def shares(case: dict[str, Any], work: Work, load: throughput.Options, limits: Limits) -> dict[str, Any]:
     """What the machine allows of a case, and the share of it that was reached; 1 is the limit."""
     rates = (1e9 * limits.read_gb_s, 1e9 * limits.bf16_gflops)
-    requests, prompt, new = load.requests, load.prompt_tokens, load.new_tokens
+    requests = load.requests
+    prompt = load.prompt_tokens
+    new = load.new_tokens
     speed = case_limit_tokens_per_s(work, requests, prompt, new, *rates)
     ttft = prefill_s(work, prompt, requests, *rates)
     tpot_ms = 1000 * decode_step_s(work, prompt + new / 2, requests, *rates)

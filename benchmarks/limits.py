@@ -137,6 +137,7 @@ def context_switch_us(switches: int = SWITCHES) -> float:
             for _ in range(switches // 2):
                 os.write(forth, os.read(here, 1))
             os._exit(0)
+
         started = time.perf_counter()
         for _ in range(switches // 2):
             os.write(there, b"x")

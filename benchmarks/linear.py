@@ -162,7 +162,8 @@ def _here() -> list[str]:
 
 def fill(work: Callable[[], dict[str, float]], seconds: float) -> dict[str, float]:
     """Means by shape over as many calls as fit into some seconds, one at least."""
-    until, calls = time.perf_counter() + seconds, [work()]
+    until = time.perf_counter() + seconds
+    calls = [work()]
     while time.perf_counter() < until:
         calls.append(work())
     return {name: statistics.fmean(call[name] for call in calls) for name in calls[0]}
@@ -202,6 +203,7 @@ def turns(
             report(f"{name} is left out of {rows} rows: {spent:.2f} s for one layer")
         else:
             entrants.append(name)
+
     found: dict[tuple[str, str, str], list[float]] = {}
     for _ in range(options.repeats):
         for name, place in itertools.product(entrants, PLACES):
@@ -237,6 +239,7 @@ def measure_format(
     for each in (nbytes, elements):
         each["layer"] = sum(each.values())
     gflops = limits.gflops(int8=get_weight_format(FORMATS[kind]).rounds_x)
+
     for number in rows:
         seconds = turns(by_set, number, options, lambda message: print(f"{kind}: {message}", flush=True))
         for name, place in dict.fromkeys((name, place) for name, place, _ in seconds):
@@ -254,15 +257,21 @@ def measure(options: Options) -> dict[str, Any]:
     """Run, and say how it goes."""
     if native is None:
         raise ConfigError("the C++ kernels are not built: install again where a C++17 compiler is found")
+
     options.check()
     config = load_shape(options.random) if options.model is None else read_config(Path(options.model))
     spec = spec_from_config(config, options.model or options.random)
     rows = whole_numbers("rows", options.rows)
+
     if options.repeats < WARN_BELOW:
         print(f"repeats={options.repeats}: a median of fewer than {WARN_BELOW} says little", flush=True)
+
     limits = measure_limits(options.limits_s)
     print("\n".join(limits.lines()), flush=True)
-    chosen, threads = native.kernels(), native.threads()
+
+    # The sets and threads of the kernels are put back, whatever happens.
+    chosen = native.kernels()
+    threads = native.threads()
     native.set_threads(limits.threads)
     cases = []
     try:
@@ -275,6 +284,7 @@ def measure(options: Options) -> dict[str, Any]:
     finally:
         native.use_kernels(chosen)
         native.set_threads(threads)
+
     return {"benchmark": "linear", "cases": cases, "limits": asdict(limits)}
 
 

@@ -69,7 +69,7 @@ def open_engine(options: Options, folder: Path, name: str) -> LLM:
 
 
 def seconds_of(llm: LLM, prompts: Prompts, new_tokens: int) -> float:
-    """Until all prompts are answered."""
+    """Seconds until all prompts are answered."""
     started = time.monotonic()
     llm.generate(list(prompts), SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True))
     return time.monotonic() - started
@@ -122,6 +122,7 @@ def measure(options: Options) -> dict[str, Any]:
     options.check()
     folder = model_folder(options.model, options.random)
     vocab_size = int(read_config(folder)["vocab_size"])
+
     # Engines of their own for each measurement: where an engine's weights happen to lie in memory decides over several
     # percent, for as long as it lives.
     costs = Rounds.run(
@@ -131,6 +132,7 @@ def measure(options: Options) -> dict[str, Any]:
         options.cost_new_tokens,
         lambda _: [[1]],
     )
+
     with ExitStack() as stack:
         engines = {name: stack.enter_context(open_engine(options, folder, name)) for name in NAMES}
         savings = Rounds.run(
@@ -140,11 +142,13 @@ def measure(options: Options) -> dict[str, Any]:
             1,
             lambda number: hit_prompts(options, vocab_size, number)[0],
         )
+
     cost, saving = costs.seconds, savings.seconds
     slower = median_ratio(cost["cache"], cost["no_cache"])
     faster = median_ratio(saving["no_cache"], saving["cache"])
     print(f"without hits: {slower:.4f} times the seconds (wanted: at most 1.01)")
     print(f"{options.shared:.0%} shared: TTFT {faster:.2f} times lower (wanted: at least 8)", flush=True)
+
     return {
         "benchmark": "prefix_cache",
         "seconds_ratio_without_hits": round(slower, 4),

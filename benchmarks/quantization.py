@@ -70,17 +70,20 @@ def measure(options: Options) -> dict[str, Any]:
     plain = make_worker(options, "none")
     names = options.quantizations.split(",")
     workers = {name: make_worker(options, name) for name in names}
+
     sums = {name: {"agree": 0, "kl": 0.0, "loss": 0.0} for name in ("none", *names)}
     count = scored = 0
     for window in windows:
         reference = sequence_logits(plain, window).log_softmax(dim=1)
         following = torch.tensor(window[1:]).unsqueeze(1)
         count, scored = count + len(window), scored + len(following)
+
         for name, entry in sums.items():
             found = reference if name == "none" else sequence_logits(workers[name], window).log_softmax(dim=1)
             entry["agree"] += int((found.argmax(dim=1) == reference.argmax(dim=1)).sum())
             entry["kl"] += float((reference.exp() * (reference - found)).sum(dtype=torch.float64))
             entry["loss"] -= float(found[:-1].gather(1, following).sum(dtype=torch.float64))
+
     result: dict[str, Any] = {"benchmark": "quantization", "tokens": count}
     for name, entry in sums.items():
         result[name] = {

@@ -73,7 +73,7 @@ def measure(running: int, steps: int) -> dict[str, float]:
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, float]:
-    """Medians of each part, and of the whole step the 99th percentile and the rate of the mean."""
+    """Medians of each part. The whole step also has its 99th percentile, and the rate that follows from its mean."""
     result = {f"{name}_ms": 1000 * statistics.median(spans) for name, spans in times.items()}
     result["step_p99_ms"] = 1000 * statistics.quantiles(times["step"], n=100)[98]
     result["steps_per_s"] = 1 / statistics.fmean(times["step"])
@@ -81,14 +81,17 @@ def summary(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure each number of running sequences, and print one JSON line with all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--running", type=int, nargs="+", default=[256, 4096])
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
+
     results = {}
     for running in arguments.running:
         results[str(running)] = measure(running, arguments.steps)
         print(f"{running} running: {results[str(running)]}")
+
     print(
         json.dumps(
             {

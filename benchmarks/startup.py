@@ -34,7 +34,7 @@ class Options:
 
 
 def first_token(config: dict[str, Any], prompt: list[int]) -> dict[str, float | None]:
-    """The program that is measured; its import is of what a user's program imports. Moments on the monotonic clock."""
+    """The program that is measured; it imports what a user's program imports. Moments on the monotonic clock."""
     from phalanx import LLM, SamplingParams
 
     imported = time.monotonic()

@@ -110,8 +110,10 @@ class Parts:
     """The parts of one step of a worker, each as a function that does it for all layers."""
 
     def __init__(self, worker: Worker, plan: StepPlan) -> None:
-        self.worker, self.plan = worker, plan
-        model, dtype = worker.model, worker.settings.dtype
+        self.worker = worker
+        self.plan = plan
+        model = worker.model
+        dtype = worker.settings.dtype
         worker.slot_table.apply(plan)
         self.batch = worker.slot_table.batch(plan)
         self.step = model.step(self.batch, self.batch.sample_tokens)
@@ -135,7 +137,9 @@ class Parts:
 
     def attend(self) -> None:
         """What attention does that is no product with a weight: rotation, storing, attention."""
-        backend, step, cache = self.worker.settings.backend, self.step, self.worker.cache
+        backend = self.worker.settings.backend
+        step = self.step
+        cache = self.worker.cache
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             q = backend.rotate_and_store(self.qkv.clone(), step.cos, step.sin, None, keys, values, step.slot_mapping)
             if step.logits_indices is not None and layer == self.layers[-1]:
@@ -144,7 +148,7 @@ class Parts:
                 backend.attend(q, keys, values, step.attention_plan)
 
     def head(self) -> None:
-        """The logits."""
+        """Compute the logits."""
         self.worker.model.logits(self.last)
 
     def sampling(self) -> None:
@@ -152,7 +156,7 @@ class Parts:
         self.worker.sampler.sample(self.logits, self.batch.sample_rows)
 
     def tensors(self) -> None:
-        """Taking in the plan, and the batch's tensors."""
+        """Take in the plan, and make the batch's tensors."""
         self.worker.slot_table.apply(self.plan)
         self.worker.slot_table.batch(self.plan)
 
@@ -175,7 +179,9 @@ def linear_rate(spec: ModelSpec, plan: StepPlan, linear_ms: float, best_gflops: 
 
 def bounds(work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float) -> dict[str, float]:
     """What the machine needs for the step at least, in milliseconds."""
-    rows, first, count = len(plan.slots), plan.positions[0], plan.counts[0]
+    rows = len(plan.slots)
+    first = plan.positions[0]
+    count = plan.counts[0]
     rates = 1e9 * read_gb_s, 1e9 * best_gflops
     read = step_weight_bytes(work) + rows * first * kv_token_bytes(work)
     if count == 1:
@@ -200,7 +206,8 @@ def rates_around(limits: Limits, int8: bool, *measured: dict[str, float]) -> dic
 
 def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, options: Options) -> dict[str, Any]:
     """One step, whole and in parts: milliseconds, and the share of what the machine allows."""
-    repeats, before = options.repeats, measure_now()
+    repeats = options.repeats
+    before = measure_now()
     with torch.inference_mode(), one_torch_thread():
         whole = median_ms(lambda: worker.execute(plan), repeats)
         parts = Parts(worker, plan)

@@ -98,7 +98,9 @@ class Load:
     """Sends requests all at once, at a rate or so many at a time, and notes when their tokens arrive."""
 
     def __init__(self, llm: LLM, options: Options, submits: list[Submit]) -> None:
-        self._llm, self._rate, self._submits = llm, options.rate, submits
+        self._llm = llm
+        self._rate = options.rate
+        self._submits = submits
         self._slots = threading.Semaphore(options.concurrency or len(submits))
         self._gaps = random.Random(options.seed)
         self._seen: dict[str, Seen] = {}
@@ -172,7 +174,8 @@ def repeat(
     llm: LLM, peer: EngineProcess | None, options: Options, submits: list[Submit]
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """The figures of each of phalanx's runs, and the peer's output tokens a second, in turns."""
-    runs, peers = [], []
+    runs = []
+    peers = []
     prompts = [submit.token_ids or [] for submit in submits]
     case = Case(prompts, options.new_tokens, [0.0] * len(prompts))
     # The first steps pay for set-up that no later ones do.
@@ -191,7 +194,7 @@ def repeat(
 
 @contextmanager
 def transformers_process(folder: Path, dtype: str) -> Iterator[EngineProcess]:
-    """In a process of its own: neither's threads slow the other's. It is idle between its runs."""
+    """transformers in a process of its own, so that neither's threads slow the other's. It is idle between its runs."""
     with tempfile.TemporaryDirectory() as logs:
         command = [sys.executable, str(HERE / "run_transformers.py"), str(folder), f"dtype={dtype}"]
         with closing(EngineProcess("transformers", command, Path(logs) / "transformers.log")) as process:
@@ -203,6 +206,7 @@ def measure(options: Options) -> dict[str, Any]:
     options.check()
     folder = model_folder(options.model, options.random)
     submits = make_submits(options, folder)
+
     with ExitStack() as stack:
         started = time.monotonic()
         llm = stack.enter_context(LLM.from_config(options.engine_config(folder)))
@@ -211,6 +215,7 @@ def measure(options: Options) -> dict[str, Any]:
         print("\n".join([*status.report, f"ready in {ready_s:.1f} s"]), flush=True)
         peer = stack.enter_context(transformers_process(folder, options.dtype)) if options.peer else None
         runs, peers = repeat(llm, peer, options, submits)
+
     median = sorted(runs, key=lambda run: run["output_tokens_per_s"])[(len(runs) - 1) // 2]
     result = {
         "benchmark": "throughput",
@@ -219,6 +224,7 @@ def measure(options: Options) -> dict[str, Any]:
         "ready_s": round(ready_s, 2),
         "peak_memory_bytes": status.peak_memory,
     }
+
     if peers:
         result["transformers_output_tokens_per_s"] = statistics.median_low(peers)
         result["transformers_runs_output_tokens_per_s"] = peers

@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides the figures."""
+    """Return the versions of the software that decides the figures."""
     others = {name: version(name) for name in ("torch", "transformers")}
     return {"phalanx": __version__, "python": platform.python_version(), **others}
 
@@ -97,7 +97,7 @@ def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """All options, of paths only the last part."""
+    """All options; a path is cut to its last part."""
     values = dataclasses.asdict(options)
     values.pop("out", None)
     paths = {name: Path(values[name]).name for name in ("model", "input") if values.get(name) is not None}

@@ -82,7 +82,7 @@ class Limits:
         return [name for name, apart in self.apart.items() if apart > BUSY_ABOVE]
 
     def lines(self) -> list[str]:
-        """For people: every rate, and whether to believe it."""
+        """Lines for people: every rate, and whether to believe it."""
         found = []
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -109,7 +109,7 @@ def rate_of(rates: Sequence[float], digits: int = 1) -> Rate | None:
 
 
 def better(*rates: Rate | None) -> float | None:
-    """The highest; None of none."""
+    """The highest of several rates; None if there is none."""
     return max((rate.best for rate in rates if rate is not None), default=None)
 
 
@@ -210,7 +210,7 @@ def matmul_rate(kind: str, seconds: float) -> Rate | None:
 
 
 def times_s(work: Callable[[], Any], seconds: float) -> list[float]:
-    """Those of the runs of `work` that fit into some seconds; at least two, after one that does not count."""
+    """Seconds of the runs of `work` that fit into some seconds; at least two, after one that does not count."""
     work()
     times: list[float] = []
     until = time.perf_counter() + seconds
@@ -239,7 +239,7 @@ def _best_pattern(rates: dict[str, list[float]]) -> Rate | None:
 
 
 def _multiplications(kind: str, m: int, n: int, k: int) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """By name what prepares a multiplication, where torch has it, and returns it."""
+    """By name, functions that prepare a multiplication and return it, for those that torch has."""
     if kind == "bf16":
         a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
         return {"linear": lambda: lambda: torch.nn.functional.linear(a, b)}
@@ -247,7 +247,9 @@ def _multiplications(kind: str, m: int, n: int, k: int) -> dict[str, Callable[[]
 
     def onednn() -> Callable[[], Any]:
         packed = torch.ops.onednn.qlinear_prepack(w, [m, k])
-        unsigned, scales, zeros = x.view(torch.uint8), torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
+        unsigned = x.view(torch.uint8)
+        scales = torch.full((n,), 0.01)
+        zeros = torch.zeros(n, dtype=torch.int64)
         linear = torch.ops.onednn.qlinear_pointwise
         options: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         return lambda: linear(unsigned, 0.01, 0, packed, scales, zeros, *options)

@@ -147,6 +147,7 @@ def report(figures: Figures) -> list[str]:
         ("public functions with a docstring", _per(figures.documented, figures.public_functions, 100, "%"), ""),
         ('docstrings that begin with "Of"', f"{len(figures.begin_with_of)} of {figures.docstrings}", ""),
     ]
+
     lines = [f"{what:<56} {found:<40} {'the field: ' + usual if usual else ''}".rstrip() for what, found, usual in rows]
     return [*lines, *(f"    {place}" for place in figures.begin_with_of)]
 

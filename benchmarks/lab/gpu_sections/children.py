@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE_S = 5.0
-"""That a process may go on after its time, before it is killed."""
+"""Seconds that a process may go on after its time, before it is killed."""
 LOG_LINES = 12
 
 Sections = Mapping[str, Callable[[], Any]]
@@ -54,9 +54,11 @@ def run_group(program: list[str], job: Job, environment: Mapping[str, str]) -> I
             env=dict(environment),
         )
         assert process.stdout is not None
+
         late = threading.Event()
         timer = threading.Timer(max(0.0, job.until + GRACE_S - time.monotonic()), _kill, [process, late])
         timer.start()
+
         try:
             for line in process.stdout:
                 answer = json.loads(line)
@@ -66,8 +68,10 @@ def run_group(program: list[str], job: Job, environment: Mapping[str, str]) -> I
         finally:
             timer.cancel()
             _kill(process)
+
         log.seek(0)
         tail = "\n".join(log.read().splitlines()[-LOG_LINES:])
+
     why = "it did not end in time and was killed" if late.is_set() else f"its process ended with exit code {code}"
     for name in missing:
         yield name, {"error": f"{why}; the end of what it printed:\n{tail}"}

@@ -28,7 +28,7 @@ class Mark:
             self._time = time.perf_counter()
 
     def seconds_since(self, earlier: Mark) -> float:
-        """Both must have come."""
+        """Seconds between two moments. Both must have come."""
         if self._event is not None and earlier._event is not None:
             return earlier._event.elapsed_time(self._event) / 1e3
         return self._time - earlier._time
@@ -76,7 +76,7 @@ def _captured(work: Work) -> Work:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The GPU and the software that drives it; of a CPU its kind."""
+    """The GPU and the software that drives it, or the kind of a CPU."""
     found: dict[str, Any] = {"device": device.type, "triton": installed("triton"), "cuda": torch.version.cuda}
     if device.type != "cuda":
         return {**found, "name": platform.processor() or platform.machine()}
@@ -93,7 +93,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """Its version; None without it."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

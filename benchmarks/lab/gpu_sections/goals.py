@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 OTHERS = ("flash_attn_3", "flashinfer")
-"""Whose decode attention phalanx's own is compared with."""
+"""The kernels with which phalanx's decode attention is compared."""
 
 
 def goals(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

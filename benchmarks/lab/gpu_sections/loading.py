@@ -59,8 +59,11 @@ class Checkpoint:
     def __init__(
         self, shape: Shape, folder: Path, device: torch.device, host_to_device_gb_s: float | None, tiny: bool
     ) -> None:
-        self._shape, self._folder, self._device = shape, folder, device
-        self._bus, self._tiny = host_to_device_gb_s, tiny
+        self._shape = shape
+        self._folder = folder
+        self._device = device
+        self._bus = host_to_device_gb_s
+        self._tiny = tiny
         self._synced: list[Path] = []
         self._warm_gb_s: float | None = None
         self._model: CausalLM | None = None
@@ -83,7 +86,8 @@ class Checkpoint:
             )
         started = time.monotonic()
         block = torch.empty(BLOCK_ELEMENTS // (1024 if self._tiny else 1)).normal_(0.0, 0.02).bfloat16()
-        drawn, place = time.monotonic(), count(0, 104_729)
+        drawn = time.monotonic()
+        place = count(0, 104_729)
 
         def pieces(name: str) -> Iterator[torch.Tensor]:
             left = int(np.prod(shapes[name]))
@@ -91,7 +95,8 @@ class Checkpoint:
             while left:
                 piece = block[first : first + left]
                 yield piece
-                left, first = left - len(piece), 0
+                left = left - len(piece)
+                first = 0
 
         size = write_weights(self._folder, shapes, "bfloat16", pieces, TINY_SHARD_BYTES if self._tiny else SHARD_BYTES)
         written = time.monotonic()
@@ -167,11 +172,16 @@ class Checkpoint:
             graphs="none",
             kv_memory=2.0**24 if self._device.type == "cpu" else 0.9,
         )
-        started, link = time.monotonic(), InProcess()
+
+        started = time.monotonic()
+        link = InProcess()
         engine = Engine(config, local_group(self._device), link.transport)
-        ready, report = time.monotonic(), engine.worker.load_report
+        ready = time.monotonic()
+        report = engine.worker.load_report
+
         with closing(LLM.from_engine(engine, link)) as llm:
             [output] = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
+
         return {
             "ready_s": round(ready - started, 2),
             "load_s": round(report.seconds, 3),
@@ -185,7 +195,8 @@ class Checkpoint:
         landing = (CudaLanding if self._device.type == "cuda" else Landing)(self._device, buffer_bytes)
         landed = time.monotonic()
         with torch.inference_mode():
-            slices, ignore = self._slices(), self._built.may_be_left_over
+            slices = self._slices()
+            ignore = self._built.may_be_left_over
             report = load_weights(self._folder, slices, ignore=ignore, threads=readers, landing=landing)
         rate = report.bytes_read / report.seconds / 1e9
         result: dict[str, Any] = {
@@ -203,7 +214,8 @@ class Checkpoint:
     def _built(self) -> CausalLM:
         """The model, as a worker builds it; on a CPU its weights stay as they are read."""
         if self._model is None:
-            spec, device = self._shape.spec, self._device
+            spec = self._shape.spec
+            device = self._device
             backend = choose_backend(
                 "auto", device=device, dtype=torch.bfloat16, head_dim=spec.head_dim, block_size=None
             )
@@ -218,7 +230,8 @@ class Checkpoint:
 
     def _check(self) -> int:
         """Compare tensors with their files. Raises RuntimeError if one is not what its file says."""
-        parts, stored = self._slices(), locate_tensors(self._folder)
+        parts = self._slices()
+        stored = locate_tensors(self._folder)
         chosen = parts[:: max(1, len(parts) // CHECKED)]
         for part in chosen:
             with safe_open(str(stored[part.name].file), framework="pt") as file:
@@ -238,7 +251,8 @@ def read_gb_s(files: Sequence[Path], threads: int, way: str) -> float:
     mapped = {file: np.memmap(file, dtype=np.uint8, mode="r") for file in files} if way == "map" else {}
 
     def read(pieces: Sequence[tuple[Path, int]]) -> int:
-        buffer, done = np.empty(READ_BYTES, dtype=np.uint8), 0
+        buffer = np.empty(READ_BYTES, dtype=np.uint8)
+        done = 0
         for file, at in pieces:
             if way == "map":
                 source = mapped[file][at : at + READ_BYTES]

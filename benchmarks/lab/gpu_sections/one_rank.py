@@ -66,6 +66,7 @@ class OneRank:
         started = time.perf_counter()
         self._group = self._join()
         made = time.perf_counter()
+
         carrier = self._group.collectives
         ones = torch.ones(ROWS, COLUMNS, device=self._device)
         operations: dict[str, Callable[[], bool]] = {
@@ -75,6 +76,7 @@ class OneRank:
             "gather": lambda: _equal((carrier.gather(ones.clone()) or [])[0], ones),
             "host_all_reduce": lambda: _equal(self._joined.host.all_reduce(torch.ones(4)), torch.ones(4)),
         }
+
         return {
             "backend": dist.get_backend(),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if self._on_gpu else None,
@@ -111,7 +113,8 @@ class OneRank:
 
     def teardown(self) -> dict[str, Any]:
         """In the engine's order, graphs before the group; then all of it again, as by the next engine."""
-        group, recorder = self._joined, self._recorder
+        group = self._joined
+        recorder = self._recorder
         result = {"graphs": tried(recorder.close) if recorder else None, "group": tried(group.close)}
         self._group = self._recorder = None
         result["gone"] = not dist.is_initialized()
@@ -158,6 +161,7 @@ class OneRank:
             kv_memory=2.0**26,
             graphs="all" if self._on_gpu else "none",
         )
+
         greedy = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
         llm = LLM.from_engine(Engine(config, group, link.transport), link)
         try:
@@ -166,6 +170,7 @@ class OneRank:
         finally:
             started = time.perf_counter()
             llm.close()
+
         closed = round(time.perf_counter() - started, 3)
         return {"tokens": [o.outputs[0].token_ids for o in outputs], "report": report, "closed_s": closed}
 
@@ -252,7 +257,8 @@ class OneMemory:
         return lambda: memory.sum(name, x.clone()), x
 
     def _norm(self, memory: peer_memory.PeerMemory, x: torch.Tensor) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-        total, weight = torch.randn(ROWS, COLUMNS, device=self._device), torch.ones(COLUMNS, device=self._device)
+        total = torch.randn(ROWS, COLUMNS, device=self._device)
+        weight = torch.ones(COLUMNS, device=self._device)
         expected = torch.nn.functional.rms_norm(total + x.float(), (COLUMNS,), weight, 1e-6).to(x.dtype)
         return lambda: memory.add_norm(x, None, total.clone(), weight, 1e-6, x.dtype), expected
 

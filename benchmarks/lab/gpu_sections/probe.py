@@ -39,8 +39,11 @@ class DecodeProbe:
         assert engine.coordinator is not None
         self._worker: Any = engine.worker  # two of its methods are covered
         self._scheduler = engine.coordinator._scheduler
-        self._device, self._rows, self._steps = engine.group.device, rows, steps
-        self._launch, self._batch = engine.worker.launch, engine.worker.slot_table.batch
+        self._device = engine.group.device
+        self._rows = rows
+        self._steps = steps
+        self._launch = engine.worker.launch
+        self._batch = engine.worker.slot_table.batch
         self._budget = self._scheduler.max_num_batched_tokens
         self.arrivals: list[float] = []  # when the host had each step's tokens
         self.begins: list[Mark] = []  # when the device had each step's inputs
@@ -51,7 +54,8 @@ class DecodeProbe:
     def __enter__(self) -> DecodeProbe:
         # What is not computed needs no budget: the fewer steps until all rows run, the closer their lengths.
         self._scheduler.max_num_batched_tokens = UNLIMITED
-        self._worker.launch, self._worker.slot_table.batch = self._probed, self._noted_batch
+        self._worker.launch = self._probed
+        self._worker.slot_table.batch = self._noted_batch
         return self
 
     def __exit__(
@@ -98,7 +102,8 @@ class Batch:
 
     def __init__(self, llm: LLM, engine: Engine, rows: int, context: int, new_tokens: int) -> None:
         assert engine.coordinator is not None
-        self._llm, self._coordinator = llm, engine.coordinator
+        self._llm = llm
+        self._coordinator = engine.coordinator
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.failure: Failed | None = None
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -117,7 +122,9 @@ class Batch:
                 self._events.put(event)
 
         # The step loop waits until all have been taken in: the first would be far ahead of the last.
-        inbox, waits, everybody = self._coordinator._inbox, threading.Event(), threading.Event()
+        inbox = self._coordinator._inbox
+        waits = threading.Event()
+        everybody = threading.Event()
 
         def wait() -> None:
             waits.set()
@@ -159,16 +166,20 @@ def time_decode(llm: LLM, engine: Engine, rows: int, context: int, steps: int, w
         probe.done.wait(TIMEOUT_S)
         arrived = len(probe.arrivals)
         batch.end()
+
     if batch.failure is not None:
         raise to_error(batch.failure)
     if arrived < total:
         raise EngineStopped(
             f"{arrived} of {total} steps of {rows} rows came before their requests or {TIMEOUT_S} s ended"
         )
+
+    # The first steps warm up: times count from the last of them.
     synchronize(engine.group.device)
     marks = list(zip(probe.begins, probe.ends, strict=False))[warm_steps - 1 : total]
     gaps = [after[0].seconds_since(before[1]) for before, after in itertools.pairwise(marks)]
     arrivals = probe.arrivals[warm_steps - 1 : total]
+
     return {
         "seconds": (arrivals[-1] - arrivals[0]) / steps,
         "context": statistics.fmean(probe.contexts[warm_steps:total]),

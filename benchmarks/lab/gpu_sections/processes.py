@@ -50,7 +50,9 @@ def measure_two_ranks(folder: Path, device: torch.device) -> dict[str, Any]:
     vocab_size = int(read_config(folder)["vocab_size"])
     prompts = [random_prompts(1, length, vocab_size, seed=length)[0] for length in RANKS_PROMPTS]
     greedy = SamplingParams(max_tokens=RANKS_TOKENS, temperature=0.0, ignore_eos=True)
-    tokens, reports = [], []
+
+    tokens = []
+    reports = []
     for ranks in (1, 2):
         config: dict[str, Any] = {
             "device": device.type,
@@ -65,6 +67,7 @@ def measure_two_ranks(folder: Path, device: torch.device) -> dict[str, Any]:
         with LLM(str(folder), ranks=ranks, **config) as llm:
             reports.append(llm.status().report)
             tokens.append([output.outputs[0].token_ids for output in llm.generate(prompts, greedy)])
+
     pairs = [pair for outputs in zip(*tokens, strict=True) for pair in zip(*outputs, strict=True)]
     return {
         "equal": tokens[0] == tokens[1],

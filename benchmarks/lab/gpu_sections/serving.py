@@ -41,8 +41,12 @@ class Served:
     """A running engine of a shape, with the client that measures it."""
 
     def __init__(self, shape: Shape, llm: LLM, engine: Engine, ceilings: Ceilings, started: float) -> None:
-        self.shape, self.llm, self.engine, self.ceilings = shape, llm, engine, ceilings
-        self.work, self.device = Work(shape.spec), engine.group.device
+        self.shape = shape
+        self.llm = llm
+        self.engine = engine
+        self.ceilings = ceilings
+        self.work = Work(shape.spec)
+        self.device = engine.group.device
         self.max_model_len = engine.worker.capacity.max_model_len
         status = llm.status()
         self.report = {
@@ -72,7 +76,7 @@ class Served:
 
 
 def engine_config(shape: Shape, folder: Path, device: str, interpret: bool, max_model_len: int) -> EngineConfig:
-    """As a server for many users would have it; `interpret` is the GPU's path on a CPU."""
+    """The configuration that a server for many users would have; `interpret` is the GPU's path on a CPU."""
     sizes = shape.sizes
     # Small blocks, as the contexts are: the scheduler admits nobody who would leave no block.
     interpreted = {"attention": "triton", "graphs": "eager", "block_size": 16} if interpret else {}
@@ -105,7 +109,8 @@ def serve(shape: Shape, folder: Path, device: str, interpret: bool, ceilings: Ce
     refusals: list[str] = []
     for length in lengths_to_try(shape):
         gc.collect()  # what is left of one that was refused: the next has no room beside its weights
-        started, link = time.monotonic(), InProcess()
+        started = time.monotonic()
+        link = InProcess()
         config = engine_config(shape, folder, device, interpret, length)
         try:
             engine = Engine(config, local_group(choose_device(config)), link.transport)
@@ -212,14 +217,17 @@ def measure_profile(served: Served) -> dict[str, Any]:
 
 
 def _profiled(served: Served, rows: int) -> dict[str, Any]:
-    sizes, room = served.shape.sizes, served.context_of(rows) + served.shape.sizes.slack
+    sizes = served.shape.sizes
+    room = served.context_of(rows) + served.shape.sizes.slack
     context = min(sizes.context, room - sizes.slack)
     # Long enough to last while the profiler starts.
     batch = Batch(served.llm, served.engine, rows, context, min(room, served.max_model_len) - context)
+
     ended = threading.Event()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities):  # the first one takes seconds to start
         synchronize(served.device)
+
     with DecodeProbe(served.engine, rows, UNLIMITED) as probe:
         batch.start(ended)
         _wait_until(lambda: len(probe.ends) >= sizes.warm_steps or ended.is_set())
@@ -228,6 +236,7 @@ def _profiled(served: Served, rows: int) -> dict[str, Any]:
             _wait_until(lambda: len(probe.ends) >= first + PROFILED_STEPS or ended.is_set())
             steps = len(probe.ends) - first
         batch.end()
+
     kernels = [event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
     return kernel_table([(kernel.name, kernel.time_range.start, kernel.time_range.end) for kernel in kernels], steps)
 
@@ -242,11 +251,13 @@ def kernel_table(events: list[tuple[str, float, float]], steps: int) -> dict[str
     """Return the idle share and the kernels that took most time, from (kernel, start, end) in microseconds."""
     if not events:
         raise RuntimeError("the profiler saw no kernels")
+
     span = max(end for _, _, end in events) - min(start for _, start, _ in events)
     by_name: dict[str, list[float]] = {}
     for name, start, end in events:
         by_name.setdefault(name, []).append(end - start)
     largest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:KERNELS_SHOWN]
+
     return {
         "steps": steps,
         "idle_share": round(1 - busy_time([(start, end) for _, start, end in events]) / span, 4),

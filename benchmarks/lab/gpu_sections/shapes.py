@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def spec(self) -> ModelSpec:
-        """As the engine reads it."""
+        """The model's spec, as the engine reads it."""
         return spec_from_config(self.config, self.name)
 
     def make_folder(self, parent: Path) -> Path:
@@ -88,11 +88,14 @@ FAMILIES = ("qwq_32b", "qwen3_0_6b")
 def shape_of(family: str, tiny: bool) -> Shape:
     """The model of a preset; `tiny` is one of its architecture and its query heads per KV head, named as such."""
     config = load_preset(family)["shape"]
-    name, sizes = family, FULL
+    name = family
+    sizes = FULL
     if tiny:
         group = config["num_attention_heads"] // config["num_key_value_heads"]
         heads = {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": 16}
-        config, name, sizes = {**config, **SMALL_SHAPE, **SMALL_IDS, **heads}, f"{family}_tiny", TINY
+        config = {**config, **SMALL_SHAPE, **SMALL_IDS, **heads}
+        name = f"{family}_tiny"
+        sizes = TINY
     return Shape(name, random_origin(config, 0, "bfloat16")["config"], sizes)
 
 

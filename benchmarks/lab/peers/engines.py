@@ -83,10 +83,12 @@ def plan_peers(
     folder: Path, names: Sequence[str], ranks: Sequence[int], sizes: Sizes, installed: Path
 ) -> tuple[list[Planned], list[str]]:
     """The peers that are installed, and what to do about each that is not. Raises ConfigError for an unknown one."""
-    planned, missing = [], []
+    planned = []
+    missing = []
     for name in names:
         if name not in PEERS:
             raise ConfigError(unknown_name("peer", name, list(PEERS)))
+
         peer = PEERS[name]
         python = Path(sys.executable) if peer.environment is None else installed / peer.environment / "bin" / "python"
         model = folder if peer.model is None else installed / peer.model.replace("NAME", folder.name)
@@ -97,6 +99,7 @@ def plan_peers(
                 f"python benchmarks/lab/peers/install.py {installed} {folder} {name.partition('_')[0]} makes it"
             )
             continue
+
         for count in ranks if "ranks" in peer.options else (1,):
             values = {"ranks": count, **asdict(sizes)}
             given = (f"{option}={values[option]}" for option in peer.options)

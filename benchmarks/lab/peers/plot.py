@@ -25,7 +25,8 @@ class Chart:
 
 def document(charts: Sequence[Chart]) -> str:
     """Charts under each other, as one SVG document."""
-    parts, y = [], 0
+    parts = []
+    y = 0
     for drawn in charts:
         parts.append(f'<g transform="translate(0 {y})">{drawn.body}</g>')
         y += drawn.height
@@ -58,7 +59,8 @@ def chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Line]) -> 
     parts.append(_text(WIDTH / 2, HEIGHT - 10, x_label, "middle"))
     parts.append(f'<g transform="translate(14 {HEIGHT / 2}) rotate(-90)">{_text(0, 0, y_label, "middle")}</g>')
     for number, (name, line) in enumerate(lines.items()):
-        color, y = COLORS[number % len(COLORS)], HEIGHT + LEGEND_LINE * (number + 0.5)
+        color = COLORS[number % len(COLORS)]
+        y = HEIGHT + LEGEND_LINE * (number + 0.5)
         points = [place(*point) for point in sorted(line)]
         parts.append(_path(points, color))
         parts.append(f'<path d="M{LEFT} {y:.1f}h24" stroke="{color}" stroke-width="2"/>')

@@ -25,7 +25,8 @@ class EngineProcess:
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         """Starts and waits until the engine is ready. Raises EngineStopped, with the end of its log, if it fails."""
-        self.name, self._log = name, log
+        self.name = name
+        self._log = log
         environment = {name: value for name, value in os.environ.items() if name not in RESTRICTIONS}
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -36,7 +37,8 @@ class EngineProcess:
         except BaseException:
             self.close()
             raise
-        self.ready_s, self.version = float(ready["ready_s"]), str(ready["version"])
+        self.ready_s = float(ready["ready_s"])
+        self.version = str(ready["version"])
 
     def run(self, case: Case) -> dict[str, Any]:
         """The outcome of a case. The process must not be stopped. Raises EngineStopped if it ends."""
@@ -64,7 +66,7 @@ class EngineProcess:
         return round(used / os.sysconf("SC_CLK_TCK") / seconds, 2)
 
     def memory_bytes(self) -> int:
-        """Resident and its own (not shared with other processes), with its children."""
+        """Bytes that are resident and its own (not shared with other processes), with its children."""
         return sum(map(_own_memory, self._family()))
 
     def close(self) -> None:
@@ -102,7 +104,7 @@ class EngineProcess:
                 os.kill(pid, number)
 
     def _family(self) -> list[int]:
-        """Its process and that one's descendants; those in sessions of their own too."""
+        """Its process and all descendants, those in sessions of their own too."""
         if self._process.poll() is not None:
             return []
         children: dict[int, list[int]] = {}

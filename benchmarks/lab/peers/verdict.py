@@ -142,7 +142,7 @@ def ratio(values: Sequence[float], rounds: int) -> float | str:
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The three, interpolated between the values."""
+    """The three quartiles, interpolated between the values."""
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
@@ -158,6 +158,7 @@ def judge(
     for text, engines in outcomes.items():
         figures = {name: summarize(runs) for name, runs in engines.items()}
         ours = [name for name in engines if planned[name].ours]
+
         for name, runs in engines.items():
             speeds = figures[name]["runs_output_tokens_per_s"]
             for of, weight_bytes in (("limit", planned[name].weight_bytes), ("bf16_limit", 2.0)):
@@ -167,6 +168,7 @@ def judge(
                     figures[name][f"share_of_{of}"] = round(statistics.median(shares), 3)
             if ours:
                 figures[name]["first_tokens_as_phalanx"] = agreement(runs, engines[ours[0]])
+
         to_peers = {
             mine: {
                 name: ratios(
@@ -177,13 +179,14 @@ def judge(
             }
             for mine in ours
         }
+
         every = [run for runs in engines.values() for run in runs]
         result[text] = {"engines": figures, "phalanx_to": to_peers, "limits_moved": moved(every)}
     return result
 
 
 def lines(verdict: Mapping[str, Any]) -> list[str]:
-    """For people: every ratio, or why there is none, and how steady the machine was."""
+    """Lines for people: every ratio, or why there is none, and how steady the machine was."""
     found = []
     for text, case in verdict.items():
         found.append(f"{text}: the machine's rates fell by up to {case['limits_moved']:.0%} from round to round")

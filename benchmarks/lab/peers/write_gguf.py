@@ -17,14 +17,16 @@ from gguf import GGMLQuantizationType as Kind
 
 
 def main(model: str, path: str, kind: str) -> None:
-    """Raises ValueError for another architecture, or weights that are not bf16."""
+    """Write the file. Raises ValueError for another architecture, or weights that are not bf16."""
     folder = Path(model)
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] != ["Qwen2ForCausalLM"]:
         raise ValueError(f"{folder} is a {config['architectures'][0]}; only Qwen2ForCausalLM is written")
+
     architecture = gguf.MODEL_ARCH.QWEN2
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _write_shape(writer, config, folder.name, kind)
+
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
     for name, values in _tensors(folder / "model.safetensors"):
         short = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -35,6 +37,7 @@ def main(model: str, path: str, kind: str) -> None:
             writer.add_tensor(short, quantized, raw_dtype=Kind.Q8_0)
         else:
             writer.add_tensor(short, values.view(np.uint8), raw_dtype=Kind.BF16)
+
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -28,7 +28,7 @@ def gpu(result: Result) -> Blocks:
 
 
 def _goals(goals: Cases) -> Blocks:
-    """Only those that this run measured."""
+    """The goals that this run measured."""
     rows = {name.replace("_", " "): goal for name, goal in goals.items() if goal.get("found") is not None}
     if not rows:
         return []
@@ -55,8 +55,9 @@ def _engine(engine: Cases) -> Blocks:
 
 
 def _batches(batches: Cases) -> Blocks:
-    """A row for each batch; of one that did not fit, what was measured instead, and why."""
-    rows, notes = {}, []
+    """A row for each batch. The row of one that did not fit has what was measured instead, and why."""
+    rows = {}
+    notes = []
     for batch, figures in batches.items():
         if not isinstance(figures, Mapping):
             continue

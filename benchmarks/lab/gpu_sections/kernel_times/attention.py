@@ -53,6 +53,7 @@ class Inputs:
 
     @classmethod
     def random(cls, case: Case, spec: ModelSpec, device: torch.device) -> Inputs:
+        """Normal numbers of a fixed seed, in so many copies that on a GPU its caches hold none of them."""
         generator = torch.Generator(device).manual_seed(0)
         size = attention_bytes(case.keys, case.rows, spec.num_kv_heads, spec.head_dim, DTYPE.itemsize)
         copies = min(MOST_COPIES, -(-CACHES_BYTES // size)) if device.type == "cuda" else 2
@@ -80,7 +81,8 @@ def cases_of(shape: Shape) -> list[Case]:
 
 def sdpa(inputs: Inputs) -> Kernel:
     """torch's scaled_dot_product_attention, which need not look keys up in blocks."""
-    case, q = inputs.case, inputs.q
+    case = inputs.case
+    q = inputs.q
     kv_heads = inputs.k[0].shape[2]
     options: dict[str, Any] = {}
     if case.queries == 1:
@@ -107,13 +109,19 @@ class Paged:
     """The same keys and values in blocks, in random order, each sequence's last one filled in part maybe."""
 
     def __init__(self, inputs: Inputs, block_size: int) -> None:
-        case, device = inputs.case, inputs.q.device
-        self.block_size, self.blocks = block_size, -(-case.keys // block_size)
+        case = inputs.case
+        device = inputs.q.device
+        self.block_size = block_size
+        self.blocks = -(-case.keys // block_size)
+
+        # Blocks lie anywhere in the pool, as in a cache that has served for a while.
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(case.rows * self.blocks, generator=generator).view(case.rows, self.blocks)
         places = torch.arange(case.keys)
         slot_mapping = order[:, places // block_size] * block_size + places % block_size
-        self.table, self.slot_mapping = order.to(device), slot_mapping.flatten().to(device)
+        self.table = order.to(device)
+        self.slot_mapping = slot_mapping.flatten().to(device)
+
         self.metadata = AttentionMetadata(
             num_decodes=case.rows if case.queries == 1 else 0,
             slot_mapping=self.slot_mapping,
@@ -132,7 +140,8 @@ class Paged:
 
 def backend_kernel(name: str, inputs: Inputs) -> Kernel:
     """One of phalanx's attention backends. Raises ValueError if it cannot serve here."""
-    q, (kv_heads, head_dim) = inputs.q, inputs.k[0].shape[2:]
+    q = inputs.q
+    kv_heads, head_dim = inputs.k[0].shape[2:]
     backend = choose_backend(
         name, device=q.device, dtype=DTYPE, head_dim=head_dim, block_size=None, group=q.shape[1] // kv_heads
     )
@@ -158,7 +167,8 @@ def flashinfer_kernel(inputs: Inputs) -> Kernel:
     """FlashInfer's paged attention. Raises ImportError without it."""
     import flashinfer
 
-    case, q = inputs.case, inputs.q
+    case = inputs.case
+    q = inputs.q
     kv_heads, head_dim = inputs.k[0].shape[2:]
     paged = Paged(inputs, 16)
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
@@ -183,7 +193,7 @@ def flashinfer_kernel(inputs: Inputs) -> Kernel:
 
 
 def kernels_for(device: torch.device) -> Iterator[tuple[str, Callable[[Inputs], Kernel]]]:
-    """By name, phalanx's own first."""
+    """The kernels to measure, by name; phalanx's own comes first."""
     names = GPU_BACKENDS if device.type == "cuda" else CPU_BACKENDS
     if device.type == "cpu" and cuda.interpreting():
         names = ("triton", *names)
@@ -201,6 +211,7 @@ def measure_case(case: Case, shape: Shape, device: torch.device, ceilings: Ceili
     reference = sdpa(inputs)
     expected = reference[0]().float()
     results: dict[str, Any] = {"sdpa": _figures(case, spec, best_s(reference, device, repeats, graph=True), ceilings)}
+
     kernels = dict(kernels_for(device))
     for name, make in kernels.items():
         try:
@@ -212,6 +223,7 @@ def measure_case(case: Case, shape: Shape, device: torch.device, ceilings: Ceili
             results[name] = {"skipped": str(reason)}
         except Exception as failure:  # of any kind: most are other people's packages
             results[name] = {"error": f"{type(failure).__name__}: {failure}"[:400]}
+
     own = results[next(iter(kernels))]
     for other in results.values():
         if "us" in own and "us" in other and other is not own:
@@ -232,7 +244,7 @@ def _figures(case: Case, spec: ModelSpec, seconds: float, ceilings: Ceilings) ->
 
 
 def measure_attention(shape: Shape, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
-    """All cases; of one that fails, how."""
+    """Every case's figures, or how the case failed."""
     results: dict[str, Any] = {}
     with torch.inference_mode():
         for case in cases_of(shape):

@@ -41,7 +41,8 @@ def _memory_gb_s(size: int, device: torch.device) -> tuple[float, dict[str, floa
     source = torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
     copy = 2 * size / best_s([lambda: target.copy_(source)], device, repeats=10) / 1e9
-    matrix, vector = source.view(-1, 8192), source[:8192]
+    matrix = source.view(-1, 8192)
+    vector = source[:8192]
     works = {"sum": source.view(torch.int32).sum, "amax": source.amax, "mv": lambda: torch.mv(matrix, vector)}
     reads = {name: round(size / best_s([work], device, repeats=10) / 1e9, 1) for name, work in works.items()}
     return round(copy, 1), reads

@@ -52,7 +52,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """That the step computes."""
+        """Tokens that the step computes."""
         return self.prompt or self.rows
 
 
@@ -71,7 +71,8 @@ class Least:
 
 def least_of(work: Work, case: Case) -> dict[str, Least]:
     """Least work of every role for which it is known, for the whole step."""
-    spec, layers = work.spec, work.spec.num_layers
+    spec = work.spec
+    layers = work.spec.num_layers
     hidden, width = spec.hidden_size, spec.intermediate_size
     queries, keys = spec.num_query_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     tokens = layers * case.tokens
@@ -121,7 +122,8 @@ def roles(names: Sequence[str]) -> list[str]:
     for anchor in reversed(anchors):
         following.append(after)
         after = anchor or after
-    found, before = [], None
+    found = []
+    before = None
     for name, anchor, after in zip(names, anchors, reversed(following), strict=True):
         found.append(anchor or _role(before, after, name))
         before = anchor or before
@@ -157,14 +159,17 @@ def tabulate(
     """
     if not events:
         raise RuntimeError("the profiler saw no kernels")
+
     ordered = sorted(events, key=lambda event: event[1])
     span = max(end for _, _, end in ordered) - ordered[0][1]
     busy = busy_time([(start, end) for _, start, end in ordered])
     step_us = 1e6 * step_s
+
     grouped: dict[str, dict[str, list[float]]] = {}
     for (name, start, end), role in zip(ordered, roles([name for name, _, _ in ordered]), strict=True):
         grouped.setdefault(role, {}).setdefault(shorten(name), []).append(end - start)
     entries = {role: _entry(kernels, steps, step_us, least.get(role), ceilings) for role, kernels in grouped.items()}
+
     return {
         "steps": steps,
         "step_us": round(step_us, 2),

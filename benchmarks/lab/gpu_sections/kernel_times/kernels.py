@@ -43,7 +43,10 @@ class Bench:
     """A worker whose step loop is this thread, and what is measured of its model."""
 
     def __init__(self, shape: Shape, worker: Worker, device: torch.device, ceilings: Ceilings) -> None:
-        self._shape, self._worker, self._device, self._ceilings = shape, worker, device, ceilings
+        self._shape = shape
+        self._worker = worker
+        self._device = device
+        self._ceilings = ceilings
         self._steps = min(TIMED_STEPS, shape.sizes.steps), min(PROFILED_STEPS, shape.sizes.steps)
         self._traced = False
 
@@ -68,11 +71,14 @@ class Bench:
         """What the host does until a step is launched, by function: after graphs(), a decode is a replay."""
         if cuda.interpreting():
             return {"skipped": INTERPRETED}
-        [first, *_], prompt = self._decodes(), Case(1, 0, self._shape.sizes.prompts[0])
+        [first, *_] = self._decodes()
+        prompt = Case(1, 0, self._shape.sizes.prompts[0])
         return {case.name: self._launches(case) for case in (first, prompt)}
 
     def _launches(self, case: Case) -> dict[str, Any]:
-        plans, times, profile = self._plans(case), [], cProfile.Profile()
+        plans = self._plans(case)
+        times = []
+        profile = cProfile.Profile()
         self._run(plans, WARM_STEPS)
         for profiled in (False, True):
             for plan in islice(plans, min(LAUNCHES, self._shape.sizes.steps)):
@@ -88,7 +94,8 @@ class Bench:
 
     def _decodes(self) -> list[Case]:
         """Every batch at the context wanted, or at as much of it as the KV cache holds."""
-        sizes, capacity = self._shape.sizes, self._worker.capacity
+        sizes = self._shape.sizes
+        capacity = self._worker.capacity
         cases = []
         for rows in (rows for rows in sizes.batches if rows <= MOST_ROWS):
             room = capacity.num_blocks // rows * capacity.block_size - self._most_steps
@@ -99,11 +106,11 @@ class Bench:
 
     @property
     def _most_steps(self) -> int:
-        """That a sequence decodes in, all told."""
+        """Steps in which a sequence decodes, warm-up included."""
         return WARM_STEPS + sum(self._steps)
 
     def _measure(self, cases: Sequence[Case]) -> dict[str, Any]:
-        """Every case's table; of one that fails, how."""
+        """Every case's table, or how the case failed."""
         if cuda.interpreting():
             return {"skipped": INTERPRETED}
         fill_cache(self._worker)
@@ -177,7 +184,7 @@ def open_bench(
 
 
 def functions_of(profile: cProfile.Profile, steps: int) -> list[dict[str, Any]]:
-    """Those with the most time of their own, in microseconds a step; profiling adds to each call."""
+    """The functions with the most time of their own, in microseconds a step; profiling adds to each call."""
     stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]]
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     largest = sorted(stats.items(), key=lambda item: -item[1][2])[:FUNCTIONS_SHOWN]
@@ -193,12 +200,13 @@ def functions_of(profile: cProfile.Profile, steps: int) -> list[dict[str, Any]]:
 
 
 def plans_of(case: Case, steps: int, block_size: int, vocab_size: int) -> Iterator[StepPlan]:
-    """So many steps of the case. Of a decode, a token is told two steps after it was sampled, as with `overlap`."""
+    """`steps` steps of the case. A decoded token is sent two steps after it was sampled, as with `overlap`."""
     draw = random.Random(case.tokens)
     slots = list(range(case.rows))
     blocks = -(-(case.prompt or case.context + steps) // block_size)
     places = [(slot, index) for slot in slots for index in range(blocks)]
     ids = draw.sample(range(len(places)), len(places))
+
     for i in range(steps):
         told = slots if i >= 2 and not case.prompt else []
         yield StepPlan(

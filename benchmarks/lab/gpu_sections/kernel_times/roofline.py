@@ -95,7 +95,8 @@ def idle_share(gaps: Sequence[float], period: float) -> float:
 
 def busy_time(intervals: Iterable[tuple[float, float]]) -> float:
     """Length of what (start, end) cover together."""
-    busy, reached = 0.0, float("-inf")
+    busy = 0.0
+    reached = float("-inf")
     for start, end in sorted(intervals):
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)

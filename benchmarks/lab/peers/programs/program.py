@@ -78,16 +78,19 @@ class Stepping:
         everything = [Seen() for _ in case.prompts]
         waiting = deque(zip(case.due_s, case.prompts, everything, strict=True))
         running: dict[int, Seen] = {}
+
         while waiting or running:
             now = time.monotonic() - started
             if not running and waiting[0][0] > now:
                 time.sleep(waiting[0][0] - now)
                 continue
+
             while waiting and waiting[0][0] <= now:
                 _, prompt, seen = waiting.popleft()
                 number = next(self._numbers)
                 running[number] = seen
                 self._stepper.add(number, prompt, case.new_tokens)
+
             for number, tokens in self._stepper.step().items():
                 note(running[number], tokens, time.monotonic() - started)
                 if len(running[number].tokens) >= case.new_tokens:
@@ -167,7 +170,7 @@ def main(make: Callable[[str, dict[str, str]], Engine]) -> None:
 
 
 def cores() -> list[int]:
-    """Those this process may use."""
+    """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 

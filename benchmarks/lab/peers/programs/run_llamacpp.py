@@ -39,7 +39,9 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = context, SEQUENCES, True
+        params.n_ctx = context
+        params.n_seq_max = SEQUENCES
+        params.kv_unified = True
         params.n_batch, params.n_ubatch = BATCH_TOKENS, ubatch
         params.n_threads = params.n_threads_batch = threads
         self._context = lib.llama_init_from_model(self._model, params)
@@ -75,7 +77,8 @@ class LlamaCpp:
             row = batch.n_tokens
             batch.token[row] = sequence.left.popleft()
             batch.pos[row] = sequence.position
-            batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence.slot
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = sequence.slot
             batch.logits[row] = not sequence.left
             if not sequence.left:
                 sequence.rows.append(row)

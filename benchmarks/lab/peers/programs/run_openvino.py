@@ -21,8 +21,10 @@ class OpenVino:
 
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = kv_gib
-        scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 64, 2048
-        scheduler.dynamic_split_fuse, scheduler.enable_prefix_caching = True, False
+        scheduler.max_num_seqs = 64
+        scheduler.max_num_batched_tokens = 2048
+        scheduler.dynamic_split_fuse = True
+        scheduler.enable_prefix_caching = False
         self._pipeline: Any = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
         self._handles: dict[int, Any] = {}
 
@@ -32,7 +34,9 @@ class OpenVino:
         import openvino_genai as genai
 
         config = genai.GenerationConfig()
-        config.ignore_eos, config.do_sample, config.max_new_tokens = True, False, new_tokens
+        config.ignore_eos = True
+        config.do_sample = False
+        config.max_new_tokens = new_tokens
         ids = ov.Tensor(np.array([prompt], dtype=np.int64))
         self._handles[number] = self._pipeline.add_request(number, ids, config)
 

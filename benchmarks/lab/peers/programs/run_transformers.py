@@ -39,7 +39,9 @@ class Transformers:
         """As Engine's. Raises ValueError for requests that are not all due at once."""
         if any(case.due_s):
             raise ValueError("transformers' generate takes all requests at once: no rate")
-        batch, clock, new = torch.tensor(case.prompts), Clock(), case.new_tokens
+        batch = torch.tensor(case.prompts)
+        clock = Clock()
+        new = case.new_tokens
         started = time.monotonic()
         output = self._model.generate(
             batch,

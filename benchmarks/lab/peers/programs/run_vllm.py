@@ -12,7 +12,7 @@ from program import Engine, Stepping, cores, main
 
 
 class Vllm:
-    """Its own step loop, as its LLM class runs it."""
+    """vLLM's own step loop, as its LLM class runs it."""
 
     def __init__(self, model: str, ranks: int, max_model_len: int) -> None:
         from vllm import LLM
