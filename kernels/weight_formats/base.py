@@ -34,7 +34,7 @@ class WeightFormat(ABC):
     packed has a multiple of it. Rows may be cut anywhere, for each part is padded by itself (see row_multiple)."""
 
     def for_head(self) -> WeightFormat:
-        """What the head, and a table tied to it, are kept in: at least 8 bits of weight and 16 of x decide a token."""
+        """The format of the head and of a table tied to it: at least 8 bits of weight and 16 of x decide a token."""
         return self
 
     def preferred(self, dtype: torch.dtype) -> WeightFormat:
@@ -66,7 +66,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def look_up(self, packed: PackedWeight, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """Write rows of a weight, by int64 numbers (T,), to `out` (T, columns); zeros where there is no such row.
+        """Write rows of a weight, by int64 indices (T,), to `out` (T, columns); zeros where there is no such row.
 
         Raises ValueError if rows of this format cannot be looked up.
         """

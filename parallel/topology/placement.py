@@ -47,6 +47,7 @@ def place(topology: Topology, rank: int, size: int, threads: int | None = None) 
     """
     if not 0 <= rank < size or (threads is not None and threads < 1):
         raise ValueError(f"rank={rank} must be in [0, {size - 1}], and threads={threads} at least 1 or None")
+
     chain = _chain(topology)
     sizes = [len(node.cores) for node in chain]
     if size < len(chain):
@@ -54,6 +55,7 @@ def place(topology: Topology, rank: int, size: int, threads: int | None = None) 
         first = ends[rank - 1] if rank else 0
         share = {node.number: list(node.cores) for node in chain[first : ends[rank]]}
     else:
+        # Ranks are numbered along the chain: `rank` becomes its number inside the node at `index`.
         counts = _share_out(sizes, size)
         index = 0
         while rank >= counts[index]:
@@ -68,6 +70,7 @@ def _placement(topology: Topology, share: dict[int, list[Core]], threads: int | 
         roomy = [number for number, cores in share.items() if len(cores) >= threads]
         share = {number: share[number] for number in roomy[:1]} or share
     cores = [core for part in share.values() for core in part]
+
     if threads is None:
         threads = len(cores)
     if threads <= len(cores):
@@ -76,6 +79,7 @@ def _placement(topology: Topology, share: dict[int, list[Core]], threads: int | 
         depth = max(map(len, cores))
         every = [core[sibling] for sibling in range(depth) for core in cores if sibling < len(core)]
         cpus = [every[i % len(every)] for i in range(threads)]
+
     nodes = tuple(sorted(share))
     return Placement(
         cpus=tuple(cpus),
