@@ -1,4 +1,4 @@
-"""Which attention backend computes: chosen by what the device and the model are, and by what a trial of each showed."""
+"""The attention backend for a device and a model: chosen by what these are, and by a trial of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REASON_LENGTH = 160
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the choice hangs on besides the settings: the device, what is installed for it, and the model."""
+    """The facts that the choice depends on beside settings: the device, what is installed for it, and the model."""
 
     device: str  # torch's name of the device's type
     capability: tuple[int, int] | None  # of an NVIDIA GPU; None without one
@@ -43,7 +43,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Selection:
-    """What computes prompts and what decodes, the tokens of a block in the cache they share, and why, in one line."""
+    """The backends of prompts and of decodes, the tokens of a block in the cache they share, and why, in one line."""
 
     prefill: str
     decode: str
@@ -118,7 +118,7 @@ def _first(
 def _obstacle(
     name: str, facts: DeviceFacts, probes: Mapping[str, str | None], block_size: int | None
 ) -> _Obstacle | None:
-    """What keeps a backend from serving; a trial is asked for last."""
+    """The obstacle that keeps a backend from serving, or None; a trial is asked for last."""
     if name == "torch":
         return None
     obstacle = _cpu_obstacle(facts) if name == "cpu" else _gpu_obstacle(name, facts)
@@ -235,7 +235,7 @@ def _backend(selection: Selection, device: torch.device, int8_cache: bool) -> At
 
 
 def _kernels(name: str, device: torch.device) -> tuple[AttentionKernel, AttentionKernel]:
-    """What computes decodes, and what computes prompts; ImportError where a package is missing."""
+    """The kernels of decodes and of prompts; ImportError where a package is missing."""
     if name == "triton":
         return TritonDecode(), TritonPrefill()
     if name == "flash_attn_2":
@@ -247,7 +247,7 @@ def _kernels(name: str, device: torch.device) -> tuple[AttentionKernel, Attentio
 
 
 class _Probes(dict[str, str | None]):
-    """What a trial showed of each backend, by name; tried when first asked for."""
+    """The result of a trial of each backend, by name; tried when first asked for."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> None:
         super().__init__()

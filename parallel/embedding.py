@@ -40,7 +40,7 @@ class VocabParallelEmbedding(Linear):
         self._tied = tied
 
     def pack(self, weight_format: WeightFormat) -> None:
-        """As the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
+        """Pack as the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
         if self._tied:
             super().pack(weight_format.for_head())
 
@@ -58,7 +58,7 @@ class VocabParallelEmbedding(Linear):
         return self.collectives.all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0))
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slice to read from the checkpoint, and where it goes."""
         hidden = self.weight.shape[1]
         yield WeightSlice(
             f"{prefix}{self.name}.weight",

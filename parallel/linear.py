@@ -98,7 +98,7 @@ class ColumnParallelLinear(Linear):
         return self.multiply(x, self.bias)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slices to read from the checkpoint, and where they go."""
         in_features = self.weight.shape[1]
         first = 0
         for part in self.parts:
@@ -172,7 +172,7 @@ class RowParallelLinear(Linear):
             residual.defer_all_reduce(self.multiply(x, None), self.bias, self.collectives)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slices to read from the checkpoint, and where they go."""
         yield WeightSlice(
             f"{prefix}{self.name}.weight",
             (self.rows, self.total_columns),
@@ -191,7 +191,7 @@ class LogitsLinear(ColumnParallelLinear):
         super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
 
     def pack(self, weight_format: WeightFormat) -> None:
-        """As Linear.pack, in what the format keeps a head in: the head decides between tokens."""
+        """Pack as Linear.pack, in what the format keeps a head in: the head decides between tokens."""
         super().pack(weight_format.for_head())
 
 
@@ -210,7 +210,7 @@ class ReplicatedNorm(nn.Module):
         return residual.norm(self.weight, self.eps, self.dtype)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slices to read from the checkpoint, and where they go."""
         size = self.weight.shape[0]
         yield WeightSlice(f"{prefix}{self.name}.weight", (size,), (slice(0, size),), self.weight)
 

@@ -1,4 +1,4 @@
-"""Which part of a model each rank holds: pure arithmetic, for any number of ranks up to the query heads.
+"""The part of a model that each rank holds: pure arithmetic, for any number of ranks up to the query heads.
 
 While there are at most as many ranks as KV heads, the unit is a KV head with its group of query heads. Above that,
 KV heads are replicated and the query heads of each are split among its ranks. MLP columns even out the bytes; they are
@@ -162,7 +162,7 @@ def _deal_heads(d: Dimensions, weights: list[float]) -> list[tuple[range, range]
 
 
 def _holders(d: Dimensions, weights: list[float]) -> list[int]:
-    """How many consecutive ranks hold each KV head: shares of the heads as even as the ranks' weights allow."""
+    """The number of consecutive ranks that hold each KV head: shares as even as the ranks' weights allow."""
     holders = []
     first = 0
     left = sum(weights)  # of the ranks from `first` on

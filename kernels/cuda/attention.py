@@ -14,7 +14,7 @@ __all__ = ["AttentionKernel", "CudaAttention", "Rows", "TritonDecode", "TritonPr
 
 
 TRITON_BLOCK_SIZE = 128
-"""As many keys as prefill takes at a time: they then lie in one block, looked up once and copied as a whole."""
+"""The keys that prefill takes at a time: they then lie in one block, looked up once and copied as a whole."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def decode_options(head_dim: int, element_size: int) -> dict[str, int]:
 
 @triton.jit
 def _splits_used(keys, splits, fill):
-    """How many of the grid's splits a row of so many keys uses: none without keys, one for each MIN_KEYS at most."""
+    """The number of splits that a row of so many keys uses: none without keys, one for each MIN_KEYS at most."""
     wanted = tl.maximum(tl.minimum(tl.cdiv(keys, MIN_KEYS), fill), tl.cdiv(keys, LONG_KEYS))
     return tl.minimum(wanted, splits)
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of paged attention share: the walk over a row's keys, and the checks before a launch.
+"""The common part of the Triton kernels of paged attention: the walk over a row's keys, and the checks before a launch.
 
 A tile is BLOCK_N keys of one KV head. Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed
 2^31 elements, so offsets in them are 64-bit numbers. A pool is given as a pointer, or as a tensor descriptor for the
@@ -194,7 +194,7 @@ def shape_constants(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 1 for a CPU, where the interpreter runs one program after another."""
+    """The number of a GPU's multiprocessors; 1 for a CPU, where the interpreter runs one program after another."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

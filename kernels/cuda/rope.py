@@ -1,4 +1,4 @@
-"""What happens to a projection's heads before attention, in Triton: head norms, rotary embedding, storing K and V.
+"""The steps between a projection and attention, in Triton: head norms, rotary embedding, storing K and V.
 
 Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed 2^31 elements, so offsets in them are
 64-bit numbers.

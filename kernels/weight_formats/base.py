@@ -1,4 +1,4 @@
-"""What a weight format answers: what it needs, where a matrix may be cut, its bytes, how it is packed and looked up."""
+"""The interface of a weight format: what it needs, where a matrix may be cut, its bytes, packing and looking up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WeightFormat(ABC):
     """
 
     name: ClassVar[str]
-    """As a user writes it in quantization=NAME."""
+    """The NAME in a user's quantization=NAME."""
     code: ClassVar[int]
     """The kernels' name of it (kernels/cpu/kernels.h, WeightKind)."""
     rounds: ClassVar[bool]
@@ -38,7 +38,7 @@ class WeightFormat(ABC):
         return self
 
     def preferred(self, dtype: torch.dtype) -> WeightFormat:
-        """What a weight of this dtype becomes on this machine if its numbers allow it."""
+        """The format that a weight of this dtype gets on this machine if its numbers allow it."""
         return self
 
     def together(self) -> int:

@@ -53,7 +53,7 @@ class PeerMemory:
 
         self.capacity = buffer.numel() // 3 // _ALIGNMENT * _ALIGNMENT
         self.algorithms = tuple(name for name in (*SUMS, FUSED) if self._offers(name))
-        """What this rank can do; connect() leaves what all can."""
+        """The algorithms that this rank has; connect() leaves those that all have."""
 
         # The first two parts of the buffer are the halves that fused sums take in turn, the third is for the others.
         self._peers: Any = self._meet() if FUSED in self.algorithms else None

@@ -1,4 +1,4 @@
-"""What all ranks of a group learn together: a rank that failed alone must let the others know before it may raise."""
+"""What all ranks of a group learn together: a rank that failed alone must let the others know before it raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
-    """The result, or what went wrong: the other ranks have to hear of it before this one may raise."""
+    """The result, or what went wrong: the other ranks have to know of it before this one may raise."""
     try:
         return action(), ""
     except (AttributeError, ImportError, OSError, RuntimeError) as error:

@@ -16,9 +16,9 @@ from .rendezvous import attempt, first_problem
 _log = logging.getLogger("phalanx")
 
 INNER = "process group"
-"""In a table: not in shared memory but by the collectives underneath."""
+"""An algorithm in a table: by the collectives underneath, not in shared memory."""
 UNFUSED = "unfused"
-"""In the table of sums that a norm follows: the sum by its own table, then the norm."""
+"""An algorithm in the table of sums that a norm follows: the sum by its own table, then the norm."""
 _CALLS = 20  # of a sum, in one repeat of a measurement
 _REPEATS = 5
 
@@ -72,15 +72,15 @@ class SymmetricMemoryCollectives(Collectives):
         return super().add_reduced_norm(x, bias, total, weight, eps, dtype)
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
-        """As the collectives underneath."""
+        """By the collectives underneath."""
         return self._inner.gather(x, dst)
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """As the collectives underneath."""
+        """By the collectives underneath."""
         return self._inner.broadcast(x, src)
 
     def barrier(self) -> None:
-        """As the collectives underneath."""
+        """By the collectives underneath."""
         self._inner.barrier()
 
     def use(self, sums: Table, norms: Table) -> None:
@@ -139,7 +139,7 @@ class SymmetricMemoryCollectives(Collectives):
         self._inner.close()
 
     def _algorithm(self, x: torch.Tensor) -> str:
-        """How to sum such a message: from its shape and dtype alone, which are the same on every rank."""
+        """The algorithm for such a message: from its shape and dtype alone, which are the same on every rank."""
         algorithm = look_up(self._sums, x.nbytes, INNER)
         return algorithm if x.nbytes > 0 and self._memory.fits(algorithm, x.shape, x.dtype) else INNER
 

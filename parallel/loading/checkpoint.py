@@ -39,7 +39,7 @@ class WeightSlice:
     index: tuple[slice, ...]
     """The part: a contiguous slice for each dimension."""
     destination: torch.Tensor
-    """Where the part goes, shaped like it; filled in place, with a conversion of dtype and device."""
+    """The memory for the part, shaped like it; filled in place, with a conversion of dtype and device."""
     owner: Any = None
     """The layer whose weight this is, which is packed as soon as all its slices are filled (see Packing)."""
 
@@ -69,7 +69,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading took."""
+    """The bytes, files and seconds that loading took."""
 
     bytes_read: int
     """Bytes that reads of the checkpoint returned."""

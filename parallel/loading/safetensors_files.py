@@ -1,4 +1,4 @@
-"""What a folder's safetensors files hold, from their headers: every tensor's file, shape and dtype."""
+"""The tensors in a folder's safetensors files, from their headers: every tensor's file, shape and dtype."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ BUFFER_BYTES = 64 * 2**20
 READERS = 8
 """Threads that read, at most: one brings 6 to 12 GB/s from the page cache, and PCIe 5.0 x16 carries some 50."""
 STRIP_BYTES = 2**20
-"""What a thread reads at least: for less it is not worth waking."""
+"""Bytes that a thread reads at least: for less it is not worth waking."""
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

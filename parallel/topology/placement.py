@@ -1,4 +1,4 @@
-"""Which CPUs each rank of a host computes on: ranks keep to a NUMA node, and a thread has a physical core to itself."""
+"""The CPUs that each rank of a host computes on: ranks keep to a NUMA node, a thread has a physical core to itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Placement:
     nodes: tuple[int, ...]
     """The NUMA nodes of the share."""
     memory_nodes: tuple[int, ...]
-    """Where memory goes that a thread of the share touches first: `nodes`, or the nearest to those that have none."""
+    """The nodes of memory that a thread of the share touches first: `nodes`, or the nearest to those that have none."""
 
     def __str__(self) -> str:
         nodes = f"NUMA node{'s' if len(self.nodes) > 1 else ''} {format_cpu_list(self.nodes)}"

@@ -21,7 +21,7 @@ class Node:
     """One NUMA node: memory, and the CPUs that reach it fastest."""
 
     number: int
-    """As Linux counts; numbers may have gaps."""
+    """The number that Linux gives it; numbers may have gaps."""
     cores: tuple[tuple[int, ...], ...]
     """The allowed CPUs of each physical core, hyperthreads of one core together; none where a node is memory alone
     (HBM, CXL) or where its CPUs are offline or not allowed."""
@@ -40,7 +40,7 @@ class Topology:
     nodes: tuple[Node, ...]
     """By number."""
     distances: tuple[tuple[int, ...], ...]
-    """From each of `nodes` to each, 10 for itself (ACPI's SLIT)."""
+    """Distances from each of `nodes` to each, 10 for itself (ACPI's SLIT)."""
     problem: str = ""
     """What could not be read, and what is assumed instead; "" if nothing is missing."""
 
@@ -143,7 +143,7 @@ def _read_nodes(
 
 
 def _distances(numbers: list[int], index: int, folder: Path) -> tuple[int, ...]:
-    """From the node at `index` of `numbers` to each; raises ValueError if the file has another number of them."""
+    """Distances from the node at `index` of `numbers` to each. Raises ValueError if the file has more or fewer."""
     file = folder / f"node{numbers[index]}" / "distance"
     if not file.exists():
         return tuple(_NEAR if number == numbers[index] else _FAR for number in numbers)
