@@ -17,13 +17,15 @@ def argmax(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return values.new_full((len(values),), -torch.inf), values.new_zeros(len(values), dtype=torch.int64)
     if _usable(values):
         rows, size = values.shape
-        most, indices = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        most = torch.empty(rows)
+        indices = torch.empty(rows, dtype=torch.int64)
         cpu.native.argmax(values.data_ptr(), rows, size, most.data_ptr(), indices.data_ptr())
         return most, indices
     if cuda.usable(values.device):
         from .cuda import sampling
 
         return sampling.argmax(values)
+
     found = values.max(dim=1)
     return found.values, found.indices
 
@@ -37,7 +39,8 @@ def gumbel_argmax(
     """
     rows, size = values.shape
     if _usable(values):
-        most, indices = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        most = torch.empty(rows)
+        indices = torch.empty(rows, dtype=torch.int64)
         settings = [column.contiguous() for column in (temperature, seed, counter)]
         addresses = (column.data_ptr() for column in (*settings, most, indices))
         cpu.native.noisy_argmax(values.data_ptr(), rows, size, *addresses)
@@ -46,6 +49,7 @@ def gumbel_argmax(
         from .cuda import sampling
 
         return sampling.gumbel_argmax(values, temperature, seed, counter)
+
     # A few rows at a time: within the cache on a CPU, bounded in memory elsewhere.
     step = max(1, (1 << 18 if values.device.type == "cpu" else 1 << 24) // max(1, size))
     columns = torch.arange(size, device=values.device)
@@ -71,6 +75,7 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
         from .cuda import sampling
 
         return sampling.block_maxima(values, block)
+
     whole = size // block * block
     maxima = values[:, :whole].view(rows, -1, block).amax(dim=2)
     if whole < size:

@@ -54,7 +54,7 @@ class AttentionBackend(ABC):
     has_fused_decoder = False
     """Whether parallel/fused_decoder.py takes this backend's plans and cache."""
     reason = ""
-    """Why choose.choose_backend took it, in one line."""
+    """Why backend_selector.choose_backend chose it, in one line."""
 
     def cache_head(self, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
         """Elements that the pool has for one head's key or value of one token, and their dtype."""
@@ -89,10 +89,11 @@ class AttentionBackend(ABC):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries (T, heads, head_dim) as attend() wants them, of a projection (T, (heads + 2 kv_heads) * head_dim).
+        """Rotate a projection's heads, store its keys and values, and return its queries as attend() wants them.
 
-        Its query and key heads are normalised, if there are norms, and rotated by RotaryEmbedding's tables; keys and
-        values go to the pool, at `slot_mapping` (T,). `qkv` may be overwritten, and the result may be a view of it.
+        `qkv` is (T, (heads + 2 kv_heads) * head_dim), the result (T, heads, head_dim). Query and key heads are
+        normalised, if there are norms, and rotated by RotaryEmbedding's tables; keys and values go to the pool, at the
+        indices `slot_mapping` (T,). `qkv` may be overwritten, and the result may be a view of it.
         """
         kv_heads, head_dim = k_cache.shape[2:]
         all_heads = qkv.shape[1] // head_dim
@@ -141,10 +142,12 @@ class TorchAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
+        """Write keys and values as AttentionBackend.store_kv, by two copies along the pools' flattened slots."""
         k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
         v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
     def plan(self, metadata: AttentionMetadata) -> tuple[list[_DecodeBucket], list[_Chunk], int]:
+        """The buckets of the decode rows, the prompt chunks, and the number of decode rows."""
         chunks = []
         first = metadata.num_decodes
         for row in range(metadata.num_decodes, len(metadata.query_lengths)):
@@ -164,6 +167,7 @@ class TorchAttention(AttentionBackend):
         for row in range(metadata.num_decodes):
             blocks = -(-metadata.key_lengths[row] // metadata.block_size)
             by_size.setdefault((blocks - 1).bit_length(), []).append(row)
+
         buckets = []
         for rows in by_size.values():
             count = -(-max(metadata.key_lengths[row] for row in rows) // metadata.block_size)
@@ -182,9 +186,11 @@ class TorchAttention(AttentionBackend):
         v_cache: torch.Tensor,
         plan: tuple[list[_DecodeBucket], list[_Chunk], int],
     ) -> torch.Tensor:
+        """Attention as AttentionBackend.attend, one call for each bucket of decode rows and each prompt chunk."""
         buckets, chunks, num_decodes = plan
         kv_heads, head_dim = k_cache.shape[2:]
         out = torch.empty_like(q)
+
         for bucket in buckets:
             queries = q[:num_decodes] if bucket.rows is None else q[bucket.rows]
             count = queries.shape[0]
@@ -199,6 +205,7 @@ class TorchAttention(AttentionBackend):
                 out[:num_decodes] = result
             else:
                 out[bucket.rows] = result
+
         for chunk in chunks:
             k = k_cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.keys]
             v = v_cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.keys]

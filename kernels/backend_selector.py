@@ -1,4 +1,4 @@
-"""Which attention backend computes: chosen by what the device and the model are, and by what a trial of each showed."""
+"""The attention backend for a device and a model: chosen by what these are, and by a trial of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REASON_LENGTH = 160
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the choice hangs on besides the settings: the device, what is installed for it, and the model."""
+    """The facts that the choice depends on beside settings: the device, what is installed for it, and the model."""
 
     device: str  # torch's name of the device's type
     capability: tuple[int, int] | None  # of an NVIDIA GPU; None without one
@@ -43,7 +43,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Selection:
-    """What computes prompts and what decodes, the tokens of a block in the cache they share, and why, in one line."""
+    """The backends of prompts and of decodes, the tokens of a block in the cache they share, and why, in one line."""
 
     prefill: str
     decode: str
@@ -59,25 +59,29 @@ class _Obstacle(NamedTuple):
 
 
 def select(name: str, facts: DeviceFacts, probes: Mapping[str, str | None], block_size: int | None) -> Selection:
-    """What an `attention` setting means here. `block_size` is the one asked for; None takes the backends' default.
+    """Choose the backends for an `attention` setting. `block_size` is the one asked for; None takes their default.
 
-    `probes` tells of flash_attn_3, flash_attn_2 and triton why a trial of it failed, None if it did not; only those are
-    looked up that may be chosen. Raises ValueError for an unknown name, and where the backend that was asked for cannot
-    serve: it names the setting and what to set instead.
+    `probes` gives for each of flash_attn_3, flash_attn_2 and triton why a trial of it failed, None if it did not; only
+    those that may be chosen are looked up. Raises ValueError for an unknown name, and where the backend that was asked
+    for cannot serve: it names the setting and what to set instead.
     """
     if name not in NAMES:
         raise ValueError(f"attention={name!r} is not one of {', '.join(NAMES)}")
     if name == "cpu" or facts.int8_cache:
         return _must_use_cpu_kernels(name, facts, block_size)
+
     if name != "auto":
         obstacle = _obstacle(name, facts, probes, block_size)
         if obstacle is not None:
             raise ValueError(f"attention={name} cannot serve here: {obstacle.what}; set {obstacle.instead}")
         return _selection(name, name, name, block_size, [])
+
+    # attention=auto: the C++ kernels on a CPU, else the first of each order that can serve.
     if facts.device == "cpu":
         obstacle = _obstacle("cpu", facts, probes, block_size)
         chosen = "cpu" if obstacle is None else "torch"
         return _selection(name, chosen, chosen, block_size, [f"cpu: {obstacle.what}"] if obstacle else [])
+
     obstacles: dict[str, _Obstacle] = {}
     prefill = _first(PROMPT_ORDER, facts, probes, block_size, obstacles)
     decode = _first(DECODE_ORDER, facts, probes, block_size, obstacles)
@@ -102,7 +106,7 @@ def _first(
     block_size: int | None,
     obstacles: dict[str, _Obstacle],
 ) -> str:
-    """The first that can serve, else torch; what stands in the others' way is noted."""
+    """The first of `order` that can serve, else torch. What keeps the others from it is added to `obstacles`."""
     for candidate in order:
         obstacle = _obstacle(candidate, facts, probes, block_size)
         if obstacle is None:
@@ -114,7 +118,7 @@ def _first(
 def _obstacle(
     name: str, facts: DeviceFacts, probes: Mapping[str, str | None], block_size: int | None
 ) -> _Obstacle | None:
-    """What keeps a backend from serving; a trial is asked for last."""
+    """The obstacle that keeps a backend from serving, or None; a trial is asked for last."""
     if name == "torch":
         return None
     obstacle = _cpu_obstacle(facts) if name == "cpu" else _gpu_obstacle(name, facts)
@@ -128,9 +132,11 @@ def _obstacle(
 def _block_obstacle(name: str, block_size: int) -> _Obstacle | None:
     multiple = BACKENDS[name].block_multiple
     if name == "triton" and block_size >= multiple and block_size & (block_size - 1):
-        fit, rule = 1 << block_size.bit_length(), "a power of two"
+        fit = 1 << block_size.bit_length()
+        rule = "a power of two"
     elif block_size % multiple:
-        fit, rule = -(-block_size // multiple) * multiple, f"a multiple of {multiple}"
+        fit = -(-block_size // multiple) * multiple
+        rule = f"a multiple of {multiple}"
     else:
         return None
     return _Obstacle(f"block_size={block_size} must be {rule}", f"block_size={fit}, or attention=auto")
@@ -145,7 +151,8 @@ def _cpu_obstacle(facts: DeviceFacts) -> _Obstacle | None:
 
 
 def _gpu_obstacle(name: str, facts: DeviceFacts) -> _Obstacle | None:
-    """Return what stands in the way of flash-attn or Triton, as far as it shows without a trial."""
+    """Return what keeps flash-attn or Triton from serving, as far as it shows without a trial."""
+    # What Triton and flash-attn both need.
     if facts.device == "cuda" and facts.capability is None:
         return _Obstacle("torch finds no NVIDIA GPU")
     if not facts.triton:
@@ -156,6 +163,8 @@ def _gpu_obstacle(name: str, facts: DeviceFacts) -> _Obstacle | None:
         return _Obstacle(f"heads of {facts.head_dim} are larger than {LARGEST_HEAD}")
     if name == "triton":
         return None
+
+    # What flash-attn needs beyond that.
     if facts.capability is None:
         return _Obstacle(f"it needs a GPU, here is {facts.device}")
     if name == "flash_attn_3" and facts.capability != (9, 0):
@@ -191,7 +200,7 @@ def choose_backend(
     kv_cache_dtype: str = "auto",
     group: int = 1,
 ) -> AttentionBackend:
-    """The backend for an `attention` setting and what it is to compute with; its `reason` tells why.
+    """The backend for an `attention` setting and what it is to compute with; its `reason` is why.
 
     `block_size` is the one asked for, None if any will do; `group` the query heads of a KV head. On a GPU, packages
     that may serve are imported and tried. Raises ValueError for an unknown name, and for a backend that cannot serve.
@@ -205,6 +214,7 @@ def choose_backend(
         cpu_kernels=cpu.usable(device, dtype),
         triton=cuda.usable(device),
     )
+
     selection = select(name, facts, _Probes(device, dtype, head_dim, group), block_size)
     backend = _backend(selection, device, facts.int8_cache)
     backend.reason = selection.reason
@@ -225,7 +235,7 @@ def _backend(selection: Selection, device: torch.device, int8_cache: bool) -> At
 
 
 def _kernels(name: str, device: torch.device) -> tuple[AttentionKernel, AttentionKernel]:
-    """What computes decodes, and what computes prompts; ImportError where a package is missing."""
+    """The kernels of decodes and of prompts; ImportError where a package is missing."""
     if name == "triton":
         return TritonDecode(), TritonPrefill()
     if name == "flash_attn_2":
@@ -237,7 +247,7 @@ def _kernels(name: str, device: torch.device) -> tuple[AttentionKernel, Attentio
 
 
 class _Probes(dict[str, str | None]):
-    """What a trial showed of each backend, by name; tried when first asked for."""
+    """The result of a trial of each backend, by name; tried when first asked for."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> None:
         super().__init__()
@@ -264,9 +274,13 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gr
 
 def _trial(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> float:
     """The largest difference to torch's results, NaN being 1, in a step of decodes and prompt chunks."""
-    block_size, kv_heads = backend.default_block_size, 2
-    query_lengths, key_lengths = (1, 1, 40, 7), (3, block_size + 2, 40, block_size + 20)
-    tokens, rows = sum(query_lengths), len(query_lengths)
+    # Two decodes, a whole prompt, and a chunk that continues one; keys of one block and of two.
+    block_size = backend.default_block_size
+    kv_heads = 2
+    query_lengths = (1, 1, 40, 7)
+    key_lengths = (3, block_size + 2, 40, block_size + 20)
+    tokens = sum(query_lengths)
+    rows = len(query_lengths)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -282,6 +296,7 @@ def _trial(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, 
         key_lengths=key_lengths,
         block_size=block_size,
     )
+
     q = normal(tokens, kv_heads * group, head_dim)
     k_cache, v_cache = (normal(2 * rows, block_size, kv_heads, head_dim) for _ in range(2))
     out, expected = (

@@ -21,16 +21,18 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
 
 
 def copy_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays, of TORCH_DTYPES, as tensors on the device, by one copy, for which nobody waits."""
+    """Copy the arrays, of TORCH_DTYPES, to the device by one copy, for which the host does not wait. Same shapes."""
     ends = np.cumsum([_aligned(array.nbytes) for array in arrays])
-    # Of torch's caching allocator for pinned memory, which gives it to nobody else before the copy is done.
+    # The memory comes from torch's allocator of pinned memory, which reuses it only after the copy is done.
     packed = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
     host = packed.numpy()
+
     pieces = []
     for array, end in zip(arrays, ends.tolist(), strict=True):
         first = end - _aligned(array.nbytes)
         host[first : first + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         pieces.append((first, array))
+
     there = packed.to(device, non_blocking=True)
     return [
         there[first : first + array.nbytes].view(TORCH_DTYPES[array.dtype.name]).view(array.shape)

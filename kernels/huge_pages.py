@@ -14,8 +14,10 @@ LEAST_BYTES = 2 * HUGE_PAGE
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor. A large one on a CPU is zero, costs nothing until it is written to, and stands in huge
-    pages, which the processor finds with a fraction of the table walks (madvise(2), MADV_HUGEPAGE).
+    """Return an uninitialised tensor, in huge pages if it is a large one on a CPU.
+
+    The processor finds those with a fraction of the table walks (madvise(2), MADV_HUGEPAGE). They are zero, and cost
+    nothing until they are written to.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -25,6 +27,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     # A kernel built without them refuses: ordinary pages hold the same.
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
+
+    # madvise() concerns whole huge pages, but mmap() aligns to small ones: the tensor starts at the first whole one.
     whole = torch.frombuffer(pages, dtype=torch.uint8)
     first = -whole.data_ptr() % HUGE_PAGE
     return whole[first : first + size].view(dtype).view(shape)

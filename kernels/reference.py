@@ -24,10 +24,12 @@ def paged_attention(
     out = torch.zeros(q.shape, dtype=torch.float32)
     first = 0
     for row, (queries, keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        # The row's keys and values, gathered from its blocks.
         positions = torch.arange(keys)
         blocks = block_table[row][positions // k_cache.shape[1]]
         k = k_cache[blocks, positions % k_cache.shape[1]].float()
         v = v_cache[blocks, positions % k_cache.shape[1]].float()
+
         for i in range(queries):
             visible = keys - queries + i + 1
             for head in range(q.shape[1]):

@@ -36,8 +36,12 @@ class RotaryEmbedding:
         high_freq_factor: float,
     ) -> None:
         self.dynamic = kind == "dynamic"
-        self._dtype, self._head_dim, self._theta, self._factor = dtype, head_dim, theta, factor
+        self._dtype = dtype
+        self._head_dim = head_dim
+        self._theta = theta
+        self._factor = factor
         self._max_position = max_position
+
         original = original_max_position or max_position
         frequencies = _default_frequencies(head_dim, theta)
         self._scale = 1.0
@@ -49,6 +53,8 @@ class RotaryEmbedding:
             ramp = _yarn_ramp(head_dim, theta, beta_fast, beta_slow, original, truncate)
             frequencies = frequencies / factor * ramp + frequencies * (1 - ramp)
             self._scale = _yarn_attention_factor(factor, attention_factor, mscale, mscale_all_dim)
+
+        # Dynamic scaling has no table: its frequencies depend on the lengths of a step's sequences.
         if not self.dynamic:
             angles = torch.outer(torch.arange(table_length, dtype=torch.float32), frequencies)
             self._cos, self._sin = (table.to(device) for table in self._tables(angles))
@@ -72,7 +78,8 @@ class RotaryEmbedding:
 
     def _tables(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = angles.unsqueeze(-2)
-        cos, sin = (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)
+        cos = (angles.cos() * self._scale).to(self._dtype)
+        sin = (angles.sin() * self._scale).to(self._dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
@@ -94,7 +101,8 @@ def _llama3_frequencies(
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
     blended = (1 - smooth) * frequencies / factor + smooth * frequencies
-    is_low, is_high = wavelengths > original / low_freq_factor, wavelengths < original / high_freq_factor
+    is_low = wavelengths > original / low_freq_factor
+    is_high = wavelengths < original / high_freq_factor
     return torch.where(is_low, frequencies / factor, torch.where(is_high, frequencies, blended))
 
 

@@ -1,4 +1,4 @@
-"""The channel on which rank 0 tells the other ranks what to do: small messages, in order, never over NCCL."""
+"""The channel on which rank 0 sends the other ranks what to do: small messages, in order, never over NCCL."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class ControlChannel(ABC):
 
 
 class LocalControl(ControlChannel):
-    """A group of one has nobody to tell."""
+    """The channel of a group of one, which has nobody to send to."""
 
     def send(self, data: bytes) -> None:
+        """Do nothing."""
         return
 
     def receive(self) -> bytes:
+        """Raises RuntimeError: rank 0 receives nothing."""
         raise RuntimeError("a group of one rank has no follower to receive control messages")
 
 
@@ -46,6 +48,7 @@ class BroadcastControl(ControlChannel):
         self._buffer = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
 
     def send(self, data: bytes) -> None:
+        """Broadcast the length and the first 16 KiB, then what is left. Raises CollectiveError if a rank has gone."""
         self._buffer[:_HEADER].view(torch.int64)[0] = len(data)
         first = data[:_FIRST]
         self._buffer[_HEADER : _HEADER + len(first)] = _tensor(first)
@@ -54,6 +57,7 @@ class BroadcastControl(ControlChannel):
             self._collectives.broadcast(_tensor(data[_FIRST:]))
 
     def receive(self) -> bytes:
+        """Wait for the next message. Raises CollectiveError if rank 0 has gone."""
         buffer = self._collectives.broadcast(self._buffer)
         length = int(buffer[:_HEADER].view(torch.int64)[0])
         data = buffer[_HEADER : _HEADER + min(length, _FIRST)].numpy().tobytes()

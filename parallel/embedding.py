@@ -33,11 +33,14 @@ class VocabParallelEmbedding(Linear):
     ) -> None:
         """`vocab` are this rank's rows of the table (vocab_size, hidden_size)."""
         super().__init__(len(vocab), hidden_size, dtype=dtype, device=device)
-        self.name, self.vocab, self.vocab_size = name, vocab, vocab_size
-        self.collectives, self._tied = collectives, tied
+        self.name = name
+        self.vocab = vocab
+        self.vocab_size = vocab_size
+        self.collectives = collectives
+        self._tied = tied
 
     def pack(self, weight_format: WeightFormat) -> None:
-        """As the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
+        """Pack as the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
         if self._tied:
             super().pack(weight_format.for_head())
 
@@ -48,12 +51,14 @@ class VocabParallelEmbedding(Linear):
             return self.collectives.all_reduce(self.packed.look_up(local))
         if self.collectives.size == 1:
             return embedding(token_ids, self.weight)
+
+        # Rows of other ranks are looked up as row 0, and then cleared.
         elsewhere = (local < 0) | (local >= self.rows)
         found = embedding(local.masked_fill_(elsewhere, 0), self.weight)
         return self.collectives.all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0))
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slice to read from the checkpoint, and where it goes."""
         hidden = self.weight.shape[1]
         yield WeightSlice(
             f"{prefix}{self.name}.weight",

@@ -66,7 +66,8 @@ class FusedDecoder:
         self._sublayers = range(2 * len(layers))
         self._last_attention = self._sublayers[-2]
         self._kept = layers, keys, values  # whose memory is used by address
-        self._collectives, self._dtype = collectives, dtype
+        self._collectives = collectives
+        self._dtype = dtype
 
         # A bias of each sublayer. Among several ranks it is added to the sum of what they made.
         self._biases = [bias for layer in layers for _, bias in (layer.output, layer.down)]
@@ -106,13 +107,16 @@ class FusedDecoder:
 
         Attention stores the tokens' keys and values at `slot_mapping` (T,) and attends by `plan`, of
         CpuAttention.plan(); `cos` and `sin` are RotaryEmbedding's. Returns `total`; or the stream of the tokens
-        `logits_indices` alone, for the last layer makes nothing but keys and values of the others. A `trace` hears the
-        name of each sublayer when it is done. Without one all are one call, if nothing has to happen between them.
-        Raises CollectiveError when a rank is lost.
+        `logits_indices` alone, for the last layer makes nothing but keys and values of the others. A `trace` is called
+        with the name of each sublayer when it is done. Without one all are one call, if nothing has to happen between
+        them. Raises CollectiveError when a rank is lost.
         """
         step = cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr(), plan
         partial = None if self._collectives.size == 1 else torch.empty(total.shape, dtype=self._dtype)
-        chosen, choice = None, (-1, 0, 0, plan)
+
+        # The tokens that go on through the last layer's MLP, and the stream that they go on in: none, unless chosen.
+        chosen = None
+        choice = (-1, 0, 0, plan)
         if logits_indices is not None:
             tokens = logits_indices.tokens
             chosen = total.new_empty(len(tokens), total.shape[1])

@@ -76,7 +76,7 @@ def join_group(
     `device` is cpu or cuda. With a `store_file`, in a folder that only the ranks' user may enter, no rendezvous listens
     anywhere; on a CPU whose ranks can share memory, no socket is opened at all.
 
-    `collectives` says how tensors of the model travel; plans and small CPU tensors never go over NCCL:
+    `collectives` is how tensors of the model travel; plans and small CPU tensors never go over NCCL:
     * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
     * shared_memory: in memory that the ranks of one host share; tensors of a GPU by way of the host;
     * nccl: over it;
@@ -93,6 +93,8 @@ def join_group(
         torch.cuda.set_device(where)
     if size == 1:
         return local_group(where)
+
+    # `store_file` is enough for ranks that can share memory; otherwise torch's process group meets over its store.
     store: Any = None
     if store_file is not None:
         host = FileStoreCollectives(store_file, rank, size, timeout_s)
@@ -100,8 +102,9 @@ def join_group(
             control, shared = _within_host(host, True, collectives, timeout_s)
             if shared is not None:
                 return Group(rank, size, local_size, where, shared, shared, control)
-            collectives = "gloo"  # _within_host has said why
+            collectives = "gloo"  # rank 0 has logged why
         store = torch._C._distributed_c10d.PrefixStore("torch", host.store)
+
     # NCCL connects only when the first tensor of a GPU travels by this group, which may be never.
     backend = "gloo" if device == "cpu" or collectives in _BY_HOST else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
@@ -120,8 +123,9 @@ def adopt_group(
     collectives: str,
     timeout_s: float,
 ) -> Group:
-    """A group over somebody else's process group; called by all its ranks. Only gloo groups of its own are added, and
-    shared memory as in join_group.
+    """Make a group over somebody else's process group. All its ranks call it.
+
+    Only gloo groups of its own are added, and shared memory as in join_group. Raises CollectivesUnavailable as that.
     """
     if dist.get_world_size(process_group) == 1:
         return local_group(device)
@@ -138,9 +142,11 @@ def _group_of(
 ) -> Group:
     if collectives == "nccl" and device.type == "cpu":
         raise CollectivesUnavailable("NCCL carries tensors of GPUs only, and these ranks compute on the CPU")
+
     host = _gloo(process_group, timeout_s)
     by_host = device.type == "cpu" or collectives in _BY_HOST or _not_by_nccl(process_group, host, device, collectives)
     control, shared = _within_host(host, by_host, collectives, timeout_s)
+
     carrier: Collectives = ProcessGroupCollectives(process_group, device)
     if by_host:
         carrier = shared or _gloo(process_group, timeout_s)
@@ -157,16 +163,18 @@ def has_nccl(process_group: dist.ProcessGroup) -> bool:
 
 
 def _gloo(process_group: dist.ProcessGroup, timeout_s: float) -> Collectives:
-    """Another group of the same ranks, for CPU tensors. It is made by hand: torch.distributed.new_group names groups by
-    how many a rank has seen, which the caller's ranks need not agree on.
+    """Make another group of the same ranks, for CPU tensors.
+
+    It is made by hand: torch.distributed.new_group names groups by how many a rank has seen, which the caller's ranks
+    need not agree on.
     """
     device = _CPU if _CPU in process_group._device_types else torch.device("cuda", torch.cuda.current_device())
     name = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8, device=device)
     dist.broadcast(name, group_src=0, group=process_group)
     prefix = f"phalanx/{bytes(name.tolist()).hex()}"
     store = torch._C._distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-    rank, size = process_group.rank(), process_group.size()
-    gloo = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=timeout_s))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    gloo = dist.ProcessGroupGloo(store, process_group.rank(), process_group.size(), timeout)
     collectives = ProcessGroupCollectives(gloo, _CPU)
     collectives.barrier()  # nobody leaves while another is still connecting
     return collectives
@@ -194,6 +202,7 @@ def _not_by_nccl(process_group: dist.ProcessGroup, host: Collectives, device: to
     """Whether tensors of these ranks' GPUs cannot go over NCCL. Raises CollectivesUnavailable if they were to."""
     gpus = [tuple(row) for row in all_gather_ints(host, [boot(), gpu_identity(device)])]
     second = next((rank for rank, gpu in enumerate(gpus) if gpu in gpus[:rank]), None)
+
     if not has_nccl(process_group):
         reason = "their process group has no NCCL"
     elif second is not None:
@@ -202,6 +211,7 @@ def _not_by_nccl(process_group: dist.ProcessGroup, host: Collectives, device: to
         )
     else:
         return False
+
     if collectives == "nccl":
         raise CollectivesUnavailable(reason)
     if host.rank == 0:

@@ -35,7 +35,7 @@ class ShardedWeight:
 class Linear(nn.Module):
     """This rank's part of a weight, (rows, columns). pack() may lay it out anew, once it is loaded.
 
-    Its rows stand in `pieces` of equal size, each padded to what packing needs.
+    Its rows stand in `pieces` of equal size, each padded to the multiple that packing needs.
     """
 
     def __init__(self, rows: int, columns: int, *, pieces: int = 1, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,8 +49,9 @@ class Linear(nn.Module):
         self.packed: PackedWeight | None = None
 
     def pack(self, weight_format: WeightFormat) -> None:
-        """Lay the loaded weight out for this machine's kernels, if they have a layout of their own: in its own memory,
-        or in less. Raises ValueError if the format cannot keep it.
+        """Lay the loaded weight out for this machine's kernels, if they have a layout of their own.
+
+        It stays in its own memory, or takes less. Raises ValueError if the format cannot keep it.
         """
         if not self._can_pack:
             return
@@ -97,18 +98,18 @@ class ColumnParallelLinear(Linear):
         return self.multiply(x, self.bias)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slices to read from the checkpoint, and where they go."""
+        in_features = self.weight.shape[1]
         first = 0
         for part in self.parts:
             count = len(part.rows)
             rows = slice(part.rows.start, part.rows.stop)
-            in_features = self.weight.shape[1]
-            place = self.place(first)
+            offset = self.row_offset(first)
             yield WeightSlice(
                 f"{prefix}{part.name}.weight",
                 (part.total_rows, in_features),
                 (rows, slice(0, in_features)),
-                self.weight[place : place + count],
+                self.weight[offset : offset + count],
                 self,
             )
             if self.bias is not None:
@@ -116,8 +117,8 @@ class ColumnParallelLinear(Linear):
                 yield WeightSlice(f"{prefix}{part.name}.bias", (part.total_rows,), (rows,), bias, self)
             first += count
 
-    def place(self, row: int) -> int:
-        """Where output feature `row` stands in the weight."""
+    def row_offset(self, row: int) -> int:
+        """The row of the padded weight that holds output feature `row`."""
         return row
 
 
@@ -129,8 +130,8 @@ class GatedLinear(ColumnParallelLinear):
     ) -> None:
         super().__init__(in_features, parts, bias=bias, dtype=dtype, device=device, pieces=2)
 
-    def place(self, row: int) -> int:
-        """Where output feature `row` stands in the weight: each half is padded by itself."""
+    def row_offset(self, row: int) -> int:
+        """The row of the padded weight that holds output feature `row`: each half is padded by itself."""
         half = self.rows // 2
         return row if row < half else row - half + self._padded_piece
 
@@ -157,7 +158,9 @@ class RowParallelLinear(Linear):
         device: torch.device,
     ) -> None:
         super().__init__(out_features, len(columns), dtype=dtype, device=device)
-        self.name, self.columns, self.total_columns = name, columns, total_columns
+        self.name = name
+        self.columns = columns
+        self.total_columns = total_columns
         self.collectives = collectives
         self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
@@ -169,7 +172,7 @@ class RowParallelLinear(Linear):
             residual.defer_all_reduce(self.multiply(x, None), self.bias, self.collectives)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slices to read from the checkpoint, and where they go."""
         yield WeightSlice(
             f"{prefix}{self.name}.weight",
             (self.rows, self.total_columns),
@@ -188,7 +191,7 @@ class LogitsLinear(ColumnParallelLinear):
         super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
 
     def pack(self, weight_format: WeightFormat) -> None:
-        """As Linear.pack, in what the format keeps a head in: the head decides between tokens."""
+        """Pack as Linear.pack, in what the format keeps a head in: the head decides between tokens."""
         super().pack(weight_format.for_head())
 
 
@@ -197,7 +200,9 @@ class ReplicatedNorm(nn.Module):
 
     def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.name, self.eps, self.dtype = name, eps, dtype
+        self.name = name
+        self.eps = eps
+        self.dtype = dtype
         self.weight = _parameter(size, dtype=torch.float32, device=device)
 
     def forward(self, residual: Residual) -> torch.Tensor:
@@ -205,7 +210,7 @@ class ReplicatedNorm(nn.Module):
         return residual.norm(self.weight, self.eps, self.dtype)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
-        """What to read from the checkpoint, and where it goes."""
+        """The slices to read from the checkpoint, and where they go."""
         size = self.weight.shape[0]
         yield WeightSlice(f"{prefix}{self.name}.weight", (size,), (slice(0, size),), self.weight)
 

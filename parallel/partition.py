@@ -1,4 +1,4 @@
-"""Which part of a model each rank holds: pure arithmetic, for any number of ranks up to the query heads.
+"""The part of a model that each rank holds: pure arithmetic, for any number of ranks up to the query heads.
 
 While there are at most as many ranks as KV heads, the unit is a KV head with its group of query heads. Above that,
 KV heads are replicated and the query heads of each are split among its ranks. MLP columns even out the bytes; they are
@@ -119,6 +119,8 @@ def partition(
             f"ranks={ranks} is out of range: this model has {d.num_query_heads} query heads, so set ranks to 1 to "
             f"{d.num_query_heads}"
         )
+
+    # Each rank needs a row of the vocabulary, a run of MLP columns and a query head.
     cut = weight_format.column_cut
     most = min(d.vocab_size, -(-d.intermediate_size // cut), d.num_query_heads)
     if most < ranks:
@@ -127,9 +129,12 @@ def partition(
             f"ranks={ranks} is above what can be dealt: with a vocabulary of {d.vocab_size} and {d.intermediate_size} "
             f"MLP columns{runs}, set ranks to 1 to {most}"
         )
+
     shares = [1.0] * ranks if weights is None else [float(weight) for weight in weights]
     if len(shares) != ranks or not all(0 < weight < math.inf for weight in shares):
         raise PartitionError(f"rank_weights={shares} must be {ranks} positive numbers, one for each of ranks={ranks}")
+
+    # The columns come last: they even out what heads and vocabulary leave uneven.
     heads = _deal_heads(d, shares)
     vocab = _ranges(_deal(d.vocab_size, shares))
     mlp = _ranges(_deal_columns(d, shares, heads, vocab, cut))
@@ -157,13 +162,16 @@ def _deal_heads(d: Dimensions, weights: list[float]) -> list[tuple[range, range]
 
 
 def _holders(d: Dimensions, weights: list[float]) -> list[int]:
-    """How many consecutive ranks hold each KV head: shares of the heads as even as the ranks' weights allow."""
+    """The number of consecutive ranks that hold each KV head: shares as even as the ranks' weights allow."""
     holders = []
-    first, left = 0, sum(weights)
+    first = 0
+    left = sum(weights)  # of the ranks from `first` on
     for head in range(d.num_kv_heads):
         heads_after = d.num_kv_heads - head - 1
         target = left / (heads_after + 1)
-        count, held = 1, weights[first]
+        count = 1
+        held = weights[first]
+
         # One more rank, while that brings this head's weight nearer its due and leaves a rank for each head after it.
         while (
             count < d.group
@@ -172,12 +180,15 @@ def _holders(d: Dimensions, weights: list[float]) -> list[int]:
         ):
             held += weights[first + count]
             count += 1
+
         # The heads after this one can take no more than their query heads.
         while len(weights) - first - count > heads_after * d.group:
             held += weights[first + count]
             count += 1
+
         holders.append(count)
-        first, left = first + count, left - held
+        first += count
+        left -= held
     return holders
 
 
@@ -194,6 +205,8 @@ def _deal_columns(
         multiple //= 2
     units = -(-d.intermediate_size // multiple)
     unit = multiple * _column_parameters(d)
+
+    # Every rank has one unit. The heap has each rank's load as it would be with one more.
     held = [_fixed_parameters(d, *heads[rank], vocab[rank]) + unit for rank in range(len(weights))]
     dealt = [1] * len(weights)
     loads = [((held[rank] + unit) / weight, rank) for rank, weight in enumerate(weights)]
@@ -203,6 +216,8 @@ def _deal_columns(
         dealt[rank] += 1
         held[rank] += unit
         heapq.heapreplace(loads, ((held[rank] + unit) / weights[rank], rank))
+
+    # The last rank's last unit lacks what the columns lack of whole units.
     counts = [count * multiple for count in dealt]
     counts[-1] -= units * multiple - d.intermediate_size
     return counts

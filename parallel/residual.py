@@ -11,7 +11,7 @@ from .collectives.base import Collectives
 class Residual:
     """`total` is float32 (T, H): bfloat16 would lose most here. What a row-parallel layer made last may be missing.
 
-    It is summed over the ranks and added when the next layer norms the stream: one pass over memory does both.
+    That part is summed over the ranks and added when the next layer norms the stream: one pass over memory does both.
     """
 
     def __init__(self, embedded: torch.Tensor) -> None:

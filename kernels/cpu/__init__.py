@@ -16,12 +16,13 @@ try:
     native: Any = importlib.import_module("._native", __package__)
     _reason = ""
 except ImportError as error:
-    native, _reason = None, str(error)
+    native = None
+    _reason = str(error)
 
 __all__ = ["DTYPES", "PANEL", "address", "compresses", "native", "set_threads", "usable", "warn_if_missing"]
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
-"""That the kernels compute with, and their names there."""
+"""The dtypes that the kernels compute with, and their numbers there (kernels/cpu/kernels.h, DType)."""
 
 PANEL = 16
 """Rows of a weight that stand together once it is packed, and keys of a cache block."""

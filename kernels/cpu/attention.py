@@ -27,10 +27,11 @@ class CpuAttention(AttentionBackend):
         self._int8_cache = int8_cache
 
     def cache_head(self, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """The head's elements in the model's dtype; with an int8 cache, bytes: the numbers and one float32 scale."""
         return (head_dim + SCALE_BYTES, torch.int8) if self._int8_cache else (head_dim, dtype)
 
     def plan(self, metadata: AttentionMetadata) -> Any:
-        """Good as long as the metadata's tensors."""
+        """The C++ kernels' plan, which reads the metadata's tensors by address: good as long as these."""
         return cpu.native.AttentionPlan(
             metadata.block_table.data_ptr(),
             metadata.block_table.stride(0),
@@ -47,6 +48,7 @@ class CpuAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
+        """Write keys and values as AttentionBackend.store_kv: as a projection without queries, which is not rotated."""
         self.rotate_and_store(torch.cat((k, v), dim=1).flatten(1), None, None, None, k_cache, v_cache, slot_mapping)
 
     def rotate_and_store(
@@ -59,10 +61,11 @@ class CpuAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Without tables nothing is rotated."""
+        """As AttentionBackend.rotate_and_store, in `qkv` itself. Without `cos` and `sin` nothing is rotated."""
         block_size, kv_heads, head_dim, int8_cache = cache_shape(k_cache)
         all_heads = qkv.shape[1] // head_dim
         heads = all_heads - 2 * kv_heads
+
         cpu.native.rope(
             qkv.data_ptr(),
             qkv.stride(0),
@@ -82,9 +85,11 @@ class CpuAttention(AttentionBackend):
             block_size,
             cpu.DTYPES[qkv.dtype],
         )
+
         return qkv.view(-1, all_heads, head_dim)[:, :heads]
 
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+        """Attention as AttentionBackend.attend, by the tasks of `plan`."""
         block_size, kv_heads, head_dim, int8_cache = cache_shape(k_cache)
         out = torch.empty(q.shape, dtype=q.dtype)
         cpu.native.attention(

@@ -76,6 +76,7 @@ enum class Output : int {
 
 enum class WeightKind : int { kPlain = 0, kInt8 = 1, kInt4 = 2, kW8A8 = 3, kCompressed = 4 };
 
+// A linear layer, x W^T + bias for m rows of x: its weight, what it is multiplied with, and the plan of its tasks.
 struct Linear {
     DType dtype;
     WeightKind kind;
@@ -109,6 +110,7 @@ struct PackedRows {
     const float* scales;    // kInt8, kW8A8: (m,)
 };
 
+// Attention of a step's queries over one layer's pool, cut into tasks (plan_tasks() in runtime/operations.cpp).
 struct Attention {
     DType dtype;
     const void* q;  // (tokens, heads, head_dim), tokens ldq elements apart
@@ -134,6 +136,7 @@ constexpr int kKeyTile = 256;     // keys whose scores are held at once
 constexpr int kSplitKeys = 1024;  // a decode row longer than this is cut into tasks of so many keys
 constexpr int kTaskFields = 6;
 
+// RMSNorm of m rows.
 struct Norm {
     DType dtype;
     const float* x;  // (m, size)
@@ -144,6 +147,7 @@ struct Norm {
     bool out_tiles;  // a row is a whole number of tiles, and out becomes A tiles
 };
 
+// What happens to a projection before attention: head norms, rotary embedding, and storing keys and values.
 struct Rope {
     DType dtype;
     void* qkv;  // (tokens, heads + 2 kv_heads, head_dim), tokens ld elements apart; queries are rotated in place
@@ -164,10 +168,11 @@ struct Rope {
 enum class ReadPattern : int {
     kOneStream = 0,            // from the first to the last, prefetched by the processor alone
     kOneStreamPrefetched = 1,  // the same, prefetched by instructions too
-    kFourStreams = 2,          // from four places at once, prefetched by instructions too
+    kFourStreams = 2,          // from four addresses at once, prefetched by instructions too
 };
 constexpr int kReadPatterns = 3;
 
+// One instruction set's functions (targets/isa.h).
 struct Kernels {
     const char* name;
     int max_rows;                         // rows of x that the micro-kernel takes
@@ -197,13 +202,14 @@ struct Kernels {
 // kCompressed: a panel is cut into groups of so many words, or what is left; see gemm/compressed.h.
 constexpr int kGroupWords = 64, kTableBytes = 16, kQuadBytes = 192;
 
-// Of a panel's tables, and of the whole panel.
+// Bytes of a panel's tables, padded to whole cache lines, and of the whole panel.
 inline int64_t tables_bytes(int64_t words) {
     return ((words + kGroupWords - 1) / kGroupWords * kTableBytes + 63) / 64 * 64;
 }
 inline int64_t compressed_bytes(int64_t words) { return tables_bytes(words) + words / 4 * kQuadBytes; }
 
-// Whether a group is kept uncompressed, which its table says by being in no order; and where among those it stands.
+// Whether a group is kept uncompressed, and where it stands among those. A table of upper bytes is in ascending order
+// (compress_group() in gemm/compressed.h), so a first byte above the second marks such a group; its number follows.
 inline bool stands_apart(const uint8_t* table) { return table[0] > table[1]; }
 inline const uint32_t* words_apart(const uint8_t* table, const uint32_t* apart) {
     uint32_t number;
@@ -219,12 +225,12 @@ inline bool by_tiles(const Kernels& kernels, const Linear& job) {
 // Words of x that a word of the weight stands for.
 inline int words_per_stored(WeightKind kind) { return kind == WeightKind::kInt4 ? 4 : 1; }
 
-// Where the scale of a row's group stands among (panels, groups, 16), and a number among panels that hold `together`
-// numbers of a row side by side, k in all.
-inline int64_t scale_place(int64_t row, int64_t groups, int64_t group) {
+// The index of a row's group among the scales (panels, groups, 16), and of a row's number i among panels that hold
+// `together` numbers of a row side by side, k in all.
+inline int64_t scale_index(int64_t row, int64_t groups, int64_t group) {
     return (row / kPanel * groups + group) * kPanel + row % kPanel;
 }
-inline int64_t number_place(int64_t row, int64_t k, int64_t i, int together) {
+inline int64_t number_index(int64_t row, int64_t k, int64_t i, int together) {
     return row / kPanel * k * kPanel + (i / together * kPanel + row % kPanel) * together + i % together;
 }
 

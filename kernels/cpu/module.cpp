@@ -1,4 +1,5 @@
-// Python's view: tensors come as addresses, their shapes as numbers. The caller has checked both.
+// Python's view: tensors come as addresses, their shapes as numbers. The caller has checked both. What computes does so
+// without the GIL, which other threads of the process may need meanwhile.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,6 +27,7 @@ T at(uintptr_t address) {
     return reinterpret_cast<T>(address);
 }
 
+// A weight's fields of Linear; multiply() fills in the others. `group` is in columns, words and groups follow from it.
 Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, uintptr_t apart, int group,
                    int together, int n, int k, int dtype) {
     Linear job{};
@@ -53,6 +55,7 @@ void linear(const Linear& weight, uintptr_t x, int64_t ldx, int m, uintptr_t bia
     multiply(weight, {at<void*>(x), ldx}, m, at(bias), static_cast<Output>(output), {at<void*>(out), ldo});
 }
 
+// The rows of a step. Its tasks are planned when the first layer attends, for that layer's heads.
 AttentionPlan make_plan(uintptr_t block_table, int64_t table_stride, uintptr_t cu_q, uintptr_t seqused_k, int rows) {
     AttentionPlan plan{};
     plan.job.block_table = at<const int64_t*>(block_table);
@@ -88,6 +91,7 @@ DecoderStack make_stack(int dtype, int hidden, int heads, int kv_heads, int head
             at<AddReduced>(add_reduced), at<void*>(group)};
 }
 
+// A weight, and the address of its bias or 0.
 using PyProjection = std::pair<const Linear*, uintptr_t>;
 
 Projection projection(const PyProjection& given) { return {*given.first, at(given.second)}; }
@@ -184,15 +188,15 @@ void bind_quantization(py::module_& m) {
 }
 
 void bind_sampling(py::module_& m) {
-    m.def("argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t values, uintptr_t places) {
+    m.def("argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t values, uintptr_t indices) {
         py::gil_scoped_release release;
-        run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(places));
+        run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(indices));
     });
     m.def("noisy_argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t temperatures, uintptr_t seeds,
-                             uintptr_t counters, uintptr_t values, uintptr_t places) {
+                             uintptr_t counters, uintptr_t values, uintptr_t indices) {
         py::gil_scoped_release release;
         run_noisy_argmax(at<const float*>(rows), count, size, at<const float*>(temperatures), at<const int64_t*>(seeds),
-                         at<const int64_t*>(counters), at<float*>(values), at<int64_t*>(places));
+                         at<const int64_t*>(counters), at<float*>(values), at<int64_t*>(indices));
     });
     m.def("block_maxima", [](uintptr_t rows, int64_t count, int64_t size, int64_t block, uintptr_t out) {
         py::gil_scoped_release release;
@@ -207,6 +211,7 @@ void bind_threads(py::module_& m) {
             if (!cpus.empty() && static_cast<int>(cpus.size()) != count)
                 throw py::value_error(std::to_string(cpus.size()) + " CPUs for " + std::to_string(count) +
                                       " threads; give one for each, or none");
+            // Without the GIL, for it waits for an operation that is under way.
             int error = 0;
             {
                 py::gil_scoped_release release;

@@ -2,8 +2,8 @@
 // instruction set's namespace.
 
 // x / sqrt(mean(x^2) + eps) * weight of one row (arXiv:1910.07467). Sixteen numbers from i on go to at(i).
-template <class From, class Place>
-INLINE void normalise(const From* x, const float* weight, float eps, int size, Place&& at) {
+template <class From, class At>
+INLINE void normalise(const From* x, const float* weight, float eps, int size, At&& at) {
     vf squares{};
     for (int i = 0; i < size; i += 16) {
         vf v = load_up_to(x + i, size - i);
@@ -38,6 +38,7 @@ INLINE void rotate(const T* x, const T* cos, const T* sin, int dim, T* out) {
     }
 }
 
+// Writes one of the numbers of a word of a cache block: a float is a word, a bfloat16 half of one.
 INLINE void put(float* words, int64_t word, int, float value, bool) { words[word] = value; }
 
 // The first of a pair clears the second, unless that is about to be written, maybe by another thread: what a block held
@@ -47,19 +48,21 @@ INLINE void put(bf16* halves, int64_t word, int half, bf16 value, bool clear) {
     if (half == 0 && clear) halves[2 * word + 1].bits = 0;
 }
 
-// A key's or value's head as 8-bit numbers, and its scale. Number i goes to to[place_of(i)].
-template <class T, class Place>
-INLINE void store_numbers(const T* x, int dim, int8_t* to, float* scale, Place&& place_of) {
+// A key's or value's head as 8-bit numbers, and its scale. Number i goes to to[index_of(i)].
+template <class T, class IndexOf>
+INLINE void store_numbers(const T* x, int dim, int8_t* to, float* scale, IndexOf&& index_of) {
     float inverse;
     *scale = scale_of(x, dim, 127, &inverse);
     for (int i = 0; i < dim; i += 16) {
         alignas(64) int32_t lanes[16];
         *reinterpret_cast<vi*>(lanes) =
             __builtin_convertvector(load_as_float(x + i) * inverse + kRounder - kRounder, vi);
-        for (int j = 0; j < 16; ++j) to[place_of(i + j)] = static_cast<int8_t>(lanes[j]);
+        for (int j = 0; j < 16; ++j) to[index_of(i + j)] = static_cast<int8_t>(lanes[j]);
     }
 }
 
+// One token's heads: queries are rotated where they stand, keys and values go to the token's slot of the cache, in the
+// layout that attention multiplies (kernels.h).
 template <class T>
 void rope_token(const Rope& job, int token) {
     const int dim = job.head_dim, words = dim / kPerWord<T>;
@@ -68,13 +71,17 @@ void rope_token(const Rope& job, int token) {
     const T* sin = static_cast<const T*>(job.sin) + static_cast<int64_t>(token) * dim;
     T* buffer = static_cast<T*>(scratch(Scratch::kRotatedHead, 2 * dim * sizeof(T)));
     T* rotated = buffer + dim;
+
     for (int h = 0; h < job.heads; ++h) {
         T* head = row + static_cast<int64_t>(h) * dim;
         if (job.q_norm) normalise(head, job.q_norm, job.eps, dim, [&](int i) { return head + i; });
         rotate(head, cos, sin, dim, head);
     }
+
+    // `offset` is the token's inside its block. Without a next token in the next slot, put() clears the rest of a word
+    // that this one begins.
     const int64_t block = job.slots[token] / job.block_size;
-    const int place = static_cast<int>(job.slots[token] % job.block_size);
+    const int offset = static_cast<int>(job.slots[token] % job.block_size);
     const bool is_last = token + 1 == job.tokens || job.slots[token + 1] != job.slots[token] + 1;
     const int64_t head_words = static_cast<int64_t>(job.block_size) * words;
     for (int h = 0; h < job.kv_heads; ++h) {
@@ -85,28 +92,32 @@ void rope_token(const Rope& job, int token) {
             k = buffer;
         }
         rotate(k, cos, sin, dim, rotated);
+
         if (job.int8_cache) {
             const int64_t numbers = static_cast<int64_t>(job.block_size) * dim;
             const int64_t at = (block * job.kv_heads + h) * (numbers + job.block_size * 4);
             auto *keys = static_cast<int8_t*>(job.keys) + at, *values = static_cast<int8_t*>(job.values) + at;
-            store_numbers(rotated, dim, keys, reinterpret_cast<float*>(keys + numbers) + place, [&](int i) {
-                return static_cast<int64_t>(place / 16) * 16 * dim + i / 2 * 32 + place % 16 * 2 + i % 2;
+            store_numbers(rotated, dim, keys, reinterpret_cast<float*>(keys + numbers) + offset, [&](int i) {
+                return static_cast<int64_t>(offset / 16) * 16 * dim + i / 2 * 32 + offset % 16 * 2 + i % 2;
             });
-            store_numbers(v, dim, values, reinterpret_cast<float*>(values + numbers) + place, [&](int i) {
-                return static_cast<int64_t>(i / 16) * 16 * job.block_size + place / 2 * 32 + i % 16 * 2 + place % 2;
+            store_numbers(v, dim, values, reinterpret_cast<float*>(values + numbers) + offset, [&](int i) {
+                return static_cast<int64_t>(i / 16) * 16 * job.block_size + offset / 2 * 32 + i % 16 * 2 + offset % 2;
             });
             continue;
         }
+
+        // A key is a column of its panel: word after word, 16 words apart. A value's numbers are spread over the panels
+        // of 16 dimensions, in which tokens are the summed dimension.
         const int64_t start = (block * job.kv_heads + h) * head_words;
         uint32_t* to =
-            static_cast<uint32_t*>(job.keys) + start + static_cast<int64_t>(place / 16) * 16 * words + place % 16;
+            static_cast<uint32_t*>(job.keys) + start + static_cast<int64_t>(offset / 16) * 16 * words + offset % 16;
         const uint32_t* from = reinterpret_cast<const uint32_t*>(rotated);
         for (int w = 0; w < words; ++w) to[w * 16] = from[w];
         T* values = reinterpret_cast<T*>(static_cast<uint32_t*>(job.values) + start);
         const int block_words = job.block_size / kPerWord<T>;
         for (int i = 0; i < dim; ++i)
-            put(values, static_cast<int64_t>(i / 16) * 16 * block_words + place / kPerWord<T> * 16 + i % 16,
-                place % kPerWord<T>, v[i], is_last);
+            put(values, static_cast<int64_t>(i / 16) * 16 * block_words + offset / kPerWord<T> * 16 + i % 16,
+                offset % kPerWord<T>, v[i], is_last);
     }
 }
 
@@ -129,6 +140,7 @@ INLINE float largest_of(const float* from, int64_t size) {
         odd |= v != v;
         high[0] = larger(high[0], v);
     }
+
     float most = max_of(larger(larger(high[0], high[1]), larger(high[2], high[3])));
     bool is_nan = any_of(odd);
     for (; i < size; ++i) {
@@ -138,8 +150,8 @@ INLINE float largest_of(const float* from, int64_t size) {
     return is_nan ? std::numeric_limits<float>::quiet_NaN() : most;
 }
 
-// The first place of the largest value; a NaN counts as larger than everything, as torch has it. One pass: only the
-// piece that has it is looked through again.
+// The index of the first of the largest values; a NaN counts as larger than everything, as torch has it. One pass: only
+// the piece that has it is looked through again.
 inline int64_t largest(const float* row, int64_t size, float* value) {
     constexpr int64_t kPiece = 1024;
     float most = -std::numeric_limits<float>::infinity();
@@ -151,6 +163,7 @@ inline int64_t largest(const float* row, int64_t size, float* value) {
         piece = first;
         if (high != high) break;
     }
+
     *value = most;
     if (size == 0) return 0;
     int64_t i = piece;
@@ -185,6 +198,7 @@ inline int64_t noisy_largest(const float* row, int64_t size, float temperature, 
     int64_t best = largest(row, size, value);
     if (!(std::fabs(*value) < std::numeric_limits<float>::infinity())) return best;
     float most = score(best);
+
     const vq steps = {0, 1, 2, 3, 4, 5, 6, 7};
     for (int64_t first = 0; first < size; first += 16) {
         const vf x = load_up_to(row + first, size - first) / temperature;
@@ -199,6 +213,7 @@ inline int64_t noisy_largest(const float* row, int64_t size, float temperature, 
         const vf low = __builtin_convertvector(reinterpret_cast<vi>(high >> 1), vf) * 0x1.fffffep-32f;
         const vi near = low <= exponential(x - most) * 1.00001f + 0x1p-30f;
         if (!any_of(near)) continue;
+
         for (int64_t i = first; i < std::min(size, first + 16); ++i) {
             if (!near[i - first]) continue;
             const float mine = score(i);

@@ -1,6 +1,7 @@
 // Vectors of 16 lanes in the compiler's own notation; the instruction set of the including file decides what they
 // become. Included inside that file's namespace, after PHALANX_ISA_* says what there is.
 
+// v: vector; f, u, i, h: float, uint32, int32, uint16. Those of `_any` may stand at any address of their elements.
 typedef float vf __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -27,12 +28,14 @@ INLINE void fence() {
     _mm_sfence();
 #endif
 }
+// One number in all lanes.
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vu splat(uint32_t x) { return x - vu{}; }
 
 INLINE vf bits_to_float(vu v) { return reinterpret_cast<vf>(v); }
 INLINE vu float_to_bits(vf v) { return reinterpret_cast<vu>(v); }
 
+// bfloat16 to float: it is the upper half of one.
 INLINE vf widen(vh v) { return bits_to_float(__builtin_convertvector(v, vu) << 16); }
 
 // Rounded to nearest, ties to even; a NaN stays one.
@@ -51,6 +54,7 @@ INLINE vf load_as_float(const float* p) { return load(p); }
 INLINE void store_as(bf16* p, vf v) { *reinterpret_cast<vh_any*>(p) = narrow(v); }
 INLINE void store_as(float* p, vf v) { store(p, v); }
 
+// 32 numbers at once, rounded by one instruction where there is one.
 INLINE void store_pair(bf16* p, vf first, vf second) {
 #if PHALANX_ISA_BF16
     const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
@@ -61,7 +65,7 @@ INLINE void store_pair(bf16* p, vf first, vf second) {
 #endif
 }
 
-// The first `count` of 16 lanes.
+// The first `count` of 16 lanes; what is loaded has zeros behind them. By way of memory: for the ends of rows only.
 template <class T>
 INLINE vf load_some(const T* p, int64_t count) {
     T lanes[16] = {};
@@ -83,6 +87,7 @@ INLINE void store_up_to(T* p, vf v, int64_t count) {
     count >= 16 ? store_as(p, v) : store_some(p, v, count);
 }
 
+// The sum of the lanes.
 INLINE float sum_of(vf v) {
 #if PHALANX_ISA_AVX512
     return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
@@ -108,8 +113,10 @@ INLINE vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+// The larger of each lane; b where a is NaN or b is.
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
+// The largest lane.
 INLINE float max_of(vf v) {
 #if PHALANX_ISA_AVX512
     return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
@@ -122,6 +129,7 @@ INLINE float max_of(vf v) {
 #endif
 }
 
+// Whether a lane is not zero.
 INLINE bool any_of(vi lanes) {
 #if PHALANX_ISA_AVX512
     return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512i>(lanes)) != 0;

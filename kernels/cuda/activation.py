@@ -16,9 +16,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
     Computed in float32 and rounded once. Raises ValueError if the numbers of a row are not adjacent.
     """
-    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     if gate_up.stride(1) != 1:
         raise ValueError(f"gate and up have strides {gate_up.stride()}; the numbers of a row must be adjacent")
+
+    rows = gate_up.shape[0]
+    columns = gate_up.shape[1] // 2
     out = torch.empty(rows, columns, dtype=gate_up.dtype, device=gate_up.device)
     blocks = triton.cdiv(columns, _BLOCK)
     if rows and columns:

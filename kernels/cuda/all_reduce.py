@@ -59,9 +59,12 @@ def receive_add_norm(
 
     `total` is (T, H) float32, contiguous, and T * H numbers of dtype `sent` are what every rank has sent; `bias` (H,)
     of any dtype, or None; `weight` (H,). Sums are of float32, in rank order: the same bits on every rank.
+    Raises ValueError for a `total` of another dtype or layout.
     """
     if total.dtype != torch.float32 or total.ndim != 2 or not total.is_contiguous():
         raise ValueError(f"total is {tuple(total.shape)} {total.dtype}; it must be (T, H), float32 and contiguous")
+
+    # A program holds a row in registers, a warp for each 1,024 numbers, from 4 to 16.
     rows, columns = total.shape
     out = torch.empty(total.shape, dtype=dtype, device=total.device)
     block = triton.next_power_of_2(columns)
@@ -120,6 +123,8 @@ def _receive_add_norm(
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
     first = row.to(tl.int64) * columns
+
+    # Every rank reads the ranks' rows in the same order, so that all have the same bits.
     added = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
         address = tl.load(addresses + rank) + turn.to(tl.int64) * half_bytes
@@ -127,8 +132,10 @@ def _receive_add_norm(
         added += tl.load(address + first + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         added += tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
+
     summed = tl.load(total + first + offsets, mask=inside, other=0.0) + added
     tl.store(total + first + offsets, summed, mask=inside)
+
     scale = tl.rsqrt(tl.sum(summed * summed) / columns + eps)
     normed = summed * scale * tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + first + offsets, normed.to(out.dtype.element_ty), mask=inside)

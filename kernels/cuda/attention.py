@@ -14,7 +14,7 @@ __all__ = ["AttentionKernel", "CudaAttention", "Rows", "TritonDecode", "TritonPr
 
 
 TRITON_BLOCK_SIZE = 128
-"""As many keys as prefill takes at a time: they then lie in one block, looked up once and copied as a whole."""
+"""The keys that prefill takes at a time: they then lie in one block, looked up once and copied as a whole."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class CudaAttention(AttentionBackend):
     supports_graph = True
 
     def __init__(self, decode: AttentionKernel, prefill: AttentionKernel) -> None:
-        self._decode, self._prefill = decode, prefill
+        self._decode = decode
+        self._prefill = prefill
+
         same = decode.name == prefill.name
         self.name = decode.name if same else f"{prefill.name} for prompts, {decode.name} for decodes"
         self.block_multiple = math.lcm(decode.block_multiple, prefill.block_multiple)
@@ -99,10 +101,13 @@ class CudaAttention(AttentionBackend):
     def plan(self, metadata: AttentionMetadata) -> tuple[Rows | None, Rows | None]:
         """The step's decodes and prompt chunks, None where it has none.
 
-        Of the decodes only shapes are read on the host: a captured graph replays them with other lengths.
+        The host reads only the shapes of the decodes: a captured graph replays them with other lengths.
         """
         first = metadata.num_decodes
-        table, cu_q, seqused_k = metadata.block_table.to(torch.int32), metadata.cu_q, metadata.seqused_k
+        table = metadata.block_table.to(torch.int32)
+        cu_q = metadata.cu_q
+        seqused_k = metadata.seqused_k
+
         decodes = chunks = None
         if first:
             capacity = table.shape[1] * metadata.block_size
@@ -119,6 +124,7 @@ class CudaAttention(AttentionBackend):
         v_cache: torch.Tensor,
         plan: tuple[Rows | None, Rows | None],
     ) -> torch.Tensor:
+        """Attention as AttentionBackend.attend: decodes come first, each kind goes to its own kernel."""
         decodes, chunks = plan
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         first = 0 if decodes is None else len(decodes.seqused_k)
@@ -136,6 +142,7 @@ class CudaAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
+        """Write keys and values as AttentionBackend.store_kv, in Triton (rope.py)."""
         from .rope import store_kv
 
         store_kv(k, v, k_cache, v_cache, slot_mapping)
@@ -150,6 +157,7 @@ class CudaAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
+        """As AttentionBackend.rotate_and_store, in one pass in Triton (rope.py)."""
         from .rope import rotate_and_store
 
         return rotate_and_store(qkv, cos, sin, norms, k_cache, v_cache, slot_mapping)

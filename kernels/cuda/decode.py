@@ -43,7 +43,7 @@ def decode_attention(
 
     Row r's query sees its seqused_k[r] keys, which stand in the blocks block_table[r]; both are int32, the table is
     (R, B), max_k bounds seqused_k. Without keys the result is zero. The others have one dtype, bfloat16, float16 or
-    float32. `splits`: into how many the grid may cut a row, by default what plan_splits says.
+    float32. `splits` is the number that the grid may cut a row into, by default that of plan_splits().
 
     Raises ValueError for a block size, a head size or a layout that the kernels do not take.
     """
@@ -51,12 +51,16 @@ def decode_attention(
     rows, heads, head_dim = q.shape
     block_h = min(MAX_HEADS, max(16, triton.next_power_of_2(constants["GROUP"])))
     programs = constants["KV_HEADS"] * triton.cdiv(constants["GROUP"], block_h)
+
     fill = splits or 1
     if splits is None:
         splits, fill = plan_splits(rows * programs, multiprocessors(q.device), max_k)
+
+    # Each split leaves its result here, for merge_kernel. A row of one split needs none.
     parts = rows * heads * splits if splits > 1 else 0
     partial = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+
     tensors = (q, k_cache, v_cache, block_table, seqused_k, out, partial, partial_lse)
     decode_kernel[(programs, splits, rows)](
         *tensors,
@@ -75,7 +79,7 @@ def decode_attention(
 def plan_splits(programs: int, multiprocessors: int, max_k: int) -> tuple[int, int]:
     """(splits of the grid, splits that fill the GPU) for rows of up to max_k keys and `programs` programs a split.
 
-    Of shapes alone, so that it holds for every replay of a CUDA graph. A row uses what _splits_used says of them.
+    They follow from shapes alone, so they hold for every replay of a CUDA graph. A row uses _splits_used() of them.
     """
     fill = min(MAX_SPLITS.value, triton.cdiv(FILLING_PROGRAMS * multiprocessors, programs))
     most = max(fill, min(MAX_SPLITS.value, MOST_PROGRAMS * multiprocessors // programs))
@@ -95,7 +99,7 @@ def decode_options(head_dim: int, element_size: int) -> dict[str, int]:
 
 @triton.jit
 def _splits_used(keys, splits, fill):
-    """How many of the grid's splits a row of so many keys uses: none without keys, one for each MIN_KEYS at most."""
+    """The number of splits that a row of so many keys uses: none without keys, one for each MIN_KEYS at most."""
     wanted = tl.maximum(tl.minimum(tl.cdiv(keys, MIN_KEYS), fill), tl.cdiv(keys, LONG_KEYS))
     return tl.minimum(wanted, splits)
 
@@ -130,6 +134,7 @@ def decode_kernel(
     used = _splits_used(keys, splits, fill)
     if split >= tl.maximum(used, 1):
         return
+
     head_tiles: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // head_tiles
     in_group = tl.program_id(0) % head_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -155,6 +160,7 @@ def decode_kernel(
         BLOCK_SIZE,
         BLOCK_N,
     )
+
     head_row = row * (KV_HEADS * GROUP) + head
     if used <= 1:
         tl.store(out + (head_row * HEAD_DIM)[:, None] + d, result.to(out.dtype.element_ty), present)
@@ -167,15 +173,19 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["splits", "fill"], do_not_specialize_on_alignment=["seqused_k"])
 def merge_kernel(partial, partial_lse, seqused_k, out, splits, fill, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr):
     """Program (head, row): its splits' results, weighted by their sums of weights. Rows of one split are done."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     used = _splits_used(tl.load(seqused_k + row), splits, fill)
     if used <= 1:
         return
+
     head_row = row * tl.num_programs(0) + head
     s = tl.arange(0, MAX_SPLITS)
     lse = tl.load(partial_lse + head_row * splits + s, s < used, float("-inf"))
     peak = tl.max(lse, 0)
     total = tl.sum(tl.exp2(lse - peak), 0)
+
+    # The results' weighted sum, BLOCK_S splits at a time.
     d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     acc = tl.zeros([triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for first in range(0, used, BLOCK_S):

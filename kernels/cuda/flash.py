@@ -27,7 +27,7 @@ class FlashAttention3(AttentionKernel):
     """flash_attn_with_kvcache on Hopper, prompts and decodes alike.
 
     Its fast loads (TMA) take pages of whole tiles of keys, 128 for heads of 64 and 128. A build without the slower
-    loads, like fa3-fwd, takes TMA only where the longest query fills more than a tile, so it is told of a longer one:
+    loads, like fa3-fwd, takes TMA only where the longest query fills more than a tile, so it is given a longer one:
     the length is but a bound, the tiles to compute are found on the device.
     """
 
@@ -45,6 +45,7 @@ class FlashAttention3(AttentionKernel):
     def __call__(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rows: Rows, out: torch.Tensor
     ) -> None:
+        """Attention as AttentionKernel.__call__. Its result is copied into `out`."""
         kv_heads = k_cache.shape[2]
         longest = max(rows.max_q, LARGEST_TILE * kv_heads // q.shape[1] + 1) if self._tma_only else rows.max_q
         result = self._attend(
@@ -64,7 +65,7 @@ class FlashAttention3(AttentionKernel):
         """Parts that a row's keys are cut into, at most: with rows enough the device cuts less. 0: as it likes."""
         if queries > SPLIT_QUERIES:
             return 1
-        # Its own choice is to fill the multiprocessors, but counts the tiles of the length that it was told.
+        # Its own choice is to fill the multiprocessors, but counts the tiles of max_seqlen_q, which may be too long.
         return max(1, min(MAX_SPLITS, self._multiprocessors // kv_heads)) if self._tma_only else 0
 
 
@@ -84,6 +85,7 @@ class FlashAttention2(AttentionKernel):
     def __call__(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rows: Rows, out: torch.Tensor
     ) -> None:
+        """Attention as AttentionKernel.__call__. Its result is copied into `out`."""
         if rows.max_q == 1:
             result = self._flash_attn.flash_attn_with_kvcache(
                 q.unsqueeze(1),
@@ -116,7 +118,7 @@ class FlashAttention2(AttentionKernel):
 
 
 def _flash_attn_3() -> tuple[Any, dict[str, bool]]:
-    """FlashAttention 3's module, and its build flags; older builds tell none. ImportError names the first module."""
+    """FlashAttention 3's module, and its build flags; older builds have none. ImportError names the first module."""
     missing = None
     for module, config in FLASH_ATTN_3_MODULES:
         try:

@@ -19,9 +19,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dty
         raise ValueError(
             f"x is {tuple(x.shape)} of strides {x.stride()}; it must be (T, H) or (T, heads, H), H adjacent"
         )
+
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     heads = x.shape[1] if x.ndim == 3 else 1
-    rows, columns = x.shape[0] * heads, x.shape[-1]
+    rows = x.shape[0] * heads
+    columns = x.shape[-1]
     if rows:
         strides = x.stride(0), x.stride(1) if x.ndim == 3 else 0
         _rms_norm[(rows,)](x, weight, out, *strides, heads, columns, eps, **_row_options(columns))
@@ -36,7 +38,7 @@ def add_rms_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Add `addend` and `bias` to `total`, in place, in this order; returns RMSNorm(total) in `dtype`. One pass.
+    """Add `addend` and then `bias` to `total`, in place; return RMSNorm(total) in `dtype`. One pass over the numbers.
 
     `total` is (T, H) float32, contiguous; `addend` (T, H) and `bias` (H,) are of any float dtype; `weight` is (H,).
     Raises ValueError for another layout.
@@ -48,6 +50,7 @@ def add_rms_norm(
             f"what is added is {tuple(addend.shape)} of strides {addend.stride()}; it must be {tuple(total.shape)}, "
             "the numbers of a row adjacent"
         )
+
     out = torch.empty(total.shape, dtype=dtype, device=total.device)
     rows, columns = total.shape
     if rows:
@@ -67,7 +70,7 @@ def add_rms_norm(
 
 
 def _row_options(columns: int) -> dict[str, int]:
-    """For one program a row: it holds the row in registers, 16 numbers a thread where it is long enough."""
+    """Options of one program a row, which holds it in registers: 16 numbers a thread where it is long enough."""
     block = triton.next_power_of_2(columns)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of paged attention share: the walk over a row's keys, and the checks before a launch.
+"""The common part of the Triton kernels of paged attention: the walk over a row's keys, and the checks before a launch.
 
 A tile is BLOCK_N keys of one KV head. Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed
 2^31 elements, so offsets in them are 64-bit numbers. A pool is given as a pointer, or as a tensor descriptor for the
@@ -49,6 +49,7 @@ def attend_keys(
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, queries.shape[1]], tl.float32)
+
     # A tile's blocks are looked up while the tile before it is computed, so that its loads need not wait for them.
     blocks = _look_up(table, begin * BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
     for tile in range(begin, full):
@@ -58,11 +59,14 @@ def attend_keys(
         )
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, False, HEAD_DIM)
+
+    # The last tiles, of which some keys are not visible to all queries, or are past the row's end.
     for tile in range(full, end):
         first = tile * BLOCK_N
         k, v = _load_tile(k_cache, v_cache, kv_head, blocks, first, keys, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
+
     total = tl.where(total == 0.0, 1.0, total)
     return acc / total[:, None], peak + tl.log2(total)
 
@@ -99,23 +103,29 @@ def _load_tile(
     n = first + tl.arange(0, BLOCK_N)
     inside = n < keys
     column = kv_head * HEAD_DIM
+
     if isinstance(k_cache, tl.tensor_descriptor):
         entry = blocks * BLOCK_SIZE + first % BLOCK_SIZE
-        k, v = k_cache.load([entry, column]), v_cache.load([entry, column])
+        k = k_cache.load([entry, column])
+        v = v_cache.load([entry, column])
         if MASKED:  # of keys it is enough that nobody sees their scores
             v = tl.where(inside[:, None], v, 0.0)
     else:
         d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
         entries = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
         offsets = (entries * (KV_HEADS * HEAD_DIM))[:, None] + d
-        k_cache, v_cache = k_cache + column, v_cache + column
+        k_cache += column
+        v_cache += column
         if d.shape[1] != HEAD_DIM:
             present = inside[:, None] & (d < HEAD_DIM)
-            k, v = tl.load(k_cache + offsets, present, 0.0), tl.load(v_cache + offsets, present, 0.0)
+            k = tl.load(k_cache + offsets, present, 0.0)
+            v = tl.load(v_cache + offsets, present, 0.0)
         elif MASKED:
-            k, v = tl.load(k_cache + offsets, inside[:, None], 0.0), tl.load(v_cache + offsets, inside[:, None], 0.0)
+            k = tl.load(k_cache + offsets, inside[:, None], 0.0)
+            v = tl.load(v_cache + offsets, inside[:, None], 0.0)
         else:
-            k, v = tl.load(k_cache + offsets), tl.load(v_cache + offsets)
+            k = tl.load(k_cache + offsets)
+            v = tl.load(v_cache + offsets)
     return k, v
 
 
@@ -147,12 +157,13 @@ def _dot(a, b, acc):
 
 
 def tile_descriptors(k_cache: torch.Tensor, v_cache: torch.Tensor, block_n: int) -> list[TensorDescriptor]:
-    """Pools (blocks, block_size, kv_heads, head_dim) as rows of a token's heads, of which a tile takes one head's part.
+    """Describe pools (blocks, block_size, kv_heads, head_dim) as rows of a token's heads: a tile takes one head's part.
 
     A tile lies in one block: block_n is at most block_size. head_dim is a power of two.
     """
     blocks, block_size, kv_heads, head_dim = k_cache.shape
-    shape, strides = [blocks * block_size, kv_heads * head_dim], [kv_heads * head_dim, 1]
+    shape = [blocks * block_size, kv_heads * head_dim]
+    strides = [kv_heads * head_dim, 1]
     return [TensorDescriptor(pool, shape, strides, [block_n, head_dim]) for pool in (k_cache, v_cache)]
 
 
@@ -172,6 +183,7 @@ def shape_constants(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
             f"heads of {head_dim} elements are larger than {MAX_HEAD_DIM}, the most that the Triton attention kernels "
             "take: set attention=torch"
         )
+
     if q.shape != out.shape or q.shape[1] % kv_heads or q.shape[2] != head_dim or v_cache.shape != k_cache.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache, out))
         raise ValueError(f"queries, keys, values and output do not fit each other: {shapes}")
@@ -182,7 +194,7 @@ def shape_constants(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 1 for a CPU, where the interpreter runs one program after another."""
+    """The number of a GPU's multiprocessors; 1 for a CPU, where the interpreter runs one program after another."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

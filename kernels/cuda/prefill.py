@@ -32,15 +32,18 @@ def prefill_attention(
 
     Row r's queries are cu_q[r] to cu_q[r + 1], max_q at most; they are the last of its seqused_k[r] keys, which stand
     in the blocks block_table[r]. These are int32, the table is (R, B). The others have one dtype, bfloat16, float16 or
-    float32. `tma`: whether whole tiles are copied at once, where tma_fits; by default on GPUs that gain by it.
+    float32. `tma` copies whole tiles at once, where tma_fits(); by default on GPUs that gain by it.
 
     Raises ValueError for a block size, a head size or a layout that the kernel does not take.
     """
     constants = shape_constants(q, k_cache, v_cache, out)
-    head_dim, element_size = q.shape[2], q.element_size()
+    head_dim = q.shape[2]
+    element_size = q.element_size()
+
     if tma is None:
         tma = gains_by_tma(q.device)
     tma = tma and tma_fits(head_dim, element_size, constants["BLOCK_SIZE"])
+
     options = prefill_options(head_dim, element_size, tma)
     tiles = triton.cdiv(max_q * constants["GROUP"], options["BLOCK_M"])
     pools = tile_descriptors(k_cache, v_cache, options["BLOCK_N"]) if tma else (k_cache, v_cache)
@@ -68,8 +71,9 @@ def tma_fits(head_dim: int, element_size: int, block_size: int) -> bool:
 
 @functools.cache
 def gains_by_tma(device: torch.device) -> bool:
-    """Whether the GPU's unit that copies tiles (TMA) makes prefill faster: on sm_90 it does, the others after it that
-    have one were not measured.
+    """Whether the GPU's unit that copies tiles (TMA) makes prefill faster.
+
+    It does on sm_90. Later GPUs have one too, but were not measured.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
@@ -77,7 +81,7 @@ def gains_by_tma(device: torch.device) -> bool:
 def prefill_options(head_dim: int, element_size: int, tma: bool) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and the launch options, which fit the registers and the shared memory of GPUs since sm_80.
 
-    With `tma`, of sm_90. float32 takes no tensor cores but many registers; it is for comparisons. The
+    With `tma` they fit sm_90. float32 takes no tensor cores but many registers; it is for comparisons. The
     interpreter has registers enough.
     """
     if tma:
@@ -111,12 +115,14 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program (KV head, queries' tile, row), the tiles with most keys first. Programs past the row's end do nothing."""
-    kv_head, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64)
     start = tl.load(cu_q + row).to(tl.int64)
     count = (tl.load(cu_q + row + 1) - start).to(tl.int32)
     line = (tl.cdiv(count * GROUP, BLOCK_M) - 1 - tl.program_id(1)) * BLOCK_M
     if line < 0:
         return
+
     keys = tl.load(seqused_k + row)
     first = line // GROUP
     lines = line + tl.arange(0, BLOCK_M)
@@ -126,6 +132,8 @@ def prefill_kernel(
     present = (lines < count * GROUP)[:, None] & (d < HEAD_DIM)
     offsets = (query * q_stride + head * HEAD_DIM)[:, None] + d
     queries = tl.load(q + (start + first) * q_stride + offsets, present, 0.0)
+
+    # Tiles before the first query's position are visible to all queries: they need no mask.
     seen = keys - count + first  # by the first query: the positions up to this one
     result, _ = attend_keys(
         queries,
@@ -143,5 +151,6 @@ def prefill_kernel(
         BLOCK_SIZE,
         BLOCK_N,
     )
+
     offsets = ((query * (KV_HEADS * GROUP) + head) * HEAD_DIM)[:, None] + d
     tl.store(out + (start + first) * (KV_HEADS * GROUP * HEAD_DIM) + offsets, result.to(out.dtype.element_ty), present)

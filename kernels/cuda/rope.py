@@ -1,6 +1,6 @@
-"""What happens to a projection's heads before attention, in Triton: head norms, rotary embedding, storing K and V.
+"""The steps between a projection and attention, in Triton: head norms, rotary embedding, storing K and V.
 
-Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed 2^31 elements, so places in them are
+Pools are (blocks, block_size, kv_heads, head_dim), contiguous. They may exceed 2^31 elements, so offsets in them are
 64-bit numbers.
 """
 
@@ -24,13 +24,15 @@ def store_kv(
 ) -> None:
     """Write keys and values (T, kv_heads, head_dim) to the pools, at the tokens' indices `slot_mapping`, int64 (T,).
 
-    What has an index below 0 is not written. Raises ValueError for pools of another shape or layout.
+    A token with an index below 0 is not written. Raises ValueError for pools of another shape or layout.
     """
     size = _token_size(k_cache, v_cache)
     if k.shape != (len(slot_mapping), *k_cache.shape[2:]) or v.shape != k.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (k, v, k_cache, slot_mapping))
         raise ValueError(f"keys, values, pool and slot mapping do not fit each other: {shapes}")
-    k, v = k.flatten(1), v.flatten(1)
+
+    k = k.flatten(1)
+    v = v.flatten(1)
     if k.numel():
         grid = len(slot_mapping), triton.cdiv(size, _BLOCK)
         _store_kv[grid](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=size, BLOCK=_BLOCK)
@@ -45,23 +47,28 @@ def rotate_and_store(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """AttentionBackend.rotate_and_store in one pass: queries (T, heads, head_dim), a view of `qkv`, where they replace
-    what was there; keys and values go to the pools.
+    """Do what AttentionBackend.rotate_and_store does, in one pass.
+
+    The queries (T, heads, head_dim) are a view of `qkv`, where they replace what was there; keys and values go to the
+    pools, at the indices `slot_mapping`, int64 (T,). A token with an index below 0 is not stored.
 
     Normalised heads are rounded to the projection's dtype before they are rotated. The rotation is computed in float32
-    and rounded once. `cos` and `sin` (T, 1, head_dim) are RotaryEmbedding's, of which the first half says it all.
-    What has an index below 0 is not stored. Raises ValueError for shapes and layouts that do not fit.
+    and rounded once. `cos` and `sin` (T, 1, head_dim) are RotaryEmbedding's; only their first half is read, as the
+    second repeats it. Raises ValueError for shapes and layouts that do not fit.
     """
     kv_heads, head_dim = k_cache.shape[2:]
     size = _token_size(k_cache, v_cache)
     heads, rest = divmod(qkv.shape[1] - 2 * size, head_dim)
     tokens = qkv.shape[0]
+
     if heads < 0 or rest or head_dim % 2 or cos.shape != (tokens, 1, head_dim) or slot_mapping.shape != (tokens,):
         shapes = ", ".join(str(tuple(x.shape)) for x in (qkv, cos, k_cache, slot_mapping))
         raise ValueError(f"projection, tables, pool and slot mapping do not fit each other: {shapes}")
     if qkv.stride(1) != 1 or cos.stride() != sin.stride() or cos.stride(2) != 1:
         raise ValueError("numbers of a token's projection and of its tables must be adjacent")
+
     if tokens:
+        # The grid has programs of query heads and, behind them, of key and value heads. Without norms any pointer does.
         block = min(_HEADS, triton.next_power_of_2(max(heads, kv_heads)))
         _rotate_and_store[(tokens, triton.cdiv(heads, block) + triton.cdiv(kv_heads, block))](
             qkv,
@@ -129,12 +136,14 @@ def _rotate_and_store(
     """Program (token, BLOCK_H of its heads): the first programs take query heads, the others key and value heads."""
     query_blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     HALF: tl.constexpr = HEAD_DIM // 2
-    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
     d = tl.arange(0, triton.next_power_of_2(HALF))
     row = qkv + token * qkv_stride
     table = token * table_stride + d
     c = tl.load(cos + table, d < HALF, 0.0).to(tl.float32)[None, :]
     s = tl.load(sin + table, d < HALF, 0.0).to(tl.float32)[None, :]
+
     if block < query_blocks:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)
         present = (head < HEADS)[:, None] & (d < HALF)[None, :]
@@ -149,20 +158,20 @@ def _rotate_and_store(
         inside = (head * HEAD_DIM)[:, None] + d[None, :]
         left, right = _rotated(row + HEADS * HEAD_DIM + inside, present, c, s, k_norm, eps, d, HALF, NORMED)
         values = row + (HEADS + KV_HEADS) * HEAD_DIM + inside
-        place = index * (KV_HEADS * HEAD_DIM) + inside
-        tl.store(k_cache + place, left.to(k_cache.dtype.element_ty), present)
-        tl.store(k_cache + place + HALF, right.to(k_cache.dtype.element_ty), present)
-        tl.store(v_cache + place, tl.load(values, present).to(v_cache.dtype.element_ty), present)
-        tl.store(v_cache + place + HALF, tl.load(values + HALF, present).to(v_cache.dtype.element_ty), present)
+        offsets = index * (KV_HEADS * HEAD_DIM) + inside
+        tl.store(k_cache + offsets, left.to(k_cache.dtype.element_ty), present)
+        tl.store(k_cache + offsets + HALF, right.to(k_cache.dtype.element_ty), present)
+        tl.store(v_cache + offsets, tl.load(values, present).to(v_cache.dtype.element_ty), present)
+        tl.store(v_cache + offsets + HALF, tl.load(values + HALF, present).to(v_cache.dtype.element_ty), present)
 
 
 @triton.jit
-def _rotated(place, present, c, s, norm, eps, d, HALF: tl.constexpr, NORMED: tl.constexpr):
-    """The two halves [heads, HALF] of heads at `place`, normalised if they are to be, and rotated; float32."""
-    left = tl.load(place, present, 0.0).to(tl.float32)
-    right = tl.load(place + HALF, present, 0.0).to(tl.float32)
+def _rotated(pointers, present, c, s, norm, eps, d, HALF: tl.constexpr, NORMED: tl.constexpr):
+    """The two halves [heads, HALF] of the heads at `pointers`, normalised if NORMED, and rotated; float32."""
+    left = tl.load(pointers, present, 0.0).to(tl.float32)
+    right = tl.load(pointers + HALF, present, 0.0).to(tl.float32)
     if NORMED:
-        dtype: tl.constexpr = place.dtype.element_ty
+        dtype: tl.constexpr = pointers.dtype.element_ty
         scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * HALF) + eps)[:, None]
         weight = tl.load(norm + d, d < HALF, 0.0).to(tl.float32)[None, :]
         left = (left * scale * weight).to(dtype).to(tl.float32)

@@ -56,6 +56,7 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
     maxima = torch.empty(rows, blocks, dtype=torch.float32, device=values.device)
     padded = triton.next_power_of_2(block)
     together = max(1, _CHUNK // padded)
+
     if maxima.numel():
         _block_maxima[(rows, triton.cdiv(blocks, together))](
             values, maxima, values.stride(0), columns, blocks, BLOCK=block, PADDED=padded, TOGETHER=together
@@ -66,13 +67,14 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
 def _argmax(
     values: torch.Tensor, noise: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`noise` is (temperature, seed, counter)."""
+    """Return each row's largest value and its column; `noise` is (temperature, seed, counter), each (R, 1), or None."""
     _check(values)
     rows, columns = values.shape
     chunks = triton.cdiv(columns, _CHUNK)
     partial = torch.empty(rows, chunks, dtype=torch.int64, device=values.device)
     most = torch.empty(rows, dtype=torch.float32, device=values.device)
     indices = torch.empty(rows, dtype=torch.int64, device=values.device)
+
     if rows:
         settings = [values] * 3 if noise is None else [column.contiguous() for column in noise]
         grid = rows, chunks
@@ -105,11 +107,13 @@ def _chunk_maxima(
     TILE: tl.constexpr,
 ):
     """Program (row, chunk): the largest key of the chunk's columns."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
     if NOISY:
         scale = tl.load(temperature + row)
         key = _mix(tl.load(seed + row).to(tl.uint64, bitcast=True))
         first_counter = tl.load(counter + row)
+
     best = tl.full([TILE], _LOWEST_KEY, tl.int64)
     for first in range(0, CHUNK, TILE):
         column = chunk * CHUNK + first + tl.arange(0, TILE)
@@ -117,7 +121,7 @@ def _chunk_maxima(
         scores = tl.load(values + row * stride + column, inside, 0.0)
         if NOISY:
             scores = tl.div_rn(scores, tl.zeros_like(scores) + scale) + _gumbel(_uniform(key, first_counter + column))
-        # Of these 31 bits, the first column has the largest number.
+        # A column's 31 bits are turned, so that the first of equal numbers has the largest key.
         keys = (_ordered(scores).to(tl.int64) << 32) | (column ^ _ALL_BUT_SIGN).to(tl.int64)
         best = tl.maximum(best, tl.where(inside, keys, _LOWEST_KEY))
     tl.store(partial + row * tl.num_programs(1) + chunk, tl.max(best, 0))

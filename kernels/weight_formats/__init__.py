@@ -15,7 +15,7 @@ __all__ = ["NAMES", "PLAIN_PANELS", "WeightFormat", "get_weight_format"]
 _FORMATS: dict[str, WeightFormat] = {each.name: each for each in (PLAIN_PANELS, INT8, W8A8(), INT4)}
 
 NAMES = tuple(_FORMATS)
-"""What quantization=... may be."""
+"""The values of the setting quantization."""
 
 
 def get_weight_format(name: str) -> WeightFormat:

@@ -1,4 +1,4 @@
-"""What a weight format answers: what it needs, where a matrix may be cut, its bytes, how it is packed and looked up."""
+"""The interface of a weight format: what it needs, where a matrix may be cut, its bytes, packing and looking up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WeightFormat(ABC):
     """
 
     name: ClassVar[str]
-    """As a user writes it in quantization=NAME."""
+    """The NAME in a user's quantization=NAME."""
     code: ClassVar[int]
     """The kernels' name of it (kernels/cpu/kernels.h, WeightKind)."""
     rounds: ClassVar[bool]
@@ -34,11 +34,11 @@ class WeightFormat(ABC):
     packed has a multiple of it. Rows may be cut anywhere, for each part is padded by itself (see row_multiple)."""
 
     def for_head(self) -> WeightFormat:
-        """What the head, and a table tied to it, are kept in: at least 8 bits of weight and 16 of x decide a token."""
+        """The format of the head and of a table tied to it: at least 8 bits of weight and 16 of x decide a token."""
         return self
 
     def preferred(self, dtype: torch.dtype) -> WeightFormat:
-        """What a weight of this dtype becomes on this machine if its numbers allow it."""
+        """The format that a weight of this dtype gets on this machine if its numbers allow it."""
         return self
 
     def together(self) -> int:
@@ -66,7 +66,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def look_up(self, packed: PackedWeight, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """Write rows of a weight, by int64 numbers (T,), to `out` (T, columns); zeros where there is no such row.
+        """Write rows of a weight, by int64 indices (T,), to `out` (T, columns); zeros where there is no such row.
 
         Raises ValueError if rows of this format cannot be looked up.
         """

@@ -22,12 +22,12 @@ class GroupsApart:
     """The groups of a weight that have more than 16 upper bytes, and are kept as they were."""
 
     firsts: torch.Tensor
-    """int64 (panels,): how many stand before each panel's."""
+    """int64 (panels,): the index of each panel's first group among them."""
     nbytes: int
 
 
 class Bf16In12Bits(WeightFormat):
-    """A place in a table of upper bytes, 4 bits, and the lower byte as it is (kernels/cpu/compressed.h).
+    """An index of 4 bits into a table of upper bytes, and the lower byte as it is (kernels/cpu/gemm/compressed.h).
 
     No user asks for it: a plain bfloat16 weight becomes this where it gains by it.
     """
@@ -50,13 +50,13 @@ class Bf16In12Bits(WeightFormat):
             )
 
     def nbytes(self, rows: int, columns: int, itemsize: int) -> int:
-        """Without the groups that stand apart: how many do depends on the numbers."""
+        """Bytes without the groups that stand apart: how many do depends on the numbers."""
         tables = -(-columns // _GROUP_COLUMNS) * _TABLE_BYTES
         panel = PANEL_ROWS * columns * 12 // 8 + -(-tables // _LINE_BYTES) * _LINE_BYTES
         return -(-rows // PANEL_ROWS) * panel
 
     def store(self, weight: torch.Tensor) -> Stored:
-        """In memory of its own, however little that saves; `weight` holds plain panels from then on."""
+        """Compress into new memory, however little that saves; `weight` holds plain panels from then on."""
         from .. import cpu
 
         self.check(weight.device, weight.dtype)
@@ -91,7 +91,7 @@ class Bf16In12Bits(WeightFormat):
         return Stored(self, numbers, group=columns, apart=apart)
 
     def look_up(self, packed: PackedWeight, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """As they were before, bit for bit."""
+        """Write the rows as they were before, bit for bit."""
         from .. import cpu
 
         stored = packed.stored.numbers.data_ptr(), packed.stored.apart.data_ptr()

@@ -28,7 +28,7 @@ class Int4(QuantizedFormat):
         return INT8
 
     def store(self, weight: torch.Tensor) -> Stored:
-        """In memory of its own."""
+        """Store the numbers in new memory, with a scale for each group."""
         import torch
 
         from .. import cpu

@@ -24,7 +24,7 @@ class EightBitPanels(QuantizedFormat):
         return INT8
 
     def store(self, weight: torch.Tensor) -> Stored:
-        """In memory of its own, with the sum of what each row became."""
+        """Store the numbers in new memory, with scales and the sum of what each row became."""
         import torch
 
         from .. import cpu
@@ -33,16 +33,18 @@ class EightBitPanels(QuantizedFormat):
 
         self.check_weight(weight)
         rows, columns = weight.shape
-        group, together = self.group or columns, self.together()
+        group = self.group or columns
+        together = self.together()
         scales = torch.empty(rows, -(-columns // group))
         numbers = empty((rows, columns), torch.int8, weight.device)
         sums = torch.empty(rows)
+
         to = numbers.data_ptr(), scales.data_ptr(), sums.data_ptr()
         cpu.native.quantize_int8(weight.data_ptr(), rows, columns, together, group, *to)
         return Stored(self, numbers, group=group, scales=scales, sums=sums, together=together)
 
     def look_up(self, packed: PackedWeight, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """As what they became, rounded to bfloat16."""
+        """Write the rows as numbers times scales, rounded to bfloat16."""
         from .. import cpu
 
         stored = packed.stored

@@ -21,7 +21,7 @@ class Output(IntEnum):
 
 
 def row_multiple(columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """What a weight's rows must be padded to before it can be packed; 1 where it cannot be."""
+    """The multiple that a weight's rows must be padded to before it can be packed; 1 where it cannot be."""
     even = columns % 2 == 0 or dtype == torch.float32
     return cpu.PANEL if even and columns > 0 and cpu.usable(device, dtype) else 1
 
@@ -35,7 +35,7 @@ class Stored:
     """A weight's numbers in panels of 16 rows, as kernels/cpu/kernels.h has them, and what belongs to them."""
 
     format: WeightFormat
-    """That it is kept in: a format may choose another for a weight that gains by it."""
+    """The format it is kept in: one may choose another for a weight that gains by it."""
     numbers: torch.Tensor
     group: int
     """Columns of a row that share a scale."""
@@ -54,8 +54,13 @@ class PackedWeight:
 
     def __init__(self, stored: Stored, rows: int, columns: int, dtype: torch.dtype, *, in_place: bool) -> None:
         """`rows` of the stored ones count; `dtype` is of x and of the results."""
-        self.stored, self.rows, self.columns, self.dtype = stored, rows, columns, dtype
+        self.stored = stored
+        self.rows = rows
+        self.columns = columns
+        self.dtype = dtype
         self._in_place = in_place
+
+        # The kernels keep addresses: `stored` holds the memory as long as this object lives.
         self.native = cpu.native.Weight(
             stored.numbers.data_ptr(),
             stored.format.code,
@@ -71,7 +76,7 @@ class PackedWeight:
 
     @property
     def format(self) -> WeightFormat:
-        """That it is kept in."""
+        """The format it is kept in."""
         return self.stored.format
 
     @property
@@ -108,7 +113,7 @@ class PackedWeight:
         return self.multiply(x, bias, out, Output.SILU_MUL)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight by their int64 numbers (T,) -> (T, columns); zeros for a number that is none of a row.
+        """Rows of the weight by their int64 indices (T,) -> (T, columns); zeros for an index that no row has.
 
         Raises ValueError if rows of its format cannot be looked up.
         """
@@ -117,7 +122,7 @@ class PackedWeight:
         return out
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, output: Output) -> torch.Tensor:
-        """Multiply x (T, columns), of contiguous rows, and do with the product what `output` says. Returns `out`.
+        """Multiply x (T, columns), of contiguous rows, and store, add or gate the product by `output`. Returns `out`.
 
         Raises ValueError for an x of another shape, dtype or layout.
         """
@@ -126,6 +131,7 @@ class PackedWeight:
                 f"x is {tuple(x.shape)} {x.dtype} of strides {x.stride()}, where a weight of {self.columns} columns "
                 f"of {self.dtype} needs rows that are contiguous"
             )
+
         cpu.native.linear(
             self.native,
             x.data_ptr(),

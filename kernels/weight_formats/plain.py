@@ -38,17 +38,18 @@ class PlainPanels(WeightFormat):
         """Every device and dtype will do: what the kernels cannot multiply, torch multiplies."""
 
     def nbytes(self, rows: int, columns: int, itemsize: int) -> int:
-        """As if none were kept in 12 bits: whether a weight is depends on its numbers."""
+        """The plain numbers: whether a weight is kept in 12 bits depends on its numbers, so none is taken to be."""
         return rows * columns * itemsize
 
     def store(self, weight: torch.Tensor) -> Stored:
-        """In the weight's own memory; in memory of the threads that multiply with it, if they are bound to CPUs."""
+        """Store panels in the weight's own memory; if threads are bound to CPUs, in memory that they touch first."""
         from .. import cpu
         from ..huge_pages import empty
         from .packed import Stored
 
         rows, columns = weight.shape
         cpu.native.pack_weight(weight.data_ptr(), rows, columns, cpu.DTYPES[weight.dtype])
+
         if self.preferred(weight.dtype) is BF16_IN_12_BITS and columns % BF16_IN_12_BITS.column_cut == 0:
             apart = BF16_IN_12_BITS.find_apart(weight)
             if BF16_IN_12_BITS.nbytes(rows, columns, weight.itemsize) + apart.nbytes <= (
@@ -64,7 +65,7 @@ class PlainPanels(WeightFormat):
         return Stored(self, weight, group=columns)
 
     def look_up(self, packed: PackedWeight, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """As they are."""
+        """Write the rows as they are."""
         from .. import cpu
 
         shape = packed.rows, packed.columns

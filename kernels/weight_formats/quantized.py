@@ -1,4 +1,4 @@
-"""What the formats that round have in common: they need bfloat16, a CPU and the C++ kernels."""
+"""The common part of the formats that round: they need bfloat16, a CPU and the C++ kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several ways to do a thing is taken for a message of which size: arithmetic on measured times."""
+"""The algorithm for a message of each size, chosen among several: arithmetic on measured times."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def choose_algorithms(times: Mapping[int, Mapping[str, float]], hysteresis: floa
         measured = times[size]
         if not measured or not all(seconds >= 0 for seconds in measured.values()):
             raise ValueError(f"{size} bytes took {dict(measured)}; an algorithm must have a time, and none be below 0")
+
         best = min(measured, key=lambda name: measured[name])
         if current not in measured or measured[best] < (1 - hysteresis) * measured[current]:
             current = best

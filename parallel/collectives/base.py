@@ -1,4 +1,4 @@
-"""What ranks can do together. Layers call these without asking how many ranks there are."""
+"""The operations of a group of ranks. Layers call these without asking how many ranks there are."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Collectives(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the tensors passed in must be."""
+        """The device that the tensors passed in must be on."""
 
     @abstractmethod
     def close(self) -> None:

@@ -29,20 +29,25 @@ class FileStoreCollectives(Collectives):
 
     @property
     def device(self) -> torch.device:
+        """The CPU."""
         return torch.device("cpu")
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in rank order and in the dtype of `x`. Raises CollectiveError."""
         parts = self._exchange(x, "all_reduce")
         return torch.stack(parts).sum(dim=0, dtype=x.dtype)
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        """Every rank's `x` on rank `dst`, None on the others, which read all parts too. Raises CollectiveError."""
         parts = self._exchange(x, "gather")
         return parts if self.rank == dst else None
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Rank `src`'s `x`. Every rank writes its own as well. Raises CollectiveError."""
         return self._exchange(x, "broadcast")[src]
 
     def barrier(self) -> None:
+        """Return once every rank has written a byte. Raises CollectiveError."""
         self._exchange(torch.zeros(1, dtype=torch.uint8), "barrier")
 
     def close(self) -> None:
@@ -53,6 +58,7 @@ class FileStoreCollectives(Collectives):
         self._operations += 1
         mine = x.detach().contiguous()
         self.store.set(self._key(self.rank), mine.reshape(-1).view(torch.uint8).numpy().tobytes())
+
         parts = []
         for rank in range(self.size):
             try:

@@ -17,26 +17,33 @@ class HostStagedCollectives(Collectives):
         self._inner = inner
         self._device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.rank, self.size = inner.rank, inner.size
+        self.rank = inner.rank
+        self.size = inner.size
 
     @property
     def device(self) -> torch.device:
+        """The device whose tensors are carried, not the CPU that carries them."""
         return self._device
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in `x` itself."""
         return x.copy_(self._inner.all_reduce(self._to_host(x)))
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        """Every rank's `x`, on rank `dst`'s device; None on the others."""
         parts = self._inner.gather(self._to_host(x), dst)
         return None if parts is None else [part.to(self._device) for part in parts]
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Rank `src`'s `x`, copied into each rank's."""
         return x.copy_(self._inner.broadcast(self._to_host(x), src))
 
     def barrier(self) -> None:
+        """Return once every rank is here; the device is not waited for."""
         self._inner.barrier()
 
     def close(self) -> None:
+        """Close the CPU collectives."""
         self._inner.close()
 
     def _to_host(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,19 +19,25 @@ class LocalCollectives(Collectives):
 
     @property
     def device(self) -> torch.device:
+        """The device that the group was made for."""
         return self._device
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` itself."""
         return x
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        """Return `x` alone."""
         return [x]
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Return `x` itself."""
         return x
 
     def barrier(self) -> None:
+        """Return at once."""
         return
 
     def close(self) -> None:
+        """Nothing is held, so nothing is released."""
         return

@@ -14,7 +14,9 @@ from .rendezvous import all_gather_ints, attempt, boot, first_problem, other_hos
 
 CAPACITY = 8 * 2**20
 """Bytes of the largest message."""
-ONE_SHOT, TWO_SHOT, MULTIMEM = "one_shot", "two_shot", "multimem"
+ONE_SHOT = "one_shot"
+TWO_SHOT = "two_shot"
+MULTIMEM = "multimem"
 SUMS = (ONE_SHOT, TWO_SHOT, MULTIMEM)
 FUSED = "fused"
 _ALIGNMENT = 16  # bytes: of a message and of where it stands, so that torch's operations move 16 at a time
@@ -31,10 +33,11 @@ class SymmetricMemoryUnavailable(CollectivesUnavailable):
 class PeerMemory:
     """This rank's view of the memory. All ranks call the same methods in the same order, each on one stream.
 
-    Every method may be captured in a CUDA graph. Sums have the same bits on all ranks: one_shot adds in rank order on
-    each, in the message's dtype; two_shot and multimem add each number on one rank, which hands it to the others, in
-    rank order and in the message's dtype, or in the switch, in float32 and an order of its own; fused is as
-    kernels/cuda/all_reduce.py says.
+    Every method may be captured in a CUDA graph. Sums have the same bits on all ranks:
+    * one_shot: each rank adds all numbers, in rank order and in the message's dtype;
+    * two_shot: one rank adds each number, in rank order and in the message's dtype, and hands it to the others;
+    * multimem: one rank has each number added in the switch, in float32 and an order of its own, and hands it on;
+    * fused: each rank adds all numbers, in rank order and in float32 (kernels/cuda/all_reduce.py).
     """
 
     def __init__(self, buffer: torch.Tensor, handle: Any, group_name: str, timeout_s: float, operations: Any) -> None:
@@ -42,11 +45,16 @@ class PeerMemory:
 
         `operations` are those of torch.ops.symm_mem.
         """
-        self._buffer, self._handle, self._name, self._operations = buffer, handle, group_name, operations
+        self._buffer = buffer
+        self._handle = handle
+        self._name = group_name
+        self._operations = operations
         self._timeout_ms = int(timeout_s * 1000)
+
         self.capacity = buffer.numel() // 3 // _ALIGNMENT * _ALIGNMENT
         self.algorithms = tuple(name for name in (*SUMS, FUSED) if self._offers(name))
-        """What this rank can do; connect() leaves what all can."""
+        """The algorithms that this rank has; connect() leaves those that all have."""
+
         # The first two parts of the buffer are the halves that fused sums take in turn, the third is for the others.
         self._peers: Any = self._meet() if FUSED in self.algorithms else None
 
@@ -59,16 +67,17 @@ class PeerMemory:
     def sum(self, algorithm: str, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' `x`, which may be overwritten, by one of SUMS: good until the next call."""
         flat = _aligned(x)
-        place = self._buffer[2 * self.capacity :][: x.nbytes].view(x.dtype)
+        shared = self._buffer[2 * self.capacity :][: x.nbytes].view(x.dtype)
         if algorithm == ONE_SHOT:
-            # It copies x to `place` before it waits for the others, so x may take the result.
-            self._operations.one_shot_all_reduce_copy_out(place, flat, "sum", self._name, flat)
+            # It copies x to `shared` before it waits for the others, so x may take the result.
+            self._operations.one_shot_all_reduce_copy_out(shared, flat, "sum", self._name, flat)
             return flat.view(x.shape)
-        # It ends with a barrier, and nobody writes to `place` again before this rank has joined the next.
-        place.copy_(flat)
+
+        # It ends with a barrier, and nobody writes to `shared` again before this rank has joined the next.
+        shared.copy_(flat)
         run = self._operations.two_shot_all_reduce_ if algorithm == TWO_SHOT else self._operations.multimem_all_reduce_
-        run(place, "sum", self._name)
-        return place.view(x.shape)
+        run(shared, "sum", self._name)
+        return shared.view(x.shape)
 
     def add_norm(
         self,
@@ -96,7 +105,7 @@ class PeerMemory:
         from ...kernels.cuda.all_reduce import Peers
 
         addresses = list(self._handle.buffer_ptrs)
-        # They are of what was allocated, in which the buffer stands at the same place on every rank.
+        # They are of the allocated memory, in which the buffer has the same offset on every rank.
         offset = self._buffer.data_ptr() - addresses[self._handle.rank]
         device = self._buffer.device
         return Peers(
@@ -108,7 +117,9 @@ class PeerMemory:
 
 
 def connect(process_group: Any, host: Collectives, device: torch.device, timeout_s: float) -> PeerMemory:
-    """Called by all ranks of `host`, CPU collectives of the same ranks as the registered `process_group`.
+    """Set up memory that all ranks' GPUs reach. All ranks call it.
+
+    `host` are CPU collectives of the same ranks as the registered `process_group`; timeout_s bounds a fused sum's wait.
 
     Raises SymmetricMemoryUnavailable, on all ranks, if they are on several hosts or their GPUs do not reach each other.
     """
@@ -121,6 +132,7 @@ def connect(process_group: Any, host: Collectives, device: torch.device, timeout
             raise SymmetricMemoryUnavailable(first)
         return result
 
+    # Every step may fail on some ranks alone; agreed() raises on all of them, so that none waits for one that left.
     rows = all_gather_ints(host, agreed(lambda: [boot(), gpu_identity(device)]))
     elsewhere = other_host([row[0] for row in rows])
     if elsewhere is not None:
@@ -128,8 +140,11 @@ def connect(process_group: Any, host: Collectives, device: torch.device, timeout
     agreed(lambda: check_reach([row[1] for row in rows], host.rank, _visible(device), _native_atomics))
     buffer = agreed(lambda: symmetric_memory.empty(3 * CAPACITY, dtype=torch.uint8, device=device))
     handle = agreed(lambda: symmetric_memory.rendezvous(buffer, process_group))
-    name, operations = process_group.group_name, torch.ops.symm_mem
+    name = process_group.group_name
+    operations = torch.ops.symm_mem
     memory: PeerMemory = agreed(lambda: PeerMemory(buffer, handle, name, timeout_s, operations))
+
+    # An algorithm is used only if every rank has it.
     every = all_gather_ints(host, [int(algorithm in memory.algorithms) for algorithm in (*SUMS, FUSED)])
     shared = zip((*SUMS, FUSED), zip(*every, strict=True), strict=True)
     memory.algorithms = tuple(algorithm for algorithm, flags in shared if all(flags))
@@ -141,7 +156,7 @@ def check_reach(
 ) -> None:
     """Raises RuntimeError if this rank's GPU cannot reach another rank's, in a way that barriers need.
 
-    `identities` are the GPUs of all ranks; `visible` says by which number this process knows each, `reaches` whether
+    `identities` are the GPUs of all ranks; `visible` has this process's number of each, and `reaches` returns whether
     one can do atomic operations in the other's memory. Over PCIe most cannot, and would wait for ever.
     """
     own = visible[identities[rank]]
@@ -167,7 +182,7 @@ def _visible(device: torch.device) -> dict[int, int]:
 
 
 def _native_atomics(source: int, target: int) -> bool:
-    """What torch does not tell: cuDeviceGetP2PAttribute of the CUDA driver API, by torch's numbers of the devices."""
+    """cuDeviceGetP2PAttribute of the CUDA driver API, which torch lacks, by torch's numbers of the devices."""
     driver = ctypes.CDLL("libcuda.so.1")
     value = ctypes.c_int()
     devices = []
@@ -176,13 +191,14 @@ def _native_atomics(source: int, target: int) -> bool:
         if driver.cuDeviceGet(ctypes.byref(found), number):
             raise RuntimeError(f"the CUDA driver knows no GPU {number}")
         devices.append(found)
+
     if driver.cuDeviceGetP2PAttribute(ctypes.byref(value), _NATIVE_ATOMICS, *devices):
         raise RuntimeError(f"the CUDA driver does not say whether GPU {source} reaches GPU {target}")
     return value.value == 1
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x in one dimension, or a copy, whose place in memory and in its storage is what torch's operations want."""
+    """x in one dimension, or a copy, whose address and offset in its storage are aligned as torch's operations need."""
     flat = x.contiguous().view(-1)
     offsets = flat.data_ptr(), flat.storage_offset() * flat.itemsize
     return flat.clone() if any(offset % _ALIGNMENT for offset in offsets) else flat

@@ -12,7 +12,7 @@ from .base import CollectiveError, Collectives
 
 
 class ProcessGroupCollectives(Collectives):
-    """Wraps a ProcessGroup, or a bare backend such as ProcessGroupGloo; `device` says where it wants tensors."""
+    """Wraps a ProcessGroup, or a bare backend such as ProcessGroupGloo; tensors must be on `device`."""
 
     def __init__(self, group: Any, device: torch.device) -> None:
         # The group's own methods, not torch.distributed's functions: they also serve a group that no registry knows.
@@ -24,15 +24,18 @@ class ProcessGroupCollectives(Collectives):
 
     @property
     def device(self) -> torch.device:
+        """The device that the group's backend carries tensors of."""
         return self._device
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in `x` itself where it is contiguous. Raises CollectiveError."""
         x = x.contiguous()
         options = _on_this_stream(dist.AllreduceOptions())
         self._wait("all_reduce", lambda: self._group.allreduce([x], options))
         return x
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        """Every rank's `x` on rank `dst`, None on the others. Raises CollectiveError."""
         x = x.contiguous()
         options = _on_this_stream(dist.GatherOptions())
         options.rootRank = dst
@@ -41,6 +44,7 @@ class ProcessGroupCollectives(Collectives):
         return parts
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Rank `src`'s `x`, in each rank's own where it is contiguous. Raises CollectiveError."""
         x = x.contiguous()
         options = _on_this_stream(dist.BroadcastOptions())
         options.rootRank = src
@@ -49,12 +53,13 @@ class ProcessGroupCollectives(Collectives):
         return x
 
     def barrier(self) -> None:
+        """Return once every rank is here. Raises CollectiveError."""
         options = _on_this_stream(dist.BarrierOptions())
         options.device = self._device
         self._wait("barrier", lambda: self._group.barrier(options))
 
     def close(self) -> None:
-        # Whoever made the process group destroys it; this object only lets go of it.
+        """Let go of the process group, which whoever made it destroys."""
         self._group = None
 
     def _wait(self, operation: str, start: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What all ranks of a group learn together: a rank that failed alone must tell the others before it may raise."""
+"""What all ranks of a group learn together: a rank that failed alone must let the others know before it raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
-    """The result, or what went wrong: the other ranks have to hear of it before this one may raise."""
+    """The result, or what went wrong: the other ranks have to know of it before this one may raise."""
     try:
         return action(), ""
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
@@ -23,13 +23,13 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def first_problem(host: Collectives, problem: str) -> str | None:
-    """The same on every rank of `host`, CPU collectives: the first rank's `problem` that is not "", and whose it is."""
+    """The first rank's `problem` that is not "", and its rank: the same on every rank of `host`, CPU collectives."""
     text = problem.encode()
     for rank, (length,) in enumerate(all_gather_ints(host, [len(text)])):
         if length:
-            said = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
-            said = host.broadcast(said, src=rank)
-            return f"rank {rank} of {host.size}: {bytes(said.tolist()).decode()}"
+            message = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
+            message = host.broadcast(message, src=rank)
+            return f"rank {rank} of {host.size}: {bytes(message.tolist()).decode()}"
     return None
 
 
@@ -51,6 +51,7 @@ def all_gather_texts(host: Collectives, text: str) -> list[str]:
 
 def cores_of_all(host: Collectives) -> int:
     """The CPUs that the ranks of `host`, on one machine, may use together: each may be bound to some of its own."""
+    # A mask of CPUs as words of 62 bits, which all_gather_ints() can carry.
     mine = os.sched_getaffinity(0)
     words = max(most for [most] in all_gather_ints(host, [max(mine)])) // 62 + 1
     masks = [sum(1 << cpu % 62 for cpu in mine if cpu // 62 == word) for word in range(words)]
@@ -66,7 +67,7 @@ def boot() -> int:
 
 
 def other_host(boots: Sequence[int]) -> str | None:
-    """Says which rank is on another host than rank 0, from every rank's boot(); None if all are on one."""
+    """The rank that is on another host than rank 0, in words, from every rank's boot(); None if all are on one."""
     for rank, name in enumerate(boots):
         if name != boots[0]:
             return f"rank {rank} of {len(boots)} is on another host than rank 0"

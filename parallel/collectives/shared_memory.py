@@ -73,7 +73,8 @@ class SharedMemoryCollectives(Collectives):
 
         Raises SharedMemoryUnavailable, on all ranks, if they are not all on one host.
         """
-        rank, size = host.rank, host.size
+        rank = host.rank
+        size = host.size
 
         def attach(fd: int, spin: int) -> Any:
             return _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, spin)
@@ -82,10 +83,12 @@ class SharedMemoryCollectives(Collectives):
 
     @property
     def device(self) -> torch.device:
+        """The CPU."""
         return torch.device("cpu")
 
     @property
     def reducer(self) -> tuple[int, int]:
+        """As Collectives.reducer: addresses of the extension's function and of this rank's end of the segment."""
         function, group = self._native.reducer()
         return function, group
 
@@ -94,6 +97,7 @@ class SharedMemoryCollectives(Collectives):
         return self._all_reduce(x, 0)
 
     def add_reduced(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add all_reduce(x) to `total`, in one call where `total` is contiguous float32 and `x` of floats."""
         if total.dtype != torch.float32 or not total.is_contiguous() or not x.is_floating_point():
             super().add_reduced(x, total)
         else:
@@ -108,7 +112,7 @@ class SharedMemoryCollectives(Collectives):
         eps: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        # The sum is added to the total while it is read, so only the norm is left.
+        """As Collectives.add_reduced_norm. The sum is added to `total` while it is read, so only the norm is left."""
         self.add_reduced(x, total)
         if bias is not None:
             total.add_(bias)
@@ -125,6 +129,7 @@ class SharedMemoryCollectives(Collectives):
         return x
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        """Every rank's `x` on rank `dst`, None on the others. Raises ValueError if `dst` is no rank."""
         x = _contiguous(x)
         self._check_rank("dst", dst)
         parts = x.new_empty((self.size, *x.shape)) if self.rank == dst else None
@@ -132,12 +137,14 @@ class SharedMemoryCollectives(Collectives):
         return None if parts is None else list(parts.unbind(0))
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Rank `src`'s `x`, in each rank's own where it is contiguous. Raises ValueError if `src` is no rank."""
         x = _contiguous(x)
         self._check_rank("src", src)
         self._native.broadcast(x.data_ptr(), x.nbytes, src)
         return x
 
     def barrier(self) -> None:
+        """Return once every rank is here."""
         self._native.barrier()
 
     def close(self) -> None:
@@ -159,7 +166,8 @@ class SharedMemoryControl(ControlChannel):
     @classmethod
     def connect(cls, host: Collectives, timeout_s: float) -> SharedMemoryControl:
         """Called by all ranks of `host`. Raises SharedMemoryUnavailable, on all, if they are not all on one host."""
-        rank, size = host.rank, host.size
+        rank = host.rank
+        size = host.size
 
         def attach(fd: int, spin: int) -> Any:
             return _native.Ring(fd, rank, size, _RING, timeout_s, spin)
@@ -167,11 +175,13 @@ class SharedMemoryControl(ControlChannel):
         return cls(_connect(host, lambda: _native.Ring.part_ends(size, _RING), attach), rank)
 
     def send(self, data: bytes) -> None:
+        """Send to all other ranks; waits while one is 1 MiB behind. Raises RuntimeError on another rank than 0."""
         if self._rank != 0:
             raise RuntimeError(f"rank {self._rank} cannot send control messages; rank 0 does")
         self._native.send(data)
 
     def receive(self) -> bytes:
+        """Wait for the next message. Raises RuntimeError on rank 0."""
         if self._rank == 0:
             raise RuntimeError("rank 0 sends control messages; it receives none")
         return bytes(self._native.receive())
@@ -188,12 +198,14 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _one_shot_bytes(size: int) -> int:
+    """Bytes up to which every rank sums a whole message by itself, instead of one slice of it."""
     return _SLOT if size == 2 else _SLOT // 4
 
 
 def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Callable[[int, int], T]) -> T:
-    """`attach` of one segment's file descriptor and of how long to spin, on every rank; what it returns owns the
-    descriptor. part_ends() says where each rank's part of the segment ends.
+    """Attach every rank to one new segment. part_ends() gives the offset in it where each rank's part ends.
+
+    `attach` takes the segment's file descriptor and the microseconds to spin; its result owns the descriptor.
     """
     _agree(host, unavailable() or "")
     ends = [0, *part_ends()]
@@ -208,12 +220,13 @@ def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Call
     except BaseException:
         os.close(fd)
         raise
+
     assert attached is not None
     return attached
 
 
 def _open_segment(host: Collectives, length: int) -> int:
-    """The same file of zeros in the memory of all ranks' host; no folder names it once all have it."""
+    """Open one file of zeros in the memory of all ranks' host; no folder names it once all have it."""
     process = os.stat("/proc/self/ns/pid").st_ino << 22 | os.getpid()  # a pid has at most 22 bits
     rows = all_gather_ints(host, [boot(), process, os.getpid(), secrets.randbits(62)])
     elsewhere = other_host([row[0] for row in rows])
@@ -221,6 +234,7 @@ def _open_segment(host: Collectives, length: int) -> int:
         raise SharedMemoryUnavailable(elsewhere)
     if len({row[1] for row in rows}) < host.size:
         raise SharedMemoryUnavailable("several ranks are threads of one process")
+
     _, _, pid, nonce = rows[0]
     fd = _open_by_process(host, length, pid, nonce)
     return _open_by_name(host, length, nonce) if fd is None else fd
@@ -244,6 +258,7 @@ def _open_by_name(host: Collectives, length: int, nonce: int) -> int:
     path = f"/dev/shm/phalanx-{nonce:016x}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd, problem = attempt(lambda: _fill(os.open(path, flags, 0o600), length, nonce)) if host.rank == 0 else (None, "")
+
     try:
         _agree(host, problem)
         if host.rank != 0:
@@ -256,6 +271,7 @@ def _open_by_name(host: Collectives, length: int, nonce: int) -> int:
     finally:
         if host.rank == 0:
             Path(path).unlink(missing_ok=True)
+
     assert fd is not None
     return fd
 

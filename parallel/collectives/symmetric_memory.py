@@ -16,10 +16,11 @@ from .rendezvous import attempt, first_problem
 _log = logging.getLogger("phalanx")
 
 INNER = "process group"
-"""In a table: not in shared memory but by the collectives underneath."""
+"""An algorithm in a table: by the collectives underneath, not in shared memory."""
 UNFUSED = "unfused"
-"""In the table of sums that a norm follows: the sum by its own table, then the norm."""
-_CALLS, _REPEATS = 20, 5
+"""An algorithm in the table of sums that a norm follows: the sum by its own table, then the norm."""
+_CALLS = 20  # of a sum, in one repeat of a measurement
+_REPEATS = 5
 
 Measure = Callable[[Callable[[], object]], float]
 """Seconds that a call takes; every rank measures the same calls in the same order."""
@@ -33,17 +34,22 @@ class SymmetricMemoryCollectives(Collectives):
 
     def __init__(self, inner: Collectives, host: Collectives, memory: PeerMemory) -> None:
         """`host` are CPU collectives of the same ranks, on which they agree what to do."""
-        self._inner, self._host, self._memory = inner, host, memory
-        self.rank, self.size = inner.rank, inner.size
+        self._inner = inner
+        self._host = host
+        self._memory = memory
+        self.rank = inner.rank
+        self.size = inner.size
         self.supports_graph = inner.supports_graph
         self._sums: Table = ()
         self._norms: Table = ()
 
     @property
     def device(self) -> torch.device:
+        """The GPU of this rank."""
         return self._inner.device
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks by the algorithm that the table has for the size of `x`."""
         algorithm = self._algorithm(x)
         if algorithm == INNER:
             return self._inner.all_reduce(x)
@@ -59,25 +65,30 @@ class SymmetricMemoryCollectives(Collectives):
         eps: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
+        """As Collectives.add_reduced_norm: fused if the table has that for the size of `x`."""
         fused = look_up(self._norms, x.nbytes, UNFUSED) == FUSED and self._memory.fits(FUSED, x.shape, x.dtype)
         if fused and x.nbytes > 0:
             return self._memory.add_norm(x, bias, total, weight, eps, dtype)
         return super().add_reduced_norm(x, bias, total, weight, eps, dtype)
 
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
+        """By the collectives underneath."""
         return self._inner.gather(x, dst)
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """By the collectives underneath."""
         return self._inner.broadcast(x, src)
 
     def barrier(self) -> None:
+        """By the collectives underneath."""
         self._inner.barrier()
 
     def use(self, sums: Table, norms: Table) -> None:
         """Go by these tables of bytes, the same on all ranks: `sums` of INNER and the memory's SUMS, `norms` of UNFUSED
         and FUSED. What the memory cannot do goes by INNER and UNFUSED all the same.
         """
-        self._sums, self._norms = sums, norms
+        self._sums = sums
+        self._norms = norms
 
     def tune(self, columns: int, dtype: torch.dtype, max_rows: int, measure: Measure | None = None) -> None:
         """Measure, and use the tables that rank 0 makes of what every rank measured.
@@ -124,10 +135,11 @@ class SymmetricMemoryCollectives(Collectives):
             _log.info("all-reduce and norm: %s", describe(self._norms, UNFUSED))
 
     def close(self) -> None:
+        """Close the collectives underneath."""
         self._inner.close()
 
     def _algorithm(self, x: torch.Tensor) -> str:
-        """How to sum such a message: from its shape and dtype alone, which are the same on every rank."""
+        """The algorithm for such a message: from its shape and dtype alone, which are the same on every rank."""
         algorithm = look_up(self._sums, x.nbytes, INNER)
         return algorithm if x.nbytes > 0 and self._memory.fits(algorithm, x.shape, x.dtype) else INNER
 
@@ -156,6 +168,7 @@ class SymmetricMemoryCollectives(Collectives):
         """Median of several runs of many calls, in a CUDA graph if that can be: decoding runs in one."""
         for _ in range(3):
             call()
+
         run: Callable[[], object] = lambda: [call() for _ in range(_CALLS)]  # noqa: E731
         if self.supports_graph:
             graph = torch.cuda.CUDAGraph()

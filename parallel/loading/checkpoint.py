@@ -1,4 +1,4 @@
-"""Checkpoint streaming: each rank reads its own part of each safetensors tensor, straight into its final place."""
+"""Checkpoint streaming: each rank reads its own part of each safetensors tensor, straight into its destination."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class WeightSlice:
     index: tuple[slice, ...]
     """The part: a contiguous slice for each dimension."""
     destination: torch.Tensor
-    """Where the part goes, shaped like it; filled in place, with a conversion of dtype and device."""
+    """The memory for the part, shaped like it; filled in place, with a conversion of dtype and device."""
     owner: Any = None
     """The layer whose weight this is, which is packed as soon as all its slices are filled (see Packing)."""
 
@@ -69,15 +69,15 @@ class Packing:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading took."""
+    """The bytes, files and seconds that loading took."""
 
     bytes_read: int
-    """Returned by reads of the checkpoint."""
+    """Bytes that reads of the checkpoint returned."""
     shard_bytes: int
     """Bytes of this rank's parts, in the checkpoint's dtype."""
     seconds: float
     files: int
-    """That the checkpoint consists of."""
+    """Files that the checkpoint consists of."""
 
 
 def take_out(slices: list[WeightSlice]) -> Iterator[WeightSlice]:
@@ -134,6 +134,7 @@ def load_weights(
             for chunk in _chunks(part, stored[part.name].itemsize):
                 read(reader.read(stored[part.name], chunk))
             filled(part)
+
     files = {tensor.file for tensor in stored.values()}
     return LoadReport(bytes_read=done, shard_bytes=total, seconds=time.monotonic() - started, files=len(files))
 
@@ -146,11 +147,13 @@ def _stream(
     read: Callable[[int], None],
 ) -> None:
     limit = landing.buffers[0].nbytes
-    pieces, owners = [], []
+    pieces = []
+    owners = []  # the part that each piece is of
     for part in parts:
         for piece in cut(stored[part.name], part.index, part.destination, limit):
             pieces.append(piece)
             owners.append(part)
+
     extremes = stream(pieces, landing, min(threads, READERS), read)
     for part, (low, high) in zip(owners, extremes.tolist(), strict=True):
         _check_range(low, high, stored[part.name].file, part)
@@ -168,7 +171,10 @@ class _Reader:
         """Fill the part's destination. Returns the bytes read."""
         if tensor.file != self._file or self._mapped > MAPPED_BYTES:
             self._handle = None  # unmapped before the next is mapped
-            self._handle, self._file, self._mapped = _open(tensor.file), tensor.file, 0
+            self._handle = _open(tensor.file)
+            self._file = tensor.file
+            self._mapped = 0
+
         value: torch.Tensor = self._handle.get_slice(part.name)[part.index]
         self._mapped += _touched_bytes(part, tensor.itemsize)
         low, high = (float(bound) for bound in value.aminmax())
@@ -219,7 +225,8 @@ def _chunks(part: WeightSlice, itemsize: int) -> Iterator[WeightSlice]:
     """The part in runs of rows that touch CHUNK_BYTES at most (one row at least)."""
     if not part.destination.numel():
         return
-    first, last = part.index[0].start, part.index[0].stop
+    first = part.index[0].start
+    last = part.index[0].stop
     step = max(1, CHUNK_BYTES // (math.prod(part.shape[1:]) * itemsize))
     for start in range(first, last, step):
         stop = min(start + step, last)

@@ -1,4 +1,4 @@
-"""Random weights without a checkpoint: a weight depends on its name and place alone, so N ranks hold one model."""
+"""Random weights without a checkpoint: a weight depends on its name and indices alone, so N ranks hold one model."""
 
 from __future__ import annotations
 
@@ -44,11 +44,16 @@ def _fill(part: WeightSlice, seed: int, deviation: float) -> None:
     digest = hashlib.blake2b(f"{seed}:{part.name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
     mean = 1.0 if len(part.shape) == 1 and "norm" in part.name else 0.0
+    # The numbers below are uniform over 2^31 integers around 0, whose standard deviation is 2^30 / sqrt(3).
     scale = deviation * math.sqrt(3) * 2.0**-30
-    rows, columns = part.index[0], part.index[1] if len(part.index) > 1 else slice(0, 1)
+
+    rows = part.index[0]
+    columns = part.index[1] if len(part.index) > 1 else slice(0, 1)
     target = part.destination.view(rows.stop - rows.start, columns.stop - columns.start)
+
     # Rows count in even numbers and columns in odd ones, so that none of their hashes agree.
     column_hash = mix((torch.arange(columns.start, columns.stop, device=device) * 2 + 1) ^ key) | 1
+
     step = max(1, CHUNK_ELEMENTS[device.type] // max(1, len(column_hash)))
     for first in range(rows.start, rows.stop, step):
         last = min(first + step, rows.stop)

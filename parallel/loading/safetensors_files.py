@@ -1,4 +1,4 @@
-"""What a folder's safetensors files hold, from their headers: every tensor's file, shape and dtype."""
+"""The tensors in a folder's safetensors files, from their headers: every tensor's file, shape and dtype."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StoredTensor:
 def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of `folder` by name: of model.safetensors, or else of the files that its index.json names.
 
-    Raises LoadError if there are none, and for a file or an index that is damaged or does not say what is there.
+    Raises LoadError if there are none, for a damaged file or index, and for an index that disagrees with the files.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
@@ -48,6 +48,7 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not index.is_file():
         raise LoadError(_no_weights(folder))
     weight_map = _read_index(index)
+
     located: dict[str, StoredTensor] = {}
     for file_name in dict.fromkeys(weight_map.values()):
         file = folder / file_name
@@ -58,6 +59,8 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
             if name in located:
                 raise LoadError(f"tensor {name} is in both {located[name].file} and {file}; it must be in one")
             located[name] = stored
+
+    # The headers must hold what the index promises.
     for name, file_name in weight_map.items():
         if name not in located or located[name].file != folder / file_name:
             raise LoadError(f"{folder / file_name} lacks tensor {name}, which {index} says is there")
@@ -65,7 +68,7 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is what Git puts in the place of a large one (git-lfs.com/spec/v1) where it was not fetched."""
+    """Whether a file is the pointer that Git leaves for a large one that was not fetched (git-lfs.com/spec/v1)."""
     try:
         with file.open("rb") as stream:
             return stream.read(len(_LFS)) == _LFS
@@ -74,7 +77,7 @@ def is_lfs_pointer(file: Path) -> bool:
 
 
 def lfs_advice(file: Path) -> str:
-    """Return what to tell a user whose file is a Git LFS pointer."""
+    """Return the advice for a user whose file is a Git LFS pointer."""
     return f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from, or download it"
 
 
@@ -94,12 +97,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 f"bytes in all (a header may have {MAX_HEADER_BYTES}); copy it again"
             )
         header = stream.read(length)
+
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         tensors = {name: _tensor_entry(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{file} is no safetensors file: its header is damaged ({error!r}); copy it again") from error
+
+    # Offsets in the header count from its end.
     stored = {}
     for name, (dtype, shape, begin, end) in tensors.items():
         if dtype not in FLOATS:

@@ -23,7 +23,7 @@ BUFFER_BYTES = 64 * 2**20
 READERS = 8
 """Threads that read, at most: one brings 6 to 12 GB/s from the page cache, and PCIe 5.0 x16 carries some 50."""
 STRIP_BYTES = 2**20
-"""What a thread reads at least: for less it is not worth waking."""
+"""Bytes that a thread reads at least: for less it is not worth waking."""
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -59,6 +59,7 @@ def cut(tensor: StoredTensor, index: tuple[slice, ...], destination: torch.Tenso
     height, width = destination.shape
     if not height or not width:
         return
+
     row_step = max(1, limit // (width * tensor.itemsize))
     column_step = min(width, limit // tensor.itemsize)
     for top in range(0, height, row_step):
@@ -115,14 +116,17 @@ class CudaLanding(Landing):
         self._left = tuple(torch.cuda.Event() for _ in self.buffers)  # type: ignore[no-untyped-call]
 
     def wait(self, turn: int) -> None:
+        """Return once the copies out of buffer `turn` are done."""
         self._left[turn].synchronize()
 
     def send(self, turn: int, piece: Piece, extremes: torch.Tensor) -> None:
+        """Start what Landing.send does; wait() and finish() wait for it."""
         with torch.cuda.stream(self._stream):
             super().send(turn, piece, extremes)
             self._left[turn].record()
 
     def finish(self) -> None:
+        """Return once all copies are done."""
         self._stream.synchronize()
 
 
@@ -131,8 +135,8 @@ def stream(
 ) -> torch.Tensor:
     """Fill the destinations of all pieces, none of which is above a buffer of `landing`.
 
-    `progress` hears of the bytes of each piece once they are read. Returns the least and the largest value of each
-    piece, NaN if it holds one, as float64 (pieces, 2) on the CPU. Raises LoadError if a file cannot be read.
+    `progress` is called with the bytes of each piece once they are read. Returns the least and the largest value of
+    each piece, NaN if it holds one, as float64 (pieces, 2) on the CPU. Raises LoadError if a file cannot be read.
     """
     extremes = torch.empty(len(pieces), 2, dtype=torch.float64, device=landing.device)
     with _Reader(threads) as reader:
@@ -165,14 +169,18 @@ class _Reader:
 
     def read(self, piece: Piece, buffer: np.ndarray) -> None:
         """Put the piece's bytes at the beginning of `buffer`, row after row."""
-        tensor, height = piece.tensor, piece.shape[0]
+        tensor = piece.tensor
+        height = piece.shape[0]
         if tensor.file != self._file:
-            self._content, self._file = _map(tensor.file), tensor.file
+            self._content = _map(tensor.file)
+            self._file = tensor.file
+
         row_bytes = tensor.shape[-1] * tensor.itemsize
         first = tensor.offset + piece.rows.start * row_bytes
         rows = self._content[first : first + height * row_bytes].reshape(height, row_bytes)
         source = rows[:, piece.columns.start * tensor.itemsize : piece.columns.stop * tensor.itemsize]
         target = buffer[: piece.nbytes].reshape(source.shape)
+
         strips = max(1, min(self._threads, height, piece.nbytes // STRIP_BYTES))
         if strips == 1:
             np.copyto(target, source)

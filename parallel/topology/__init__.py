@@ -1,1 +1,1 @@
-"""Which CPUs a machine has, and which of them each rank gets."""
+"""The CPUs of a machine, and those that each rank gets."""

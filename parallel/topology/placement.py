@@ -1,4 +1,4 @@
-"""Which CPUs each rank of a host computes on: ranks keep to a NUMA node, and a thread has a physical core to itself."""
+"""The CPUs that each rank of a host computes on: ranks keep to a NUMA node, a thread has a physical core to itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Placement:
     nodes: tuple[int, ...]
     """The NUMA nodes of the share."""
     memory_nodes: tuple[int, ...]
-    """Where memory goes that a thread of the share touches first: `nodes`, or the nearest to those that have none."""
+    """The nodes of memory that a thread of the share touches first: `nodes`, or the nearest to those that have none."""
 
     def __str__(self) -> str:
         nodes = f"NUMA node{'s' if len(self.nodes) > 1 else ''} {format_cpu_list(self.nodes)}"
@@ -47,6 +47,7 @@ def place(topology: Topology, rank: int, size: int, threads: int | None = None) 
     """
     if not 0 <= rank < size or (threads is not None and threads < 1):
         raise ValueError(f"rank={rank} must be in [0, {size - 1}], and threads={threads} at least 1 or None")
+
     chain = _chain(topology)
     sizes = [len(node.cores) for node in chain]
     if size < len(chain):
@@ -54,6 +55,7 @@ def place(topology: Topology, rank: int, size: int, threads: int | None = None) 
         first = ends[rank - 1] if rank else 0
         share = {node.number: list(node.cores) for node in chain[first : ends[rank]]}
     else:
+        # Ranks are numbered along the chain: `rank` becomes its number inside the node at `index`.
         counts = _share_out(sizes, size)
         index = 0
         while rank >= counts[index]:
@@ -68,6 +70,7 @@ def _placement(topology: Topology, share: dict[int, list[Core]], threads: int | 
         roomy = [number for number, cores in share.items() if len(cores) >= threads]
         share = {number: share[number] for number in roomy[:1]} or share
     cores = [core for part in share.values() for core in part]
+
     if threads is None:
         threads = len(cores)
     if threads <= len(cores):
@@ -76,6 +79,7 @@ def _placement(topology: Topology, share: dict[int, list[Core]], threads: int | 
         depth = max(map(len, cores))
         every = [core[sibling] for sibling in range(depth) for core in cores if sibling < len(core)]
         cpus = [every[i % len(every)] for i in range(threads)]
+
     nodes = tuple(sorted(share))
     return Placement(
         cpus=tuple(cpus),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 SYSFS = Path("/sys/devices/system")
 
-_NEAR, _FAR = 10, 20
+_NEAR = 10
+_FAR = 20
 """Distances of a node to itself and to another where firmware gives none (the kernel's LOCAL_ and REMOTE_DISTANCE)."""
 
 
@@ -20,7 +21,7 @@ class Node:
     """One NUMA node: memory, and the CPUs that reach it fastest."""
 
     number: int
-    """As Linux counts; numbers may have gaps."""
+    """The number that Linux gives it; numbers may have gaps."""
     cores: tuple[tuple[int, ...], ...]
     """The allowed CPUs of each physical core, hyperthreads of one core together; none where a node is memory alone
     (HBM, CXL) or where its CPUs are offline or not allowed."""
@@ -39,9 +40,9 @@ class Topology:
     nodes: tuple[Node, ...]
     """By number."""
     distances: tuple[tuple[int, ...], ...]
-    """From each of `nodes` to each, 10 for itself (ACPI's SLIT)."""
+    """Distances from each of `nodes` to each, 10 for itself (ACPI's SLIT)."""
     problem: str = ""
-    """What could not be read, and what is assumed in its place; "" if nothing is missing."""
+    """What could not be read, and what is assumed instead; "" if nothing is missing."""
 
     @property
     def cores(self) -> int:
@@ -55,10 +56,10 @@ class Topology:
 
 
 def read_topology(allowed: Collection[int], root: Path = SYSFS) -> Topology:
-    """What sysfs at `root` says of the CPUs `allowed` to this process (os.sched_getaffinity), in all orders the same.
+    """The topology that sysfs at `root` has of the CPUs `allowed` to this process (os.sched_getaffinity), in any order.
 
     Where sysfs does not show NUMA nodes, or not for all of these CPUs, all are taken for one node; where it does not
-    show which CPUs share a core, each is taken for a core. `problem` then says so. Raises ValueError without any CPU.
+    show which CPUs share a core, each is taken for a core. `problem` then names it. Raises ValueError without any CPU.
     """
     if not allowed:
         raise ValueError("no CPU is allowed to this process; at least one must be")
@@ -123,13 +124,15 @@ def _read_nodes(
     numbers = sorted(int(path.name[4:]) for path in folder.glob("node[0-9]*"))
     if not numbers:
         raise ValueError(f"there is no {folder}/node*")
+
     owners: dict[int, int] = {}
     for number in numbers:
         owners.update(dict.fromkeys(parse_cpu_list((folder / f"node{number}" / "cpulist").read_text()), number))
     homeless = [cpu for core in cores for cpu in core if cpu not in owners]
     if homeless:
         raise ValueError(f"no {folder}/node*/cpulist names the allowed CPUs {format_cpu_list(homeless)}")
-    # Linux 3.8 and later say which nodes have memory; every node is taken to have some where it is not said.
+
+    # Linux 3.8 and later list the nodes that have memory; without the list every node is taken to have some.
     file = folder / "has_memory"
     with_memory = parse_cpu_list(file.read_text()) if file.exists() else tuple(numbers)
     nodes = tuple(
@@ -140,7 +143,7 @@ def _read_nodes(
 
 
 def _distances(numbers: list[int], index: int, folder: Path) -> tuple[int, ...]:
-    """From the node at `index` of `numbers` to each; raises ValueError if the file has another number of them."""
+    """Distances from the node at `index` of `numbers` to each. Raises ValueError if the file has more or fewer."""
     file = folder / f"node{numbers[index]}" / "distance"
     if not file.exists():
         return tuple(_NEAR if number == numbers[index] else _FAR for number in numbers)

@@ -61,11 +61,13 @@ INLINE void find_largest(const TileStep& step, const TileScores& of, int row, in
         for (int k = std::max(visible, 0) / 16 * 16; k < width; k += 16)
             store(scores + k, lanes + k < visible ? load(scores + k) : splat(kMinusInfinity));
     }
+
     vf most0 = load(scores), most1 = load(scores + 16);
     for (int k = 32; k < width; k += 32) {
         most0 = larger(most0, load(scores + k));
         most1 = larger(most1, load(scores + k + 16));
     }
+
     const float before = step.first ? kMinusInfinity : step.segment.most[row];
     const float largest = std::max(before, max_of(larger(most0, most1)) * scale);
     step.segment.most[row] = largest;
@@ -121,6 +123,9 @@ struct TileAttention {
         scale = job.scale * 1.44269504f;
         segments = static_cast<int>(ceil_div(last_key - task.first_key, kSplitKeys));
         all_rows = int64_t{blocks} * block_rows;
+
+        // In this order: queries, values, keys; scores, weights, largest scores and shrinking factors of a step; and
+        // each segment's sums, largest scores and weights.
         const int64_t some_rows = std::min(2, blocks) * int64_t{block_rows};
         const int64_t sizes[] = {all_rows * dim_tiles * kTileRowBytes,
                                  kTileKeys * width * 2,
@@ -132,6 +137,7 @@ struct TileAttention {
                                  segments * all_rows * width * 4,
                                  segments * all_rows * 4,
                                  segments * all_rows * 64};
+
         constexpr int kParts = sizeof(sizes) / sizeof(sizes[0]);
         int64_t all = 0;
         for (int64_t size : sizes) all += ceil_div(size, 64) * 64;
@@ -140,6 +146,7 @@ struct TileAttention {
             parts[i] = memory;
             memory += ceil_div(sizes[i], 64) * 64;
         }
+
         queries = parts[0];
         values = parts[1];
         keys = parts[2];
@@ -232,6 +239,8 @@ struct TileAttention {
                          block_bytes};
         const TilesOfC c{reinterpret_cast<char*>(tile.scores + piece * 16), kTileKeys * 4, block_rows * kTileKeys * 4,
                          128};
+
+        // The first row blocks fetch the next tile's keys for all.
         Ahead ahead;
         if (step.first_block == 0) {
             ahead.bytes = int64_t{dim} * 32;
@@ -249,6 +258,7 @@ struct TileAttention {
         for (; piece < step.width / 16; piece += 2) multiply_keys<2>(step, b, piece, next);
     }
 
+    // Scores to weights, in two passes over the rows: see the beginning of this file.
     void soften(const TileStep& step) const {
         for (int row = step.start; row < step.end; ++row)
             find_largest(step, tile, row, std::min(visible_to(row, step.key), step.count), scale);
@@ -263,9 +273,13 @@ struct TileAttention {
             if (tile.shrink[i] == 1.0f) continue;
             for (int64_t d = i * width; d < (i + 1) * width; d += 16) store(sums + d, load(sums + d) * tile.shrink[i]);
         }
+
         const TilesOfA a{reinterpret_cast<const char*>(tile.weights), 64, kTileKeys * 2, block_rows * kTileKeys * 2};
         const auto nothing = [] {};
         const int panels = dim / 16;
+
+        // Two panels at once, or four with one row block while there are so many. An odd last one is multiplied twice;
+        // the second product goes to the padding of `width`.
         for (int d = 0; d < panels;) {
             const char* b[4];
             for (int p = 0; p < 4; ++p) b[p] = values + std::min(d + p, panels - 1) * kPanelBytes;
@@ -277,7 +291,7 @@ struct TileAttention {
         }
     }
 
-    // Each segment as merge_row() takes it.
+    // Each segment as merge_row() takes it, its largest score in powers of e again (times ln 2).
     void store_partial(int segment, float* to) const {
         const TileSums from = segment_of(task.first_key + segment * kSplitKeys);
         for (int r = 0; r < rows; ++r) {
@@ -288,6 +302,7 @@ struct TileAttention {
         }
     }
 
+    // The task's result: a partial one for merge_partials(), its merged segments, or its only segment's weighted means.
     void finish() const {
         const int64_t stride = static_cast<int64_t>(rows) * (dim + 2);
         float* partials = nullptr;
@@ -297,6 +312,7 @@ struct TileAttention {
             partials = static_cast<float*>(scratch(Scratch::kSegmentPartials, segments * stride * 4));
             for (int s = 0; s < segments; ++s) store_partial(s, partials + s * stride);
         }
+
         for (int r = 0; r < rows; ++r) {
             const int64_t token = job.cu_q[task.row] + task.first_token + r / group;
             const int64_t head = task.kv_head * group + r % group;
@@ -311,6 +327,7 @@ struct TileAttention {
     }
 };
 
+// One task: tile after tile of its keys, and each tile with all of its row blocks, two at a time.
 inline void tile_attention_task(const Attention& job, int number) {
     TileAttention work(job, number);
     configure(work.block_rows, kTileWords);

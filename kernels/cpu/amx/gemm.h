@@ -82,6 +82,8 @@ INLINE void multiply_tiles(const TilesOfA& a, int blocks, const char* const* b, 
         tile_zero<2>();
         tile_zero<3>();
     }
+
+    // C is in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t at = t * kTileBytes;
         tile_load<4>(a0 + t * a.step, a.row);
@@ -101,6 +103,7 @@ INLINE void multiply_tiles(const TilesOfA& a, int blocks, const char* const* b, 
         }
         meanwhile();
     }
+
     tile_store<0>(c0, c.row);
     tile_store<1>(c1, c.row);
     if (four) tile_store<2>(c2, c.row);
@@ -127,6 +130,7 @@ struct StoredPanels {
     }
 };
 
+// Panels of 12 bits a number, expanded into `room` before they are multiplied.
 struct CompressedPanels {
     static constexpr bool kExpands = true;
 
@@ -229,7 +233,8 @@ INLINE TileRange tile_range(const Linear& job, int task) {
             std::min<int64_t>(job.n_units, first + job.units_per_task)};
 }
 
-// What a task does, of which the weights' form is all that varies.
+// What a task does, of which the weights' form is all that varies. A row of C has 128 bytes: the 32 sums of a unit's
+// two panels.
 template <class Source, class Products>
 struct TileTask : TileRange {
     const Linear& job;
@@ -328,6 +333,8 @@ struct TileTask : TileRange {
         const char *from[2], *b[2];
         panels_at(unit, from);
         for (int p = 0; p < 2; ++p) b[p] = Source::tiles(job, from[p], k, words, room + p * room_each, nullptr);
+
+        // Spread over all the calls of `meanwhile`: one for each tile along k of each pair of row blocks.
         Ahead ahead = next_chunk(unit, k);
         ahead.step = ceil_div(ceil_div(ahead.bytes, 64), ceil_div(last_block - first_block, 2) * tiles) * 64;
 

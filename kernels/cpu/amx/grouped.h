@@ -33,7 +33,8 @@ struct Int8Groups {
         tile_load<5>(a + int64_t{job.block_rows} * 4 * kWords, 4 * kWords);
     }
 
-    template <int Half>  // of the tiles
+    // Half: of the tiles, which take turns from group to group.
+    template <int Half>
     static INLINE void multiply(const char* b, int64_t index, char* out) {
         constexpr int kB = 6 + Half, kHigh = 2 * Half, kLow = kHigh + 1;
         tile_load<kB>(b + index * kWords * kPanel * 4, kTileRowBytes);
@@ -51,6 +52,7 @@ struct Int8Groups {
     }
 };
 
+// The same for 4-bit weights: a group is decoded to two tiles of bfloat16, whose products go to one tile of sums.
 struct Int4Groups {
     static constexpr int kWords = kTileWords;
     static constexpr int kSumTiles = 1;
@@ -97,6 +99,7 @@ struct PendingGroups {
     bool add = false;
     int row = 0, rows = 0;
 
+    // A whole chunk's loop has a constant length, so that the compiler unrolls it.
     INLINE void finish(int count) {
         const int until = std::min(rows, row + count);
         if (groups == kChunkGroups) {
@@ -116,6 +119,7 @@ struct PendingGroups {
     }
 };
 
+// A task, of which the kind of groups is all that varies. Chunks of groups go through all of the task's row blocks.
 template <class Groups>
 struct GroupedTask : TileRange {
     static constexpr int64_t kRoomBytes = kChunkGroups * 2 * kTileBytes;
@@ -192,6 +196,7 @@ struct GroupedTask : TileRange {
         pending = {out, scales, groups, to, add, 0, job.block_rows};
     }
 
+    // A unit's rows to where they belong. x of int8 weights has a scale for each row, still to be applied.
     void finish(int64_t unit) {
         const float* from = sums;
         for (int block = first_block; block < last_block; ++block, from += block_sums) {
@@ -241,6 +246,7 @@ struct Int8Rows : TileRange {
         const char* scales = reinterpret_cast<const char*>(job.scales) + number * job.groups * kScaleBytes;
         const char* scales_after = reinterpret_cast<const char*>(job.scales) + next * job.groups * kScaleBytes;
         const char* a = reinterpret_cast<const char*>(x.words);
+
         vf total[R];
         for (int r = 0; r < R; ++r) total[r] = vf{};
         for (int64_t group = 0; group < job.groups; ++group, a += 2 * R * row_bytes) {
@@ -248,6 +254,7 @@ struct Int8Rows : TileRange {
             const char* fetched = past < 0 ? panel + ahead * kGroupBytes : after + past * kGroupBytes;
             __builtin_prefetch(past < 0 ? scales + ahead * kScaleBytes : scales_after + past * kScaleBytes, 0, 2);
             const int64_t words = std::min<int64_t>(kWords, job.words - group * kWords);
+
             vi high[R], low[R], ones{};
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) high[r] = low[r] = vi{};
@@ -262,6 +269,8 @@ struct Int8Rows : TileRange {
                     low[r] = Bytes::multiply_add(low[r], splat(row[R * kWords + k]), w);
                 }
             }
+
+            // `ones` are the sums of the group's weights; times 32768 they are what the high bytes are too high.
             const vf scale = load(reinterpret_cast<const float*>(scales + group * kScaleBytes));
             const vi offset = ones << 15;
 #pragma GCC unroll 4

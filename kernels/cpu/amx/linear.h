@@ -5,6 +5,7 @@
 #include "gemm.h"
 #include "grouped.h"
 
+// A row block of x as A tiles, in the form that the kind of weight is multiplied with.
 inline void pack_tiles(const Linear& job, int block, uint32_t* to, float* scales) {
     char* at = reinterpret_cast<char*>(to) + int64_t{block} * job.block_rows * packed_row_bytes(job);
     switch (job.kind) {
@@ -17,6 +18,7 @@ inline void pack_tiles(const Linear& job, int block, uint32_t* to, float* scales
     }
 }
 
+// One task of a linear layer. int4 and int8 have a scale for each group of k, the others none or one for a row.
 inline void tile_linear(const Linear& job, const PackedRows& x, int task) {
     switch (job.kind) {
         case WeightKind::kPlain:

@@ -23,6 +23,7 @@ inline int64_t packed_row_bytes(const Linear& job) {
 
 INLINE void zero_past(char* room, int64_t filled, int64_t bytes) { std::memset(room + filled, 0, bytes - filled); }
 
+// x of bfloat16, copied: by vectors where a tile's row is whole, by memcpy where it is not.
 inline void pack_tile_rows(const Linear& job, int block, char* to) {
     const int rows = rows_of_block(job, block);
     const int64_t bytes = int64_t{job.words} * 4, tiles = packed_row_bytes(job) / kTileRowBytes;
@@ -35,6 +36,7 @@ inline void pack_tile_rows(const Linear& job, int block, char* to) {
         }
         const char* x = reinterpret_cast<const char*>(static_cast<const bf16*>(job.x) +
                                                       (int64_t{block} * job.block_rows + r) * job.ldx);
+
         const int64_t whole = bytes / kTileRowBytes;
         for (int64_t t = 0; t < whole; ++t)
             store(reinterpret_cast<float*>(row + t * tile_bytes),

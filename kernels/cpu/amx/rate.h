@@ -1,5 +1,6 @@
 // What the tiles can do at best, for runtime/rates.cpp. Included inside an instruction set's namespace.
 
+// Two tiles of A by two of B, in the order of loads and products that multiply_tiles() has.
 template <class Products>
 INLINE void multiply_four(const char* a, const char* b) {
     tile_load<4>(a, kTileRowBytes);
@@ -21,6 +22,7 @@ inline float tile_products(bool int8, int64_t steps) {
         state = mix_bits(state + 0x9E3779B97F4A7C15ull);
         number = static_cast<uint16_t>(0x3c00 + state % 0x300 + (state >> 63) * 0x8000);  // of bfloat16: 0.008 to 2
     }
+
     const char* from = reinterpret_cast<const char*>(operands);
     configure(kTileRows, kTileWords);
     tile_zero<0>();

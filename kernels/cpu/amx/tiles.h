@@ -23,6 +23,7 @@ struct TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "LDTILECFG reads 64 bytes");
 
+// The emulation: tiles are memory of the thread, and a product is three loops.
 #if PHALANX_ISA_EMULATED_TILES
 
 struct EmulatedTiles {
@@ -85,6 +86,7 @@ inline void tile_dot_bf16() {
     }
 }
 
+// Left: the type of A's bytes. Sums wrap around, as the instruction's do.
 template <int C, int A, int B, class Left>
 inline void emulate_dot_int8() {
     EmulatedTiles& t = emulated();

@@ -1,16 +1,19 @@
 // Partial results of tasks that each saw some of a row's keys, merged. Included inside an instruction set's namespace.
 
-// One row of partial results to a head's place: `splits` of them, `stride` floats apart, each of `rows` rows' sums,
+// One row of partial results to a head's result: `splits` of them, `stride` floats apart, each of `rows` rows' sums,
 // then their largest scores, then their denominators. A split in which the row saw nothing counts for nothing.
 template <class T>
 INLINE void merge_row(const Attention& job, const float* from, int64_t stride, int splits, int rows, int r,
                       int64_t token, int64_t head) {
     const int dim = job.head_dim;
     const float *largest = from + static_cast<int64_t>(rows) * dim + r, *weights = largest + rows;
+
+    // The weights as they were, had all splits known the largest score of all.
     float most = kMinusInfinity, total = 0.0f;
     for (int s = 0; s < splits; ++s) most = std::max(most, largest[s * stride]);
     for (int s = 0; s < splits; ++s)
         if (largest[s * stride] > kMinusInfinity) total += weights[s * stride] * std::exp(largest[s * stride] - most);
+
     for (int i = 0; i < dim; i += 16) {
         vf sum{};
         for (int s = 0; s < splits; ++s) {

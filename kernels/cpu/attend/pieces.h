@@ -1,6 +1,7 @@
 // Which keys and values a task of attention reads, and where they stand in the paged cache. Included inside an
 // instruction set's namespace.
 
+// A task's row of Attention::tasks, by names. `partial` is -1 if the task sees all keys of its queries.
 struct TaskView {
     int row, kv_head, first_token, tokens, first_key, partial;
 };
@@ -52,10 +53,13 @@ struct Pieces {
         const int last = (last_key - 1) / 16 * 16;
         int block = key / job.block_size, inside = key % job.block_size;
         for (int i = 0; i < kKeyTile / 16; ++i) {
+            // The next 16 keys: further on in the block, or at the beginning of the row's next one.
             if (i > 0 && key + 16 * i <= last && (inside += 16) == job.block_size) {
                 inside = 0;
                 ++block;
             }
+
+            // Heads of a block follow each other: each one's elements, and behind them its scales, if it has some.
             const int64_t start =
                 (table[block] * job.kv_heads + kv_head) * (elements + job.block_size * S::kScaleBytes);
             const char* all_keys = static_cast<const char*>(job.keys) + start;

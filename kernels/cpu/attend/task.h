@@ -47,6 +47,8 @@ struct AttentionTask {
         last_key = end_of_keys(job, task);
         blocks = (rows + kMaxRows - 1) / kMaxRows;
 
+        // All of it in one piece of scratch memory, cut into parts that begin at cache lines: up to 64 bytes more for
+        // each.
         const int64_t bytes =
             rows * 4 * (words + dim + 3) + kMaxRows * ((4 + sizeof(Weight)) * kKeyTile + 2 * dim) + 64 * 10;
         char* memory = static_cast<char*>(scratch(Scratch::kAttentionTask, bytes));
@@ -80,6 +82,7 @@ struct AttentionTask {
                (static_cast<int64_t>(task.kv_head) * group + row % group) * dim;
     }
 
+    // A row block's queries, interleaved as the micro-kernel reads them; over an int8 cache they become 16-bit numbers.
     INLINE void pack_queries(const RowBlock& block) {
         const uint32_t* from[kMaxRows];
         for (int r = 0; r < block.rows; ++r) {
@@ -124,6 +127,7 @@ struct AttentionTask {
     // Scores to weights, and what the sums so far are to be multiplied by.
     INLINE void soften_scores(const KeyTile& tile, const RowBlock& block) {
         for (int r = 0; r < block.rows; ++r) {
+            // Queries sit at the end of their row's keys, and a query sees those up to its own position.
             const int row = block.start + r, visible = before + task.first_token + row / group + 1 - tile.key;
             float* row_scores = scores + r * kKeyTile;
             Weight* row_weights = weights + r * kKeyTile;
@@ -166,6 +170,7 @@ struct AttentionTask {
         std::memcpy(to + static_cast<int64_t>(rows) * (dim + 1), running.weight, sizeof(float) * rows);
     }
 
+    // The weighted means, each row's sums over the sum of its weights.
     INLINE void store_result() const {
         for (int r = 0; r < rows; ++r) {
             const int64_t token = job.cu_q[task.row] + task.first_token + r / group;
@@ -178,6 +183,7 @@ struct AttentionTask {
     }
 };
 
+// One task: tile after tile of its keys, and each tile with all of its row blocks.
 template <class T, class Cache>
 void attention_task(const Attention& job, int number) {
     AttentionTask<T, Cache> work(job, number);

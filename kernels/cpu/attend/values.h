@@ -1,4 +1,7 @@
 // Sums of a tile's values, times their weights. Included inside an instruction set's namespace.
+//
+// It is the micro-kernel of gemm/multiply.h with another B: where a weight's panel is one run of words, the values of a
+// tile stand in pieces, as blocks of the cache have them, and each piece has a panel for 16 of the dimensions.
 
 // sums (R rows, 32 or 16 columns), each row multiplied by `shrink` or beginning anew without it, plus weights (R rows
 // of kKeyTile) times values, which stand in pieces of 16 keys. Meanwhile it fetches the pieces `ahead`.
@@ -14,8 +17,9 @@ INLINE void add_values(const uint32_t* weights, const char* const* pieces, const
         c0[r] = shrink ? load(sums + r * ld) * shrink[r] : vf{};
         c1[r] = shrink && both ? load(sums + r * ld + 16) * shrink[r] : vf{};
     }
+
     const uint32_t* x = weights;
-    if (offset1 < 0) offset1 = offset0;
+    if (offset1 < 0) offset1 = offset0;  // the second panel is the first again, and its sums are not stored
     for (int done = 0; done < words; done += kPieceWords, ++pieces, ++ahead) {
         const auto* v0 = reinterpret_cast<const uint32_t*>(*pieces + offset0);
         const auto* v1 = reinterpret_cast<const uint32_t*>(*pieces + offset1);
@@ -32,6 +36,7 @@ INLINE void add_values(const uint32_t* weights, const char* const* pieces, const
             }
         }
     }
+
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         store(sums + r * ld, c0[r]);
@@ -58,7 +63,7 @@ INLINE void add_numbers(const uint32_t* weights, const float* scales, const char
         for (int k = 0; k < count; ++k, ++x) {
             const vu w0 = Shorts::load_weight(v0 + k * Shorts::kWeightBytes);
             const vu w1 = Shorts::load_weight(v1 + k * Shorts::kWeightBytes);
-            if (k % 2 == 0) {
+            if (k % 2 == 0) {  // a word of numbers has 32 bytes, a cache line two
                 __builtin_prefetch(*ahead + offset0 + k * Shorts::kWeightBytes, 0, 2);
                 __builtin_prefetch(*ahead + offset1 + k * Shorts::kWeightBytes, 0, 2);
             }
@@ -70,6 +75,8 @@ INLINE void add_numbers(const uint32_t* weights, const float* scales, const char
             }
         }
     }
+
+    // The integers become floats by their row's scale, and join the sums so far.
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = sums + r * ld;

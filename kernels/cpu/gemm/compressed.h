@@ -1,11 +1,16 @@
 // A bfloat16 weight in 12 bits a number, of which nothing is lost. Included inside an instruction set's namespace.
 //
 // The upper bytes of a trained model's numbers (sign and most of the exponent) are few: of a group, 64 words of a
-// panel, hardly ever more than 16. So a group has a table of them, and in it each number has a place, of 4 bits; its
+// panel, hardly ever more than 16. So a group has a table of them, and each number an index into it, of 4 bits; its
 // lower byte stands as it is. A panel is the tables of its groups, 16 bytes each, and for each four words 64 bytes of
-// places and twice 64 lower bytes. A group with more than 16 upper bytes stands apart, uncompressed; its table tells
-// where. (That the exponents say so little is DFloat11's observation, arXiv:2504.11651; codes of one length are what a
-// vector can look up.)
+// indices and twice 64 lower bytes:
+//
+//     [table of group 0][table of group 1] ... to whole cache lines
+//     [64 bytes: indices of words 0, 1 low, of words 2, 3 high][64 lower bytes of words 0, 1][64 of words 2, 3] ...
+//
+// A group with more than 16 upper bytes stands apart, uncompressed; its table holds its number there. (That exponents
+// carry so little is DFloat11's observation, arXiv:2504.11651. Codes of different lengths, as it has them, were not
+// taken: those of one length are what a vector can look up.)
 
 // The vectors of words 2 J and 2 J + 1 of the four that 192 bytes stand for.
 struct Expander {
@@ -18,6 +23,7 @@ struct Expander {
 
     template <int J>
     INLINE void operator()(const uint8_t* quad, vu& first, vu& second) const {
+        // `places` are indices into the table: of words 0 and 1 in the low four bits, of words 2 and 3 in the high.
         __m512i places = _mm512_loadu_si512(quad), lower = _mm512_loadu_si512(quad + 64 * (1 + J));
         if (J) places = _mm512_srli_epi16(places, 4);
         const __m512i upper = _mm512_shuffle_epi8(table, _mm512_and_si512(places, mask));
@@ -88,6 +94,7 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
                 }
             }
         };
+
         const int64_t count = words < kGroupWords ? words : kGroupWords;
         for (int64_t k = 0; k < count; k += 4) {
             for (int line = 0; ahead0 && line < kQuadBytes; line += 64) __builtin_prefetch(q0 + ahead0 + line, 0, 2);
@@ -98,6 +105,7 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
             q0 += kQuadBytes;
             q1 += kQuadBytes;
         }
+
         words -= count;
         t0 += kTableBytes;
         t1 += kTableBytes;
@@ -105,23 +113,27 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
     put_sums<R>(c0, c1, c, 32, add);
 }
 
-// A group of a packed panel to its table and its pieces, or, with too many upper bytes, to place `number` of `apart`.
+// A group of a packed panel to its table and its pieces, or, with too many upper bytes, to index `number` of `apart`.
 // Without a `table` nothing is written. Returns whether the group stands apart.
 inline bool compress_group(const uint32_t* words, int64_t count, uint8_t* table, uint8_t* quad, uint32_t* apart,
                            uint32_t number) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(words);
     bool seen[256] = {};
     for (int64_t i = 0; i < count * kPanel * 2; ++i) seen[bytes[2 * i + 1]] = true;
-    uint8_t places[256], found[256];
+
+    // Of each upper byte its index in the table, and the table, in ascending order.
+    uint8_t index_of[256], found[256];
     int different = 0;
     for (int i = 0; i < 256; ++i) {
         found[different] = static_cast<uint8_t>(i);
-        places[i] = static_cast<uint8_t>(different);
+        index_of[i] = static_cast<uint8_t>(different);
         different += seen[i];
     }
     const bool apart_too = different > kTableBytes;
     if (table == nullptr) return apart_too;
+
     if (apart_too) {
+        // A first byte above the second is what stands_apart() looks for; the number is behind it.
         std::memset(table, 0, kTableBytes);
         table[0] = 1;
         std::memcpy(table + 4, &number, sizeof(number));
@@ -129,12 +141,14 @@ inline bool compress_group(const uint32_t* words, int64_t count, uint8_t* table,
         std::memcpy(apart + static_cast<int64_t>(number) * kGroupWords * kPanel, words, count * kPanel * 4);
         return true;
     }
+
+    // A shorter table repeats its last byte, which keeps it in order.
     for (int i = 0; i < kTableBytes; ++i) table[i] = found[std::min(i, different - 1)];
     for (int64_t k = 0; k < count; k += 4, bytes += 256, quad += kQuadBytes) {
         for (int i = 0; i < 64; ++i) {
             // Of two words the 16-byte lanes alternate: the lower half is of the first, the upper half of the second.
             const uint8_t *first = bytes + 2 * (i % 16 / 8 * 32 + i / 16 * 8 + i % 8), *second = first + 128;
-            quad[i] = static_cast<uint8_t>(places[first[1]] | places[second[1]] << 4);
+            quad[i] = static_cast<uint8_t>(index_of[first[1]] | index_of[second[1]] << 4);
             quad[64 + i] = first[0];
             quad[128 + i] = second[0];
         }
@@ -142,8 +156,8 @@ inline bool compress_group(const uint32_t* words, int64_t count, uint8_t* table,
     return false;
 }
 
-// A panel to `to`, its groups that stand apart from place `number` on. Returns how many these are; they are only
-// counted if there is no `to`.
+// A panel to `to`, its groups that stand apart to `apart` from index `number` on. Returns how many these are; they are
+// only counted if there is no `to`.
 inline int64_t compress(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number) {
     int64_t found = 0;
     for (int64_t k = 0; k < words; k += kGroupWords) {

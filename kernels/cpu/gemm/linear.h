@@ -1,7 +1,11 @@
 // A linear layer's tasks. Included inside an instruction set's namespace.
 
-constexpr int kFewRows = kMaxRows < 4 ? kMaxRows : 4;
+// Each task computes some units of two panels for some row blocks (Tile in multiply.h), and finishes a unit's rows
+// before it begins the next: the sums of one unit are all that it keeps.
 
+constexpr int kFewRows = kMaxRows < 4 ? kMaxRows : 4;  // of 4-bit weights, that multiply_nibbles() takes
+
+// Few rows of 4-bit weights: decoded in registers, see multiply_nibbles().
 inline void linear_task_of_nibbles(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_words = static_cast<int64_t>(job.words) * kPanel / words_per_stored(job.kind);
@@ -20,6 +24,7 @@ inline void linear_task_of_nibbles(const Linear& job, const PackedRows& x, int t
 
 constexpr int kRowsThatWait = 4;  // so many leave the processor time to fetch what it does not foresee
 
+// Weights in 12 bits a number. Runs of groups of which none stands apart are multiplied in one go.
 inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_bytes = compressed_bytes(job.words);
@@ -38,6 +43,7 @@ inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, in
                 return stands_apart(tables[0] + i * kTableBytes) || stands_apart(tables[1] + i * kTableBytes);
             };
             const int64_t left = std::min<int64_t>(job.word_block, job.words - k);
+
             words = std::min<int64_t>(left, kGroupWords);
             uint32_t expanded[2 * kGroupWords * kPanel];
             const bool is_apart = apart(0);
@@ -47,6 +53,7 @@ inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, in
             } else {
                 while (words < left && !apart(words / kGroupWords)) words = std::min(left, words + kGroupWords);
             }
+
             for (int block = tile.first_block; block < tile.last_block; ++block) {
                 const int64_t row = block_start(job.m, job.row_blocks, block);
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
@@ -70,6 +77,7 @@ inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, in
     }
 }
 
+// Plain weights, and 4-bit ones of many rows, which are decoded once for all row blocks.
 template <class T>
 void linear_task(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
@@ -86,6 +94,7 @@ void linear_task(const Linear& job, const PackedRows& x, int task) {
             const int64_t at = k * kPanel / words_per_stored(job.kind);
             const uint32_t* b0 = weight + panels.first * panel_words + at;
             const uint32_t* b1 = weight + panels.second * panel_words + at;
+
             // What comes next: the rest of these panels, or the beginning of the next unit's.
             const int64_t unit_step = panels_step(job) * panel_words;
             const int64_t ahead = k + job.word_block < job.words ? job.word_block * kPanel : unit_step - at;
@@ -100,6 +109,7 @@ void linear_task(const Linear& job, const PackedRows& x, int task) {
                 b0 = decoded;
                 b1 = decoded + words * kPanel;
             }
+
             for (int block = tile.first_block; block < tile.last_block; ++block) {
                 const int64_t row = block_start(job.m, job.row_blocks, block);
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
@@ -116,7 +126,7 @@ void linear_task(const Linear& job, const PackedRows& x, int task) {
     }
 }
 
-// The same of numbers: N says how many of x and of the weight are multiplied in a word.
+// Weights of 8-bit numbers: N is how many of x and of the weight are multiplied in a word (Shorts, Bytes).
 template <class T, class N>
 void linear_task_of_numbers(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
@@ -134,6 +144,7 @@ void linear_task_of_numbers(const Linear& job, const PackedRows& x, int task) {
                                        scales_of(job, panels.second, 0), ahead, sums + (row - tile.first_row) * 32);
             });
         }
+
         // What x's offset added to a column's sum is 128 times the sum of its weights.
         const float offset = job.kind == WeightKind::kW8A8 ? 128.0f : 0.0f;
         const vf o0 = load(job.sums + panels.first * kPanel) * offset,

@@ -1,4 +1,11 @@
 // The micro-kernel, and linear layers made of it. Included inside an instruction set's namespace.
+//
+// A unit of work is R rows of x by two panels of the weight. All of its sums stay in registers, two vectors of 16
+// columns for each row; a word of x is spread over a vector and meets the same word of the panels' columns:
+//
+//     c0[r] += splat(a[k][r]) * b0[k][0..15]        c1[r] += splat(a[k][r]) * b1[k][0..15]
+//
+// R is a template's argument, so that the compiler keeps the sums in registers: see with_rows().
 
 // R rows of 32 columns, in registers, to or onto those of c.
 template <int R>
@@ -48,6 +55,7 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
     }
 }
 
+// multiply_rows() with the number of `lines` known at run time, by a function of its own for each R.
 template <class T, int R>
 __attribute__((noinline)) void multiply_packed(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words,
                                                float* c, int64_t ldc, bool add, const float* const* scales,
@@ -79,7 +87,7 @@ constexpr std::array<Multiply<T>, sizeof...(I)> multiply_table(std::integer_sequ
     return {{multiply_packed<T, I + 1>...}};
 }
 
-// By rows - 1.
+// multiply_packed() by rows - 1.
 template <class T>
 constexpr auto kMultiply = multiply_table<T>(std::make_integer_sequence<int, kMaxRows>{});
 
@@ -110,6 +118,7 @@ INLINE void interleave(const uint32_t* const* from, int rows, int64_t words, uin
         for (int r = 0; r < rows; ++r) to[k * rows + r] = from[r][k];
 }
 
+// A row block of x, interleaved word by word: the micro-kernel reads it from the first byte to the last.
 template <class T>
 void pack_rows(const Linear& job, int block, uint32_t* to) {
     int first = block_start(job.m, job.row_blocks, block), last = block_start(job.m, job.row_blocks, block + 1);
@@ -139,6 +148,7 @@ INLINE void finish_row(const Linear& job, int64_t row, int64_t unit, vf sum0, vf
         store_up_to(element<T>(job.out, job.ldo, job.out_tiles, row, column), silu(sum0) * sum1, count);
         return;
     }
+
     for (int half = 0; half < 2; ++half) {
         int64_t column = (2 * unit + half) * kPanel, count = job.n - column;
         if (count <= 0) return;

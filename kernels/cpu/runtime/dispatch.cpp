@@ -15,6 +15,7 @@ namespace {
 
 const Kernels* current = nullptr;
 
+// The first in this order that the processor runs; emulated_amx is never chosen by itself.
 const Kernels* best_kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -31,7 +32,7 @@ const Kernels* best_kernels() {
 bool may_use_tiles() {
     static const bool may = [] {
         constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTiles | kInt8;
-        unsigned a, b, c, d;
+        unsigned a, b, c, d;  // of leaf 7; AMX's bits are in d
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
         constexpr long kRequest = 0x1023, kTileData = 18;
         return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

@@ -45,14 +45,18 @@ void plan_amx(Linear& job) {
     constexpr int kChunkWords = 448;
     constexpr int64_t kLeastUnits = 4, kMostUnits = 8;  // of many rows: C stays in the second cache
     const bool grouped = job.kind == WeightKind::kInt8 || job.kind == WeightKind::kInt4, few = job.m <= kFewRows;
+
     job.row_blocks = static_cast<int>(few || grouped || job.x_tiles ? ceil_div(job.m, kTileRows)
                                                                     : 2 * ceil_div(job.m, 2 * kTileRows));
     job.block_rows = job.x_tiles ? kTileRows : static_cast<int>(ceil_div(job.m, job.row_blocks));
     job.m_tiles = static_cast<int>(ceil_div(job.m, kTaskRows));
+
     if (!grouped) {
         const int64_t passes = ceil_div(job.words, kChunkWords);
         job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
     }
+
+    // Of many rows a task has several units, whose C stays in the second cache, but no thread goes without.
     const int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(threads()) * kTasksPerThread / job.m_tiles);
     int64_t units = std::max<int64_t>(1, job.n_units / wanted);
     if (!grouped && !few) {
@@ -69,6 +73,8 @@ bool as_it_stands(const Kernels& k, const Linear& job) {
     return !by_tiles(k, job) || k.row_bytes(job) == int64_t{job.words} * 4;
 }
 
+// Plans the tasks of a chunk of rows and runs them. x is multiplied as it stands, or packed first: by each thread for
+// itself, or once for all.
 void run_chunk(Linear& job) {
     const Kernels& k = kernels();
     const bool tiles = by_tiles(k, job);
@@ -83,11 +89,14 @@ void run_chunk(Linear& job) {
     const auto room_for_scales = [&] {
         return static_cast<float*>(scratch(Scratch::kRowScales, job.m * sizeof(float)));
     };
+
     const int64_t own_bytes = tiles ? kOwnTileBytes : kOwnPackedBytes;
     if (as_it_stands(k, job)) {
         const PackedRows x{static_cast<const uint32_t*>(job.x), nullptr};
         parallel(tasks, [&](int task) { k.linear(job, x, task); });
     } else if (bytes * threads() <= own_bytes && job.n >= kOwnPackedColumns * threads()) {
+        // A thread packs x when it meets the first of its tasks of this chunk, which the number tells apart from
+        // others.
         static std::atomic<uint64_t> jobs{0};
         const uint64_t number = ++jobs;
         parallel(tasks, [&](int task) {
@@ -113,10 +122,12 @@ void run_chunk(Linear& job) {
 void run_linear(Linear job) {
     if (job.kind == WeightKind::kInt8 && (job.together == 4) != by_tiles(kernels(), job))
         throw std::invalid_argument("an int8 weight is multiplied by the kind of kernels that it was packed for");
+
     int64_t out_bytes =
         job.output == Output::kStoreFloat || job.output == Output::kAddFloat ? 4 : element_bytes(job.dtype);
     const char* x = static_cast<const char*>(job.x);
     char* out = static_cast<char*>(job.out);
+
     // Even chunks, so that none is too small for all threads; of whole row blocks. What needs no packing needs no
     // chunks.
     const int m = job.m, most = job.x_tiles ? m : by_tiles(kernels(), job) ? kTileChunkRows : kChunkRows;
@@ -154,6 +165,8 @@ int64_t rows_bytes(DType dtype, int m, int64_t size) {
 
 namespace {
 
+// Cuts a step's rows into tasks, for each KV head of a row: a prompt chunk's queries into tiles of as many tokens as a
+// task takes; a row of few queries but many keys into splits of kSplitKeys keys, whose partial results are merged.
 void plan_tasks(AttentionPlan& plan, int heads, int kv_heads) {
     const Attention& job = plan.job;
     plan.tasks.clear();
@@ -161,6 +174,7 @@ void plan_tasks(AttentionPlan& plan, int heads, int kv_heads) {
     plan.partials = 0;
     plan.heads = heads;
     plan.kv_heads = kv_heads;
+
     const int group = heads / kv_heads, rows = kernels().query_rows, most = std::max(1, rows / group);
     for (int row = 0; row < plan.rows; ++row) {
         const int queries = job.cu_q[row + 1] - job.cu_q[row], keys = job.seqused_k[row];
@@ -188,6 +202,7 @@ void plan_tasks(AttentionPlan& plan, int heads, int kv_heads) {
 void run_attention(AttentionPlan& plan, const Attention& layer) {
     const Kernels& k = kernels();
     if (plan.heads != layer.heads || plan.kv_heads != layer.kv_heads) plan_tasks(plan, layer.heads, layer.kv_heads);
+
     Attention job = layer;
     job.block_table = plan.job.block_table;
     job.table_stride = plan.job.table_stride;
@@ -199,8 +214,10 @@ void run_attention(AttentionPlan& plan, const Attention& layer) {
     job.partials =
         static_cast<float*>(scratch(Scratch::kTaskPartials, static_cast<int64_t>(plan.partials) * job.query_rows *
                                                                 (job.head_dim + 2) * sizeof(float)));
+
     auto body = [&](int task) { k.attention(job, task); };
     parallel(job.count, body);
+
     auto merge = [&](int i) {
         const int32_t* m = &plan.merges[4 * i];
         k.merge(job, m[0], m[1], m[2], m[3]);
@@ -231,17 +248,17 @@ void run_rope(const Rope& job) {
     run_rows(job.tokens, 2 * elements, [&](int token) { k.rope(job, token); });
 }
 
-void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places) {
+void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* indices) {
     const Kernels& k = kernels();
     run_rows(static_cast<int>(count), size,
-             [&](int row) { places[row] = k.argmax(rows + row * size, size, values + row); });
+             [&](int row) { indices[row] = k.argmax(rows + row * size, size, values + row); });
 }
 
 void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
-                      const int64_t* counters, float* values, int64_t* places) {
+                      const int64_t* counters, float* values, int64_t* indices) {
     const Kernels& k = kernels();
     run_rows(static_cast<int>(count), size, [&](int row) {
-        places[row] =
+        indices[row] =
             k.noisy_argmax(rows + row * size, size, temperatures[row], seeds[row], counters[row], values + row);
     });
 }

@@ -7,6 +7,8 @@
 
 namespace phalanx {
 
+// x W^T of all rows of x, in chunks that are packed at once. Throws std::invalid_argument for an int8 weight that was
+// packed for kernels of another kind.
 void run_linear(Linear job);
 
 // m rows of elements: `ld` elements apart, or as A tiles of rows of `ld` elements, see element().
@@ -38,12 +40,18 @@ struct AttentionPlan {
 // `layer` brings what is not the plan's.
 void run_attention(AttentionPlan& plan, const Attention& layer);
 
+// These go over rows or tokens; the caller does few of them alone.
 void run_norm(const Norm& job);
 void run_rope(const Rope& job);
-void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* places);
 
+// Each row's largest value and its index.
+void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* indices);
+
+// The same of each row / temperature + Gumbel noise (kernels/noise.py).
 void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
-                      const int64_t* counters, float* values, int64_t* places);
+                      const int64_t* counters, float* values, int64_t* indices);
+
+// The largest of each `block` columns of each row, to out (count, ceil(size / block)).
 void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out);
 
 }  // namespace phalanx

@@ -21,8 +21,8 @@
 namespace phalanx {
 namespace {
 
-constexpr int kSpins = 10000;  // some 200 us: longer than Python takes between the operations of a layer
-constexpr int kSpinsBeforeYield = 1 << 14;
+constexpr int kSpins = 10000;               // some 200 us: longer than Python takes between the operations of a layer
+constexpr int kSpinsBeforeYield = 1 << 14;  // of a caller whose tasks others are still at
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -32,6 +32,7 @@ inline void relax() {
 #endif
 }
 
+// Sleeps while `word` is `seen`: the kernel compares again, so no wake-up is lost.
 void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 }
@@ -78,10 +79,13 @@ constexpr int kMaxThreads = 256;
 
 std::atomic<void (*)()> on_idle{nullptr};
 
+// Runs what set_idle() was given, as the kernels give up their tiles.
 void become_idle() {
     if (auto* idle = on_idle.load(std::memory_order_relaxed)) idle();
 }
 
+// The threads, and the operation that they are at. Shares, and the counters that all watch, begin cache lines of their
+// own.
 struct Pool {
     Share shares[kMaxThreads];
     alignas(64) std::atomic<int> unfinished{0};
@@ -109,6 +113,7 @@ struct Pool {
         }
     }
 
+    // A worker's life: it takes tasks, spins for a while until the next operation, and then sleeps.
     void work(int self) {
         uint32_t seen = operation.load(std::memory_order_acquire);
         while (!stopping.load(std::memory_order_relaxed)) {
@@ -116,6 +121,8 @@ struct Pool {
             int spins = 0;
             while (operation.load(std::memory_order_acquire) == seen && ++spins < kSpins) relax();
             if (operation.load(std::memory_order_acquire) == seen) {
+                // Either announce() sees this sleeper, or the sleeper sees the operation that it announces: both are
+                // sequentially consistent.
                 become_idle();
                 sleepers.fetch_add(1, std::memory_order_seq_cst);
                 if (operation.load(std::memory_order_seq_cst) == seen) futex_wait(operation, seen);
@@ -125,6 +132,7 @@ struct Pool {
         }
     }
 
+    // Begins an operation: whoever spins sees it, whoever sleeps is woken.
     void announce() {
         operation.fetch_add(1, std::memory_order_seq_cst);
         if (sleepers.load(std::memory_order_seq_cst) > 0) futex_wake(operation);
@@ -165,6 +173,7 @@ struct Pool {
         refused.store(0);
     }
 
+    // Runs the tasks and returns when all are done. Thread i's share is the i-th part of them; the caller is thread 0.
     void run(int tasks, Task body, void* with) {
         start();
         task = body;
@@ -174,6 +183,7 @@ struct Pool {
             shares[i].range.store(Share::pack(tasks * i / wanted, tasks * (i + 1) / wanted), std::memory_order_release);
         announce();
         take_all(0);
+
         int spins = 0;
         while (unfinished.load(std::memory_order_acquire) != 0) {
             if (++spins < kSpinsBeforeYield) {
@@ -213,6 +223,7 @@ int set_threads(int threads, const std::vector<int>& cpus) {
     if (threads < current.wanted || cpus != current.cpus) current.stop();
     current.wanted = threads;
     current.cpus = cpus;
+
     const int error = cpus.empty() ? 0 : current.start_on_cpus();
     if (error != 0) {
         current.stop();

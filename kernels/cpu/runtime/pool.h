@@ -1,4 +1,5 @@
-// A pool of threads that share the tasks of one operation at a time; the caller is one of them.
+// A pool of threads that share the tasks of one operation at a time; the caller is one of them. (Not OpenMP's, which
+// torch uses: see docs/decisions/010-threads-of-a-rank.md.)
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,7 @@ void run_tasks(int tasks, Task task, void* context);
 // returns, since what the caller does next may be another library's. Null for nothing.
 void set_idle(void (*idle)());
 
+// run_tasks() of a function object, which lives until all tasks are done.
 template <class F>
 void parallel(int tasks, const F& body) {
     run_tasks(tasks, [](void* context, int task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&body));

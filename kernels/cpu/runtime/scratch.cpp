@@ -15,6 +15,7 @@ void* scratch(Scratch slot, int64_t bytes) {
     Buffer& buffer = buffers[static_cast<int>(slot)];
     if (buffer.size < bytes) {
         std::free(buffer.memory);
+        // A quarter more, in whole pages: sizes that grow step by step need few new buffers.
         buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
         buffer.memory = std::aligned_alloc(64, buffer.size);
         if (buffer.memory == nullptr) {

@@ -14,6 +14,7 @@ Rows room_for(const Projection& projection, const StackStep& step, Scratch slot)
     return {scratch(slot, rows_bytes(weight.dtype, step.tokens, weight.k)), weight.k, wants_tiles(weight, step.tokens)};
 }
 
+// The normed residual stream, as `first` had best multiply it.
 Rows normed(const DecoderStack& stack, const StackStep& step, const float* norm, const Projection& first) {
     const Rows x = room_for(first, step, Scratch::kNormedRows);
     run_norm({stack.dtype, step.total, norm, stack.eps, x.first, step.tokens, stack.hidden, x.tiles});
@@ -42,9 +43,12 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
     run_rope({stack.dtype, qkv, layer.qkv.weight.n, step.cos, step.sin, layer.q_norm, layer.k_norm, stack.eps,
               layer.keys, layer.values, stack.int8_cache, step.slots, step.tokens, stack.heads, stack.kv_heads,
               stack.head_dim, stack.block_size});
+
     Attention job{};
     job.q = qkv;
     job.ldq = layer.qkv.weight.n;
+
+    // From here on the step is that of the chosen tokens: their queries, their residual stream, their plan.
     const int64_t width = layer.output.weight.k;  // of the queries, which come first
     if (choose) {
         void* queries = scratch(Scratch::kChosenQueries, item * step.chosen * width);
@@ -58,6 +62,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
         job.ldq = width;
     }
     if (step.tokens == 0) return;
+
     const Rows attended = room_for(layer.output, step, Scratch::kAttendedRows);
     job.dtype = stack.dtype;
     job.keys = layer.keys;
@@ -71,6 +76,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
     job.out = attended.first;
     job.out_tiles = attended.tiles;
     run_attention(*step.plan, job);
+
     project(layer.output, step, attended);
 }
 
@@ -92,6 +98,7 @@ void DecoderStack::run(StackStep step, int first, int last) const {
         } else {
             run_mlp_half(*this, layer, step);
         }
+
         if (step.partial == nullptr || add_reduced == nullptr || step.tokens == 0) continue;
         const int64_t count = static_cast<int64_t>(step.tokens) * hidden;
         add_reduced(group, step.partial, count, element_bytes(dtype), step.total);

@@ -17,7 +17,7 @@
 #define PHALANX_ISA_FMA 1
 #define PHALANX_ISA_BF16 1
 #define PHALANX_ISA_TILES 1
-#define PHALANX_ISA_ROWS 12
+#define PHALANX_ISA_ROWS 12  // 12 rows by two panels: 24 of 32 registers hold sums
 #include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,6 @@
 #include "../common.h"
 
+// AVX-512 without instructions for bfloat16.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,bmi2"))), \
@@ -13,7 +14,7 @@
 #define PHALANX_ISA_AVX512 1
 #define PHALANX_ISA_FMA 1
 #define PHALANX_ISA_BF16 0
-#define PHALANX_ISA_ROWS 12
+#define PHALANX_ISA_ROWS 12  // 12 rows by two panels: 24 of 32 registers hold sums
 #include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,6 @@
 #include "../common.h"
 
+// AVX-512 with products of bfloat16 (AVX512-BF16) and of 8- and 16-bit integers (AVX512-VNNI).
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(                                                                          \
@@ -14,7 +15,7 @@
 #define PHALANX_ISA_AVX512 1
 #define PHALANX_ISA_FMA 1
 #define PHALANX_ISA_BF16 1
-#define PHALANX_ISA_ROWS 12
+#define PHALANX_ISA_ROWS 12  // 12 rows by two panels: 24 of 32 registers hold sums
 #include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop

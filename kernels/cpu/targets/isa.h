@@ -4,6 +4,8 @@
 namespace phalanx {
 namespace PHALANX_ISA_NAME {
 
+// kMaxRows: rows of x that the micro-kernel takes at once. kTaskRows: query rows of a task of attention (tokens times
+// heads of a group).
 constexpr int kMaxRows = PHALANX_ISA_ROWS;
 #if PHALANX_ISA_TILES
 constexpr int kTaskRows = 128;
@@ -28,11 +30,13 @@ constexpr int kTaskRows = 48;
 #include "../amx/rate.h"
 #endif
 
+// Calls f with a value of the element type: its type is what f wants.
 template <class F>
 INLINE void by_type(DType dtype, F&& f) {
     dtype == DType::kFloat32 ? f(float{}) : f(bf16{});
 }
 
+// A row block of x as linear() reads it. With tiles only bfloat16 is multiplied by them, float32 by vectors.
 void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
 #if PHALANX_ISA_TILES
     if (job.dtype == DType::kBFloat16) return pack_tiles(job, block, to, scales);
@@ -49,6 +53,8 @@ void pack_x(const Linear& job, int block, uint32_t* to, float* scales) {
         }
     });
 }
+
+// One task. Results that went past the caches are fenced, so that other threads see them.
 void linear(const Linear& job, const PackedRows& x, int task) {
 #if PHALANX_ISA_TILES
     if (job.dtype == DType::kBFloat16) {
@@ -75,6 +81,8 @@ void linear(const Linear& job, const PackedRows& x, int task) {
     });
     if (streams(job)) fence();
 }
+
+// One task. A cache of 8-bit numbers is multiplied by vectors with AMX too.
 void attention(const Attention& job, int task) {
 #if PHALANX_ISA_TILES
     if (job.dtype == DType::kBFloat16 && !job.int8_cache) return tile_attention_task(job, task);
@@ -84,6 +92,7 @@ void attention(const Attention& job, int task) {
         job.int8_cache ? attention_task<T, int8_t>(job, task) : attention_task<T, T>(job, task);
     });
 }
+
 void merge(const Attention& job, int row, int kv_head, int splits, int partial) {
     by_type(job.dtype, [&](auto t) { merge_partials<decltype(t)>(job, row, kv_head, splits, partial); });
 }

@@ -1,3 +1,4 @@
+// Any processor: the compiler makes what it can of the vectors.
 #include "../common.h"
 
 #define PHALANX_ISA_NAME portable

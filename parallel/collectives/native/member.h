@@ -49,7 +49,7 @@ struct Failure : std::runtime_error {
 
 enum State : uint32_t { kOpen = 0, kClosed = 1, kGaveUp = 2 };
 
-// What one rank tells the others. `signatures` belong to the last two rounds and are published by the flag.
+// What one rank publishes to the others. `signatures` belong to the last two rounds and are published by the flag.
 struct alignas(128) Line {
     std::atomic<uint32_t> flag;
     std::atomic<uint32_t> sleepers;
@@ -78,7 +78,7 @@ inline void pause() {
 #endif
 }
 
-// A POSIX lock on the segment's byte `rank` says that the rank lives: the kernel drops it when the process ends,
+// A POSIX lock on the segment's byte `rank` shows that the rank lives: the kernel drops it when the process ends,
 // however it ends; a forked child does not inherit it; no pid can be mistaken for another.
 inline struct flock lock_on(int rank) {
     struct flock lock{};
@@ -111,10 +111,11 @@ class Member {
     Member& operator=(const Member&) = delete;
     ~Member() { close(); }
 
-    // Tells the others. While another thread is in an operation, that operation fails and the memory goes when it ends.
+    // Publishes that this rank leaves. While another thread is in an operation, that operation fails and the memory
+    // goes when it ends.
     void close() {
         if (map_ == nullptr || closed_.exchange(true)) return;
-        if (getpid() == owner_) tell(kClosed);
+        if (getpid() == owner_) announce(kClosed);
         if (busy_ == nullptr) release();
     }
 
@@ -125,7 +126,7 @@ class Member {
     Line& line(int rank) const { return reinterpret_cast<Line*>(map_ + kPage)[rank]; }
     char* data() const { return map_ + data_offset(size_); }
 
-    // All of an operation's work. One that fails leaves this rank out of step for good, so it tells the others.
+    // All of an operation's work. One that fails leaves this rank out of step for good, so it lets the others know.
     template <class Body>
     void run(const char* operation, Body&& body) {
         if (busy_ != nullptr) refuse(operation, std::string("another thread is in ") + busy_);
@@ -142,6 +143,7 @@ class Member {
         leave();
     }
 
+    // Raises this rank's flag, and wakes the ranks that sleep on it.
     void publish(uint32_t value) {
         Line& mine = line(rank_);
         mine.flag.store(value, std::memory_order_seq_cst);
@@ -157,6 +159,7 @@ class Member {
         sleep(peer, target, together);
     }
 
+    // Throws if a rank, or the rank `only`, has died or left before its flag reached `target`.
     void look_around(uint32_t target, int only = -1) {
         for (int peer = 0; peer < size_; ++peer)
             if (peer != rank_ && (only < 0 || peer == only)) check_alive(peer, target);
@@ -165,6 +168,7 @@ class Member {
         if (closed_) fail("it was closed by another thread of this rank");
     }
 
+    // Lets other Python threads run, if that is not so already; leave() takes the GIL back.
     void release_gil() {
         if (thread_ == nullptr) thread_ = PyEval_SaveThread();
     }
@@ -184,6 +188,7 @@ class Member {
     std::vector<uint32_t> seen_;  // the last flag seen of each rank: saves a look at a line that another core owns
 
  private:
+    // Watches a flag: first without a break, then yielding the core in between. Returns whether it reached `target`.
     bool spin(int peer, uint32_t target) {
         const auto started = Clock::now();
         for (auto now = started;; now = Clock::now()) {
@@ -202,6 +207,7 @@ class Member {
         }
     }
 
+    // Sleeps on a flag, tick by tick, until it reaches `target`. Throws if that can no longer be, or after timeout_s.
     void sleep(int peer, uint32_t target, bool together) {
         struct Sleeper {
             std::atomic<uint32_t>& count;
@@ -210,6 +216,7 @@ class Member {
             }
             ~Sleeper() { count.fetch_sub(1, std::memory_order_relaxed); }
         } sleeper(line(peer).sleepers);
+
         // A tick that took longer counts as one: this rank was stopped, likely with all others, and who waits for
         // whom is then a matter of who goes on first.
         Clock::duration left = timeout_;
@@ -221,6 +228,7 @@ class Member {
             sleep_while(line(peer).flag, value);
             left -= std::min<Clock::duration>(Clock::now() - began, kTick);
             if (line(peer).flag.load(std::memory_order_acquire) != value) continue;
+
             look_around(target, together ? -1 : peer);
             check_signals();
             if (left <= Clock::duration::zero()) {
@@ -235,7 +243,7 @@ class Member {
     void check_alive(int peer, uint32_t target) {
         struct flock lock = lock_on(peer);
         if (fcntl(fd_, F_GETLK, &lock) != 0 || lock.l_type != F_UNLCK) return;
-        // A rank that said why it left is no culprit: check_state passes on what it said.
+        // A rank that published why it left is no culprit: check_state passes its reason on.
         if (line(peer).state.load(std::memory_order_acquire) != kOpen) return;
         if (reached(line(peer).flag.load(std::memory_order_acquire), target)) return;
         culprit_ = peer;
@@ -260,18 +268,20 @@ class Member {
         release_gil();
     }
 
-    void tell(uint32_t state) {
+    // Publishes this rank's state, and wakes who waits for it.
+    void announce(uint32_t state) {
         line(rank_).state.store(state, std::memory_order_seq_cst);
         wake_all(line(rank_).flag);
     }
 
+    // Ends an operation, with the GIL held again: memory that close() left to it goes now.
     void leave() {
         acquire_gil();
         busy_ = nullptr;
         if (closed_) {
             release();
         } else if (gave_up_) {
-            tell(kGaveUp + uint32_t(culprit_ < 0 ? rank_ : culprit_));
+            announce(kGaveUp + uint32_t(culprit_ < 0 ? rank_ : culprit_));
         }
     }
 

@@ -109,6 +109,7 @@ class Collectives : public Member {
  private:
     enum Kind : uint64_t { kBarrier, kGather, kBroadcast, kOneShot, kScatter, kCollect };
 
+    // Small messages, in one round: each rank reads all messages and sums them by itself.
     void reduce_once(char* x, size_t count, Dtype dtype) {
         const size_t bytes = count * item_bytes(dtype);
         begin(kOneShot, int(dtype), bytes);
@@ -119,7 +120,7 @@ class Collectives : public Member {
         sum_(dtype, x, sources_.data(), size_, count);
     }
 
-    // Each rank sums one slice, then takes the others' sums.
+    // Large messages, in two rounds: each rank sums one slice, then takes the others' sums.
     void reduce_slices(char* x, size_t count, Dtype dtype) {
         const size_t item = item_bytes(dtype);
         const size_t slice = ((count + size_ - 1) / size_ * item + kLine - 1) / kLine * kLine;
@@ -132,6 +133,7 @@ class Collectives : public Member {
         await_all();
         for (int peer = 0; peer < size_; ++peer) sources_[peer] = (peer == rank_ ? x : slot(peer)) + mine;
         sum_(dtype, x + mine, sources_.data(), size_, bytes / item);
+
         begin(kCollect, int(dtype), count);
         std::memcpy(slot(rank_) + mine, x + mine, bytes);
         post();
@@ -142,8 +144,10 @@ class Collectives : public Member {
         }
     }
 
+    // A rank's slot of this round's parity.
     char* slot(int rank) const { return data() + (2 * rank + (round_ & 1)) * slot_bytes_; }
 
+    // Enters the next round. The signature is what all ranks must agree on: the operation, its detail and its length.
     void begin(Kind kind, int detail, size_t length) {
         ++round_;
         for (int peer = 0; peer < size_; ++peer)
@@ -156,12 +160,14 @@ class Collectives : public Member {
         publish(round_);
     }
 
+    // Returns once `peer` has posted this round; throws if it is in another operation.
     void await(int peer) {
         wait(peer, round_, true);
         if (line(peer).signatures[round_ & 1] != signature_)
             fail("rank " + std::to_string(peer) + " called another operation, or with another size or dtype");
     }
 
+    // Begins with the next rank, as every rank does: they look at different lines.
     void await_all() {
         for (int step = 1; step < size_; ++step) await((rank_ + step) % size_);
     }
@@ -186,6 +192,7 @@ class Ring : public Member {
         return std::vector<size_t>(size, data_offset(size) + capacity);
     }
 
+    // A message is its length, 8 bytes, and its content.
     void send(const py::bytes& message) {
         char* content = nullptr;
         Py_ssize_t length = 0;
@@ -227,10 +234,14 @@ class Ring : public Member {
         while (bytes > 0) {
             const uint32_t piece = uint32_t(std::min<size_t>(bytes, capacity_ / 4));
             const uint32_t target = position_ + piece - capacity_;
+            // A reader must be so far that the piece overwrites nothing it still needs. Before it is waited for, what
+            // is written is published: else it would have nothing to read.
             for (int peer = 1; peer < size_; ++peer) {
                 if (!reached(seen_[peer], target)) publish(position_);
                 wait(peer, target, true);
             }
+
+            // Up to the ring's end, and what is left from its beginning on.
             const uint32_t at = position_ % capacity_, first = std::min(piece, capacity_ - at);
             std::memcpy(data() + at, from, first);
             std::memcpy(data(), from + first, piece - first);

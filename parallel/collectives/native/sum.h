@@ -25,6 +25,7 @@ inline size_t item_bytes(Dtype dtype) {
     }
 }
 
+// The same bits as another type.
 template <class To, class From>
 PHALANX_INLINE To bits_as(From value) {
     static_assert(sizeof(To) == sizeof(From));
@@ -33,6 +34,7 @@ PHALANX_INLINE To bits_as(From value) {
     return result;
 }
 
+// A type of elements: as it is Stored, and as it is summed. Plain: sums of the same type.
 template <class Number>
 struct Plain {
     using Stored = Number;
@@ -41,6 +43,7 @@ struct Plain {
     static PHALANX_INLINE Stored store(Sum value) { return value; }
 };
 
+// The upper half of a float; rounded to nearest, ties to even, and a NaN stays one.
 struct BFloat16 {
     using Stored = uint16_t;
     using Sum = float;
@@ -78,7 +81,7 @@ struct Float16 {
     }
 };
 
-// `out` may be one of the sources.
+// The sources' number is known to the compiler, so one pass reads them all. `out` may be one of the sources.
 template <class Type, int Count>
 PHALANX_INLINE void sum_few(typename Type::Stored* out, const typename Type::Stored* const* sources, size_t length) {
     const typename Type::Stored* from[Count];
@@ -91,6 +94,7 @@ PHALANX_INLINE void sum_few(typename Type::Stored* out, const typename Type::Sto
     }
 }
 
+// Any number of sources, a block of elements at a time, whose sums are kept beside.
 template <class Type>
 PHALANX_INLINE void sum_many(typename Type::Stored* out, const typename Type::Stored* const* sources, int count,
                              size_t length) {
@@ -176,6 +180,7 @@ inline void sum_portable(Dtype dtype, void* out, const void* const* sources, int
     sum_by_dtype(dtype, out, sources, count, length);
 }
 
+// The same source for each instruction set: the attribute is what makes the difference.
 #if defined(__x86_64__) && defined(__GNUC__)
 __attribute__((target("avx2"))) inline void sum_avx2(Dtype dtype, void* out, const void* const* sources, int count,
                                                      size_t length) {
