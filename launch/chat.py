@@ -44,7 +44,8 @@ class Conversation:
     def __init__(self, system: str | None, count_tokens: Callable[[list[Message]], int], limit: int) -> None:
         """`limit`: tokens the rendered conversation may have."""
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._count_tokens, self._limit = count_tokens, limit
+        self._count_tokens = count_tokens
+        self._limit = limit
         self._turns: list[Message] = []
 
     @property
@@ -80,7 +81,10 @@ class Chat:
     """Reads lines and answers them until there are no more."""
 
     def __init__(self, llm: LLM, config: EngineConfig, conversation: Conversation, terminal: Terminal | None) -> None:
-        self._llm, self._config, self._conversation, self._terminal = llm, config, conversation, terminal
+        self._llm = llm
+        self._config = config
+        self._conversation = conversation
+        self._terminal = terminal
         self._numbers = 0
 
     def run(self) -> int:
@@ -133,7 +137,8 @@ class Chat:
     def _stream(self, submit: Submit) -> str:
         handle = self._llm.submit(submit)
         assert handle is not None
-        text, ending = "", ""
+        text = ""
+        ending = ""
         watched = self._terminal.on_interrupt(handle.abort) if self._terminal else contextlib.nullcontext()
         with watched:
             for event in handle:

@@ -78,7 +78,10 @@ class Batch:
     """Sends requests through an engine, a bounded number at a time, and writes each record as it is known."""
 
     def __init__(self, llm: LLM, answers: AnswerFile | None, display: Display, window: int) -> None:
-        self._llm, self._answers, self._display, self._window = llm, answers, display, window
+        self._llm = llm
+        self._answers = answers
+        self._display = display
+        self._window = window
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._under_way: dict[str, _UnderWay] = {}
         self.summary = Summary()
@@ -191,7 +194,8 @@ def _one(job: Job[GenerateKeys], config: EngineConfig, prompt: str) -> int:
 
 def _one_summary(end: Finished) -> str:
     reasons = ", ".join(completion.finish_reason for completion in end.completions)
-    timings, tokens = end.timings, end.usage.completion_tokens
+    timings = end.timings
+    tokens = end.usage.completion_tokens
     return (
         f"({reasons}; {tokens} tokens in {timings.total_s:.1f} s, {tokens / max(timings.total_s, 1e-9):.1f} tokens/s, "
         f"first after {timings.ttft_s:.2f} s)"

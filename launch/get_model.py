@@ -120,7 +120,8 @@ def _run(options: Mapping[str, str]) -> tuple[Path, bool]:
     from .model_files.model_folder import is_made
     from .model_files.random_model import make_random_model, random_origin
 
-    dtype, force = options.get("dtype", "bfloat16"), _flag("force", options.get("force", "false"))
+    dtype = options.get("dtype", "bfloat16")
+    force = _flag("force", options.get("force", "false"))
     if "demo" in options:
         folder = Path(options.get("out", DEMO_FOLDER))
         return folder, get_demo(folder, dtype, force)
@@ -132,7 +133,8 @@ def _run(options: Mapping[str, str]) -> tuple[Path, bool]:
             return folder, False
         return convert_gguf(file, folder, dtype, force), True
     name = options["random"]
-    shape, seed = load_shape(name), _integer("seed", options.get("seed", "0"), 0)
+    shape = load_shape(name)
+    seed = _integer("seed", options.get("seed", "0"), 0)
     if "layers" in options:
         shape["num_hidden_layers"] = _integer("layers", options["layers"], 1)
     folder = Path(options.get("out", Path("models") / name.replace("_", "-")))

@@ -205,7 +205,8 @@ def _table(plan: Plan) -> Table:
 
 
 def _title(plan: Plan) -> str:
-    config, ranks = plan.setup.config, len(plan.needs)
+    config = plan.setup.config
+    ranks = len(plan.needs)
     weights = f", weights in {config.quantization}" if get_weight_format(config.quantization).rounds else ""
     cache = "" if config.kv_cache_dtype == "auto" else f", KV cache in {config.kv_cache_dtype}"
     device = "CPU " if plan.setup.on_cpu else ""
@@ -272,7 +273,8 @@ def _evenness(plan: Plan) -> str:
 def _kv_evenness(plan: Plan) -> list[str]:
     kv = [need.kv_token for need in plan.needs]
     if plan.parts.kv_replicas > 1:
-        heads, held = plan.spec.num_kv_heads, len(kv)
+        heads = plan.spec.num_kv_heads
+        held = len(kv)
         return [
             f"There are more ranks than KV heads: up to {plan.parts.kv_replicas} ranks hold the same one, and the "
             f"cache takes {held / heads:.2f} times the memory."

@@ -24,7 +24,8 @@ class WorkerKeys(Keys):
 
 def work(job: Job[WorkerKeys]) -> int:
     """Serve until a client or a signal ends the group."""
-    config, address = job.engine_config(), job.keys.address
+    config = job.engine_config()
+    address = job.keys.address
     if address is None:
         raise ConfigError("address is not set; it must be ipc://PATH or tcp://HOST:PORT")
     secret = None if job.keys.secret_file is None else read_secret(job.keys.secret_file)

@@ -119,8 +119,9 @@ class _Wire:
         self._on_lost: _OnFrames = lambda frames: None
 
     def start(self, on_frames: _OnFrames, on_lost: _OnFrames = lambda frames: None) -> None:
-        """`on_lost` gets what a router socket could not send, because its receiver has gone."""
-        self._on_frames, self._on_lost = on_frames, on_lost
+        """Start the thread. `on_lost` gets what a router socket could not send, because its receiver has gone."""
+        self._on_frames = on_frames
+        self._on_lost = on_lost
         self._thread.start()
 
     def send(self, frames: list[bytes]) -> None:
@@ -149,12 +150,15 @@ class _Wire:
             running = True
             while running:
                 ready = dict(poller.poll())
+
+                # Messages that other threads queued, and the empty one of close().
                 if self._pull in ready:
                     frames = self._pull.recv_multipart()
                     if frames == [b""]:
                         running = False
                     else:
                         self._send(frames)
+
                 if self.socket in ready:
                     self._receive(self.socket.recv_multipart())
         finally:
@@ -192,7 +196,7 @@ class ZmqTransport(Transport):
     """
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
-        """Raises ConfigError for an address that others could use, or that cannot be bound."""
+        """Bind the socket. Raises ConfigError for an address that others could use, or that cannot be bound."""
         check_address(address, secret)
         self._may_shut_down = address.startswith("ipc://")
         self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
@@ -210,8 +214,11 @@ class ZmqTransport(Transport):
         self._decoder = msgspec.msgpack.Decoder(Command)
 
     def start(self, on_command: OnCommand) -> None:
+        """Begin to deliver (client, command) on the transport's thread; a client that has gone aborts its requests."""
+
         def on_frames(frames: list[bytes]) -> None:
-            client, data = frames[0], frames[-1]
+            client = frames[0]
+            data = frames[-1]
             try:
                 command = self._decoder.decode(data)
             except UNDECODABLE as error:
@@ -231,14 +238,16 @@ class ZmqTransport(Transport):
         self._wire.start(on_frames, on_lost)
 
     def send(self, client: bytes, *events: Event) -> None:
+        """Queue events for a client; the transport's thread sends them."""
         # Frames of one message: threads and the client wake up once for all.
         self._wire.send([client, *map(self._encoder.encode, events)])
 
     def close(self) -> None:
+        """Send what is queued, waiting at most a second for a slow client, then close the socket."""
         self._wire.close()
 
     def _refuse(self, client: bytes, data: bytes, error: Exception) -> None:
-        """Whoever waits for an answer to an ill-formed Submit gets one; there is nobody to tell of other garbage."""
+        """Answer an ill-formed Submit, whose client waits; other undecodable messages are only logged."""
         try:
             addressed = msgspec.msgpack.decode(data, type=_Addressed)
         except UNDECODABLE:
@@ -259,16 +268,16 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
 
 
 class _Addressed(msgspec.Struct, tag="submit"):
-    """What is left to know of a Submit whose other fields are wrong."""
+    """The only field needed of a Submit whose other fields are wrong."""
 
     id: str
 
 
 class ZmqConnection(Connection):
-    """A client of a coordinator in another process; it may be there later than the client."""
+    """A client of a coordinator in another process, which may start later than the client."""
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
-        """Raises ConfigError for an address that needs a `secret`, the engine's, and has none."""
+        """Connect to `address`. Raises ConfigError for an address that needs the engine's `secret` and has none."""
         check_address(address, secret)
         self._wire = _Wire(zmq.DEALER, "phalanx-connection")
         if secret is not None:
@@ -281,6 +290,8 @@ class ZmqConnection(Connection):
         self._decoder = msgspec.msgpack.Decoder(Event)
 
     def start(self, on_event: OnEvent) -> None:
+        """Begin to deliver events, on the connection's thread."""
+
         def on_frames(frames: list[bytes]) -> None:
             for data in frames:
                 try:
@@ -292,6 +303,7 @@ class ZmqConnection(Connection):
         self._wire.start(on_frames)
 
     def send(self, command: Command) -> None:
+        """Queue a command, which the connection's thread sends. Raises InvalidRequest for what cannot be encoded."""
         try:
             data = self._encoder.encode(command)
         except (TypeError, ValueError, OverflowError) as error:
@@ -299,17 +311,18 @@ class ZmqConnection(Connection):
         self._wire.send([data])
 
     def close(self) -> None:
+        """Send what is queued, then close the socket."""
         self._wire.close()
 
 
 class _Belonging(msgspec.Struct):
-    """What is left to know of an event that cannot be read: whose it is."""
+    """The only field needed of an event that cannot be read: its request's id."""
 
     id: str
 
 
 def _unreadable(data: bytes, error: Exception) -> Failed:
-    """Return what the request of an unreadable event is told: nobody waits for an answer that never becomes whole.
+    """Return the failure for the request of an unreadable event, so that nobody waits for an incomplete answer.
 
     Raises msgspec.DecodeError, as UNDECODABLE says, for bytes that belong to no request.
     """

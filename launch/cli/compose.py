@@ -179,7 +179,8 @@ def _explain(error: Exception, keys: type[Keys]) -> str:
         cause = cause.__cause__ or cause.__context__
     name = re.sub(r"\[.*", "", cause.full_key or "") if cause is not None else ""
     preset = re.match("In '[^']+': ", str(error))
-    where, docs = preset[0] if preset else "", key_docs(keys)
+    where = preset[0] if preset else ""
+    docs = key_docs(keys)
     if name in docs:
         said = str(cause).splitlines()[0]
         return f"{where}{name} must be {describe_type(_type_of(name, keys))}: {said}. Its meaning: {docs[name]}"

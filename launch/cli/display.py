@@ -40,7 +40,8 @@ class ProgressBar(Display):
     """Requests done and tokens a second, on standard error: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
-        self._total, self._stream = total, stream
+        self._total = total
+        self._stream = stream
         self._done = self._tokens = 0
         self._started = self._reported = time.monotonic()
         self._bar: Progress | None = None
@@ -114,7 +115,8 @@ class AnswerStream(Display):
         if "error" in record:
             self._footers[request_id] = f"error: {record['error']}"
         else:
-            usage, timings = record["usage"], record["timings"]
+            usage = record["usage"]
+            timings = record["timings"]
             self._footers[request_id] = (
                 f"({record['finish_reason']}; {usage['completion_tokens']} tokens, first after "
                 f"{timings['ttft_s']:.2f} s, then {timings['tpot_ms']:.0f} ms each)"
@@ -122,7 +124,8 @@ class AnswerStream(Display):
         self._advance()
 
     def _add(self, key: str | int, title: str, completions: int) -> None:
-        self._texts[key], self._titles[key] = [""] * completions, title
+        self._texts[key] = [""] * completions
+        self._titles[key] = title
         if len(self._texts) == 1:
             self._begin()
 

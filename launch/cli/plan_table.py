@@ -26,7 +26,8 @@ from ...parallel.partition import Partition
 REQUEST_TOKENS = 32768
 CPU_BLOCK_SIZE = 16
 """Tokens of one KV block that an engine takes on a CPU where none are named."""
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Plan:
         return fewest_ranks(self.requirements, estimate)
 
     def _needs(self, rank: int) -> RankNeeds:
-        requirements, memory = self.requirements, None if self.ranks is None else self.ranks[rank]
+        requirements = self.requirements
+        memory = None if self.ranks is None else self.ranks[rank]
         return RankNeeds(
             requirements.weights(rank),
             requirements.activations(rank),
@@ -185,7 +187,9 @@ def _estimate(requirements: MemoryRequirements, device_memory: Sequence[int] | N
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Changes that may make a plan fit."""
-    config, memory, requirements = plan.setup.config, plan.setup.device_memory, plan.requirements
+    config = plan.setup.config
+    memory = plan.setup.device_memory
+    requirements = plan.requirements
     assert plan.ranks is not None
     if memory is not None and len(set(memory)) > 1:
         yield {"rank_weights": tuple(round(size / min(memory), 2) for size in memory)}
@@ -216,7 +220,8 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _after(plan: Plan, device_memory: tuple[int, ...] | None = None, **change: Any) -> Plan:
-    config, memory = dataclasses.replace(plan.setup.config, **change), plan.setup.device_memory
+    config = dataclasses.replace(plan.setup.config, **change)
+    memory = plan.setup.device_memory
     if device_memory is not None:
         memory = device_memory
     if memory is not None and not plan.setup.one_host and len(memory) != config.ranks:

@@ -101,7 +101,8 @@ def _sampling_schema() -> type:
 
 def _omegaconf_type(hint: Any) -> Any:
     """`hint` in the forms OmegaConf knows: it has no tuples of any length."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin is tuple:
         return types.GenericAlias(list, arguments[:1])
     if origin in (types.UnionType, typing.Union):
@@ -111,7 +112,8 @@ def _omegaconf_type(hint: Any) -> Any:
 
 def describe_type(hint: Any) -> str:
     """A type in a user's words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if a is type(None) else describe_type(a) for a in arguments)
     if origin in (list, tuple):

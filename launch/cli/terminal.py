@@ -99,7 +99,8 @@ def _without_interrupt(mode: list[Any]) -> None:
 
 def _key_by_key(mode: list[Any]) -> None:
     mode[_LFLAG] &= ~(termios.ICANON | termios.ECHO)
-    mode[_CC][termios.VMIN], mode[_CC][termios.VTIME] = 1, 0
+    mode[_CC][termios.VMIN] = 1
+    mode[_CC][termios.VTIME] = 0
 
 
 def _gnu_readline() -> bool:

@@ -126,7 +126,8 @@ def _config(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
             raise CheckpointError(f"{file}: its metadata lack {architecture}.{key}")
         return value
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
+    heads = get("attention.head_count")
+    hidden = get("embedding_length")
     config = {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -172,7 +173,9 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _llama3_scaling(file: Path, config: Mapping[str, Any], factors: Array) -> dict[str, Any]:
     """Llama 3.1's settings that give these factors (transformers, modeling_rope_utils). Else raises ConfigError."""
-    low, high, original = 1.0, 4.0, 8192
+    low = 1.0
+    high = 4.0
+    original = 8192
     factor = round(float(factors.max()), 3)
     wavelength = 2 * math.pi * config["rope_theta"] ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)

@@ -68,8 +68,10 @@ def random_origin(shape: dict[str, Any], seed: int, dtype: str) -> dict[str, Any
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Every tensor of a model's checkpoint, in the order of the forward pass."""
-    hidden, width = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.num_query_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden = spec.hidden_size
+    width = spec.intermediate_size
+    queries = spec.num_query_heads * spec.head_dim
+    keys = spec.num_kv_heads * spec.head_dim
     layer: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         layer |= _linear(f"self_attn.{name}", rows, hidden, spec.qkv_bias)
