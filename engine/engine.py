@@ -247,7 +247,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def _of_ranks(texts: list[str]) -> str:
-    """What each rank says, each text once."""
+    """Join the ranks' texts, each text once, with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)

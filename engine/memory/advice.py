@@ -107,7 +107,7 @@ def _changes(requirements: MemoryRequirements, memory: RankMemory) -> Iterator[s
         yield f"max_model_len to at most {fits}{lower}"
 
     if in_bytes and needed < sequence:
-        # The named bytes are too few for one sequence: no other change helps.
+        # The named bytes are too few for one sequence, and no change below adds to them.
         if sequence <= available:
             yield f"kv_memory to at least {sequence} (bytes)"
         return

@@ -65,7 +65,7 @@ def _along(mount: Path, path: str, files: _Files) -> Iterator[int]:
 
 
 def _reclaimable(stat: Path, field: str) -> int:
-    """Return the bytes of cached files, such as a checkpoint's, that the group's use counts but that can be reclaimed."""
+    """Return the bytes of cached files, such as a checkpoint's, that count as used but can be reclaimed."""
     for line in stat.read_text().splitlines() if stat.exists() else ():
         name, _, value = line.partition(" ")
         if name == field:

@@ -145,8 +145,8 @@ def graph_reserve(
 def host_budget(config: EngineConfig, local_size: int, sequence_bytes: int, available: int) -> int:
     """Bytes a rank may spend on its KV cache on a CPU, weights being loaded and `available` bytes of memory free.
 
-    A kv_memory above 1 is that number of bytes. Otherwise the budget is the rank's part of CPU_BUDGET (or one sequence's
-    `sequence_bytes`, if more), but at most its part of that fraction of the free memory.
+    A kv_memory above 1 is that number of bytes. Otherwise the budget is the rank's part of CPU_BUDGET (or one
+    sequence's `sequence_bytes`, if more), but at most its part of that fraction of the free memory.
     """
     if config.kv_memory > 1:
         return int(config.kv_memory)
@@ -230,6 +230,7 @@ def estimate_hosts(requirements: MemoryRequirements, hosts: Sequence[int]) -> li
             budget = min(budget, (free - steps) // local_size)
         elif free < 0:
             budget = free // local_size
+
         weights = requirements.weights(rank)
         activations = requirements.activations(rank)
         estimates.append(RankMemory(rank, block, host_budget=budget, weights=weights, activations=activations))

@@ -44,7 +44,7 @@ class MemoryBudget:
             count_blocks(self.requirements, self._exchange(loaded))
 
     def measure_step(self, step: Callable[[], object]) -> int:
-        """Run `step` twice and return the bytes that it takes while it runs; agree_on_blocks() keeps them free on a GPU.
+        """Run `step` twice and return the bytes it takes while it runs; agree_on_blocks() keeps them free on a GPU.
 
         On a GPU they are what PyTorch takes from the driver, so what is lost between tensors counts. On a CPU they are
         the rise of this process's peak. Raises ConfigError if there is too little memory for the step.

@@ -191,6 +191,7 @@ class DecoderLayer(nn.Module):
         down = mlp.down.packed
         if qkv is None or output is None or gate_up is None or down is None:
             return None
+
         return PackedLayer(
             self.input_norm.weight,
             (qkv, attention.qkv.bias),

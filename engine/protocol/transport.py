@@ -22,7 +22,7 @@ _OnFrames = Callable[[list[bytes]], None]
 _log = logging.getLogger(__name__)
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are no message; the last for lists in lists, a thousand deep."""
+"""What decoding raises for bytes that are no message; RecursionError for lists nested a thousand deep."""
 
 
 class Transport(ABC):
@@ -107,11 +107,14 @@ class _Wire:
     def __init__(self, kind: int, name: str) -> None:
         self._context = context = zmq.Context()
         self.socket = _unbounded(context, kind)
+
+        # A ZeroMQ socket belongs to one thread: other threads queue frames here, which the poll sees too.
         wake = f"inproc://wake-{id(self)}"
         self._pull = _unbounded(context, zmq.PULL)
         self._pull.bind(wake)
         self._push = _unbounded(context, zmq.PUSH)
         self._push.connect(wake)
+
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

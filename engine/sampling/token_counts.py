@@ -22,6 +22,7 @@ class TokenCounts:
         self._slots = slots
         self._vocab = vocab
         self._device = device
+        # Prompt, bool, and output, int32, each (slots, len(vocab) + 1).
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def start(self, start: SlotStart) -> None:

@@ -13,7 +13,7 @@ from .step_plan import SlotSampling, SlotStart
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is; a preempted one waits again."""
+    """The state of a sequence; a preempted one waits again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -164,7 +164,7 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        """How many new tokens there are."""
+        """The number of new tokens."""
         return len(self.tokens) - self.prompt_length
 
 

@@ -31,7 +31,7 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def needs_token_counts(self) -> bool:
-        """Whether the tokens so far change the next one's logits, beyond how many there are."""
+        """Whether the ids of the tokens so far change the next token's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
