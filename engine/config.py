@@ -30,46 +30,48 @@ class EngineConfig:
     model: str
     """A local model folder, or a hub name found in the local hub cache."""
     tokenizer: str | None = None
-    """A tokenizer folder; None uses the model's; "none" does without: requests then carry token ids."""
+    """A tokenizer folder; None uses the model's. "none" loads none: requests then carry token ids."""
     dtype: str = "auto"
-    """Weights and activations: auto (the checkpoint's own), bfloat16, float16 or float32."""
+    """Dtype of weights and activations: auto (the checkpoint's own), bfloat16, float16 or float32."""
     ranks: int = 1
     """Tensor-parallel ranks, 1 to the number of query heads; nothing has to divide."""
     rank_weights: tuple[float, ...] | None = None
-    """Relative share of each rank, for cards of different size; None deals evenly."""
+    """Relative share of each rank, for cards of different size; None makes all shares equal."""
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     collectives: str = "auto"
-    """How ranks talk: auto (the fastest that works here), shared_memory (of one host), gloo (also between hosts), nccl,
-    or symmetric_memory (nccl, and memory that GPUs of one host share, for small sums). The last two need device=cuda;
-    the first two take tensors of a GPU by way of the host, which is slow, but lets ranks share one."""
+    """How ranks exchange tensors: auto (the fastest that works here), shared_memory (in one host), gloo (also between
+    hosts), nccl, or symmetric_memory (nccl, and for small sums memory that the GPUs of one host share). nccl and
+    symmetric_memory need device=cuda. shared_memory and gloo copy a GPU's tensors through the host, which is slow, but
+    lets several ranks share a GPU."""
     threads: int = 0
     """CPU threads of each rank; 0 divides the physical cores of this host among its ranks (hyperthreads of one core
-    share what multiplies)."""
+    share its arithmetic units)."""
     bind_cpus: str = "auto"
     """Bind CPU ranks to NUMA nodes, and each thread that computes to a core: auto (where this process may use CPUs of
     several nodes), always (on one node too), or never (also for ranks that somebody else has bound, with numactl or
-    torchrun --numa-binding: set threads as well then). In a process of the caller's own, only the kernels' threads.
-    Several engines on one host would choose the same CPUs: start each with its own, by taskset or numactl."""
+    torchrun --numa-binding: set threads as well then). In a process of the caller's own, only the kernels' threads are
+    bound. Several engines on one host would choose the same CPUs: start each on CPUs of its own, by taskset or
+    numactl."""
     max_model_len: int | None = None
-    """Prompt and output tokens of one request at most; None takes the model's own limit."""
+    """Most prompt and output tokens of one request; None takes the model's own limit."""
     max_num_seqs: int = 64
-    """Sequences computed in one step at most."""
+    """Most sequences computed in one step."""
     max_num_batched_tokens: int = 2048
-    """Tokens computed in one step at most: the step's budget."""
+    """Most tokens computed in one step: the step's budget."""
     max_queue: int = 16384
     """Requests that may wait; more are refused with CapacityExceeded."""
     block_size: int | None = None
     """Tokens of one KV block; None lets the attention backend choose: 16 with cpu and torch, 64 with triton, 128 with
-    flash_attn_3, 256 with flash_attn_2. If set: for cpu and flash_attn_* a multiple of that, for triton a power of two
-    from 16, for torch any."""
+    flash_attn_3, 256 with flash_attn_2. With cpu and flash_attn_* a set value must be a multiple of that default, with
+    triton a power of two from 16; torch takes any."""
     kv_memory: float = 0.9
-    """KV cache of one rank: bytes if above 1, else the fraction of a GPU's memory the engine may use in all.
-    On a CPU a fraction is of the memory free once the weights are loaded, and the cache is never larger
-    than max_num_seqs sequences of max_model_len tokens need."""
+    """Size of one rank's KV cache: bytes if above 1, else the fraction of a GPU's memory that the whole engine may use.
+    On a CPU the fraction applies to the memory that is free once the weights are loaded. The cache is never larger than
+    max_num_seqs sequences of max_model_len tokens need."""
     kv_cache_dtype: str = "auto"
-    """Keys and values as kept: auto (as dtype), or, by phalanx's own kernels on a CPU, int8: half of bfloat16's memory,
-    8 bits of each number and a scale for each head of a token."""
+    """Format of the KV cache: auto (same as dtype) or int8 (8 bits for each number, and a scale for each head of a
+    token; half of bfloat16's memory). int8 needs phalanx's own kernels on a CPU."""
     prefix_cache: bool = True
     """Reuse the KV blocks of equal prompt beginnings."""
     attention: str = "auto"
@@ -80,24 +82,26 @@ class EngineConfig:
     lazy (captured while serving, so that the start is faster), or eager (padded like a graph's steps, but their
     operations run one by one: to find faults)."""
     overlap: bool | None = None
-    """Plan and send the next step while one is computed; tokens stay on the device meanwhile. None: on a GPU."""
+    """Plan and send the next step while one is computed; tokens stay on the device meanwhile. None: only on a GPU."""
     quantization: str = "none"
-    """Weights as computed with: none (as in dtype); or, on a CPU, rounded while a bfloat16 checkpoint loads: int8 (8
-    bits and a scale for each 32 inputs), w8a8 (8 bits and a scale for each output; activations of 8 bits too), int4 (4
-    bits and a scale for each 64 inputs). The head, and an embedding tied to it, keep at least 8 bits."""
+    """Format of the weights: none (same as dtype), int8 (8 bits and a scale for each 32 inputs), w8a8 (8 bits and a
+    scale for each output; activations of 8 bits too) or int4 (4 bits and a scale for each 64 inputs). All but none need
+    a CPU and round the weights while a bfloat16 checkpoint loads. The head, and an embedding tied to it, keep at least
+    8 bits."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
     seed: int = 0
-    """Seeds the requests that bring none, and dummy weights."""
+    """Seed of the requests that bring none, and of dummy weights."""
     timeout_s: float = 300.0
     """Seconds a rank waits for another inside one operation before it gives up."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """max_tokens, temperature, top_k, top_p, min_p and repetition_penalty of requests that leave them unset (None). The
-    launch programs take the other fields too, as the sampling of every request that does not say otherwise."""
+    launch programs take the other fields too, as the defaults of every request."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model={self.model!r} must be a folder or a hub name")
+
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("collectives", self.collectives, COLLECTIVES)
@@ -107,24 +111,28 @@ class EngineConfig:
         _one_of("quantization", self.quantization, weight_formats.NAMES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_model_len", "block_size"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("threads", self.threads, 0)
+
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
                 f"each running sequence needs one token of the budget a step; "
                 f"raise max_num_batched_tokens or lower max_num_seqs"
             )
+
         if not _is_positive(self.kv_memory):
             raise ConfigError(f"kv_memory={self.kv_memory!r} must be bytes (above 1) or a fraction in (0, 1]")
         if not _is_positive(self.timeout_s):
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be a number of seconds above 0")
         if self.timeout_s > MAX_TIMEOUT_S:
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be at most {MAX_TIMEOUT_S} seconds, a week")
+
         if not isinstance(self.overlap, bool | None):
             raise ConfigError(f"overlap={self.overlap!r} must be true, false or null (on a GPU)")
         if not isinstance(self.prefix_cache, bool):
@@ -135,6 +143,7 @@ class EngineConfig:
             raise ConfigError(f'tokenizer={self.tokenizer!r} must be a folder, a hub name or "none"')
         if not isinstance(self.sampling, SamplingParams):
             raise ConfigError(f"sampling={self.sampling!r} must be a mapping of sampling fields")
+
         if self.rank_weights is not None:
             self._check_rank_weights(self.rank_weights)
 

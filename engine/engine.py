@@ -43,25 +43,30 @@ class Engine:
         on_progress: Progress | None = None,
         binding: Binding | None = None,
     ) -> None:
-        self.config, self.group = config, group
+        self.config = config
+        self.group = group
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         spec = spec_from_config(read_config(folder), str(folder))
         self._untied = config.load_format != "dummy" and has_own_head(spec, folder)
         if self._untied:
             spec = dataclasses.replace(spec, tied_embeddings=False)
+
         tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
         self.worker = build_worker(config, spec, folder, group, on_progress, binding)
+
+        # What each rank chose, for rank 0's report.
         self._threads = [threads for [threads] in all_gather_ints(group.host, [self.worker.settings.binding.threads])]
         self._bindings = all_gather_texts(group.host, str(self.worker.settings.binding))
+
         self.coordinator: Coordinator | None = None
         if group.rank == 0:
             assert transport is not None
             self.coordinator = self._coordinator(spec, tokenizer, read_generation_config(folder), transport)
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
-        """Work until the engine is told to stop; returns the stop's payload. Rank 0's must have been started."""
+        """Run steps until the engine is stopped, and return the stop's payload. Rank 0's must have been started."""
         if self.group.device.type == "cuda":
-            torch.cuda.set_device(self.group.device)  # it is each thread's own
+            torch.cuda.set_device(self.group.device)  # each thread has its own current device
         with self._computing():
             if self.coordinator is None:
                 return self.worker.follow_plans(self.group.control)
@@ -70,8 +75,10 @@ class Engine:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Set the calling thread up to run the steps. torch's own threads would inherit a single CPU from it: without
-        the kernels, which do without them, it stays as it is.
+        """Set the calling thread up to run the steps.
+
+        It is bound to a single CPU, which torch's own threads would inherit. So without phalanx's kernels, which do not
+        need torch's threads, it stays unbound.
         """
         if not self.worker.settings.uses_kernels:
             yield
@@ -88,7 +95,8 @@ class Engine:
     def _coordinator(
         self, spec: ModelSpec, tokenizer: Tokenizer | None, generation_config: dict[str, Any], transport: Transport
     ) -> Coordinator:
-        config, capacity = self.config, self.worker.capacity
+        config = self.config
+        capacity = self.worker.capacity
         scheduler = Scheduler(
             num_blocks=capacity.num_blocks,
             block_size=capacity.block_size,
@@ -99,6 +107,7 @@ class Engine:
             # With dynamic scaling a token's keys depend on its sequence's length: they are nobody else's.
             prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
         )
+
         input_processor = InputProcessor(config, spec, tokenizer, generation_config, capacity.max_model_len)
         return Coordinator(
             worker=self.worker,
@@ -113,7 +122,7 @@ class Engine:
         )
 
     def _surprises(self, spec: ModelSpec) -> list[str]:
-        """What is done otherwise than config.json says."""
+        """Report lines on what the engine does otherwise than config.json says."""
         untied = "the checkpoint's lm_head is not its embeddings: it is used, although tie_word_embeddings is true"
         computed = str(self.worker.settings.dtype).removeprefix("torch.")
         other_dtype = (
@@ -128,7 +137,9 @@ class Engine:
         return [words for words, holds in surprises.items() if holds]
 
     def _report(self) -> list[str]:
-        group, settings, capacity = self.group, self.worker.settings, self.worker.capacity
+        group = self.group
+        settings = self.worker.settings
+        capacity = self.worker.capacity
         loaded = self.worker.load_report
         threads = sorted({min(self._threads), max(self._threads)})
         return [
@@ -150,13 +161,14 @@ def has_own_head(spec: ModelSpec, folder: Path) -> bool:
     try:
         stored = locate_tensors(folder)
     except LoadError:
-        return False  # the loading of the weights says what is wrong
-    embeddings, head = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
+        return False  # loading the weights reports what is wrong
+    embeddings = stored.get("model.embed_tokens.weight")
+    head = stored.get("lm_head.weight")
     return embeddings is not None and head is not None and not hold_the_same(embeddings, head)
 
 
 class EngineThread:
-    """Runs rank 0's step loop beside the caller's own code; on_stopped hears of an error."""
+    """Runs rank 0's step loop on a thread; calls `on_stopped` with the error if one ends it."""
 
     def __init__(
         self,
@@ -164,7 +176,9 @@ class EngineThread:
         on_stopped: Callable[[Exception], None],
         payload: Callable[[], bytes] = lambda: b"",
     ) -> None:
-        self._engine, self._on_stopped, self._payload = engine, on_stopped, payload
+        self._engine = engine
+        self._on_stopped = on_stopped
+        self._payload = payload
         self._thread = threading.Thread(target=self._run, name="phalanx-steps", daemon=True)
         self._thread.start()
 
@@ -190,12 +204,11 @@ def run_rank(
     on_ready: Callable[[Engine], None] | None = None,
     secret: bytes | None = None,
 ) -> None:
-    """The whole life of a rank in a process of its own: rank 0 serves clients over ZeroMQ at `address`.
+    """Run a rank in a process of its own, from start to end; rank 0 serves clients over ZeroMQ at `address`.
 
-    Over tcp:// clients need the `secret`.
-
-    `binding` is bind_process()'s, called before the group was joined, whose memory then stands where it should.
-    Blocks until a client or a signal handler (through on_ready's engine) ends the group.
+    Over tcp:// clients need the `secret`. `binding` is what bind_process() returned; it was called before the group was
+    joined, so that the group's memory lies on the right NUMA node. Blocks until a client or a signal handler (through
+    on_ready's engine) ends the group.
     """
     transport = ZmqTransport(address, secret) if group.rank == 0 and address is not None else None
     try:
@@ -204,10 +217,12 @@ def run_rank(
         if transport is not None:
             transport.close()
         raise
+
     if engine.coordinator is not None:
         engine.coordinator.start()
     if on_ready is not None:
         on_ready(engine)
+
     try:
         engine.run()
     finally:
@@ -215,7 +230,7 @@ def run_rank(
 
 
 def device_type(config: EngineConfig) -> str:
-    """cpu or cuda, for the setting `device`. Raises ConfigError if this machine has not what is asked for."""
+    """Return "cpu" or "cuda" for the setting `device`. Raises ConfigError if it asks for a GPU and there is none."""
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -225,12 +240,13 @@ def device_type(config: EngineConfig) -> str:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Keep torch's own threads out of what the calling thread does: after each operation they spin for milliseconds,
-    on the cores that phalanx's kernels compute on. Other threads of the process are not affected.
+    """Let the calling thread use torch without torch's own threads. Other threads of the process are not affected.
+
+    After each operation torch's threads spin for milliseconds on the cores that phalanx's kernels compute on.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    # That was also the number which threads take that have not used torch yet: it is put back from another thread.
+    # That also changed the default of threads that have not used torch yet: another thread puts it back.
     others = threading.Thread(target=torch.set_num_threads, args=(before,))
     others.start()
     others.join()
@@ -241,7 +257,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def _of_ranks(texts: list[str]) -> str:
-    """What each rank says, each text once."""
+    """Join the ranks' texts, each text once, with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)

@@ -22,7 +22,7 @@ from .ranks.progress import loading_progress
 from .ranks.session import follow, open_llm, why_stopped
 
 ANSWER_TOKENS = 512
-"""Room kept for an answer whose max_tokens is not set, though never more than a quarter of max_model_len."""
+"""Tokens kept free for an answer whose max_tokens is not set, but at most a quarter of max_model_len."""
 PROMPT = "> "
 HELP = """/reset   forget the conversation
 /help    this list
@@ -32,19 +32,20 @@ Ctrl-C   stop the answer, or drop the line being typed"""
 
 @dataclass
 class ChatKeys(Keys):
-    """What chat is told."""
+    """The keys of chat, besides the engine's configuration."""
 
     system: str | None = None
-    """The system message the conversation begins with. Taken as it is written, unless quoted for Hydra."""
+    """The system message with which the conversation begins. It is taken as written, unless quoted for Hydra."""
 
 
 class Conversation:
     """The messages so far; the oldest turns make room when they outgrow the model."""
 
     def __init__(self, system: str | None, count_tokens: Callable[[list[Message]], int], limit: int) -> None:
-        """`limit`: tokens the rendered conversation may have."""
+        """`limit` is the most tokens of the rendered conversation."""
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._count_tokens, self._limit = count_tokens, limit
+        self._count_tokens = count_tokens
+        self._limit = limit
         self._turns: list[Message] = []
 
     @property
@@ -80,16 +81,20 @@ class Chat:
     """Reads lines and answers them until there are no more."""
 
     def __init__(self, llm: LLM, config: EngineConfig, conversation: Conversation, terminal: Terminal | None) -> None:
-        self._llm, self._config, self._conversation, self._terminal = llm, config, conversation, terminal
+        self._llm = llm
+        self._config = config
+        self._conversation = conversation
+        self._terminal = terminal
         self._numbers = 0
 
     def run(self) -> int:
-        """The exit code: 0, or 1 if a request failed and nobody was there to see it."""
+        """Answer line after line. Returns the exit code: 0, or 1 if a request failed and input is no terminal."""
         code = 0
         for line in self._lines():
             text = line.strip()
             if text == "/exit":
                 break
+
             if text == "/reset":
                 self._conversation.reset()
                 print("The conversation was forgotten.")
@@ -133,7 +138,9 @@ class Chat:
     def _stream(self, submit: Submit) -> str:
         handle = self._llm.submit(submit)
         assert handle is not None
-        text, ending = "", ""
+        text = ""
+        ending = ""
+
         watched = self._terminal.on_interrupt(handle.abort) if self._terminal else contextlib.nullcontext()
         with watched:
             for event in handle:
@@ -142,6 +149,7 @@ class Chat:
                     write_stdout(event.text)
                 elif isinstance(event, Finished):
                     ending = event.completions[0].finish_reason
+
         notes = {"abort": " [stopped]", "length": " [sampling.max_tokens or max_model_len reached]"}
         write_stdout(f"{notes.get(ending, '')}\n")
         return text
@@ -153,6 +161,7 @@ def chat(job: Job[ChatKeys]) -> int:
     if job.rank_info.rank != 0:
         follow(config, job.rank_info)
         return 0
+
     tokenizer = Tokenizer(resolve_model(config.tokenizer or config.model, weights=False))
     with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
         status = llm.status()
@@ -160,6 +169,7 @@ def chat(job: Job[ChatKeys]) -> int:
         conversation = Conversation(
             job.keys.system, lambda messages: len(tokenizer.encode_messages(messages)), status.max_model_len - room
         )
+
         terminal = Terminal() if sys.stdin.isatty() else None
         try:
             if terminal is not None:

@@ -27,15 +27,15 @@ from .ranks.progress import loading_progress
 from .ranks.session import follow, open_llm, why_stopped
 
 WINDOW = 4
-"""Requests under way, in multiples of max_num_seqs: enough that the engine never waits, few enough for any input."""
+"""Most requests under way, in multiples of max_num_seqs: the engine never waits, and inputs of any size work."""
 
 
 @dataclass
 class GenerateKeys(Keys):
-    """What generate is told."""
+    """The keys of generate, besides the engine's configuration."""
 
     prompt: str | None = None
-    """The text to complete; the answer streams to standard output. Taken as it is written, unless quoted for Hydra."""
+    """The text to complete; the answer streams to standard output. It is taken as written, unless quoted for Hydra."""
     input: str | None = None
     """A JSONL file of requests: {"id", "prompt" | "messages" | "token_ids", "sampling"?} on each line."""
     output: str | None = None
@@ -48,7 +48,7 @@ class GenerateKeys(Keys):
 
 @dataclass
 class Summary:
-    """What became of a batch."""
+    """Counts and times of a batch."""
 
     answered: int = 0
     failed: int = 0
@@ -57,7 +57,7 @@ class Summary:
     started: float = field(default_factory=time.monotonic)
 
     def text(self, skipped: int) -> str:
-        """One line for the end of a run."""
+        """Return one line for the end of a run; `skipped` requests were answered by an earlier one."""
         seconds = time.monotonic() - self.started
         already = f", {skipped} already there" if skipped else ""
         first = self.first_token_s
@@ -78,13 +78,16 @@ class Batch:
     """Sends requests through an engine, a bounded number at a time, and writes each record as it is known."""
 
     def __init__(self, llm: LLM, answers: AnswerFile | None, display: Display, window: int) -> None:
-        self._llm, self._answers, self._display, self._window = llm, answers, display, window
+        self._llm = llm
+        self._answers = answers
+        self._display = display
+        self._window = window
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._under_way: dict[str, _UnderWay] = {}
         self.summary = Summary()
 
     def run(self, requests: Iterator[LineRequest | BadLine]) -> None:
-        """Until every request has its record. Raises EngineStopped if the engine ends first."""
+        """Work until every request has its record. Raises EngineStopped if the engine ends first."""
         waiting: LineRequest | BadLine | None = next(requests, None)
         while waiting is not None or self._under_way:
             while waiting is not None and len(self._under_way) < self._window:
@@ -106,19 +109,22 @@ class Batch:
     def _take(self, event: Event) -> None:
         assert not isinstance(event, Status)
         entry = self._under_way[event.id]
+
         try:
             output = entry.builder.add(event)
         except EngineStopped as error:
-            # No request's fault: it gets no record, and a resumed run computes it.
+            # The request is not at fault: it gets no record, and a resumed run computes it.
             raise why_stopped(self._llm, error) from None
         except PhalanxError as error:
             del self._under_way[event.id]
             self.summary.failed += 1
             self._end(event.id, {"id": entry.id, "error": str(error)})
             return
+
         if isinstance(event, Delta):
             self.summary.tokens += len(event.token_ids)
             self._display.delta(event)
+
         if output is not None:
             del self._under_way[event.id]
             self.summary.answered += 1
@@ -135,7 +141,7 @@ class Batch:
 
 
 def generate(job: Job[GenerateKeys]) -> int:
-    """One prompt or a batch. 0 if every request was answered, else 1."""
+    """Complete one prompt or a batch. Returns 0 if every request was answered, else 1."""
     config = job.engine_config()
     if job.rank_info.rank != 0:
         follow(config, job.rank_info)
@@ -147,7 +153,7 @@ def generate(job: Job[GenerateKeys]) -> int:
 
 
 def check_keys(keys: GenerateKeys) -> None:
-    """Raises ConfigError for keys that do not go together or name no file."""
+    """Raise ConfigError for keys that do not go together or name no file."""
     if (keys.prompt is None) == (keys.input is None):
         raise ConfigError("give either prompt=TEXT or input=FILE.jsonl")
     if keys.input is None:
@@ -155,6 +161,7 @@ def check_keys(keys: GenerateKeys) -> None:
             if getattr(keys, name):
                 raise ConfigError(f"{name}={getattr(keys, name)} goes with input=FILE.jsonl, not with prompt=")
         return
+
     if not Path(keys.input).is_file():
         raise ConfigError(f"input={keys.input!r} is not a file")
     if keys.resume and keys.output is None:
@@ -166,10 +173,12 @@ def check_keys(keys: GenerateKeys) -> None:
 def _one(job: Job[GenerateKeys], config: EngineConfig, prompt: str) -> int:
     submit = Submit(id="prompt", prompt=prompt, sampling=config.sampling)
     others = [""] * config.sampling.n
+
     with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
         _say_report(llm)
         handle = llm.submit(submit)
         assert handle is not None
+
         try:
             for event in handle:
                 if isinstance(event, Delta) and event.index == 0:
@@ -191,7 +200,8 @@ def _one(job: Job[GenerateKeys], config: EngineConfig, prompt: str) -> int:
 
 def _one_summary(end: Finished) -> str:
     reasons = ", ".join(completion.finish_reason for completion in end.completions)
-    timings, tokens = end.timings, end.usage.completion_tokens
+    timings = end.timings
+    tokens = end.usage.completion_tokens
     return (
         f"({reasons}; {tokens} tokens in {timings.total_s:.1f} s, {tokens / max(timings.total_s, 1e-9):.1f} tokens/s, "
         f"first after {timings.ttft_s:.2f} s)"
@@ -202,15 +212,19 @@ def _batch(job: Job[GenerateKeys], config: EngineConfig) -> int:
     keys = job.keys
     assert keys.input is not None
     done = read_done(Path(keys.output)) if keys.resume and keys.output is not None else set()
+
     with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
         with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
             _say_report(llm)
             if answers is not None and not keys.resume:
                 answers.clear()
+
             display: Display = AnswerStream(write_stdout)
             if not keys.stream:
                 display = ProgressBar(count_requests(Path(keys.input)) - len(done), sys.stderr)
+
             batch = Batch(llm, answers, display, min(config.max_queue, WINDOW * config.max_num_seqs))
+
             try:
                 batch.run(read_requests(requests, config.sampling, done, config.seed))
             except (Signalled, EngineStopped):

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def load_shape(name: str) -> dict[str, Any]:
-    """The `shape` of configs/models/NAME.yaml: fields of a config.json. Raises ConfigError if there is none."""
+    """Return the `shape` of configs/models/NAME.yaml: fields of a config.json. Raises ConfigError if there is none."""
     if name not in presets():
         raise ConfigError(unknown_name("model shape", name, presets()))
     return dict(load_preset(name)["shape"])
@@ -107,6 +107,7 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
         if equals and not value:
             raise ConfigError(f"{name}= has no value")
         options[name] = value
+
     if len(options.keys() & {"demo", "random", "gguf"}) != 1:
         raise ConfigError("give one of demo, random=NAME or gguf=FILE")
     if "random" not in options and (useless := options.keys() & {"seed", "layers"}):
@@ -115,15 +116,18 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _run(options: Mapping[str, str]) -> tuple[Path, bool]:
-    """The folder, and whether it was made (or was there already)."""
+    """Make the model folder. Returns it, and False if it was there already."""
     from .model_files.gguf_model import convert_gguf, gguf_origin
     from .model_files.model_folder import is_made
     from .model_files.random_model import make_random_model, random_origin
 
-    dtype, force = options.get("dtype", "bfloat16"), _flag("force", options.get("force", "false"))
+    dtype = options.get("dtype", "bfloat16")
+    force = _flag("force", options.get("force", "false"))
+
     if "demo" in options:
         folder = Path(options.get("out", DEMO_FOLDER))
         return folder, get_demo(folder, dtype, force)
+
     if "gguf" in options:
         file = Path(options["gguf"])
         folder = Path(options.get("out", Path("models") / file.stem.lower()))
@@ -131,10 +135,13 @@ def _run(options: Mapping[str, str]) -> tuple[Path, bool]:
         if not force and is_made(folder, origin):
             return folder, False
         return convert_gguf(file, folder, dtype, force), True
+
     name = options["random"]
-    shape, seed = load_shape(name), _integer("seed", options.get("seed", "0"), 0)
+    shape = load_shape(name)
+    seed = _integer("seed", options.get("seed", "0"), 0)
     if "layers" in options:
         shape["num_hidden_layers"] = _integer("layers", options["layers"], 1)
+
     folder = Path(options.get("out", Path("models") / name.replace("_", "-")))
     if not force and is_made(folder, random_origin(shape, seed, dtype)):
         return folder, False

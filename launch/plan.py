@@ -31,7 +31,7 @@ from .cli.presets import load_preset, presets
 from .cli.schema import describe_type, field_docs, parse_size
 
 MINIMUM_WIDTH = 100
-"""Columns to print for at least: a terminal too narrow wraps lines, rather than numbers being cut."""
+"""Fewest columns to print for: a narrower terminal wraps lines instead of cutting numbers."""
 
 
 @dataclass
@@ -43,13 +43,13 @@ class Options:
     ranks: int = 1
     """Tensor-parallel ranks, 1 to the number of query heads; nothing has to divide."""
     rank_weights: list[float] | None = None
-    """Relative share of each rank, for cards of different size; null deals evenly."""
+    """Relative share of each rank, for cards of different size; null makes all shares equal."""
     device: str = "auto"
-    """What the ranks compute on: cpu, or a GPU, which is cuda or auto (the plan may be for another machine)."""
+    """What the ranks compute on: cpu, or a GPU for cuda and auto (the plan may be for another machine)."""
     device_memory: Any = None
     """Memory of each rank's GPU: 48GiB, 80GB, bytes, or a list, one for each rank; null says nothing about fitting.
-    With device=cpu: of the host that all ranks share (a list: of a host for each); null takes what is available here
-    now, within the limit of a container."""
+    With device=cpu it is the memory of the host that all ranks share, or a list of hosts, one for each rank; null
+    then takes what is available here now, within the limit of a container."""
     dtype: str = "auto"
     """auto (the checkpoint's own), bfloat16, float16 or float32."""
     quantization: str = "none"
@@ -57,22 +57,22 @@ class Options:
     kv_cache_dtype: str = "auto"
     """Format of the KV cache: auto (as dtype) or int8, which needs device=cpu."""
     max_model_len: int | None = None
-    """Tokens of one request at most; null takes the model's own limit."""
+    """Most prompt and output tokens of one request; null takes the model's own limit."""
     max_num_seqs: int = 64
-    """Sequences computed in one step at most."""
+    """Most sequences computed in one step."""
     max_num_batched_tokens: int = 2048
-    """Tokens computed in one step at most."""
+    """Most tokens computed in one step."""
     kv_memory: Any = 0.9
-    """The fraction of a GPU's memory the engine may use in all, or the bytes (4GiB) of the KV cache alone. On a CPU a
-    fraction is of the memory that is free once the weights are loaded, and the cache takes 4GiB of a host at most, or
-    one sequence."""
+    """The fraction of a GPU's memory that the whole engine may use, or the bytes (4GiB) of the KV cache alone. On a CPU
+    the fraction applies to the memory that is free once the weights are loaded, and the cache takes at most 4GiB of a
+    host, or one sequence."""
     block_size: int | None = None
-    """Tokens of one KV block; null: 16 on a CPU; for GPUs, where the attention backend chooses, tokens are not rounded
-    to blocks."""
+    """Tokens of one KV block. null takes 16 on a CPU; on a GPU, where the attention backend chooses, tokens are then
+    not rounded to blocks."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit code: 0 it fits (or no memory was named), 1 it does not, 2 bad input."""
+    """Run the command. Exit code: 0 if the model fits or no memory was named, 1 if it does not, 2 for bad input."""
     if {"-h", "--help"} & set(arguments):
         print(_help())
         return 0
@@ -87,18 +87,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_setup(arguments: Sequence[str]) -> Setup:
-    """A setup from key=value arguments. Raises ConfigError naming the key, its value and what it may be."""
+    """Read a setup from key=value arguments. Raises ConfigError naming the key, its value and what it may be."""
     options = _read_options(arguments)
     if not options.model:
         raise ConfigError(f"model is missing: give model=FOLDER, or a preset: {', '.join(presets())}")
+
     values = dataclasses.asdict(options)
     given = values.pop("device_memory")
     kv_memory = values["kv_memory"]
     values["kv_memory"] = _size("kv_memory", kv_memory) if isinstance(kv_memory, str) else kv_memory
+
     config = EngineConfig.from_dict(values)
     on_cpu = config.device == "cpu"
     if given is None:
         return Setup(config, (available_memory(),) if on_cpu else None)
+
     # One number is each GPU's memory, or that of the host which all CPU ranks share.
     listed = given if isinstance(given, list) else [given] * (1 if on_cpu else config.ranks)
     sizes = [_size("device_memory", size) for size in listed]
@@ -117,15 +120,18 @@ def _read_options(arguments: Sequence[str]) -> Options:
             raise ConfigError(f"{argument!r} is no key=value; the keys are {', '.join(names)}")
         if name not in names:
             raise ConfigError(unknown_name("key", name, names))
+
     try:
         options = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(list(arguments)))
         )
     except OmegaConfBaseException as error:
+        # full_key may be an element of a list: rank_weights[0].
         key = str(error.full_key).partition("[")[0]
         given = [argument for argument in arguments if argument.startswith(f"{key}=")]
         hint = typing.get_type_hints(Options)[key]
         raise ConfigError(f"{given[-1]}: {key} must be {describe_type(hint)}") from error
+
     assert isinstance(options, Options)
     return options
 
@@ -138,7 +144,7 @@ def _size(name: str, value: object) -> int:
 
 
 def read_spec(model: str) -> ModelSpec:
-    """The spec of a preset or of a folder. Raises ConfigError or CheckpointError if there is none."""
+    """Read the spec of a preset or of a folder. Raises ConfigError or CheckpointError if there is none."""
     if model in presets():
         return spec_from_config(load_preset(model)["shape"], f"preset {model}")
     folder = Path(model).expanduser()
@@ -163,7 +169,7 @@ def _help() -> str:
 
 
 def show(plan: Plan) -> None:
-    """Print all of it to standard output."""
+    """Print a plan, its table and what there is to say of it, to standard output."""
     console = Console(highlight=False, width=max(MINIMUM_WIDTH, Console().width))
     console.print(_table(plan))
     for line in describe(plan):
@@ -171,7 +177,7 @@ def show(plan: Plan) -> None:
 
 
 def describe(plan: Plan) -> list[str]:
-    """One sentence or two on each thing worth knowing."""
+    """Return the lines below the table: a sentence or two on each thing worth knowing."""
     lines = [_memory(plan), *_host(plan), *_refused(plan), _evenness(plan), *_kv_evenness(plan)]
     if plan.kv_tokens is not None:
         lines.append(
@@ -191,6 +197,7 @@ def _table(plan: Plan) -> Table:
         *("weights\nGiB", "reserve\nGiB", "KV bytes\nper token", "KV\ntokens"),
     ):
         table.add_column(heading, justify="right", no_wrap=True)
+
     for share, need in zip(plan.parts.shares, plan.needs, strict=True):
         counts = (len(part) for part in (share.query_heads, share.kv_heads, share.mlp, share.vocab))
         table.add_row(
@@ -205,7 +212,8 @@ def _table(plan: Plan) -> Table:
 
 
 def _title(plan: Plan) -> str:
-    config, ranks = plan.setup.config, len(plan.needs)
+    config = plan.setup.config
+    ranks = len(plan.needs)
     weights = f", weights in {config.quantization}" if get_weight_format(config.quantization).rounds else ""
     cache = "" if config.kv_cache_dtype == "auto" else f", KV cache in {config.kv_cache_dtype}"
     device = "CPU " if plan.setup.on_cpu else ""
@@ -222,14 +230,17 @@ def _host(plan: Plan) -> list[str]:
     setup = plan.setup
     if not setup.on_cpu or setup.device_memory is None:
         return []
+
     sharers = f", shared by {setup.config.ranks} ranks" if setup.config.ranks > 1 else ""
     host = f"Memory of the host: {_gib(setup.device_memory[0])}{sharers}."
     lines = [host if setup.one_host else "Each rank has a host of its own."]
+
     if setup.config.kv_memory <= 1:
         lines.append(
             f"The KV cache takes at most {_gib(CPU_BUDGET)} of a host, or one sequence of max_model_len on each rank; "
             f"kv_memory in bytes sets it."
         )
+
     if plan.dtype == "bfloat16" and not get_weight_format(setup.config.quantization).rounds:
         lines.append(
             "Weights are counted with 16 bits. CPUs with AVX-512 keep most of them in 12, which an engine knows only "
@@ -260,6 +271,7 @@ def _evenness(plan: Plan) -> str:
     if given is not None:
         over = max(size / weight for size, weight in zip(held, given, strict=True)) * sum(given) / sum(held)
         return f"By rank_weights: the rank that holds most for its weight has {over:.3f} times its share."
+
     busiest = plan.parts.busiest_share
     if busiest < 1.0005:
         return "The weights are even over the ranks: the busiest holds 1.000 times an even share."
@@ -272,7 +284,8 @@ def _evenness(plan: Plan) -> str:
 def _kv_evenness(plan: Plan) -> list[str]:
     kv = [need.kv_token for need in plan.needs]
     if plan.parts.kv_replicas > 1:
-        heads, held = plan.spec.num_kv_heads, len(kv)
+        heads = plan.spec.num_kv_heads
+        held = len(kv)
         return [
             f"There are more ranks than KV heads: up to {plan.parts.kv_replicas} ranks hold the same one, and the "
             f"cache takes {held / heads:.2f} times the memory."
@@ -309,6 +322,7 @@ def _unfit(plan: Plan) -> list[str]:
             f"It does not fit: one sequence of max_model_len={plan.max_model_len} tokens needs more KV cache than the "
             f"{plan.kv_tokens or 0:,} tokens there is room for."
         ]
+
     changes = remedies(plan)
     if not changes:
         return [*lines, "No one setting alone makes it fit: change several."]

@@ -14,7 +14,7 @@ from .ranks.rank import serve_rank
 
 @dataclass
 class WorkerKeys(Keys):
-    """What a bare group is told."""
+    """The keys of a bare group, besides the engine's configuration."""
 
     address: str | None = None
     """Where rank 0 serves clients: ipc:///run/engine for its owner on this host, tcp://HOST:5555 for others."""
@@ -24,11 +24,13 @@ class WorkerKeys(Keys):
 
 def work(job: Job[WorkerKeys]) -> int:
     """Serve until a client or a signal ends the group."""
-    config, address = job.engine_config(), job.keys.address
+    config = job.engine_config()
+    address = job.keys.address
     if address is None:
         raise ConfigError("address is not set; it must be ipc://PATH or tcp://HOST:PORT")
     secret = None if job.keys.secret_file is None else read_secret(job.keys.secret_file)
     check_address(address, secret)
+
     if config.ranks != job.rank_info.size:
         raise ConfigError(
             f"ranks={config.ranks}, but this is rank {job.rank_info.rank} of {job.rank_info.size}: start as many with "

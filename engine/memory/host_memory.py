@@ -22,7 +22,7 @@ V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_fi
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that a new process could use on this host now.
+    """Return the bytes that a new process could use on this host now.
 
     The machine's MemAvailable, or what is left below the limit of a control group of version 1 or 2, if that is less.
     `root` is the folder in which /proc and /sys are looked up.
@@ -38,7 +38,7 @@ def _of_machine(root: Path) -> int:
 
 
 def _of_groups(root: Path) -> Iterator[int]:
-    """Bytes left in each control group that limits this process: its own, and those that hold it."""
+    """Yield the bytes left in each control group that limits this process: its own, and those that hold it."""
     mount = root / "sys/fs/cgroup"
     membership = root / "proc/self/cgroup"
     for line in membership.read_text().splitlines() if membership.exists() else ():
@@ -50,19 +50,22 @@ def _of_groups(root: Path) -> Iterator[int]:
 
 
 def _along(mount: Path, path: str, files: _Files) -> Iterator[int]:
-    """Bytes left in the group at `path` and in those above it. In a container the mount may be its own group already:
-    its files then stand right there, and the folders that `path` names are absent.
+    """Yield the bytes left in the group at `path` and in those above it.
+
+    In a container the mount may be its own group already: the mount itself then has the group's files, and the folders
+    that `path` names are absent.
     """
     folder = mount
     for name in ("", *(name for name in path.split("/") if name not in ("", ".."))):
         folder = folder / name
-        limit, used = folder / files.limit, folder / files.used
+        limit = folder / files.limit
+        used = folder / files.used
         if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
             yield int(text) - int(used.read_text()) + _reclaimable(folder / "memory.stat", files.reclaimable)
 
 
 def _reclaimable(stat: Path, field: str) -> int:
-    """Bytes of files read lately that the group's use counts, such as a checkpoint's, and that give way to others."""
+    """Return the bytes of cached files, such as a checkpoint's, that count as used but can be reclaimed."""
     for line in stat.read_text().splitlines() if stat.exists() else ():
         name, _, value = line.partition(" ")
         if name == field:

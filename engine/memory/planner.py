@@ -18,26 +18,26 @@ CPU_BUDGET = 4 * 2**30
 GRAPH_BYTES = 16 * 2**20
 """What the driver takes for one CUDA graph: an allowance for its nodes and what they hold."""
 HIGHEST_FRACTION = 0.97
-"""The largest part of a device's memory that kv_memory is ever advised to be: the rest is the driver's."""
+"""The largest fraction that is ever advised for kv_memory: the driver needs the rest."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank's memory before its KV cache is made, in bytes where nothing else is said."""
+    """One rank's memory before its KV cache is made, in bytes unless stated otherwise."""
 
     rank: int
     block: int
     """Size of one KV block, over all layers."""
     host_budget: int = 0
-    """For the KV cache, where `total` is 0: on a CPU."""
+    """Available for the KV cache on a CPU, where `total` is 0."""
     total: int = 0
     """Memory of its GPU; 0 on a CPU."""
     in_use: int = 0
-    """Taken of the GPU's memory, by anybody: the weights, CUDA contexts, what libraries keep, other processes."""
+    """The GPU's memory that anybody uses: the weights, CUDA contexts, what libraries keep, other processes."""
     weights: int = 0
-    """Taken by this rank's weights; on a GPU they are part of `in_use`."""
+    """Size of this rank's weights; on a GPU they are part of `in_use`."""
     activations: int = 0
-    """Taken for a while by the largest step (worker_factory.measure_largest_step(), and sizes.activation_bytes)."""
+    """Used by the largest step while it runs (worker_factory.measure_largest_step(), and sizes.activation_bytes)."""
     reserve: int = 0
     """Kept free for CUDA graphs (see graph_reserve)."""
     sharers: int = 1
@@ -80,14 +80,15 @@ class MemoryRequirements:
         return min(int(kv_memory) // memory.block, most) if kv_memory > 1 else most
 
     def wanted_bytes(self, memory: RankMemory) -> int:
-        """Bytes that the KV cache must have: bytes that are named, as far as all sequences can make use of them, else
-        one sequence's.
+        """Bytes that the KV cache must have.
+
+        Those that kv_memory names, up to what all sequences can use, or else one sequence's.
         """
         blocks = self.wanted_blocks(memory) if self.config.kv_memory > 1 else self.blocks_of_sequence
         return blocks * memory.block
 
     def available_bytes(self, memory: RankMemory) -> int:
-        """Bytes that a rank has for its KV cache within kv_memory; below 0 by what is lacking for everything else."""
+        """Bytes that a rank has for its KV cache within kv_memory; negative if everything else lacks some."""
         kv_memory = self.config.kv_memory
         if not memory.total:
             return memory.host_budget
@@ -114,13 +115,13 @@ class MemoryRequirements:
         return blocks >= max(self.blocks_of_sequence, named)
 
     def on_ranks(self, ranks: int) -> MemoryRequirements:
-        """The same of another number of ranks, evenly dealt."""
+        """Return the same requirements for another number of ranks, evenly partitioned."""
         config = dataclasses.replace(self.config, ranks=ranks, rank_weights=None)
         return dataclasses.replace(self, config=config, parts=partition(self.parts.dimensions, ranks))
 
 
 def kv_bytes(memory: RankMemory, fraction: float) -> int:
-    """What a GPU has for a rank's KV cache if `fraction` of it may be used in all; below 0 by what is lacking.
+    """Bytes of a GPU for a rank's KV cache if `fraction` of it may be used in all; negative if some are lacking.
 
     total * fraction - in_use, in equal parts for the ranks on this GPU, less one rank's activations and reserve.
     """
@@ -132,8 +133,8 @@ def graph_reserve(
 ) -> int:
     """Bytes to keep free for CUDA graphs of decode steps, one for each of the `buckets`, numbers of rows.
 
-    Graphs share one pool, which the largest fills: its part of the largest step's activations, and its logits of
-    `row_bytes` a row. GRAPH_BYTES come to that for each graph, and one KV block, of `block` bytes, for padding rows.
+    Graphs share one pool, which the largest fills with its part of the largest step's activations, and with logits of
+    `row_bytes` a row. Each graph adds GRAPH_BYTES; one KV block, of `block` bytes, is for padding rows.
     """
     if not buckets:
         return 0
@@ -144,8 +145,8 @@ def graph_reserve(
 def host_budget(config: EngineConfig, local_size: int, sequence_bytes: int, available: int) -> int:
     """Bytes a rank may spend on its KV cache on a CPU, weights being loaded and `available` bytes of memory free.
 
-    kv_memory above 1 is that many. Otherwise it is CPU_BUDGET (or one sequence's `sequence_bytes`, if more), within
-    that fraction of the free memory, divided by the ranks of this host.
+    A kv_memory above 1 is that number of bytes. Otherwise the budget is the rank's part of CPU_BUDGET (or one
+    sequence's `sequence_bytes`, if more), but at most its part of that fraction of the free memory.
     """
     if config.kv_memory > 1:
         return int(config.kv_memory)
@@ -157,9 +158,9 @@ def fewest_ranks(
     memory_of: Callable[[MemoryRequirements], Sequence[RankMemory]],
     first: int = 1,
 ) -> int | None:
-    """The fewest ranks, from `first` on, that fit, evenly dealt; None if no number does.
+    """The fewest ranks, from `first` on, that fit, evenly partitioned; None if no number does.
 
-    `memory_of` says what memory the ranks have once the model is dealt to so many.
+    `memory_of` returns the memory of the ranks for given requirements.
     """
     d = requirements.parts.dimensions
     for ranks in range(first, min(d.num_query_heads, d.vocab_size, d.intermediate_size) + 1):
@@ -170,9 +171,9 @@ def fewest_ranks(
 
 
 def like(requirements: MemoryRequirements, memory: RankMemory, dealt: MemoryRequirements) -> list[RankMemory]:
-    """The memory of the ranks of `dealt`, on GPUs each like the one on which `memory` was measured, by one rank alone.
+    """The memory of the ranks of `dealt`, each on a GPU like the one on which one rank alone measured `memory`.
 
-    What a step takes stays as it was measured, though a smaller part takes less.
+    What a step takes stays as measured, though a smaller part of the model takes less.
     """
     elements = requirements.parts.kv_elements_per_token(memory.rank)
     ranks = []
@@ -202,24 +203,26 @@ def estimate_gpu(
     requirements: MemoryRequirements, rank: int, total: int, activations: int, reserve: int = 0
 ) -> RankMemory:
     """A rank's memory on a GPU of `total` bytes with nothing on it but the rank's weights."""
-    weights, block = requirements.weights(rank), requirements.block(rank)
+    weights = requirements.weights(rank)
+    block = requirements.block(rank)
     return RankMemory(
         rank, block, total=total, in_use=weights, weights=weights, activations=activations, reserve=reserve
     )
 
 
 def estimate_hosts(requirements: MemoryRequirements, hosts: Sequence[int]) -> list[RankMemory]:
-    """The ranks' memory on CPUs: on one host of so many bytes that all share, or each on a host of its own.
+    """The ranks' memory on CPUs: on one host that all share, or on a host for each rank.
 
-    A host's bytes are those that are free before its ranks start. As in an engine, a fraction is of what the weights
-    and the processes leave free. Bytes that kv_memory names are given as far as the host has them.
+    `hosts` are the bytes that are free on each host before its ranks start. As in an engine, a fraction applies to what
+    the weights and the processes leave free. Bytes that kv_memory names are given as far as the host has them.
     """
     count = requirements.config.ranks
     local_size = count if len(hosts) == 1 else 1
     estimates = []
     for rank in range(count):
         local = range(count) if len(hosts) == 1 else range(rank, rank + 1)
-        host, block = hosts[min(rank, len(hosts) - 1)], requirements.block(rank)
+        host = hosts[min(rank, len(hosts) - 1)]
+        block = requirements.block(rank)
         free = host - sum(requirements.weights(each) + RUNTIME_BYTES for each in local)
         budget = host_budget(requirements.config, local_size, requirements.blocks_of_sequence * block, free)
         steps = sum(requirements.activations(each) - RUNTIME_BYTES for each in local)
@@ -227,13 +230,15 @@ def estimate_hosts(requirements: MemoryRequirements, hosts: Sequence[int]) -> li
             budget = min(budget, (free - steps) // local_size)
         elif free < 0:
             budget = free // local_size
-        weights, activations = requirements.weights(rank), requirements.activations(rank)
+
+        weights = requirements.weights(rank)
+        activations = requirements.activations(rank)
         estimates.append(RankMemory(rank, block, host_budget=budget, weights=weights, activations=activations))
     return estimates
 
 
 def least_device_bytes(requirements: MemoryRequirements, ranks: Sequence[RankMemory], shared: bool = False) -> int:
-    """The least memory of each GPU on which estimated ranks fit; of the one host, if its CPUs are `shared` by all."""
+    """The least bytes of each GPU on which estimated ranks fit, or of the one host whose CPUs are `shared` by all."""
     kv_memory = requirements.config.kv_memory
     fraction = 1.0 if kv_memory > 1 else kv_memory
     needed = [rank.weights + rank.activations + requirements.wanted_bytes(rank) for rank in ranks]
@@ -241,6 +246,6 @@ def least_device_bytes(requirements: MemoryRequirements, ranks: Sequence[RankMem
         return math.ceil(max(needed) / fraction)
     if kv_memory > 1:
         return sum(needed)
-    # A fraction is of what weights and processes leave, and is divided evenly.
+    # The fraction applies to what weights and processes leave, and is divided evenly.
     loaded = sum(rank.weights + RUNTIME_BYTES for rank in ranks)
     return loaded + math.ceil(len(ranks) * max(map(requirements.wanted_bytes, ranks)) / fraction) + len(ranks)

@@ -26,14 +26,15 @@ class MemoryBudget:
 
     def __init__(self, requirements: MemoryRequirements, group: Group, token_bytes: int) -> None:
         """`token_bytes` is what this rank's KV cache takes for each token."""
-        self.requirements, self._group = requirements, group
+        self.requirements = requirements
+        self._group = group
         self._block = requirements.block_size * token_bytes
         self._activations = 0
         self._memory = RankMemory(group.rank, self._block)
         self._kept = self._cache = 0
 
     def check_before_loading(self) -> None:
-        """Raises ConfigError, on every rank, if the weights to come, and one sequence, do not fit on one of the GPUs.
+        """Raise ConfigError, on every rank, if the weights to come, and one sequence, do not fit on one of the GPUs.
 
         Nothing is known yet of what a step takes, and nothing is checked on a CPU.
         """
@@ -43,15 +44,15 @@ class MemoryBudget:
             count_blocks(self.requirements, self._exchange(loaded))
 
     def measure_step(self, step: Callable[[], object]) -> int:
-        """Bytes that `step`, run twice, takes for a while; agree_on_blocks() keeps them free on a GPU.
+        """Run `step` twice and return the bytes it takes while it runs; agree_on_blocks() keeps them free on a GPU.
 
         On a GPU they are what PyTorch takes from the driver, so what is lost between tensors counts. On a CPU they are
-        those by which this process's peak rises. Raises ConfigError if there is too little memory for the step.
+        the rise of this process's peak. Raises ConfigError if there is too little memory for the step.
         """
         device = self._group.device
         self._kept = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         try:
-            # Once before, for what is made at the first step and stays: compiled kernels, libraries' workspaces.
+            # The first run makes what stays: compiled kernels, libraries' workspaces.
             step()
             self._activations = _gpu_peak_delta(device, step) if device.type == "cuda" else _host_peak_delta(step)
         except EngineStopped as error:
@@ -59,25 +60,27 @@ class MemoryBudget:
         return self._activations
 
     def agree_on_blocks(self, graph_buckets: Sequence[int] = ()) -> int:
-        """KV blocks of every rank: the fewest that any has room for, weights being loaded.
+        """Return the KV blocks of every rank: the fewest that any has room for, once weights are loaded.
 
         `graph_buckets` are the rows of each CUDA graph to come, for which memory is kept free.
         Raises ConfigError, on every rank, if one sequence of max_model_len does not fit.
         """
         memory = self._gpu_memory() if self._group.device.type == "cuda" else self._host_memory()
         if memory.total:
-            config, vocab = self.requirements.config, self.requirements.parts.shares[self._group.rank].vocab
+            config = self.requirements.config
+            vocab = self.requirements.parts.shares[self._group.rank].vocab
             tokens = config.max_num_batched_tokens
             reserve = graph_reserve(graph_buckets, self._activations, tokens, 4 * len(vocab), self._block)
             memory = dataclasses.replace(memory, activations=self._activations, reserve=reserve)
             self._kept = torch.cuda.memory_allocated(self._group.device)
         ranks = self._exchange(memory)
         blocks = count_blocks(self.requirements, ranks)
-        self._memory, self._cache = ranks[self._group.rank], blocks * self._block
+        self._memory = ranks[self._group.rank]
+        self._cache = blocks * self._block
         return blocks
 
     def advice(self) -> str:
-        """Why this GPU's memory does not suffice for a step, and what to lower to which value."""
+        """Say why this GPU's memory does not suffice for a step, and what to lower to which value."""
         device = self._group.device
         free, total = torch.cuda.mem_get_info(device)
         return out_of_memory_advice(
@@ -97,7 +100,8 @@ class MemoryBudget:
         return RankMemory(self._group.rank, self._block, host_budget=budget)
 
     def _gpu_memory(self) -> RankMemory:
-        device, rank = self._group.device, self._group.rank
+        device = self._group.device
+        rank = self._group.rank
         torch.cuda.empty_cache()
         # Ranks that share a GPU must not count what another is about to give back.
         self._group.host.barrier()
@@ -107,7 +111,8 @@ class MemoryBudget:
 
     def _exchange(self, memory: RankMemory) -> list[RankMemory]:
         """Every rank's memory, on every rank, with how many share its GPU."""
-        host, device = self._group.host, self._group.device
+        host = self._group.host
+        device = self._group.device
         mine = torch.tensor([_device_number(device), *dataclasses.astuple(memory)])
         everyone = host.gather(mine)
         table = mine.new_empty(host.size, len(mine)) if everyone is None else torch.stack(everyone)
@@ -121,9 +126,9 @@ class MemoryBudget:
 
 
 def count_blocks(requirements: MemoryRequirements, ranks: Sequence[RankMemory]) -> int:
-    """KV blocks that every rank has room for, never more than all sequences can use.
+    """Return the KV blocks that every rank has room for, never more than all sequences can use.
 
-    Raises ConfigError if one sequence of max_model_len does not fit, or, on a GPU, not the bytes that kv_memory names.
+    Raises ConfigError if one sequence of max_model_len does not fit, or the bytes that kv_memory names do not.
     """
     fewest = requirements.poorest(ranks)
     if not requirements.fits(ranks):
@@ -153,7 +158,7 @@ def explains_out_of_memory(step: Callable[Concatenate[W, P], T]) -> Callable[Con
 
 
 def peak_memory(group: Group) -> tuple[int, ...]:
-    """The most bytes that each rank has taken so far, of its GPU or of its host, on rank 0; empty on the others."""
+    """Return each rank's peak use so far, in bytes of its GPU or its host, on rank 0; empty on the others."""
     device = group.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _host_peak()
     everyone = group.host.gather(torch.tensor([peak]))
@@ -182,7 +187,7 @@ def _host_peak() -> int:
 
 
 def _device_number(device: torch.device) -> int:
-    """The same for ranks on the same GPU, and no others: 63 bits of its UUID's hash. 0 on a CPU."""
+    """Return a number that only ranks on the same GPU share, from its UUID's hash; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     uuid = str(torch.cuda.get_device_properties(device).uuid)

@@ -17,11 +17,12 @@ RUNTIME_BYTES = 2**29
 def weight_bytes(parts: Partition, rank: int, quantization: str, element_bytes: int) -> int:
     """Bytes of a rank's weights, of `element_bytes` each where they are not quantized.
 
-    In the format are the layers' matrices and, in its format for heads, the head; a table of embeddings only where it
-    is the head. (The norms, less than a thousandth, are counted like the layers, whose rows all count as of hidden_size
-    columns.)
+    The layers' matrices are in the quantization's format, and the head is in that format's format for heads. A table of
+    embeddings is quantized only where it is also the head. (Every row of a layer counts with hidden_size columns. The
+    norms, less than a thousandth, are counted like the layers.)
     """
-    d, weight_format = parts.dimensions, get_weight_format(quantization)
+    d = parts.dimensions
+    weight_format = get_weight_format(quantization)
     vocab = len(parts.shares[rank].vocab)
     rows = parts.parameters(rank) // d.hidden_size - vocab * (1 if d.tied_embeddings else 2)
 
@@ -41,14 +42,15 @@ def kv_token_bytes(parts: Partition, rank: int, bytes_of_head: int) -> int:
 
 
 def activation_bytes(parts: Partition, rank: int, config: EngineConfig, element_bytes: int) -> int:
-    """Bytes that a rank needs for one full step and its runtime: a reserve, rather too large than too small.
+    """Bytes that a rank needs for one full step and its runtime: a generous estimate.
 
     For each of max_num_batched_tokens: the float32 residual and its normalised float32 copy, three hidden vectors (a
     block's input, its output, one in the all-reduce), and the larger of attention (q, k, v, the rotated q and k, the
     output) and MLP (gate, up, their product). For each of max_num_seqs: this rank's logits, and three float32 copies
-    of them while sampling. And RUNTIME_BYTES. Activations have `element_bytes` each where nothing else is said.
+    of them while sampling. And RUNTIME_BYTES. Activations have `element_bytes` each unless stated otherwise.
     """
-    d, share = parts.dimensions, parts.shares[rank]
+    d = parts.dimensions
+    share = parts.shares[rank]
     attention = 3 * (len(share.query_heads) + len(share.kv_heads)) * d.head_dim
     token = (2 * 4 + 3 * element_bytes) * d.hidden_size + element_bytes * max(attention, 3 * len(share.mlp))
     row = (element_bytes + 3 * 4) * len(share.vocab)

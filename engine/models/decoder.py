@@ -31,7 +31,7 @@ from .kv_cache import KVCache
 from .spec import ModelSpec
 
 Trace = Callable[[str], None]
-"""Hears the name of each part of a forward pass when it is done: embedding, of each layer attention and mlp, norm."""
+"""Called with the name of each part of a forward pass when it is done: embedding, each layer's attention, mlp; norm."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Build:
 
     @property
     def placement(self) -> dict[str, Any]:
+        """Keyword arguments of every layer: dtype and device."""
         return {"dtype": self.dtype, "device": self.device}
 
     def norm(self, name: str, size: int) -> ReplicatedNorm:
+        """Make an RMS norm over `size` elements, named `name` in the checkpoint."""
         return ReplicatedNorm(name, size, self.spec.rms_norm_eps, self.dtype, self.device)
 
 
@@ -71,10 +73,15 @@ class Attention(nn.Module):
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        spec, share, dim = build.spec, build.share, build.spec.head_dim
-        query_rows, kv_rows = _features(share.query_heads, dim), _features(share.kv_heads, dim)
-        query_size, kv_size = spec.num_query_heads * dim, spec.num_kv_heads * dim
-        self.backend, self.heads = build.attention, len(share.query_heads)
+        spec = build.spec
+        share = build.share
+        dim = build.spec.head_dim
+        query_rows = _features(share.query_heads, dim)
+        kv_rows = _features(share.kv_heads, dim)
+        query_size = spec.num_query_heads * dim
+        kv_size = spec.num_kv_heads * dim
+        self.backend = build.attention
+        self.heads = len(share.query_heads)
 
         parts = [
             ShardedWeight("q_proj", query_rows, query_size),
@@ -97,6 +104,7 @@ class Attention(nn.Module):
 
     @property
     def head_norms(self) -> HeadNorms | None:
+        """The norms of each query and key head; None for a model without them."""
         if self.q_norm is None or self.k_norm is None:
             return None
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
@@ -104,6 +112,10 @@ class Attention(nn.Module):
     def forward(
         self, norm: ReplicatedNorm, residual: Residual, step: Step, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
+        """Add the attention of the normed stream to `residual` (T, hidden_size); writes keys and values to the caches.
+
+        The caches are (blocks, block_size, kv_heads, width of a head).
+        """
         q = self.backend.rotate_and_store(
             self.qkv(norm(residual)), step.cos, step.sin, self.head_norms, k_cache, v_cache, step.slot_mapping
         )
@@ -115,7 +127,8 @@ class MLP(nn.Module):
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        spec, columns = build.spec, build.share.mlp
+        spec = build.spec
+        columns = build.share.mlp
         parts = [ShardedWeight(name, columns, spec.intermediate_size) for name in ("gate_proj", "up_proj")]
         self.gate_up = GatedLinear(spec.hidden_size, parts, bias=spec.mlp_bias, **build.placement)
         self.down = RowParallelLinear(
@@ -129,6 +142,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, norm: ReplicatedNorm, residual: Residual) -> None:
+        """Add the MLP of the normed stream to `residual` (T, hidden_size)."""
         self.down(self.gate_up(norm(residual)), residual)
 
 
@@ -168,11 +182,16 @@ class DecoderLayer(nn.Module):
 
     @property
     def packed(self) -> PackedLayer | None:
-        """What FusedDecoder needs of it; None if not all of its projections are packed."""
-        attention, mlp = self.attention, self.mlp
-        qkv, output, gate_up, down = attention.qkv.packed, attention.output.packed, mlp.gate_up.packed, mlp.down.packed
+        """What FusedDecoder needs of this layer; None if not all of its projections are packed."""
+        attention = self.attention
+        mlp = self.mlp
+        qkv = attention.qkv.packed
+        output = attention.output.packed
+        gate_up = mlp.gate_up.packed
+        down = mlp.down.packed
         if qkv is None or output is None or gate_up is None or down is None:
             return None
+
         return PackedLayer(
             self.input_norm.weight,
             (qkv, attention.qkv.bias),
@@ -184,6 +203,7 @@ class DecoderLayer(nn.Module):
         )
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What this rank reads of the layer from a checkpoint, whose names for it begin with `prefix`."""
         yield from self.input_norm.weight_slices(prefix)
         for name, block in (("self_attn", self.attention), ("mlp", self.mlp)):
             for layer in block.children():
@@ -197,8 +217,10 @@ class CausalLM(nn.Module):
 
     def __init__(self, build: Build, max_model_len: int) -> None:
         super().__init__()
-        spec, share = build.spec, build.share
-        self.spec, self.backend = spec, build.attention
+        spec = build.spec
+        share = build.share
+        self.spec = spec
+        self.backend = build.attention
         self._build = build
         self._fused_decoder_of: tuple[KVCache, FusedDecoder | None] | None = None
 
@@ -232,8 +254,8 @@ class CausalLM(nn.Module):
     ) -> torch.Tensor:
         """Hidden states (T, hidden_size) after the final norm, or only of the tokens `logits_indices`, int64 (R,).
 
-        Writes the keys and values of all tokens to `cache`. With a `trace`, which hears when each part is done, the
-        layers' sublayers run one by one even where they would be one call; the result has the same bits.
+        Writes the keys and values of all tokens to `cache`. With a `trace` the layers' sublayers run one by one, even
+        where they would be one call; the result has the same bits.
         """
         residual = Residual(self.embedding(batch.token_ids))
         step = self.step(batch, logits_indices, trace)
@@ -254,14 +276,16 @@ class CausalLM(nn.Module):
     def step(self, batch: ForwardBatch, logits_indices: torch.Tensor | None, trace: Trace | None = None) -> Step:
         """What the layers share in one forward pass of `batch`, as forward() takes it."""
         cos, sin = self.rope(batch.positions, batch.lengths)
-        attention, plan = batch.attention, self.backend.plan(batch.attention)
+
+        attention = batch.attention
+        plan = self.backend.plan(batch.attention)
         chosen = None
         if logits_indices is not None and len(logits_indices) < len(batch.token_ids):
             chosen = self._logits_indices(batch, logits_indices)
         return Step(cos, sin, attention.slot_mapping, plan, chosen, trace)
 
     def _logits_indices(self, batch: ForwardBatch, tokens: torch.Tensor) -> LogitsIndices:
-        """These tokens of the batch; where all layers are one call, with their attention, each as a row of its own."""
+        """These tokens of the batch; where all layers are one call, also their attention, each token as its own row."""
         if not self.backend.has_fused_decoder:
             return LogitsIndices(tokens, None, None)
 
@@ -326,7 +350,7 @@ class CausalLM(nn.Module):
         )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
+        """Return the logits of hidden states: (R, hidden_size) -> float32 (R, vocabulary rows of this rank)."""
         return (self.embedding if self.head is None else self.head).multiply_float(hidden)
 
     def weight_slices(self) -> Iterator[WeightSlice]:

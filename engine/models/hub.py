@@ -16,7 +16,7 @@ CONNECT_TIMEOUT_S = 5.0
 def resolve_model(name: str, *, weights: bool = True) -> Path:
     """Return the folder of `name`, a path or `organisation/model`; from the hub with its `weights`, if they are needed.
 
-    Raises ConfigError within seconds if it is neither there nor to be had.
+    Raises ConfigError within seconds if it is neither on this machine nor to be fetched.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -35,6 +35,7 @@ def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    # A whole snapshot in the cache needs no network.
     where = "is not in the local hub cache"
     try:
         cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES))

@@ -35,6 +35,7 @@ class KVCache:
 
     @classmethod
     def allocate(cls, num_blocks: int, layout: CacheLayout) -> KVCache:
+        """Allocate `num_blocks` blocks of `layout`, on its device."""
         shape = num_blocks, layout.block_size, layout.kv_heads, layout.width
         pools = [_zeros(shape, layout.dtype, layout.device) for _ in range(2 * layout.layers)]
         return cls(pools[: layout.layers], pools[layout.layers :])

@@ -10,9 +10,9 @@ from .spec import ModelSpec, dimensions, position_limit, window_words
 
 
 def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: str) -> str:
-    """Name of the dtype of weights and activations on a device "cpu" or "cuda".
+    """Return the name of the dtype of weights and activations on a device "cpu" or "cuda".
 
-    auto is the checkpoint's own; on a CPU a float16 checkpoint is computed with in bfloat16.
+    auto is the checkpoint's own dtype, but a CPU computes a float16 checkpoint in bfloat16.
     """
     if config.dtype != "auto":
         return config.dtype
@@ -20,7 +20,7 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: str) -> str:
 
 
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    """max_model_len as configured, or the model's own; ConfigError above what the model's positions allow."""
+    """Return the configured max_model_len, or the model's own. Raises ConfigError above the model's position limit."""
     limit = position_limit(spec)
     if config.max_model_len is None:
         return limit
@@ -35,7 +35,7 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def partition_model(config: EngineConfig, spec: ModelSpec, ranks: int) -> Partition:
-    """What each rank holds; ConfigError if the model cannot be cut so."""
+    """Return what each rank holds. Raises ConfigError if the model cannot be cut so."""
     try:
         return partition(dimensions(spec), ranks, config.rank_weights, get_weight_format(config.quantization))
     except PartitionError as error:

@@ -61,7 +61,7 @@ class ModelSpec:
     dtype: str = "bfloat16"  # as the checkpoint says
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
-    attention_window: int | None = None  # tokens that some layers see at most; up to so many it is full attention
+    attention_window: int | None = None  # most tokens that some layers see; up to so many, attention is full
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder in Hugging Face format")
+
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte-order mark
     except ValueError as error:
@@ -86,7 +87,8 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
     fields = _Fields(config, f"{folder_name}/config.json")
     architecture = _architecture(config, folder_name)
     _refuse_unsupported(fields)
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    hidden = fields.size("hidden_size")
+    heads = fields.size("num_attention_heads")
     qwen2, qwen3, llama = (architecture == f"{name}ForCausalLM" for name in ("Qwen2", "Qwen3", "Llama"))
     attention_bias = not qwen2 and fields.flag("attention_bias")
 
@@ -124,11 +126,12 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
 def position_limit(spec: ModelSpec) -> int:
     """Tokens of one sequence that the model's positions allow.
 
-    Linear and dynamic scaling state max_position before scaling, llama3 checkpoints after. Of yarn there are both: the
-    cards of Qwen2.5 and QwQ add it and leave max_position as it was, so what factor makes of the original counts. Where
-    attention slides, a sequence ends before it would: within the window it is full attention.
+    Linear and dynamic scaling state max_position before scaling, llama3 checkpoints after. yarn checkpoints do either:
+    the model cards of Qwen2.5 and QwQ add yarn and leave max_position as it was, so the larger of max_position and the
+    scaled original counts. A sliding attention ends a sequence at its window: up to there it is full attention.
     """
-    rope, limit = spec.rope, spec.max_position
+    rope = spec.rope
+    limit = spec.max_position
     if rope.kind in ("linear", "dynamic"):
         limit = int(limit * rope.factor)
     elif rope.kind == "yarn":
@@ -137,7 +140,7 @@ def position_limit(spec: ModelSpec) -> int:
 
 
 def window_words(spec: ModelSpec) -> str:
-    """In words, that sequences are no longer than the attention window; empty where there is none."""
+    """Return a sentence that sequences end at the attention window; empty if the model has none."""
     if spec.attention_window is None:
         return ""
     return (
@@ -161,7 +164,7 @@ def dimensions(spec: ModelSpec) -> Dimensions:
 
 
 def check_transformers(spec: ModelSpec, installed: str) -> None:
-    """Raises ConfigError if the installed transformers is older than the architecture."""
+    """Raise ConfigError if the installed transformers is older than the architecture."""
     needed = MINIMUM_TRANSFORMERS[spec.architecture]
     if _version(installed) < _version(needed):
         raise ConfigError(
@@ -171,13 +174,14 @@ def check_transformers(spec: ModelSpec, installed: str) -> None:
 
 
 class _Fields:
-    """Typed access to one level of a config.json; `place` names the level in errors."""
+    """Typed access to one level of a config.json; `path` names the level in errors."""
 
-    def __init__(self, values: dict[str, Any], place: str) -> None:
-        self.values, self.place = values, place
+    def __init__(self, values: dict[str, Any], path: str) -> None:
+        self.values = values
+        self.path = path
 
     def error(self, name: str, value: object, allowed: str) -> ConfigError:
-        return ConfigError(f"{self.place}: {name}={value!r} must be {allowed}")
+        return ConfigError(f"{self.path}: {name}={value!r} must be {allowed}")
 
     def size(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
@@ -213,7 +217,7 @@ class _Fields:
             return None
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
-        return _Fields(value, f"{self.place}: {name}")
+        return _Fields(value, f"{self.path}: {name}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
@@ -234,10 +238,10 @@ def _architecture(config: dict[str, Any], folder_name: str) -> str:
 def _refuse_unsupported(fields: _Fields) -> None:
     activation = fields.values.get("hidden_act", "silu")
     if activation != "silu":
-        raise ConfigError(f"{fields.place}: hidden_act={activation!r} is not supported; only silu is")
+        raise ConfigError(f"{fields.path}: hidden_act={activation!r} is not supported; only silu is")
     if fields.values.get("quantization_config"):
         raise ConfigError(
-            f"{fields.place}: quantization_config is set; quantized checkpoints are not supported, use the bfloat16, "
+            f"{fields.path}: quantization_config is set; quantized checkpoints are not supported, use the bfloat16, "
             f"float16 or float32 original"
         )
 
@@ -254,6 +258,7 @@ def _layer_types(fields: _Fields) -> set[str]:
         if not isinstance(listed, list):
             raise fields.error("layer_types", listed, "a list")
         return set(map(str, listed))
+
     full_layers = fields.values.get("max_window_layers", 28)
     if not isinstance(full_layers, int):
         raise fields.error("max_window_layers", full_layers, "an integer")
@@ -263,13 +268,13 @@ def _layer_types(fields: _Fields) -> set[str]:
 
 
 def _rope(fields: _Fields) -> RopeSpec:
-    # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may stand inside or beside.
-    rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.place)
+    # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may be inside or beside it.
+    rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"{rope.place}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise ConfigError(f"{rope.path}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"{fields.place}: partial_rotary_factor must be 1.0, others are not supported")
+        raise ConfigError(f"{fields.path}: partial_rotary_factor must be 1.0, others are not supported")
 
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if kind == "default":
@@ -278,7 +283,7 @@ def _rope(fields: _Fields) -> RopeSpec:
     if kind in ("linear", "dynamic"):
         return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"))
 
-    # Beside the rope parameters it wins over inside, and without either there was no extension.
+    # The value beside the rope parameters wins over the one inside; without either there was no extension.
     original = fields.size(
         "original_max_position_embeddings", rope.size("original_max_position_embeddings", max_position)
     )
@@ -308,7 +313,7 @@ def _rope(fields: _Fields) -> RopeSpec:
 def _dtype(fields: _Fields) -> str:
     name = str(fields.values.get("dtype") or fields.values.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"{fields.place}: dtype={name!r} is not supported; supported are {', '.join(DTYPES)}")
+        raise ConfigError(f"{fields.path}: dtype={name!r} is not supported; supported are {', '.join(DTYPES)}")
     return name
 
 

@@ -1,1 +1,1 @@
-"""What a client and an engine say to each other: plain data and bytes."""
+"""The messages between a client and an engine, and how they travel: plain data and bytes."""

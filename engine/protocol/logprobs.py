@@ -6,7 +6,7 @@ import msgspec
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities (natural logarithm) at one position: of the token that stands there and of the likeliest."""
+    """Log-probabilities (natural logarithm) at one position: of its token and of the likeliest ones."""
 
     token_id: int
     logprob: float

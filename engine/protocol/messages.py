@@ -42,20 +42,23 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """When things happened to one request: measured at the coordinator, from the moment it arrived there."""
+    """Times of one request, measured at the coordinator from the moment it arrived there."""
 
     queued_s: float
-    """Until its first token was scheduled."""
+    """Seconds until its first token was scheduled."""
     ttft_s: float
-    """Until its first output token was known."""
+    """Seconds until its first output token was known (TTFT)."""
     tpot_ms: float
-    """Mean time between output tokens after the first; 0 with fewer than two."""
+    """Mean milliseconds between output tokens after the first (TPOT); 0 with fewer than two."""
     total_s: float
-    """Until it finished."""
+    """Seconds until it finished."""
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
-    """New text and tokens of one completion (`index` of n). Text waits while a character or stop string is open."""
+    """New text and tokens of one completion (`index` of n).
+
+    Text is kept back while it may be part of an unfinished character or stop string.
+    """
 
     id: str
     index: int

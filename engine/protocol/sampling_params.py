@@ -22,11 +22,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     max_tokens: int | None = None
-    """New tokens at most, >= 1. None: generation_config.max_new_tokens, or else up to max_model_len."""
+    """Most new tokens, >= 1. None takes generation_config.max_new_tokens, or else as many as max_model_len allows."""
     min_tokens: int = 0
     """New tokens before end-of-sequence or a stop token id may be chosen, >= 0."""
     temperature: float | None = None
-    """0 is greedy. None: generation_config's if it samples, or else 0."""
+    """0 is greedy. None takes generation_config's if it samples, or else 0."""
     top_k: int | None = None
     """Keep the k likeliest tokens; 0 or -1 keeps all."""
     top_p: float | None = None
@@ -36,13 +36,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float | None = None
     """Divide positive, multiply negative logits of tokens already in prompt or output, > 0 (CTRL, arXiv:1909.05858)."""
     presence_penalty: float = 0.0
-    """Subtract from the logits of tokens already in the output, in [-2, 2]."""
+    """Subtracted from the logits of tokens already in the output, in [-2, 2]."""
     frequency_penalty: float = 0.0
-    """Subtract, times the count in the output, in [-2, 2]."""
+    """Subtracted from a token's logit once for each time it occurs in the output, in [-2, 2]."""
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None = None
-    """Same seed, same tokens: whatever the batch or the number of ranks. None: drawn from the engine's seed."""
+    """The same seed gives the same tokens, whatever the batch or the number of ranks. None: drawn from the engine's."""
     n: int = 1
     """Completions of the same prompt, 1 to max_num_seqs."""
     stop: tuple[str, ...] = ()
@@ -94,6 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_number("n", self.n, 1, math.inf, integer=True)
         _check_number("logprobs", self.logprobs, 0, LOGPROBS_LIMIT, integer=True, optional=True)
         _check_number("prompt_logprobs", self.prompt_logprobs, 0, LOGPROBS_LIMIT, integer=True, optional=True)
+
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "
@@ -101,15 +102,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
         if self.logprobs_mode not in ("raw", "processed"):
             raise InvalidRequest(f'logprobs_mode={self.logprobs_mode!r} is not one of "raw", "processed"')
+
         if not isinstance(self.stop, tuple) or not all(_is_text(text) for text in self.stop):
             raise InvalidRequest(f"stop={self.stop!r} must be a string or a list of non-empty strings of valid Unicode")
         if not isinstance(self.stop_token_ids, tuple):
             raise InvalidRequest(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
+
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name}={getattr(self, name)!r} must be true or false")
+
         for token in self.stop_token_ids:
             _check_number("stop_token_ids", token, 0, math.inf, integer=True)
+
         if not isinstance(self.logit_bias, dict | None):
             raise InvalidRequest(f"logit_bias={self.logit_bias!r} must map token ids to numbers in [-100, 100]")
         for token, bias in (self.logit_bias or {}).items():
@@ -171,6 +176,7 @@ def _check_number(
 ) -> None:
     if value is None and optional:
         return
+
     kinds = (int,) if integer else (int, float)
     allowed = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
     if isinstance(value, bool) or not isinstance(value, kinds):

@@ -28,7 +28,7 @@ TICK_MS = 500
 """Longest time between two looks at whether the engine lives."""
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are no message; the last for lists in lists, a thousand deep."""
+"""What decoding raises for bytes that are no message; RecursionError for lists nested a thousand deep."""
 
 
 class Transport(ABC):
@@ -113,11 +113,14 @@ class _Wire:
     def __init__(self, kind: int, name: str) -> None:
         self._context = context = zmq.Context()
         self.socket = _unbounded(context, kind)
+
+        # A ZeroMQ socket belongs to one thread: other threads queue frames here, which the poll sees too.
         wake = f"inproc://wake-{id(self)}"
         self._pull = _unbounded(context, zmq.PULL)
         self._pull.bind(wake)
         self._push = _unbounded(context, zmq.PUSH)
         self._push.connect(wake)
+
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -131,11 +134,12 @@ class _Wire:
         on_lost: _OnFrames = lambda frames: None,
         tick: Callable[[], None] | None = None,
     ) -> None:
-        """`on_lost` gets what a router socket could not send, because its receiver has gone.
+        """Start the thread. `on_lost` gets what a router socket could not send, because its receiver has gone.
 
         `tick` is called on the wire's thread every TICK_MS milliseconds or more often; it may use the socket.
         """
-        self._on_frames, self._on_lost = on_frames, on_lost
+        self._on_frames = on_frames
+        self._on_lost = on_lost
         self._tick = tick
         self._thread.start()
 
@@ -167,12 +171,15 @@ class _Wire:
                 ready = dict(poller.poll(None if self._tick is None else TICK_MS))
                 if self._tick is not None:
                     self._tick()
+
+                # Messages that other threads queued, and the empty one of close().
                 if self._pull in ready:
                     frames = self._pull.recv_multipart()
                     if frames == [b""]:
                         running = False
                     else:
                         self._send(frames)
+
                 if self.socket in ready:
                     self._receive(self.socket.recv_multipart())
         finally:
@@ -210,7 +217,7 @@ class ZmqTransport(Transport):
     """
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
-        """Raises ConfigError for an address that others could use, or that cannot be bound."""
+        """Bind the socket. Raises ConfigError for an address that others could use, or that cannot be bound."""
         check_address(address, secret)
         self._may_shut_down = address.startswith("ipc://")
         self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
@@ -229,8 +236,11 @@ class ZmqTransport(Transport):
         self._decoder: msgspec.msgpack.Decoder[Command | Ping] = msgspec.msgpack.Decoder(Command | Ping)
 
     def start(self, on_command: OnCommand) -> None:
+        """Begin to deliver (client, command) on the transport's thread; a client that has gone aborts its requests."""
+
         def on_frames(frames: list[bytes]) -> None:
-            client, data = frames[0], frames[-1]
+            client = frames[0]
+            data = frames[-1]
             try:
                 command = self._decoder.decode(data)
             except UNDECODABLE as error:
@@ -253,14 +263,16 @@ class ZmqTransport(Transport):
         self._wire.start(on_frames, on_lost)
 
     def send(self, client: bytes, *events: Event) -> None:
+        """Queue events for a client; the transport's thread sends them."""
         # Frames of one message: threads and the client wake up once for all.
         self._wire.send([client, *map(self._encoder.encode, events)])
 
     def close(self) -> None:
+        """Send what is queued, waiting at most a second for a slow client, then close the socket."""
         self._wire.close()
 
     def _refuse(self, client: bytes, data: bytes, error: Exception) -> None:
-        """Whoever waits for an answer to an ill-formed Submit gets one; there is nobody to tell of other garbage."""
+        """Answer an ill-formed Submit, whose client waits; other undecodable messages are only logged."""
         try:
             addressed = msgspec.msgpack.decode(data, type=_Addressed)
         except UNDECODABLE:
@@ -281,16 +293,16 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
 
 
 class _Addressed(msgspec.Struct, tag="submit"):
-    """What is left to know of a Submit whose other fields are wrong."""
+    """The only field needed of a Submit whose other fields are wrong."""
 
     id: str
 
 
 class ZmqConnection(Connection):
-    """A client of a coordinator in another process; it may be there later than the client."""
+    """A client of a coordinator in another process, which may start later than the client."""
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
-        """Raises ConfigError for an address that needs a `secret`, the engine's, and has none."""
+        """Connect to `address`. Raises ConfigError for an address that needs the engine's `secret` and has none."""
         check_address(address, secret)
         self._wire = _Wire(zmq.DEALER, "phalanx-connection")
         if secret is not None:
@@ -328,6 +340,7 @@ class ZmqConnection(Connection):
         self._wire.start(on_frames, tick=tick)
 
     def send(self, command: Command) -> None:
+        """Queue a command, which the connection's thread sends. Raises InvalidRequest for what cannot be encoded."""
         try:
             data = self._encoder.encode(command)
         except (TypeError, ValueError, OverflowError) as error:
@@ -335,17 +348,18 @@ class ZmqConnection(Connection):
         self._wire.send([data])
 
     def close(self) -> None:
+        """Send what is queued, then close the socket."""
         self._wire.close()
 
 
 class _Belonging(msgspec.Struct):
-    """What is left to know of an event that cannot be read: whose it is."""
+    """The only field needed of an event that cannot be read: its request's id."""
 
     id: str
 
 
 def _unreadable(data: bytes, error: Exception) -> Failed:
-    """Return what the request of an unreadable event is told: nobody waits for an answer that never becomes whole.
+    """Return the failure for the request of an unreadable event, so that nobody waits for an incomplete answer.
 
     Raises msgspec.DecodeError, as UNDECODABLE says, for bytes that belong to no request.
     """

@@ -21,7 +21,7 @@ class SampleRow:
     """What chooses the token at `position` of one sequence; the same on every rank."""
 
     sampling: SlotSampling
-    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. With a TokenCounts none is needed
+    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. Not needed with a TokenCounts
     prompt_length: int
     position: int
     slot: int = -1  # in the TokenCounts, if there is one
@@ -30,23 +30,26 @@ class SampleRow:
 def edit_rows(
     logits: torch.Tensor, vocab: range, rows: Sequence[SampleRow], token_counts: TokenCounts | None
 ) -> dict[int, torch.Tensor]:
-    """Apply to each row's logits, float32 (len(rows), len(vocab)), in place, what its request asks for: edit_logits.
+    """Edit each row's logits, float32 (len(rows), len(vocab)), in place, as its request asks: see edit_logits.
 
-    Returns the logits as they were, of rows whose raw log-probabilities are wanted. Penalties go by
+    Returns the unedited logits of the rows whose raw log-probabilities are wanted, by row. Penalties use
     `token_counts`, if there are any, instead of the rows' token ids.
     """
     edited = [i for i, row in enumerate(rows) if changes_logits(row.sampling, row.position - row.prompt_length)]
     wanted = [i for i in edited if rows[i].sampling.logprobs >= 0 and not rows[i].sampling.processed_logprobs]
     originals = {i: logits[i].clone() for i in wanted}
+
     if token_counts is None:
         for i, row in ((i, rows[i]) for i in edited):
             edit_logits(logits[i], vocab, row.sampling, row.token_ids, row.prompt_length, row.position)
         return originals
+
     for i in edited:
         add_bias(logits[i], vocab, rows[i].sampling)
     penalized = [i for i in edited if rows[i].sampling.needs_token_counts]
     if penalized:
-        slots, samplings = [rows[i].slot for i in penalized], [rows[i].sampling for i in penalized]
+        slots = [rows[i].slot for i in penalized]
+        samplings = [rows[i].sampling for i in penalized]
         token_counts.penalize(logits, penalized, slots, samplings)
     for i in edited:
         mask_ends(logits[i], vocab, rows[i].sampling, rows[i].position - rows[i].prompt_length)
@@ -84,7 +87,7 @@ def edit_logits(
 
 
 def add_bias(logits: torch.Tensor, vocab: range, sampling: SlotSampling) -> None:
-    """The first of what edit_logits does."""
+    """Add a request's logit biases to its row, in place: the first step of edit_logits."""
     if sampling.bias_token_ids:
         ids = np.asarray(sampling.bias_token_ids, dtype=np.int64)
         inside = (ids >= vocab.start) & (ids < vocab.stop)
@@ -93,7 +96,7 @@ def add_bias(logits: torch.Tensor, vocab: range, sampling: SlotSampling) -> None
 
 
 def mask_ends(logits: torch.Tensor, vocab: range, sampling: SlotSampling, output_length: int) -> None:
-    """The last of what edit_logits does: no end before min_tokens are out."""
+    """Mask the end tokens of a row before min_tokens are out, in place: the last step of edit_logits."""
     if output_length < sampling.min_tokens:
         logits[_to(logits, _local(np.asarray(sampling.end_token_ids, dtype=np.int64), vocab))] = -torch.inf
 

@@ -33,7 +33,7 @@ from .token_counts import TokenCounts
 from .truncation import RowSettings, draw, kept_counts, put_rows, take_rows
 
 INVALID_TOKEN = -1
-"""Instead of a token: the row's logits hold NaN or +inf, or leave no token possible. No other row is affected."""
+"""Stands for a token where the row's logits hold NaN or +inf, or allow no token. No other row is affected."""
 
 _NEEDS_FULL_GATHER = -2
 _CANDIDATES = 64
@@ -54,16 +54,20 @@ class Sampler:
         """`vocab` is the shard whose logits this rank has; the shards are contiguous in rank order.
 
         For top-k, top-p and min-p each rank sends its `candidates` likeliest tokens; a row that keeps more than those
-        surely hold is decided over the whole vocabulary instead. Penalties go by `token_counts`, if there are
-        any, instead of the rows' token ids. Calls one collective.
+        surely hold is decided over the whole vocabulary instead. Penalties use `token_counts`, if there are any,
+        instead of the rows' token ids. Calls one collective.
 
         Raises ConfigError if the shards do not add up to `vocab_size`.
         """
         if candidates < 1:
             raise ConfigError(f"candidates={candidates} must be at least 1")
-        self._collectives, self._token_counts = collectives, token_counts
-        self._vocab, self._vocab_size = vocab, vocab_size
+        self._collectives = collectives
+        self._token_counts = token_counts
+        self._vocab = vocab
+        self._vocab_size = vocab_size
         self._width = min(candidates, vocab_size)
+
+        # Every rank learns all shards' sizes.
         sizes = torch.zeros(collectives.size, device=collectives.device)
         sizes[collectives.rank] = len(vocab)
         self._shard_sizes = [int(size) for size in collectives.all_reduce(sizes).tolist()]
@@ -91,6 +95,7 @@ class Sampler:
         if all(_is_plain_greedy(row.sampling) for row in rows):
             tokens = self._argmax(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
+
         step = self._run(logits, rows, originals, share=False)
         if self._collectives.rank != 0:
             return None
@@ -109,6 +114,7 @@ class Sampler:
         if self._collectives.size == 1 and all(_is_plain_greedy(row.sampling) for row in rows):
             most, indices = argmax(logits)
             return torch.where(most.isfinite(), indices, INVALID_TOKEN), [None] * len(rows)
+
         step = self._run(logits, rows, originals, share=True)
         return step.tokens, step.entries
 
@@ -120,16 +126,19 @@ class Sampler:
         parts = self._collectives.gather(self._summary(step))
         if parts is not None:
             self._choose(step, torch.stack(parts))
+
         # A row of no more tokens than were gathered is always decided.
         may_need_full_gather = any(not 0 < rows[i].sampling.top_k <= self._width for i in step.truncated)
         if share or step.needs_full_logprobs or may_need_full_gather:
             step.tokens = self._collectives.broadcast(step.tokens)
+
         if may_need_full_gather:
             needs_full_gather = [i for i, token in enumerate(step.tokens.tolist()) if token == _NEEDS_FULL_GATHER]
             if needs_full_gather:
                 self._choose_from_full_gather(step, needs_full_gather)
             if needs_full_gather and (share or not set(needs_full_gather).isdisjoint(step.needs_full_logprobs)):
                 step.tokens = self._collectives.broadcast(step.tokens)
+
         if step.needs_full_logprobs:
             self._score(step, originals)
         return step
@@ -151,7 +160,7 @@ class Sampler:
         return gather_logprobs(self._collectives, self._vocab, logits, chosen, counts, temperature=temperature)
 
     def _argmax(self, logits: torch.Tensor) -> list[int] | None:
-        """Each row's token of the largest logit, on rank 0, in few operations. One gather."""
+        """Return each row's token of the largest logit, on rank 0, in few operations. One gather."""
         most, indices = argmax(logits)
         # A double holds a token id as it is.
         parts = self._collectives.gather(torch.stack((most.double(), (indices + self._vocab.start).double())))
@@ -183,17 +192,23 @@ class Sampler:
         return torch.cat([part.flatten() for part in parts])
 
     def _choose(self, step: _Step, summaries: torch.Tensor) -> None:
-        """Set the tokens, on rank 0, from the ranks' summaries, int64 (ranks, L): _NEEDS_FULL_GATHER where these do not
-        suffice."""
+        """Set the tokens, on rank 0, from the ranks' summaries, int64 (ranks, L).
+
+        Rows for which these do not suffice get _NEEDS_FULL_GATHER.
+        """
         plain = step.greedy + step.sampled
         end = len(plain) + len(step.truncated) * self._width
-        keys, totals = summaries[:, len(plain) : end], summaries[:, end:]
+        keys = summaries[:, len(plain) : end]
+        totals = summaries[:, end:]
+
         if plain:
             best = summaries[:, : len(plain)].amax(dim=0)
             put_rows(step.tokens, plain, torch.where(key_values(best).isfinite(), key_token_ids(best), INVALID_TOKEN))
+
         if step.needs_full_logsumexp:
             full = totals.contiguous().view(torch.float64).logsumexp(dim=0)
             put_rows(step.totals[:, 0], step.needs_full_logsumexp, full)
+
         if step.truncated:
             keys = keys.reshape(len(summaries), -1, self._width).transpose(0, 1)
             merged = keys.flatten(1).sort(dim=1, descending=True).values
@@ -213,6 +228,7 @@ class Sampler:
         if parts is None:
             return
         logits = torch.cat([part[:, :size] for part, size in zip(parts, self._shard_sizes, strict=True)], dim=1)
+
         for i, row in zip(needs_full_gather, logits.unsqueeze(1), strict=True):
             count = self._width
             while step.tokens[i] == _NEEDS_FULL_GATHER:
@@ -237,15 +253,17 @@ class Sampler:
                 step.logprobs[i] = kept_logprobs(keys[j, : kept[j]], temperature, int(tokens[j]), sampling.logprobs)
 
     def _score(self, step: _Step, originals: dict[int, torch.Tensor]) -> None:
-        """Log-probabilities over the whole vocabulary, of the tokens that every rank knows by now."""
+        """Add the log-probabilities over the whole vocabulary; every rank knows the rows' tokens by now."""
         for i, original in originals.items():
             step.logits[i] = original
         temperature = step.logits.new_ones(len(step.needs_full_logprobs), 1)
         for j, i in enumerate(step.needs_full_logprobs):
             if step.rows[i].sampling.processed_logprobs:
                 temperature[j] = step.settings.temperature[i]
+
         counts = [step.rows[i].sampling.logprobs for i in step.needs_full_logprobs]
-        logits, tokens = take_rows(step.logits, step.needs_full_logprobs), step.tokens[step.needs_full_logprobs]
+        logits = take_rows(step.logits, step.needs_full_logprobs)
+        tokens = step.tokens[step.needs_full_logprobs]
         scored = gather_logprobs(self._collectives, self._vocab, logits, tokens, counts, temperature=temperature)
         if scored is not None:
             found = zip(step.needs_full_logprobs, scored, strict=True)
@@ -253,7 +271,7 @@ class Sampler:
 
 
 def _is_plain_greedy(sampling: SlotSampling) -> bool:
-    """Whether the token is all that is asked for, and nothing but the largest logit decides."""
+    """Whether only the token is asked for, and the largest logit alone decides."""
     return sampling.temperature == 0.0 and sampling.logprobs < 0
 
 

@@ -1,4 +1,4 @@
-"""Tokens of each slot, counted on the device: penalties then need no token that the host does not know yet."""
+"""Tokens of each slot, counted on the device, so that penalties need no token that the host does not know yet."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ from .logprobs import row_chunks
 
 
 class TokenCounts:
-    """For each slot the tokens of its prompt, and how often each stands in its output, of one vocabulary shard.
+    """Holds which tokens of one vocabulary shard each slot's prompt has, and how often each occurs in its output.
 
-    The tables take 5 bytes a slot and token of the shard, from the first request on that has a penalty.
+    The tables take 5 bytes for each slot and token of the shard. The first request with a penalty allocates them.
     """
 
     def __init__(self, slots: int, vocab: range, device: torch.device) -> None:
-        self._slots, self._vocab, self._device = slots, vocab, device
+        self._slots = slots
+        self._vocab = vocab
+        self._device = device
+        # Prompt, bool, and output, int32, each (slots, len(vocab) + 1).
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def start(self, start: SlotStart) -> None:
-        """A sequence takes a slot, with the tokens known so far. It is followed only if its sampling has a penalty."""
+        """Count the known tokens of a sequence that takes a slot. Does nothing if its sampling has no penalty."""
         if not start.sampling.needs_token_counts:
             return
         prompt, output = self._allocated()
         seen = np.asarray(start.token_ids, dtype=np.int64)
+
         prompt[start.slot].zero_()
         prompt[start.slot, self._columns(seen[: start.prompt_length])] = True
+
         output[start.slot].zero_()
         token_ids, counts = np.unique(seen[start.prompt_length :], return_counts=True)
-        # Whatever is of other shards goes to one column more, where it may collide.
+        # Tokens of other shards go to one extra column, where they may collide.
         output[start.slot, self._columns(token_ids)] = to_device([counts.astype(np.int32)], self._device)[0]
 
     def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """A token more, int64 (S,), in each of different slots, int64 (S,). Nobody waits."""
+        """Count one more token, int64 (S,), in each of different slots, int64 (S,), without waiting for the device."""
         if self._tables is None:
             return
-        first, size = self._vocab.start, len(self._vocab)
+        first = self._vocab.start
+        size = len(self._vocab)
         columns = torch.where((token_ids >= first) & (token_ids < first + size), token_ids - first, size)
         self._tables[1][slots, columns] += 1
 
@@ -56,16 +62,22 @@ class TokenCounts:
         indices = np.array([rows, list(slots)], dtype=np.int64)
         where, penalties = to_device([indices, np.array(numbers, dtype=np.float32)], self._device)
         penalties = penalties.unsqueeze(2)
+
         everyone = rows == list(range(len(logits)))
         size = len(self._vocab)
+
+        # In chunks of rows, so that the temporaries stay small.
         for some in row_chunks(logits[: len(rows)]):
-            index, of_slots = where[0, some], where[1, some]
+            index = where[0, some]
+            of_slots = where[1, some]
             values = logits[some] if everyone else logits[index]
+
             counts = output[of_slots, :size]
             repetition, presence, frequency = penalties[some].unbind(1)
             seen = (counts > 0) | prompt[of_slots, :size]
             values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
             values -= presence * (counts > 0) + frequency * counts
+
             if everyone:
                 logits[some] = values
             else:
@@ -81,6 +93,7 @@ class TokenCounts:
         return self._tables
 
     def _columns(self, token_ids: np.ndarray) -> torch.Tensor:
-        first, size = self._vocab.start, len(self._vocab)
+        first = self._vocab.start
+        size = len(self._vocab)
         inside = (token_ids >= first) & (token_ids < first + size)
         return to_device([np.where(inside, token_ids - first, size)], self._device)[0]

@@ -61,7 +61,7 @@ class RowSettings:
 
 
 def take_rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Ascending rows of x; x itself if these are all of them, which spares a GPU several small operations."""
+    """Return ascending rows of x; x itself if these are all rows, which spares a GPU several small operations."""
     return x if len(rows) == x.shape[0] else x[row_index(rows, x)]
 
 
@@ -74,17 +74,17 @@ def put_rows(x: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
 
 
 def row_index(rows: list[int], x: torch.Tensor) -> torch.Tensor:
-    """int64 (len(rows),) on the device of x."""
+    """Return `rows` as an index, int64 (len(rows),), on the device of x."""
     return to_device([np.array(rows, dtype=np.int64)], x.device)[0]
 
 
 def _gumbel_scores(values: torch.Tensor, token_ids: torch.Tensor, settings: RowSettings) -> torch.Tensor:
-    """float32 (R, M), the largest of which is the draw. No two (position, token id) share a counter of the noise."""
+    """Return float32 (R, M), whose largest is the draw. No two (position, token id) share a counter of the noise."""
     return (values / settings.temperature).add_(gumbel(settings.seed, (settings.position << 32) | token_ids))
 
 
 def draw(keys: torch.Tensor, kept: torch.Tensor, settings: RowSettings) -> torch.Tensor:
-    """A draw from the first `kept` of each row's sorted keys: int64 (R, M) and (R, 1) -> token ids (R, 1)."""
+    """Draw from the first `kept` of each row's sorted keys: int64 (R, M) and (R, 1) -> token ids (R, 1)."""
     if keys.shape[1] > _FEW:
         keys = keys[:, : int(kept.max())]
     token_ids = key_token_ids(keys)
@@ -119,7 +119,7 @@ def kept_counts(
     probable = (weights >= min_p).sum(dim=1, keepdim=True)
     probable = torch.where((min_p > 0.0) & (probable < exact), probable, vocab_size)
 
-    # NaN keeps none by these comparisons; the caller finds those rows invalid, one token is enough until then.
+    # NaN keeps none by these comparisons: one token is enough until the caller finds those rows invalid.
     kept = torch.minimum(top_k, torch.minimum(nucleus, probable)).clamp_(min=1)
     total_known = (top_p >= 1.0) | ~limited | (top_k <= exact)
     return kept, (kept <= exact) & total_known

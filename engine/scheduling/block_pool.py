@@ -11,7 +11,7 @@ DIGEST_BYTES = 32  # 256 bits of a cryptographic hash: equal digests mean equal 
 
 
 class IntegrityError(RuntimeError):
-    """The books of the pool or the scheduler contradict themselves: a bug in this package, never bad input."""
+    """The state of the pool or the scheduler contradicts itself: a bug in this package, never bad input."""
 
 
 class PrefixChain:
@@ -37,9 +37,11 @@ class PrefixChain:
             self.digests.append(parent)
 
     def copy(self) -> PrefixChain:
-        """An independent chain over the same blocks, for a sequence that goes on differently."""
+        """Return an independent chain over the same blocks, for a sequence that goes on differently."""
         twin = PrefixChain.__new__(PrefixChain)
-        twin._block_size, twin._pack, twin._root = self._block_size, self._pack, self._root
+        twin._block_size = self._block_size
+        twin._pack = self._pack
+        twin._root = self._root
         twin.digests = list(self.digests)
         return twin
 
@@ -57,9 +59,8 @@ class BlockPool:
         self._digests: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing cached; a stack with block 0 on top
-        self._evictable: OrderedDict[int, bytes] = (
-            OrderedDict()
-        )  # free but cached: its digest; least recently used first
+        # Free but cached blocks and their digests, the least recently used first.
+        self._evictable: OrderedDict[int, bytes] = OrderedDict()
 
     @property
     def available(self) -> int:
@@ -93,11 +94,11 @@ class BlockPool:
         return blocks
 
     def held(self, blocks: list[int]) -> int:
-        """How many of `blocks` somebody holds, so that acquiring them makes nothing less available."""
+        """How many of `blocks` are held already: acquiring these makes no fewer blocks available."""
         return sum(self._references[block] > 0 for block in blocks)
 
     def acquire(self, blocks: list[int]) -> None:
-        """Hold blocks that `match` returned, just now."""
+        """Add a holder to blocks that `match` has just returned."""
         for block in blocks:
             if self._references[block] == 0:
                 del self._evictable[block]
@@ -115,7 +116,7 @@ class BlockPool:
                     self._evictable[block] = digest
 
     def forget(self, blocks: list[int]) -> None:
-        """Let nobody match what one holder alone has of these blocks any more: what is in it may be no numbers."""
+        """Take those of these blocks that have a single holder out of the prefix cache: their KV may be NaN."""
         for block in blocks:
             digest = self._digests[block]
             if digest is not None and self._references[block] == 1:
@@ -123,13 +124,13 @@ class BlockPool:
                 self._digests[block] = None
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Let others match a block whose KV is computed in full. A digest that another block serves stays with it."""
+        """Let others match a block whose KV is computed in full. A digest that another block has stays with that."""
         if self._digests[block] is None and digest not in self._cached:
             self._cached[digest] = block
             self._digests[block] = digest
 
     def check_integrity(self, tables: Iterable[tuple[str, list[int], PrefixChain | None]]) -> None:
-        """Compare the books with every holder's name, block table and chain.
+        """Compare the pool's state with every holder's name, block table and chain.
 
         Raises IntegrityError if a block is leaked, owned twice, shared without being published, or published for
         another prefix than its holder's.
@@ -138,22 +139,25 @@ class BlockPool:
         for name, blocks, chain in tables:
             for index, block in enumerate(blocks):
                 if name in owners[block]:
-                    raise IntegrityError(f"block {block} stands twice in the table of {name}")
+                    raise IntegrityError(f"block {block} occurs twice in the table of {name}")
                 owners[block].append(name)
                 digest = self._digests[block]
                 if digest is not None and (chain is None or chain.digests[index : index + 1] != [digest]):
                     raise IntegrityError(f"block {block} is entry {index} of {name} but caches another prefix")
+
         self._check_owners(owners)
         published = {block: digest for block, digest in enumerate(self._digests) if digest is not None}
         if {block: digest for digest, block in self._cached.items()} != published:
             raise IntegrityError("the prefix cache and the digests of its blocks disagree")
 
     def _check_owners(self, owners: list[list[str]]) -> None:
-        blank, evictable = set(self._blank), set(self._evictable)
+        blank = set(self._blank)
+        evictable = set(self._evictable)
         if len(blank) != len(self._blank) or blank & evictable:
             raise IntegrityError(f"blocks {sorted(blank & evictable) or self._blank} are free twice")
         for block, names in enumerate(owners):
-            references, digest = self._references[block], self._digests[block]
+            references = self._references[block]
+            digest = self._digests[block]
             if references != len(names):
                 raise IntegrityError(f"block {block} has {references} references but is held by {names or 'nobody'}")
             if len(names) > 1 and digest is None:

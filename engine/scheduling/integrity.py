@@ -19,10 +19,12 @@ def check_scheduler(
     *,
     steps: int,
 ) -> None:
-    """Raises IntegrityError where requests and sequences contradict each other, with `steps` steps in flight."""
+    """Raise IntegrityError where requests and sequences contradict each other, with `steps` steps in flight."""
     for sequence in running:
-        name, known = sequence.name, len(sequence.tokens)
-        pending, scheduled = sequence.num_pending_tokens, sequence.num_scheduled_tokens
+        name = sequence.name
+        known = len(sequence.tokens)
+        pending = sequence.num_pending_tokens
+        scheduled = sequence.num_scheduled_tokens
         if sequence.status is not SequenceStatus.RUNNING or not sequence.num_computed_tokens < known:
             raise IntegrityError(f"{name} is {sequence.status.value} in the running list")
         if not 0 <= pending <= steps or (not steps and scheduled != sequence.num_computed_tokens):

@@ -11,16 +11,16 @@ from .request import Request, Sequence
 class PrefixSharing:
     """Matches waiting sequences with published blocks, and knows which blocks a running sequence will publish.
 
-    A waiting sequence whose next block somebody ahead of it is computing does better to wait for it: see
+    A waiting sequence does better to wait while a sequence ahead of it computes its next block: see
     `is_being_computed`.
     """
 
     def __init__(self, pool: BlockPool, block_size: int, enabled: bool) -> None:
-        """`enabled` is the prefix cache's; without it only the completions of one prompt share its blocks."""
+        """`enabled`: there is a prefix cache. Without one only the completions of one prompt share its blocks."""
         self._pool = pool
         self._block_size = block_size
         self._enabled = enabled
-        self._computing: dict[bytes, Sequence] = {}  # blocks that running sequences will publish: digest -> by whom
+        self._computing: dict[bytes, Sequence] = {}  # digest of a block to come -> sequence that will publish it
 
     @property
     def computing(self) -> Mapping[bytes, Sequence]:
@@ -40,7 +40,7 @@ class PrefixSharing:
         return chain
 
     def match(self, sequence: Sequence) -> list[int]:
-        """Return the cached blocks it may use; sets `awaited_digest` to the digest of the first one missing."""
+        """Return the cached blocks it may use, and set its `awaited_digest` to the digest of the first one missing."""
         sequence.awaited_digest = b""
         if sequence.chain is None:
             return []
@@ -63,7 +63,8 @@ class PrefixSharing:
 
     def publish(self, sequence: Sequence, first: int) -> None:
         """Offer the blocks from index `first` that are computed in full to the prefix cache."""
-        chain, last = sequence.chain, sequence.num_computed_tokens // self._block_size
+        chain = sequence.chain
+        last = sequence.num_computed_tokens // self._block_size
         if chain is None or last <= first:
             return
         chain.extend(sequence.tokens, sequence.num_computed_tokens)

@@ -13,7 +13,7 @@ from .step_plan import SlotSampling, SlotStart
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is; a preempted one waits again."""
+    """The state of a sequence; a preempted one waits again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -30,7 +30,7 @@ class Request:
     samplings: list[SlotSampling]
     """One for each completion; they differ in their seed. Prompt logprobs are taken from the first one alone."""
     max_tokens: int
-    """New tokens of each completion at most; max_model_len ends it too."""
+    """Most new tokens of each completion; max_model_len ends it too."""
     eos_token_ids: frozenset[int] = frozenset()
     """The model's end-of-sequence ids; empty with ignore_eos."""
     stop_token_ids: frozenset[int] = frozenset()
@@ -46,10 +46,11 @@ class Request:
     """For prompt tokens 1, 2, ... as far as they are computed; None if not asked for."""
 
     def take_on(self, arrival: int, max_model_len: int, chain: PrefixChain | None) -> None:
-        """Make the sequences. `chain` covers the full blocks of the prompt; each sequence gets its own copy."""
+        """Make a sequence for each completion. `chain` covers the prompt's full blocks; each sequence gets a copy."""
         length = len(self.prompt)
         self.unfinished = len(self.samplings)
         self.prompt_logprobs = [] if self.samplings[0].prompt_logprobs >= 0 else None
+
         self.sequences = [
             Sequence(
                 request=self,
@@ -76,7 +77,7 @@ class Request:
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
     def add_prompt_logprobs(self, position: int, entries: list[TokenLogprobs]) -> None:
-        """Take the entries for the tokens after `position`; those known before a preemption come a second time."""
+        """Add the entries for the tokens after `position`; those known before a preemption may come a second time."""
         known = self.prompt_logprobs
         if known is None or position > len(known):
             raise IntegrityError(f"prompt logprobs of {self.id} from position {position} do not follow those known")
@@ -111,7 +112,7 @@ class Sequence:
     num_sent_tokens: int = 0
     """Tokens whose ids the ranks were sent."""
     epoch: int = 0
-    """How often it gave its slot up: what was planned for an earlier epoch is of no use any more."""
+    """How often it has given its slot up. Results of rows planned in an earlier epoch are dropped."""
     blocks: list[int] = field(default_factory=list)
     capacity: int = 0
     """Tokens that fit in `blocks`."""
@@ -130,7 +131,7 @@ class Sequence:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The request's id and the completion's index, for messages."""
         return f"{self.request.id}/{self.index}"
 
     @property
@@ -140,15 +141,17 @@ class Sequence:
 
     @property
     def cacheable(self) -> int:
-        """Tokens that may come from the prefix cache: sampling needs the last one's logits, and prompt logprobs need
-        those of each position not yet given."""
+        """Tokens that may come from the prefix cache.
+
+        The last token's logits are needed for sampling, and prompt logprobs need those of each position not yet given.
+        """
         logprobs = self.request.prompt_logprobs
         if self.index == 0 and logprobs is not None and self.request.needs_prompt_logprobs:
             return len(logprobs)
         return len(self.tokens) - 1
 
     def start(self) -> SlotStart:
-        """What the ranks need to know when it takes its slot."""
+        """Return what the ranks need to know when it takes its slot."""
         sampling = self.sampling
         if sampling.prompt_logprobs >= 0 and not self.request.needs_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
@@ -161,7 +164,7 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        """How many new tokens there are."""
+        """The number of new tokens."""
         return len(self.tokens) - self.prompt_length
 
 

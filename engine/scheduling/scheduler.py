@@ -36,8 +36,8 @@ class Scheduler:
     """Owns all requests, their block tables and slots.
 
     Sequences are ordered by (priority, arrival, index). They are admitted in that order, and when blocks run out the
-    last one running is preempted: its blocks and its slot go, its tokens stay, it waits again where it stood. So the
-    first in order always progresses, and nothing is admitted past a sequence that waits for blocks.
+    last one running is preempted: it loses its blocks and its slot, keeps its tokens and waits again in its order. So
+    the first in order always progresses, and nothing is admitted past a sequence that waits for blocks.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Scheduler:
                 f"sequence may have max_model_len={max_model_len}: raise kv_memory, or lower max_model_len to at most "
                 f"{num_blocks * block_size}"
             )
+
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -70,6 +71,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self._clock = clock
         self._pool = BlockPool(num_blocks)
+
         self._requests: dict[str, Request] = {}
         self._queued: set[str] = set()  # requests none of whose sequences was admitted yet
         self._waiting: list[Sequence] = []  # both lists in rank order
@@ -80,6 +82,7 @@ class Scheduler:
         # row of an earlier epoch than its sequence's, which gave its slot up meanwhile, is of no use.
         self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
         self._arrivals = 0
+
         self.steps = 0
         self.preemptions = 0
         self.prefix_hits = 0  # prompt tokens that were in the cache when their sequence was first admitted
@@ -94,7 +97,7 @@ class Scheduler:
         return list(self._requests)
 
     def request_of_row(self, row: int) -> str | None:
-        """The id of the request that row `row` of the oldest step in flight is of; None if it has no use for it now."""
+        """The request id of a row of the oldest step in flight; None if its sequence has given its slot up since."""
         _, sequences, epochs = self._in_flight[0]
         return sequences[row].request.id if sequences[row].epoch == epochs[row] else None
 
@@ -127,7 +130,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises CapacityExceeded if max_queue of them wait, InvalidRequest if it can never run."""
-        n, length = len(request.samplings), len(request.prompt)
+        n = len(request.samplings)
+        length = len(request.prompt)
         if not 1 <= n <= self.max_num_seqs:
             raise InvalidRequest(
                 f"n={n} is out of range: it must be in [1, {self.max_num_seqs}]; raise max_num_seqs={self.max_num_seqs}"
@@ -141,6 +145,7 @@ class Scheduler:
             raise CapacityExceeded(
                 f"{len(self._queued)} requests wait, as many as max_queue={self.max_queue}: retry later or raise it"
             )
+
         if request.arrived_at is None:
             request.arrived_at = self._clock()
         request.take_on(self._arrivals, self.max_model_len, self._sharing.chain_of(request, self._arrivals))
@@ -151,9 +156,12 @@ class Scheduler:
             insort(self._waiting, sequence, key=_order)
 
     def abort(self, request_id: str, forget: bool = False) -> list[SequenceUpdate]:
-        """End a request, also between schedule and commit. Returns an update for each sequence that this ended. With
-        `forget` what it computed serves nobody else: see BlockPool.forget()."""
-        request, now = self._requests.get(request_id), self._clock()
+        """End a request, also between schedule and commit. Returns an update for each sequence that this ended.
+
+        With `forget` its blocks are not reused from the prefix cache: see BlockPool.forget().
+        """
+        request = self._requests.get(request_id)
+        now = self._clock()
         updates: list[SequenceUpdate] = []
         for sequence in [] if request is None else request.sequences:
             if sequence.status is not SequenceStatus.FINISHED:
@@ -179,7 +187,9 @@ class Scheduler:
         else:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
         sequence.status = SequenceStatus.FINISHED
-        sequence.finish_reason, sequence.stop_reason, sequence.finished_at = reason, stop_reason, now
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+        sequence.finished_at = now
         request = sequence.request
         request.unfinished -= 1
         if request.unfinished == 0:
@@ -187,12 +197,14 @@ class Scheduler:
             self._queued.discard(request.id)
 
     def _vacate(self, sequence: Sequence) -> None:
-        """Take a running sequence's slot and blocks."""
+        """Take a running sequence's slot and blocks away."""
         del self._running[bisect_left(self._running, sequence.order, key=_order)]
         self._pool.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         self._sharing.withdraw(sequence)
-        sequence.blocks, sequence.capacity, sequence.slot = [], 0, -1
+        sequence.blocks = []
+        sequence.capacity = 0
+        sequence.slot = -1
         sequence.epoch += 1
 
     # -- one step
@@ -210,6 +222,7 @@ class Scheduler:
             self._admit(step)
         if not step.decodes and not step.chunks:
             return None
+
         step.spend_leftover_budget()
         self.steps += 1
         plan = step.build(self.steps)
@@ -230,12 +243,13 @@ class Scheduler:
             if known > sequence.num_sent_tokens:
                 step.send_new_tokens(sequence)
             step.decodes.append(sequence)
+
         step.budget -= len(step.decodes)
         for sequence in prompts:
             step.schedule_tokens(sequence)
 
     def _grow(self, sequence: Sequence, step: StepBuilder) -> bool:
-        """Add one block to a table, if need be by preempting who ranks last; False if that was the sequence itself."""
+        """Add one block, if need be by preempting the last running sequence; False if that is `sequence` itself."""
         while not self._pool.available:
             victim = self._running[-1]
             self._preempt(victim)
@@ -265,6 +279,7 @@ class Scheduler:
                 passed_over.append(sequence)
                 seen += 1
                 continue
+
             cached = self._sharing.match(sequence)
             if self._sharing.is_being_computed(sequence):
                 passed_over.append(sequence)
@@ -300,6 +315,8 @@ class Scheduler:
         sequence.num_computed_tokens = sequence.num_scheduled_tokens = len(cached) * self.block_size
         sequence.num_sent_tokens = known
         sequence.status = SequenceStatus.RUNNING
+
+        # From here on it runs: others may wait for the blocks that it will publish.
         insort(self._running, sequence, key=_order)
         self._queued.discard(sequence.request.id)
         self._sharing.announce(sequence, len(cached))
@@ -307,25 +324,33 @@ class Scheduler:
             sequence.first_scheduled_at = now
             sequence.cached_tokens = sequence.num_computed_tokens
             self.prefix_hits += sequence.num_computed_tokens
+
         step.starts.append(sequence.start())
         step.send_blocks(sequence, 0)
         step.schedule_tokens(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Take in what the plan brought, one update for each new token; sequences that ended meanwhile get none."""
+        """Record a step's results. Returns an update for each new token; sequences that ended meanwhile get none.
+
+        Raises IntegrityError if `plan` is not the oldest step in flight.
+        """
         if not self._in_flight or plan.step != self._in_flight[0][0]:
             raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
         _, rows, epochs = self._in_flight.popleft()
         now = self._clock()
+
         for row, entries in result.prompt_logprobs.items():
             if rows[row].epoch == epochs[row]:
                 rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
+
+        # Publish the blocks that are full now.
         size = self.block_size
         for sequence, epoch, count in zip(rows, epochs, plan.counts, strict=True):
             if sequence.epoch == epoch:
                 full = sequence.num_computed_tokens // size
                 sequence.num_computed_tokens += count
                 self._sharing.publish(sequence, full)
+
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
             sequence = rows[row]
@@ -334,18 +359,23 @@ class Scheduler:
         return updates
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
-        tokens, request = sequence.tokens, sequence.request
+        tokens = sequence.tokens
+        request = sequence.request
         reason: str | None = None
         stop_reason: int | None = None
         if token in sequence.end_token_ids and sequence.num_output >= sequence.sampling.min_tokens:
-            reason, stop_reason = "stop", None if token in request.eos_token_ids else token
+            reason = "stop"
+            stop_reason = None if token in request.eos_token_ids else token
+
         tokens.append(token)
         sequence.num_pending_tokens -= 1
         if reason is None and len(tokens) >= sequence.length_limit:
             reason = "length"
+
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         sequence.last_token_at = now
+
         if reason is not None:
             self._finish(sequence, reason, stop_reason, now)
         entries = [logprobs] if logprobs is not None else None
@@ -354,8 +384,7 @@ class Scheduler:
     # -- integrity
 
     def check_integrity(self) -> None:
-        """Check that nothing contradicts itself or is lost; takes O(everything), for idle moments and tests. Raises
-        IntegrityError."""
+        """Raise IntegrityError if state contradicts itself or is lost. Visits all of it: for idle moments and tests."""
         check_scheduler(
             self._requests,
             self._queued,

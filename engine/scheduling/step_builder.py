@@ -36,8 +36,10 @@ class StepBuilder:
         sequence.num_sent_tokens = len(sequence.tokens)
 
     def schedule_tokens(self, sequence: Sequence) -> None:
-        """Schedule all its uncomputed tokens, but at most half of the budget that is left: no short prompt waits for a
-        long one."""
+        """Schedule all its uncomputed tokens, but at most half of the remaining budget.
+
+        So no short prompt waits for a long one.
+        """
         wanted = sequence.num_uncomputed_tokens
         count = min(wanted, (self.budget + 1) // 2)
         if count:
@@ -49,7 +51,7 @@ class StepBuilder:
                 self.chunk_counts.append(count)
 
     def spend_leftover_budget(self) -> None:
-        """Give what nobody else could use to the first chunk that can."""
+        """Give the rest of the budget to the first chunks that can use it."""
         for i, sequence in enumerate(self.chunks):
             more = min(self.budget, sequence.num_uncomputed_tokens - self.chunk_counts[i])
             self.chunk_counts[i] += more
@@ -59,10 +61,13 @@ class StepBuilder:
         """Return the finished plan: decodes first, then chunks."""
         rows = self.decodes + self.chunks
         num_decodes = len(self.decodes)
+
+        # A chunk samples only if it reaches the end of its sequence.
         sample_rows = list(range(num_decodes))
         for row, (sequence, count) in enumerate(zip(self.chunks, self.chunk_counts, strict=True), num_decodes):
             if count == sequence.num_uncomputed_tokens:
                 sample_rows.append(row)
+
         return StepPlan(
             step=step,
             starts=self.starts,
@@ -79,7 +84,7 @@ class StepBuilder:
         )
 
     def mark_in_flight(self) -> tuple[list[Sequence], list[int]]:
-        """Count the step's tokens as scheduled, and a pending one for each row that leaves none out.
+        """Count the step's tokens as scheduled, and a pending one for each row that reaches its sequence's end.
 
         Returns the rows' sequences, and the epoch of each.
         """

@@ -31,12 +31,12 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def needs_token_counts(self) -> bool:
-        """Whether the tokens so far change the next one's logits, beyond how many there are."""
+        """Whether the ids of the tokens so far change the next token's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence takes a slot (first admission, or again after a preemption): all the ranks need to know of it."""
+    """What the ranks need to know of a sequence that takes a slot, first admitted or again after a preemption."""
 
     slot: int
     prompt_length: int  # tokens before the output began; the rest of token_ids is output from before a preemption
@@ -54,11 +54,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
     step: int
     starts: list[SlotStart]
-    token_slots: list[
-        int
-    ]  # tokens committed since the slot's last row: slot and token id, appended to the slot's tokens
+    # Tokens committed since the slot's last row: each token id is appended to its slot's tokens.
+    token_slots: list[int]
     token_ids: list[int]
-    block_slots: list[int]  # block table entries that changed: block_table[slot][index] = block
+    # Block table entries that changed: block_table[slot][index] = block id.
+    block_slots: list[int]
     block_indices: list[int]
     block_ids: list[int]
     slots: list[int]
@@ -79,7 +79,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
-    """The group's work is done: every rank leaves its loop. `payload` is for who called the loop (see LLM.in_group)."""
+    """The group's work is done: every rank leaves its loop, which returns `payload` (see LLM.in_group)."""
 
     payload: bytes = b""
 
@@ -101,17 +101,17 @@ _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
 
 
 def encode(message: Control) -> bytes:
-    """Bytes of a control message, for the control channel."""
+    """Return the bytes of a control message, for the control channel."""
     return _encoder.encode(message)
 
 
 def decode(data: bytes) -> Control:
-    """The control message in `data`; raises msgspec.ValidationError if it is not one."""
+    """Return the control message in `data`; raises msgspec.ValidationError if it is not one."""
     return _decoder.decode(data)
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """What rank 0 learned in one step, aligned with the plan's sample_rows."""
+    """The results of one step on rank 0, aligned with the plan's sample_rows."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]

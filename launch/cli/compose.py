@@ -28,7 +28,7 @@ from .schema import Keys, describe_type, key_docs, parse_size, schema_of
 CONFIG_NAME = "config"
 HYDRA_VERSION_BASE = "1.3"
 GROUPS = ("engine", "runtime", "models", "bench")
-# Values of these keys are taken as they are written, whatever characters they hold.
+# Values of these keys are taken literally, whatever characters they hold.
 _TEXT = ("prompt", "system")
 _PATHS = ("model", "tokenizer", "input", "output", "address", "out")
 
@@ -45,7 +45,7 @@ class Job(Generic[K]):
     """Every key of the configuration, EngineConfig's too, as plain data."""
 
     def engine_config(self) -> EngineConfig:
-        """Raises ConfigError, or InvalidRequest for sampling.*, naming the key."""
+        """Return the engine's configuration. Raises ConfigError, or InvalidRequest for sampling.*, naming the key."""
         names = [field.name for field in dataclasses.fields(EngineConfig)]
         values = {name: self.values[name] for name in names}
         if values["model"] is None:
@@ -60,7 +60,7 @@ class Job(Generic[K]):
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments by Hydra's own parser. Raises ConfigError for a flag that is none."""
+    """Parse the arguments by Hydra's own parser. Raises ConfigError for an unknown flag."""
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message} (write key=value; --help lists the keys, --hydra-help the flags)")
@@ -71,13 +71,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: RankInfo) -> list[str]:
-    """The arguments as Hydra is to see them: presets become group choices, text is quoted, torchrun sets ranks.
+    """Rewrite the arguments for Hydra: presets become group choices, text is quoted, torchrun sets ranks.
 
     Raises ConfigError for a name that is no key, or ranks other than torchrun started.
     """
     config_dir = parse_arguments(arguments).config_dir
     folders = [CONFIGS, *([Path(config_dir)] if config_dir else [])]
     prepared = [_rewrite(argument, choices("models", folders)) for argument in arguments]
+
+    # Every override must name a key or a choice that exists.
     names = [*key_docs(keys), *GROUPS]
     given: dict[str, Any] = {}
     overrides = parse_arguments(prepared).overrides
@@ -86,6 +88,7 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: Ran
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise ConfigError(f"{text!r} cannot be read as key=value: {str(error).splitlines()[0]}") from error
+
         name = override.key_or_group
         if name.startswith(("hydra.", "hydra/")):
             continue
@@ -94,6 +97,7 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: Ran
         given[name] = override.value()
         if name in GROUPS and given[name] is not None and given[name] not in choices(name, folders):
             raise ConfigError(unknown_name(f"choice of {name}:", str(given[name]), choices(name, folders)))
+
     if rank_info.launched:
         if given.get("ranks", rank_info.size) != rank_info.size:
             raise ConfigError(
@@ -120,14 +124,14 @@ def compose(arguments: Sequence[str], keys: type[K], rank_info: RankInfo) -> Job
 
 
 def job_of(config: DictConfig, keys: type[K], rank_info: RankInfo) -> Job[K]:
-    """A composed configuration as plain data."""
+    """Turn a composed configuration into plain data."""
     values = {str(name): None if OmegaConf.is_missing(config, name) else _plain(config[name]) for name in config}
     own = keys(**{field.name: values[field.name] for field in dataclasses.fields(keys)})
     return Job(rank_info, own, values)
 
 
 def register_schema(keys: type[Keys]) -> None:
-    """Tell Hydra which keys there are."""
+    """Register a program's keys with Hydra."""
     ConfigStore.instance().store("schema", schema_of(keys))
 
 
@@ -136,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rewrite(argument: str, presets: list[str]) -> str:
-    """One word of the command line: model=PRESET as a group choice, text and paths quoted."""
+    """Rewrite one word of the command line: model=PRESET as a group choice, text and paths quoted."""
     name, separator, value = argument.partition("=")
     if not separator or not value or value == "null":
         return argument
@@ -150,7 +154,7 @@ def _rewrite(argument: str, presets: list[str]) -> str:
 
 
 def _quote(text: str) -> str:
-    """Hydra's quoted form of a text: backslashes count only before a quote, where each is written twice."""
+    """Return Hydra's quoted form of a text: backslashes count only before a quote, where each is written twice."""
     escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
@@ -168,7 +172,7 @@ def _kv_memory(text: str) -> float:
 
 
 def _check_preset_name(model: str) -> None:
-    """A bare word that is neither a folder nor a file was meant to be a preset."""
+    """Raise ConfigError for a bare word that is neither a folder nor a file: it was meant to be a preset."""
     if model and "/" not in model and not Path(model).exists():
         raise ConfigError(unknown_name("model folder or preset", model, choices("models")))
 
@@ -178,11 +182,13 @@ def _explain(error: Exception, keys: type[Keys]) -> str:
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     name = re.sub(r"\[.*", "", cause.full_key or "") if cause is not None else ""
+
     preset = re.match("In '[^']+': ", str(error))
-    where, docs = preset[0] if preset else "", key_docs(keys)
+    where = preset[0] if preset else ""
+    docs = key_docs(keys)
     if name in docs:
-        said = str(cause).splitlines()[0]
-        return f"{where}{name} must be {describe_type(_type_of(name, keys))}: {said}. Its meaning: {docs[name]}"
+        reason = str(cause).splitlines()[0]
+        return f"{where}{name} must be {describe_type(_type_of(name, keys))}: {reason}. Its meaning: {docs[name]}"
     if name:
         return where + unknown_name("configuration key", name, list(docs))
     return " ".join(str(error).split())

@@ -18,29 +18,30 @@ _TITLE_WIDTH = 100
 
 
 class Display:
-    """What happens to the requests of a batch; this one shows nothing."""
+    """Is informed of what happens to the requests of a batch; this one shows nothing."""
 
     def submitted(self, request: LineRequest) -> None:
         """A request was sent to the engine."""
 
     def refused(self, line: BadLine) -> None:
-        """A line is no request; its record was written."""
+        """A line was no request; its error record was written."""
 
     def delta(self, delta: Delta) -> None:
-        """Part of an answer has come."""
+        """Part of an answer arrived."""
 
     def ended(self, request_id: str, record: dict[str, Any]) -> None:
         """A submitted request's record was written: an answer, or an error."""
 
     def close(self) -> None:
-        """The batch is over, or was broken off."""
+        """The batch ended, or was broken off."""
 
 
 class ProgressBar(Display):
     """Requests done and tokens a second, on standard error: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
-        self._total, self._stream = total, stream
+        self._total = total
+        self._stream = stream
         self._done = self._tokens = 0
         self._started = self._reported = time.monotonic()
         self._bar: Progress | None = None
@@ -56,18 +57,22 @@ class ProgressBar(Display):
             self._bar.start()
 
     def refused(self, line: BadLine) -> None:
+        """Count the line as done."""
         self._done += 1
         self._show()
 
     def delta(self, delta: Delta) -> None:
+        """Count the new tokens."""
         self._tokens += len(delta.token_ids)
         self._show()
 
     def ended(self, request_id: str, record: dict[str, Any]) -> None:
+        """Count the request as done."""
         self._done += 1
         self._show()
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -82,14 +87,14 @@ class ProgressBar(Display):
 
 
 class AnswerStream(Display):
-    """The answers, one below the other in the order of the requests: the first unfinished one as it is written.
+    """Shows the answers one below the other in the order of the requests; the first unfinished one streams.
 
     The others' text is kept until their turn comes, so that requests computed side by side stay readable.
     """
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
-        # In the order of the lines, by request id, or by a number for a line that is none: text of each completion.
+        # The texts of each completion, in the order of the lines. Keys are request ids, or numbers for bad lines.
         self._texts: dict[str | int, list[str]] = {}
         self._titles: dict[str | int, str] = {}
         self._footers: dict[str | int, str] = {}
@@ -97,24 +102,29 @@ class AnswerStream(Display):
         self._shown = 0  # characters of the first request's first completion
 
     def submitted(self, request: LineRequest) -> None:
+        """Line up the request behind those before it; the first one's title is shown at once."""
         submit = request.submit
         self._add(submit.id, f"[{submit.id}] {_question(request)}"[:_TITLE_WIDTH], submit.sampling.n)
 
     def refused(self, line: BadLine) -> None:
+        """Line up the error, in the order of the lines."""
         self._refused += 1
         self._footers[self._refused] = f"error: {line.error}"
         self._add(self._refused, f"[{line.id}]", 1)
         self._advance()
 
     def delta(self, delta: Delta) -> None:
+        """Show the new text, or keep it until its request's turn."""
         self._texts[delta.id][delta.index] += delta.text
         self._advance()
 
     def ended(self, request_id: str, record: dict[str, Any]) -> None:
+        """Close an answer with its usage and timings, or with the error, once its turn has come."""
         if "error" in record:
             self._footers[request_id] = f"error: {record['error']}"
         else:
-            usage, timings = record["usage"], record["timings"]
+            usage = record["usage"]
+            timings = record["timings"]
             self._footers[request_id] = (
                 f"({record['finish_reason']}; {usage['completion_tokens']} tokens, first after "
                 f"{timings['ttft_s']:.2f} s, then {timings['tpot_ms']:.0f} ms each)"
@@ -122,7 +132,8 @@ class AnswerStream(Display):
         self._advance()
 
     def _add(self, key: str | int, title: str, completions: int) -> None:
-        self._texts[key], self._titles[key] = [""] * completions, title
+        self._texts[key] = [""] * completions
+        self._titles[key] = title
         if len(self._texts) == 1:
             self._begin()
 
@@ -138,16 +149,18 @@ class AnswerStream(Display):
             self._shown = len(text)
             if first not in self._footers:
                 return
+
             for number, other in enumerate(self._texts[first][1:], 2):
                 self._write(f"\n-- completion {number} --\n{other}")
             self._write(f"\n{self._footers.pop(first)}\n\n")
+
             del self._texts[first], self._titles[first]
             if self._texts:
                 self._begin()
 
 
 def write_stdout(text: str) -> None:
-    """Show text at once."""
+    """Write text to standard output, and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -30,7 +30,7 @@ class _Line(msgspec.Struct):
 
 @dataclass(frozen=True)
 class LineRequest:
-    """A line that is a request. `id` is as the line has it; the request's own is its text."""
+    """A line that is a request. `id` is the line's own; the request's id is its text."""
 
     id: Id
     submit: Submit
@@ -38,7 +38,7 @@ class LineRequest:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is none, and why. `id` is the line's own, or line-N if it has none that can be read."""
+    """A line that is no request, and why. `id` is the line's own, or line-N if it has none that can be read."""
 
     id: Id
     error: str
@@ -47,10 +47,10 @@ class BadLine:
 def read_requests(
     file: BinaryIO, defaults: SamplingParams, done: Collection[str] = (), seed: int | None = None
 ) -> Iterator[LineRequest | BadLine]:
-    """The file's lines in order; blank lines, and those whose id is in `done`, are left out.
+    """Yield the file's lines in order; blank lines, and those whose id is in `done`, are left out.
 
     A line's "sampling" is laid over `defaults`, field by field. With `seed`, a line without one of its own gets one
-    that follows from `seed` and its id: whatever an earlier run has answered, it draws the same.
+    that follows from `seed` and its id, so that it draws the same whatever an earlier run has answered.
     """
     base = msgspec.to_builtins(defaults)
     first_line: dict[str, int] = {}
@@ -79,7 +79,7 @@ def _seeded(item: LineRequest, seed: int) -> LineRequest:
 
 
 def count_requests(path: Path) -> int:
-    """Lines of the file that are not blank."""
+    """Count the lines of the file that are not blank."""
     with path.open("rb") as file:
         return sum(1 for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
 
@@ -90,11 +90,13 @@ def _parse(line: bytes, number: int, base: dict[str, Any]) -> LineRequest | BadL
         values = msgspec.json.decode(line.decode())
         if not isinstance(values, dict):
             raise InvalidRequest(f"a request is a JSON object, not {type(values).__name__}")
+
         given = values.get("id")
         if isinstance(given, str | int) and not isinstance(given, bool) and given != "":
             line_id = given
         elif "id" in values:
             raise InvalidRequest(f"id={given!r} must be a string that is not empty, or an integer")
+
         return LineRequest(line_id, _submit(values, base))
     except UnicodeDecodeError as error:
         return BadLine(line_id, f"line {number} is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
@@ -110,12 +112,14 @@ def _submit(values: dict[str, Any], base: dict[str, Any]) -> Submit:
     for name in values:
         if name not in _Line.__struct_fields__:
             raise InvalidRequest(unknown_name("field", name, list(_Line.__struct_fields__)))
+
     line = msgspec.convert(values, _Line)
     given = [name for name in ("prompt", "messages", "token_ids") if getattr(line, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(
             f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
         )
+
     given_sampling = {name: value for name, value in (line.sampling or {}).items() if value is not None}
     return Submit(
         id=str(line.id),
@@ -127,7 +131,7 @@ def _submit(values: dict[str, Any], base: dict[str, Any]) -> Submit:
 
 
 def answer_record(request_id: Id, output: RequestOutput) -> dict[str, Any]:
-    """The line of an answer. With n > 1 "completions" lists all of them; "text" and the like are completion 0's."""
+    """Return an answer's output line. With n > 1 "completions" lists all; "text" and the like are completion 0's."""
     completions = [
         {"text": each.text, "token_ids": each.token_ids, "finish_reason": each.finish_reason}
         | ({} if each.logprobs is None else {"logprobs": [_logprobs(entry) for entry in each.logprobs]})
@@ -146,7 +150,7 @@ def _logprobs(entry: msgspec.Struct) -> dict[str, Any]:
 
 
 class AnswerFile:
-    """Appends JSON lines to a file opened for appending, each complete there before the next begins."""
+    """Appends JSON lines to a file opened for appending; each is complete in the file before the next begins."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -157,24 +161,27 @@ class AnswerFile:
         self._file.flush()
 
     def clear(self) -> None:
-        """Drop what an earlier run wrote. A pipe or terminal holds nothing that could be dropped."""
+        """Drop what an earlier run wrote; a pipe or terminal holds nothing to drop."""
         if self._file.seekable():
             self._file.truncate(0)
 
 
 def read_done(path: Path) -> set[str]:
-    """The ids an earlier run has answered; what a killed run left of its last line is cut off.
+    """Return the ids that an earlier run has answered; a last line that a killed run left unfinished is cut off.
 
-    Raises ConfigError if the file holds anything else than such lines.
+    Raises ConfigError if the file holds anything but such lines.
     """
     done: set[str] = set()
     if not path.exists():
         return done
+
     with path.open("r+b") as file:
         whole = 0
         for number, line in enumerate(file, 1):
+            # A killed run left this line unfinished.
             if not line.endswith(b"\n"):
                 break
+
             try:
                 done.add(str(msgspec.json.decode(line)["id"]))
             except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
@@ -183,5 +190,6 @@ def read_done(path: Path) -> set[str]:
                     f"file that generate wrote; give another output="
                 ) from None
             whole += len(line)
+
         file.truncate(whole)
     return done

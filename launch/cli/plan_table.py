@@ -25,15 +25,16 @@ from ...parallel.partition import Partition
 
 REQUEST_TOKENS = 32768
 CPU_BLOCK_SIZE = 16
-"""Tokens of one KV block that an engine takes on a CPU where none are named."""
-MIB, GIB = 2**20, 2**30
+"""Tokens of one KV block on a CPU where block_size is not set."""
+MIB = 2**20
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What to plan for: the engine's settings, and the bytes of its devices, if it is to be seen what fits.
+    """What to plan for: the engine's settings, and the bytes of its devices, if the plan is to say what fits.
 
-    `device_memory` has a number for each rank's device, or for CPUs one alone, for a host that all ranks share.
+    `device_memory` has a number for each rank's device, or for CPUs a single one for the host that all ranks share.
     """
 
     config: EngineConfig
@@ -41,7 +42,7 @@ class Setup:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether ranks compute on CPUs. A plan is for a GPU where nothing else is said."""
+        """Whether ranks compute on CPUs. Without device=cpu a plan is for GPUs."""
         return self.config.device == "cpu"
 
     @property
@@ -59,9 +60,9 @@ class RankNeeds:
     kv_token: int
     """What each token of the KV cache takes."""
     kv_tokens: int | None
-    """Tokens of KV cache that there is room for; None if neither device_memory nor kv_memory in bytes says how much."""
+    """Tokens that the KV cache has room for; None if neither device_memory nor kv_memory in bytes is known."""
     lacking: int
-    """By which the device is too small for all that comes before the KV cache, or is given to it in bytes."""
+    """Bytes by which the device is too small for everything but the KV cache, or for the bytes that kv_memory names."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Plan:
     setup: Setup
     requirements: MemoryRequirements
     ranks: tuple[RankMemory, ...] | None
-    """Every rank's memory, as far as it is known; None if it was not said how much there is."""
+    """Every rank's memory, as far as it is known; None if the devices' memory is unknown."""
 
     @property
     def parts(self) -> Partition:
@@ -108,15 +109,15 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether an engine would start: everything has its place, and one sequence of max_model_len too.
+        """Whether an engine would start: everything fits, and so does one sequence of max_model_len.
 
-        None if it was not said how much memory there is.
+        None if the devices' memory is unknown.
         """
         return None if self.ranks is None else self.requirements.fits(self.ranks)
 
     @property
     def fewest_ranks(self) -> int | None:
-        """The fewest ranks that fit, evenly dealt over devices like the smallest one; None if no number does."""
+        """The fewest ranks that fit, evenly partitioned over devices like the smallest; None if no number does."""
         memory = self.setup.device_memory
 
         def estimate(dealt: MemoryRequirements) -> list[RankMemory]:
@@ -127,7 +128,8 @@ class Plan:
         return fewest_ranks(self.requirements, estimate)
 
     def _needs(self, rank: int) -> RankNeeds:
-        requirements, memory = self.requirements, None if self.ranks is None else self.ranks[rank]
+        requirements = self.requirements
+        memory = None if self.ranks is None else self.ranks[rank]
         return RankNeeds(
             requirements.weights(rank),
             requirements.activations(rank),
@@ -141,7 +143,7 @@ class Plan:
 
 
 def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
-    """The needs of every rank. Raises ConfigError for ranks or max_model_len out of the model's range."""
+    """Compute the needs of every rank. Raises ConfigError for ranks or max_model_len out of the model's range."""
     config = setup.config
     requirements = MemoryRequirements(
         config,
@@ -157,7 +159,7 @@ def make_plan(spec: ModelSpec, setup: Setup) -> Plan:
 
 
 def remedies(plan: Plan) -> list[str]:
-    """Changes, each of which alone would make it fit, as one would write them on the command line."""
+    """Return changes, each of which alone would make the plan fit, as written on the command line."""
     return [
         " ".join(f"{name}={_written(name, value)}" for name, value in change.items())
         for change in _changes(plan)
@@ -170,7 +172,7 @@ def _dtype(spec: ModelSpec, setup: Setup) -> str:
 
 
 def _estimate(requirements: MemoryRequirements, device_memory: Sequence[int] | None) -> list[RankMemory]:
-    """Every rank's memory before the KV cache is made; without devices only what kv_memory names is known."""
+    """Return every rank's memory before its KV cache is made; without devices only what kv_memory names is known."""
     config = requirements.config
     if device_memory is None:
         budget = int(config.kv_memory)
@@ -184,22 +186,29 @@ def _estimate(requirements: MemoryRequirements, device_memory: Sequence[int] | N
 
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Changes that may make a plan fit."""
-    config, memory, requirements = plan.setup.config, plan.setup.device_memory, plan.requirements
+    """Yield changes that may make a plan fit."""
+    config = plan.setup.config
+    memory = plan.setup.device_memory
+    requirements = plan.requirements
     assert plan.ranks is not None
+
     if memory is not None and len(set(memory)) > 1:
         yield {"rank_weights": tuple(round(size / min(memory), 2) for size in memory)}
     elif (ranks := plan.fewest_ranks) is not None:
         yield {"ranks": ranks} | ({} if config.rank_weights is None else {"rank_weights": None})
+
     if plan.kv_tokens and plan.kv_tokens < plan.max_model_len:
         yield {"max_model_len": plan.kv_tokens // 256 * 256 or plan.kv_tokens}
+
     if memory is None or (plan.setup.on_cpu and config.kv_memory <= 1):
         sequence = max(requirements.blocks_of_sequence * rank.block for rank in plan.ranks)
         yield {"kv_memory": -(-sequence // MIB) * MIB}
+
     if memory is None:
         return
+
     if config.kv_memory > 1:
-        # As much as there is.
+        # The most bytes that there are for the cache on every rank.
         everything = dataclasses.replace(requirements, config=dataclasses.replace(config, kv_memory=float(sum(memory))))
         most = min(map(everything.available_bytes, _estimate(everything, memory)))
         if most > MIB:
@@ -208,15 +217,17 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         fractions = [least_fraction(requirements, rank) for rank in plan.ranks]
         if None not in fractions:
             yield {"kv_memory": max(fraction for fraction in fractions if fraction is not None)}
+
     needed = least_device_bytes(requirements, plan.ranks, shared=plan.setup.one_host)
     rounded = int(math.ceil(needed * 10 / GIB) / 10 * GIB)
-    # A list for CPUs that have a host each, so that it is not taken for one host.
+    # CPU ranks with a host each need a list: a single number is one host for all.
     apart = plan.setup.on_cpu and not plan.setup.one_host
     yield {"device_memory": (rounded,) * (len(memory) if apart else 1)}
 
 
 def _after(plan: Plan, device_memory: tuple[int, ...] | None = None, **change: Any) -> Plan:
-    config, memory = dataclasses.replace(plan.setup.config, **change), plan.setup.device_memory
+    config = dataclasses.replace(plan.setup.config, **change)
+    memory = plan.setup.device_memory
     if device_memory is not None:
         memory = device_memory
     if memory is not None and not plan.setup.one_host and len(memory) != config.ranks:

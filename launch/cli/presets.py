@@ -1,4 +1,4 @@
-"""What configs/ knows by name, the models first."""
+"""The presets in configs/: models, and the choices of the other groups."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def choices(group: str, folders: Sequence[Path] = (CONFIGS,)) -> list[str]:
-    """The names a group such as models (the presets) can be set to."""
+    """Return the names to which a group such as models (the presets) can be set."""
     return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
 
 
 def presets() -> list[str]:
-    """The models' names."""
+    """Return the names of the model presets."""
     return choices("models")
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """What a preset holds: `model`, `shape` (the fields of a config.json), maybe `sampling`."""
+    """Return what a preset holds: `model`, `shape` (the fields of a config.json), maybe `sampling`."""
     values = yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text())
     assert isinstance(values, dict)
     return values

@@ -1,4 +1,4 @@
-"""The outermost level of every program: arguments in, exit code out; only rank 0 speaks."""
+"""The outermost level of every program: arguments in, exit code out; only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
     if rank_info.launched:
         end_with_parent()
     if rank_info.rank == 0:
@@ -40,22 +41,24 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
     else:
         die_on_signals()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+
     try:
         arguments = prepare_arguments(sys.argv[1:], keys, rank_info)
         if parse_arguments(arguments).help:
             print(help_text(keys, program, about))
             sys.exit(0)
-        compose(arguments, keys, rank_info)  # first, because Hydra's own words for a mistake are many
+        compose(arguments, keys, rank_info)  # first, because Hydra's own message for a mistake is long
         job = _through_hydra(arguments, keys)
         code = 0 if job is None else body(job)
     except (Exception, Signalled) as error:
         code = report_failure(error, rank_info)
+
     exit_within(STOP_TIMEOUT_S, code)
     sys.exit(code)
 
 
 def _through_hydra(arguments: list[str], keys: type[K]) -> Job[K] | None:
-    """Let Hydra's command line do what was asked of it; the job, unless that was only to print something."""
+    """Run Hydra's command line. Returns the job, or None if the command was only to print something."""
     rank_info = read_rank_info()
     jobs: list[Job[K]] = []
     sys.argv[1:] = arguments

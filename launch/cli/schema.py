@@ -30,7 +30,7 @@ _SIZE = re.compile(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*")
 
 @dataclasses.dataclass
 class Keys:
-    """What a program is told besides the engine's configuration. Each adds its own, with a meaning after each."""
+    """The keys of a program besides the engine's configuration. Programs add some, each followed by its meaning."""
 
     shape: dict[str, Any] | None = None
     """A model's dimensions, as the presets of configs/models state them for `plan` and `get_model`."""
@@ -39,7 +39,7 @@ class Keys:
 
 
 def field_docs(owner: type) -> dict[str, str]:
-    """The meaning of every field of a class: the string literal that follows it, inherited ones included."""
+    """Return the meaning of every field of a class, inherited ones included: the string literal that follows it."""
     docs: dict[str, str] = {}
     for base in reversed(owner.__mro__):
         if base.__module__ in ("builtins", "msgspec", "msgspec._core"):
@@ -58,13 +58,13 @@ def field_docs(owner: type) -> dict[str, str]:
 
 
 def key_docs(keys: type[Keys]) -> dict[str, str]:
-    """Every dotted key of a program's configuration with its meaning, the program's own keys first."""
+    """Return every dotted key of a program's configuration with its meaning, the program's own keys first."""
     docs = field_docs(keys) | {name: text for name, text in field_docs(EngineConfig).items() if name != "sampling"}
     return docs | {f"sampling.{name}": text for name, text in field_docs(SamplingParams).items()}
 
 
 def schema_of(keys: type[Keys]) -> type:
-    """A structured config for OmegaConf: EngineConfig's fields, the sampling group and the program's own keys."""
+    """Make a structured config for OmegaConf: EngineConfig's fields, the sampling group and the program's own keys."""
     hints = typing.get_type_hints(EngineConfig)
     fields: list[Any] = []
     for field in dataclasses.fields(EngineConfig):
@@ -76,6 +76,7 @@ def schema_of(keys: type[Keys]) -> type:
             fields.append((field.name, Any, field.default))  # a number or a size such as 4GiB: parse_size decides
         else:
             fields.append((field.name, _omegaconf_type(hints[field.name]), field.default))
+
     hints = typing.get_type_hints(keys)
     for field in dataclasses.fields(keys):
         fields.append((field.name, hints[field.name], field.default))
@@ -90,7 +91,7 @@ def _sampling_schema() -> type:
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         hint = _omegaconf_type(hints[field.name])
         if isinstance(default, list):
-            # A single stop string is as good as a list of them: SamplingParams decides.
+            # A single stop string may replace the list: SamplingParams decides.
             fields.append((field.name, Any, dataclasses.field(default_factory=list)))
         elif field.name == "logit_bias":
             fields.append((field.name, Any, default))  # OmegaConf cannot merge a mapping into a typed None
@@ -100,8 +101,9 @@ def _sampling_schema() -> type:
 
 
 def _omegaconf_type(hint: Any) -> Any:
-    """`hint` in the forms OmegaConf knows: it has no tuples of any length."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    """Return `hint` in a form that OmegaConf knows: it has no tuples of any length."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin is tuple:
         return types.GenericAlias(list, arguments[:1])
     if origin in (types.UnionType, typing.Union):
@@ -110,8 +112,9 @@ def _omegaconf_type(hint: Any) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """A type in a user's words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    """Describe a type in a user's words."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if a is type(None) else describe_type(a) for a in arguments)
     if origin in (list, tuple):
@@ -122,7 +125,7 @@ def describe_type(hint: Any) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 4GiB, 512 MiB, 2GB or 1e9. Raises ConfigError."""
+    """Return the bytes of a size such as 4GiB, 512 MiB, 2GB or 1e9. Raises ConfigError."""
     match = _SIZE.fullmatch(text)
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units:

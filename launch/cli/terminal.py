@@ -1,7 +1,7 @@
 """The terminal of a chat: a line editor, and Ctrl-C as a key rather than as a signal.
 
 Under torchrun a signal of the terminal would end torchrun, and never reach the ranks, which have sessions of their own.
-So Ctrl-C makes no signal while a chat runs: the line editor and the answer that streams look out for the key itself.
+So Ctrl-C makes no signal while a chat runs: the line editor and the streaming answer watch for the key itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 from ..ranks.process import before_exit
 
 INTERRUPT = b"\x03"
-_LFLAG, _CC = 3, 6  # indices into what termios.tcgetattr returns
+# Indices into what termios.tcgetattr returns.
+_LFLAG = 3
+_CC = 6
 _DISABLED = b"\x00"
 
 
@@ -38,7 +40,7 @@ class Terminal:
         self._set(self._original)
 
     def read_line(self, prompt: str) -> str | None:
-        """One line, without its end; "" after Ctrl-C, which drops what was typed. None at Ctrl-D."""
+        """Read one line, without its end; "" after Ctrl-C, which drops what was typed. None at Ctrl-D."""
         self._set(self._mode)
         if not self._edit:
             return self._read_line_plainly(prompt)
@@ -99,7 +101,8 @@ def _without_interrupt(mode: list[Any]) -> None:
 
 def _key_by_key(mode: list[Any]) -> None:
     mode[_LFLAG] &= ~(termios.ICANON | termios.ECHO)
-    mode[_CC][termios.VMIN], mode[_CC][termios.VTIME] = 1, 0
+    mode[_CC][termios.VMIN] = 1
+    mode[_CC][termios.VTIME] = 0
 
 
 def _gnu_readline() -> bool:

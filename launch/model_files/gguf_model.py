@@ -21,7 +21,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 """GGUF's general.architecture, and the class of transformers."""
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""What each rotary frequency is divided by: GGUF's form of Llama 3's scaling."""
+"""The tensor of each rotary frequency's divisor: GGUF's form of Llama 3's scaling."""
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -43,7 +43,7 @@ Array = npt.NDArray[np.float32]
 
 
 def gguf_origin(file: Path, dtype: str) -> dict[str, Any]:
-    """What a model folder converted from `file` is made from. Raises ConfigError if there is no such file or dtype."""
+    """Return the origin of a model folder converted from `file`. Raises ConfigError for no such file or dtype."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported; it must be one of {', '.join(DTYPES)}")
     if not file.is_file():
@@ -61,12 +61,15 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "bfloat16", force: bool 
     if not force and is_made(folder, origin):
         return folder
     metadata, stored = _read(file)
+
+    # The checkpoint must have exactly the tensors of its metadata's shape.
     tensors = {_checkpoint_name(name, file): tensor for name, tensor in stored.items() if name != ROPE_FACTORS}
     config = {**_config(file, metadata, stored), "torch_dtype": dtype}
     shapes = tensor_shapes(spec_from_config(config, str(file)))
     if different := sorted(shapes.keys() ^ tensors.keys()):
         state = "lacks" if different[0] in shapes else "has an unexpected"
         raise CheckpointError(f"{file} {state} tensor {different[0]} for a {config['architectures'][0]}")
+
     interleaved = _interleaved_heads(config)
 
     def pieces(name: str) -> Iterator[torch.Tensor]:
@@ -89,7 +92,7 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "bfloat16", force: bool 
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's metadata, and its tensors by their names in GGUF."""
+    """Return the file's metadata, and its tensors by their names in GGUF."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -110,7 +113,7 @@ def _value(field: Any) -> Any:
         values = [field.parts[part].tobytes().decode("utf-8") for part in field.data]
     else:
         values = [field.parts[part][0] for part in field.data]
-        # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
+        # Keep the shortest decimal of this float32: 1e-05, not 9.999999747378752e-06.
         values = [float(str(value)) if kind == GGUFValueType.FLOAT32 else value.item() for value in values]
     return values if field.types[0] == GGUFValueType.ARRAY else values[0]
 
@@ -126,7 +129,8 @@ def _config(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
             raise CheckpointError(f"{file}: its metadata lack {architecture}.{key}")
         return value
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
+    heads = get("attention.head_count")
+    hidden = get("embedding_length")
     config = {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -145,6 +149,7 @@ def _config(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         "attention_bias": architecture != "qwen2" and "blk.0.attn_q.bias" in tensors,
         "use_sliding_window": False,
     }
+
     scaling = get("rope.scaling.type", "none")
     if ROPE_FACTORS in tensors:
         config["rope_scaling"] = _llama3_scaling(file, config, _dequantize(tensors[ROPE_FACTORS]))
@@ -171,8 +176,11 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _llama3_scaling(file: Path, config: Mapping[str, Any], factors: Array) -> dict[str, Any]:
-    """Llama 3.1's settings that give these factors (transformers, modeling_rope_utils). Else raises ConfigError."""
-    low, high, original = 1.0, 4.0, 8192
+    """Return Llama 3.1's settings that give these factors (transformers, modeling_rope_utils), or raise ConfigError."""
+    low = 1.0
+    high = 4.0
+    original = 8192
+
     factor = round(float(factors.max()), 3)
     wavelength = 2 * math.pi * config["rope_theta"] ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
@@ -188,7 +196,7 @@ def _llama3_scaling(file: Path, config: Mapping[str, Any], factors: Array) -> di
 
 
 def _checkpoint_name(name: str, file: Path) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Translate a tensor's name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     match name.split("."):
         case ["blk", layer, part, kind] if part in _LAYER_NAMES:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
@@ -206,13 +214,13 @@ def _dequantize(tensor: Any) -> Array:
 
 
 def _interleaved_heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """The projections whose rotary pairs GGUF keeps side by side, and their heads: Llama's alone."""
+    """Return the projections whose rotary pairs GGUF keeps side by side, with their heads: only Llama has some."""
     if config["model_type"] != "llama":
         return {}
     return {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
 
 def _halves_from_pairs(values: Array, heads: int) -> Array:
-    """Rows x0 y0 x1 y1 ... of each head, as x0 x1 ... y0 y1 ...: transformers' order of rotary pairs."""
+    """Reorder rows x0 y0 x1 y1 ... of each head to x0 x1 ... y0 y1 ...: transformers' order of rotary pairs."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -18,7 +18,7 @@ _WORDS = (
 )
 QWEN2_SPLIT = _WORDS.format(digits=r"\p{N}")
 LLAMA3_SPLIT = _WORDS.format(digits=r"\p{N}{1,3}")
-"""How the published tokenizer.json of these families cuts text before merging."""
+"""How the published tokenizer.json of these families splits text before merging."""
 
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 QWEN2 = ("qwen2", "deepseek-r1-qwen")
@@ -52,6 +52,7 @@ def _write_byte_level(folder: Path, file: Path, metadata: Mapping[str, Any], max
         merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     except KeyError as error:
         raise CheckpointError(f"{file}: its metadata lack {error}") from error
+
     # Files fill the vocabulary up to the embedding's rows with unused tokens, which no text has.
     vocabulary = {token: i for i, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ != UNUSED}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in LLAMA3))
@@ -62,15 +63,18 @@ def _write_byte_level(folder: Path, file: Path, metadata: Mapping[str, Any], max
         [AddedToken(t, normalized=False, special=True) for t, kind in typed if kind == CONTROL]
     )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == USER_DEFINED])
+
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     special = {name: None if i is None else tokens[i] for name, i in ids.items()}
-    # llama.cpp takes it for true where a file of Llama 3's does not say.
+
+    # Where a file of Llama 3's does not say whether to add it, llama.cpp does.
     if metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3) and special["bos_token"] is not None:
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids["bos_token"])]
         )
+
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -16,7 +16,7 @@ import torch
 from ...engine.errors import ConfigError
 
 SHARD_BYTES = 2 * 10**9
-"""Bytes of one safetensors file at most, unless one tensor is larger."""
+"""Most bytes of one safetensors file, unless one tensor is larger."""
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, "BF16"),
@@ -26,7 +26,7 @@ DTYPES = {
 """The dtypes a checkpoint may be written in, and their names in safetensors."""
 
 ORIGIN = "phalanx_origin.json"
-"""Says what a folder was made from; there once all else is."""
+"""Records what a folder was made from; it is written last."""
 
 Shape = tuple[int, ...]
 
@@ -48,11 +48,13 @@ def write_weights(
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", shards[0], dtype, pieces)
         return total
+
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, shard, dtype, pieces)
         weight_map.update(dict.fromkeys(shard, name))
+
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
     return total
@@ -73,7 +75,7 @@ def is_made(folder: Path, origin: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def model_folder(folder: Path, origin: Mapping[str, Any], force: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` at the end; nothing is left if that fails.
+    """Yield a new folder to write into, which replaces `folder` at the end; nothing is left if that fails.
 
     Raises ConfigError if `folder` holds something else: a model may be replaced with `force`, other files never.
     """
@@ -126,8 +128,11 @@ def _write_file(
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * torch_dtype.itemsize
         header[name] = {"dtype": stored_dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
     text = json.dumps(header, separators=(",", ":")).encode()
+    # safetensors pads the header, so that the tensors after it are aligned to 8 bytes.
     text += b" " * (-len(text) % 8)
+
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():

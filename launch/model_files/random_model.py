@@ -16,6 +16,7 @@ from ...parallel.loading.dummy_weights import STANDARD_DEVIATION, fill_dummy
 from .model_folder import DTYPES, Shape, is_made, model_folder, write_json, write_weights
 
 PIECE_ELEMENTS = 2**22
+"""Elements of a tensor that are made and written at a time, in whole rows."""
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -56,7 +57,7 @@ def make_random_model(
 
 
 def random_origin(shape: dict[str, Any], seed: int, dtype: str) -> dict[str, Any]:
-    """What a random model is made from: its whole config.json, and its seed. Raises ConfigError for what cannot be."""
+    """Return a random model's origin: its whole config.json and its seed. Raises ConfigError for an impossible one."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported; it must be one of {', '.join(DTYPES)}")
     vocabulary = _vocabulary(shape)
@@ -67,9 +68,12 @@ def random_origin(shape: dict[str, Any], seed: int, dtype: str) -> dict[str, Any
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Every tensor of a model's checkpoint, in the order of the forward pass."""
-    hidden, width = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.num_query_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    """Return the shape of every tensor of a model's checkpoint, in the order of the forward pass."""
+    hidden = spec.hidden_size
+    width = spec.intermediate_size
+    queries = spec.num_query_heads * spec.head_dim
+    keys = spec.num_kv_heads * spec.head_dim
+
     layer: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         layer |= _linear(f"self_attn.{name}", rows, hidden, spec.qkv_bias)
@@ -79,6 +83,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     layer |= {"post_attention_layernorm.weight": (hidden,)}
     for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
         layer |= _linear(f"mlp.{name}", rows, columns, spec.mlp_bias)
+
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
     for i in range(spec.num_layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
@@ -103,12 +108,13 @@ def _pieces(name: str, shape: Shape, dtype: torch.dtype, seed: int, deviation: f
 
 
 def _vocabulary(shape: dict[str, Any]) -> dict[str, int]:
-    """Token ids: the special tokens where the shape has them, the rest after single bytes, ASCII first."""
+    """Return the token ids: special tokens where the shape has them, other ids for bytes, then other special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     size = shape.get("vocab_size")
     if not isinstance(size, int) or size < 4:
         raise ConfigError(f"vocab_size={size!r} must be an integer of at least 4: three special tokens and a byte")
+
     special: dict[str, int] = {}
     for token, field in ((TURN_END, "eos_token_id"), (END_OF_TEXT, "bos_token_id")):
         ids = shape.get(field)
@@ -118,6 +124,7 @@ def _vocabulary(shape: dict[str, Any]) -> dict[str, int]:
         if not 0 <= wanted < size:
             raise ConfigError(f"{field}={wanted} must be below vocab_size={size}")
         special[token] = wanted
+
     # Space and newline (as the byte-level alphabet spells them), then the printable ASCII characters: they sort first.
     names = sorted(ByteLevel.alphabet(), key=lambda letter: (letter not in "ĠĊ", letter))[: size - 3]
     names += [token for token in (END_OF_TEXT, TURN_START, TURN_END) if token not in special]
@@ -134,6 +141,7 @@ def _write_tokenizer(folder: Path, vocabulary: dict[str, int], max_position: int
     special = (END_OF_TEXT, TURN_START, TURN_END)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.save(str(folder / "tokenizer.json"))
+
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,

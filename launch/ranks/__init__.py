@@ -1,1 +1,1 @@
-"""Processes of a group: how they start, what they tell, how they end."""
+"""Processes of a group: how they start, what they report, how they end."""

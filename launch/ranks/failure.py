@@ -1,4 +1,4 @@
-"""What a rank says when it ends with an error: the one that failed speaks first, those that only saw it go wait."""
+"""What a rank reports when an error ends it: the rank that failed prints first, ranks that only lost a peer wait."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ from .process import Signalled, die_on_signals
 from .rank_info import RankInfo
 
 OTHERS_DELAY_S = 1.0
-"""Every rank meets the same wrong setting: the others give rank 0 this long to say so, and are ended meanwhile."""
+"""Every rank meets the same wrong setting: the others give rank 0 this long to report it, and are ended meanwhile."""
 BYSTANDER_DELAY_S = 2.0
-"""A rank whose peer has gone gives the launcher this long to end it, so that the peer's own words come first."""
+"""A rank whose peer has gone gives the launcher this long to end it, so that the peer's own error comes first."""
 
 
-def report_failure(error: BaseException, rank_info: RankInfo, *, told_by_client: bool = False) -> int:
+def report_failure(error: BaseException, rank_info: RankInfo, *, raised_by_client: bool = False) -> int:
     """Print what ended this rank, record it for the launcher's summary, and return the exit code.
 
-    2 for what a user can put right (configuration, checkpoint, request), 128 + signal, else 1. With `told_by_client`
-    an error of ours is recorded only: the client that started the group raises it.
+    The code is 2 for what a user can put right (configuration, checkpoint, request), 128 + signal, else 1. With
+    `raised_by_client` an error of ours is recorded only: the client that started the group raises it.
     """
     if isinstance(error, Signalled):
         return error.exit_code
     die_on_signals()
+
     if _saw_a_peer_go(error):
         time.sleep(BYSTANDER_DELAY_S)
         _record(error, rank_info)
         _print(f"{_name(rank_info)}: {error}")
         return 1
+
     if not isinstance(error, PhalanxError):
         _print(f"{_name(rank_info)} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
         _record(error, rank_info)
         return 1
+
     if rank_info.rank != 0:
         time.sleep(OTHERS_DELAY_S)
     # The message says it all: the launcher's summary needs no traceback of it.
     _record(error.with_traceback(None), rank_info)
-    if not told_by_client:
+    if not raised_by_client:
         _print(f"{_name(rank_info)}: {error}" if rank_info.rank else f"error: {error}")
     return 2 if isinstance(error, ConfigError | CheckpointError | InvalidRequest) else 1
 
@@ -74,8 +77,10 @@ def _record(error: BaseException, rank_info: RankInfo) -> None:
         unfinished.write_bytes(msgspec.json.encode(failure))
         unfinished.replace(path)
         return
+
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    # The handler records the traceback of the exception that is being handled.
     try:
         raise error
     except BaseException as raised:

@@ -28,7 +28,7 @@ from .failure import read_failure
 from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
 
 GRACE_S = 1.0
-"""Beyond RANK_STOP_TIMEOUT_S; after it this process leaves, and the ranks notice that it has."""
+"""Seconds beyond RANK_STOP_TIMEOUT_S after which this process leaves; the ranks notice that it has."""
 LOOPBACK = "lo"
 """The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
 
@@ -43,6 +43,7 @@ def supervise(folder: Path, config: EngineConfig) -> int:
             process = _start(folder, rank, config.ranks)
             ranks.append(process)
             threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
+
         for _ in ranks:
             rank, process = ended.get()
             if process.returncode:
@@ -79,10 +80,10 @@ def _wait_for(
 
 
 def first_failure(folder: Path, rank: int, process: subprocess.Popen[bytes]) -> GroupFailure:
-    """Return how the rank that ended first failed: in its own words, or by the signal or exit code that ended it."""
-    said = read_failure(folder, rank)
-    if said is not None:
-        return said
+    """Return how the rank that ended first failed: as it recorded it, or by the signal or exit code that ended it."""
+    recorded = read_failure(folder, rank)
+    if recorded is not None:
+        return recorded
     if process.returncode < 0:
         return GroupFailure(rank, signal.Signals(-process.returncode).name, f"process {process.pid} was killed")
     return GroupFailure(rank, "SystemExit", f"process {process.pid} ended with exit code {process.returncode}")
@@ -126,14 +127,14 @@ def end_with_client() -> threading.Event:
 
 
 def _signalled(number: int, frame: FrameType | None) -> None:
-    # Once: ending the ranks is not to be interrupted by the second of several signals.
+    # A second signal must not interrupt the ending of the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Signalled(number)
 
 
 def main() -> None:
-    """The supervisor process."""
+    """Run the supervisor process, and exit with the group's code."""
     folder = Path(sys.argv[1])
     signal.signal(signal.SIGINT, _signalled)
     signal.signal(signal.SIGTERM, _signalled)
@@ -143,7 +144,7 @@ def main() -> None:
         code = supervise(folder, config)
     except Signalled as stopped:
         sys.exit(stopped.exit_code)
-    if client_gone.is_set():  # and cannot do it
+    if client_gone.is_set():  # else the client removes it
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""How a process of ours ends: on a signal, with its launcher, or at once."""
+"""How a process of phalanx ends: on a signal, with its launcher, or at once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exit_within(seconds: float, code: int) -> None:
 
 
 def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: float = STOP_TIMEOUT_S) -> None:
-    """The first SIGINT or SIGTERM calls `on_first` (by default it raises Signalled) and allows `within_s`.
+    """Let the first SIGINT or SIGTERM call `on_first` (by default it raises Signalled), and allow `within_s` seconds.
 
     A second one ends the process at once. `on_first` runs in the signal handler: it may take no lock, for the thread it
     interrupts may hold it.
@@ -75,7 +75,7 @@ def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: flo
 
 
 def die_on_signals() -> None:
-    """SIGINT and SIGTERM end the process at once: for ranks that hold nothing anybody waits for."""
+    """Let SIGINT and SIGTERM end the process at once: for ranks that hold nothing anybody waits for."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""How far loading has come, on rank 0's terminal."""
+"""Loading progress on rank 0's terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PERIOD_S = 0.1
 
 
 def loading_progress(rank_info: RankInfo) -> Progress | None:
-    """Shows rank 0's bytes loaded, on one line that is cleared at the end; None where nobody is watching."""
+    """Return a callback that shows rank 0's loaded bytes on one line, cleared at the end; None without a terminal."""
     if rank_info.rank != 0 or not sys.stderr.isatty():
         return None
     shown_at = 0.0

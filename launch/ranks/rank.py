@@ -17,9 +17,9 @@ from .rank_info import RankInfo, read_rank_info
 
 
 def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: bytes | None = None) -> int:
-    """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`. Exit code.
+    """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`.
 
-    Over tcp:// clients need the `secret` (engine/protocol/secret.py).
+    Over tcp:// clients need the `secret` (engine/protocol/secret.py). Returns the exit code.
     """
     from ...engine.engine import Engine, run_rank
     from ...parallel.collectives.base import CollectiveError
@@ -43,7 +43,7 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
     try:
         run_rank(config, group, address, binding, loading_progress(rank_info), on_ready, secret)
     except CollectiveError:
-        # The signal reached the other ranks too, which left at once: that rank 0 misses them is no failure.
+        # The signal reached the other ranks too, which left at once: losing them is no failure of rank 0.
         if not stopped_by:
             raise
     else:
@@ -52,7 +52,7 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
 
 
 def main() -> None:
-    """A rank of the group that own_group.py supervises."""
+    """Run a rank of the group that own_group.py supervises, and exit."""
     folder = Path(sys.argv[1])
     rank_info = read_rank_info(folder)
     end_with_parent()
@@ -64,7 +64,7 @@ def main() -> None:
         config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
         code = serve_rank(config, rank_info, f"ipc://{folder}/engine")
     except (Exception, Signalled) as error:
-        code = report_failure(error, rank_info, told_by_client=True)
+        code = report_failure(error, rank_info, raised_by_client=True)
     exit_within(RANK_STOP_TIMEOUT_S, code)
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, as torchrun says it in the environment; a process on its own is rank 0 of 1."""
+"""Which rank this process is, from torchrun's environment variables; a process on its own is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class RankInfo:
     launched: bool = False
     """Started by torchrun or another launcher, which watches this process's end."""
     folder: Path | None = None
-    """The private folder of a client's own group, by whose files its ranks meet (see own_group.py)."""
+    """The private folder of a client's own group, through whose files its ranks meet (see own_group.py)."""
 
 
 def read_rank_info(folder: Path | None = None) -> RankInfo:
-    """Return what torchrun, or the supervisor of a group in `folder`, says of this process.
+    """Return the rank that torchrun, or the supervisor of a group in `folder`, has given this process.
 
-    Raises ConfigError if its variables are incomplete or no numbers.
+    Raises ConfigError if the environment variables are incomplete or no numbers.
     """
     if "WORLD_SIZE" not in os.environ:
         return RankInfo()
+
     values: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name, "")
@@ -39,6 +40,7 @@ def read_rank_info(folder: Path | None = None) -> RankInfo:
                 f"WORLD_SIZE to run without it"
             )
         values[name] = int(text)
+
     return RankInfo(
         rank=values["RANK"],
         size=values["WORLD_SIZE"],

@@ -18,15 +18,15 @@ from .rank_info import RankInfo
 
 
 def bind(config: EngineConfig, rank_info: RankInfo) -> Binding:
-    """Bind this process, a rank's own, to its CPUs: before join(), whose memory then stands on their NUMA node.
+    """Bind this process, a rank's own, to its CPUs; call it before join(), so that join's memory is on their NUMA node.
 
-    Raises ConfigError if this machine has not what is asked for.
+    Raises ConfigError if this machine lacks what the settings ask for.
     """
     return bind_process(config, device_type(config), rank_info.local_rank, rank_info.local_size)
 
 
 def join(config: EngineConfig, rank_info: RankInfo) -> Group:
-    """This rank's group; all ranks call it. Raises ConfigError if this machine has not what is asked for."""
+    """Join this rank's group; all ranks call it. Raises ConfigError if this machine lacks what the settings ask for."""
     device = device_type(config)
     if config.collectives in ("nccl", "symmetric_memory") and device == "cpu":
         raise ConfigError(f"collectives={config.collectives} needs device=cuda; with device=cpu set collectives=auto")
@@ -46,7 +46,7 @@ def join(config: EngineConfig, rank_info: RankInfo) -> Group:
 
 
 def follow(config: EngineConfig, rank_info: RankInfo) -> None:
-    """The life of a rank other than 0: until rank 0 stops the group."""
+    """Run a rank other than 0 until rank 0 stops the group."""
     binding = bind(config, rank_info)
     group = join(config, rank_info)
     engine = Engine(config, group, None, binding=binding)
@@ -57,7 +57,7 @@ def follow(config: EngineConfig, rank_info: RankInfo) -> None:
 
 @contextmanager
 def open_llm(config: EngineConfig, rank_info: RankInfo, on_progress: Progress | None = None) -> Iterator[LLM]:
-    """An LLM for rank 0, or for a process on its own, which starts a group if ranks > 1. Closed at the end.
+    """Yield an LLM for rank 0, or for a process on its own, which starts a group if ranks > 1. It is closed at the end.
 
     An error that stopped the engine's steps in this process is raised as it was, with its traceback.
     """
@@ -65,12 +65,14 @@ def open_llm(config: EngineConfig, rank_info: RankInfo, on_progress: Progress | 
         with LLM.from_config(config, on_progress) as llm:
             yield llm
         return
+
     binding = bind(config, rank_info)
     group = join(config, rank_info)
     link = InProcess()
     engine = Engine(config, group, link.transport, on_progress, binding)
     coordinator = engine.coordinator
     assert coordinator is not None
+
     try:
         with LLM.from_engine(engine, link) as llm:
             yield llm
@@ -82,7 +84,7 @@ def open_llm(config: EngineConfig, rank_info: RankInfo, on_progress: Progress | 
 
 
 def why_stopped(llm: LLM, error: PhalanxError) -> PhalanxError:
-    """The fullest account of an EngineStopped: once its group has ended, the client knows which rank failed."""
+    """Return the fullest account of an EngineStopped: once its group has ended, the client knows which rank failed."""
     try:
         llm.status()
     except PhalanxError as fuller:

@@ -167,7 +167,7 @@ def test_the_integrity_check_finds_a_block_owned_twice() -> None:
     blocks = pool.allocate(1)
     with pytest.raises(IntegrityError, match="block 0 has 1 references"):
         pool.check_integrity([("a", blocks, None), ("b", blocks, None)])
-    with pytest.raises(IntegrityError, match="stands twice in the table of a"):
+    with pytest.raises(IntegrityError, match="occurs twice in the table of a"):
         pool.check_integrity([("a", blocks * 2, None)])
 
 
