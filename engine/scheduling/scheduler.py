@@ -344,12 +344,12 @@ class Scheduler:
                 rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
 
         # Publish the blocks that are full now.
-        size = self.block_size
         for sequence, epoch, count in zip(rows, epochs, plan.counts, strict=True):
             if sequence.epoch == epoch:
-                full = sequence.num_computed_tokens // size
+                full = sequence.num_computed_tokens // self.block_size
                 sequence.num_computed_tokens += count
-                self._sharing.publish(sequence, full)
+                if sequence.num_computed_tokens // self.block_size > full:
+                    self._sharing.publish(sequence, full)
 
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
