@@ -29,7 +29,7 @@ from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
 
 GRACE_S = 1.0
 """Seconds beyond RANK_STOP_TIMEOUT_S after which this process leaves; the ranks notice that it has."""
-LOOPBACK = "lo"
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 """The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
 
 
