@@ -23,10 +23,10 @@ struct Expander {
 
     template <int J>
     INLINE void operator()(const uint8_t* quad, vu& first, vu& second) const {
-        // `places` are indices into the table: of words 0 and 1 in the low four bits, of words 2 and 3 in the high.
-        __m512i places = _mm512_loadu_si512(quad), lower = _mm512_loadu_si512(quad + 64 * (1 + J));
-        if (J) places = _mm512_srli_epi16(places, 4);
-        const __m512i upper = _mm512_shuffle_epi8(table, _mm512_and_si512(places, mask));
+        // Indices into the table: those of words 0 and 1 in the low four bits, those of 2 and 3 in the high.
+        __m512i indices = _mm512_loadu_si512(quad), lower = _mm512_loadu_si512(quad + 64 * (1 + J));
+        if (J) indices = _mm512_srli_epi16(indices, 4);
+        const __m512i upper = _mm512_shuffle_epi8(table, _mm512_and_si512(indices, mask));
         first = reinterpret_cast<vu>(_mm512_unpacklo_epi8(lower, upper));
         second = reinterpret_cast<vu>(_mm512_unpackhi_epi8(lower, upper));
     }
