@@ -47,15 +47,13 @@ class QueueThread(Generic[T]):
         self._handle = handle
         self._loop = loop
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self.put: Callable[[T], None] = self._queue.put
+        """Have an item handled after everything that is in the queue. Any thread may call it."""
         self._thread = threading.Thread(target=self._run, name=f"phalanx-{name}", daemon=True)
 
     def start(self) -> None:
         """Begin to handle what is in the queue."""
         self._thread.start()
-
-    def put(self, item: T) -> None:
-        """Have `item` handled after everything that is in the queue. Any thread may call it."""
-        self._queue.put(item)
 
     def close(self) -> None:
         """Handle what is in the queue, then end the thread."""

@@ -9,7 +9,8 @@ import torch
 
 from ...parallel.control import ControlChannel
 from ...parallel.loading.checkpoint import LoadReport
-from ..memory.profiler import MemoryBudget, explains_out_of_memory
+from ..errors import EngineStopped
+from ..memory.profiler import MemoryBudget
 from ..models.decoder import CausalLM
 from ..models.forward_batch import ForwardBatch
 from ..models.kv_cache import KVCache
@@ -64,38 +65,51 @@ class Worker:
         step = self.launch(plan)
         return step.result() if self.rank == 0 else None
 
-    @explains_out_of_memory
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Hand one step to the device. With `overlap` nothing waits for it that need not."""
-        with torch.inference_mode():
-            self.slot_table.apply(plan)
-            size = self._graphs.size_for(len(plan.slots)) if self._graphs and plan.only_decodes else None
-            batch = self.slot_table.batch(plan, size or 0)
-            prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        """Hand one step to the device. With `overlap` nothing waits for it that need not.
 
-            if size and self._graphs:
-                logits = self._graphs.run(batch)[: len(plan.slots)]
-            else:
-                # Prompt log-probabilities need all tokens, otherwise those do from which others are sampled.
-                hidden = self.model(batch, self.cache, None if batch.prompt_rows else batch.sample_tokens)
-                prompt_logprobs = self._prompt_logprobs(batch, hidden)
-                if not batch.sample_rows:
-                    return LaunchedStep(batch.sample_tokens, [], prompt_logprobs)
-                logits = self.model.logits(hidden[batch.sample_tokens] if batch.prompt_rows else hidden)
+        Raises EngineStopped, with the settings to change, if the device's memory does not suffice.
+        """
+        try:
+            with torch.inference_mode():
+                return self._launch(plan)
+        except torch.OutOfMemoryError as error:
+            raise EngineStopped(self.memory.advice()) from error
 
-            return LaunchedStep(*self._sample(logits, batch), prompt_logprobs)
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        self.slot_table.apply(plan)
+        size = self._graphs.size_for(len(plan.slots)) if self._graphs and plan.only_decodes else None
+        batch = self.slot_table.batch(plan, size or 0)
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+
+        if size and self._graphs:
+            logits = self._graphs.run(batch)[: len(plan.slots)]
+        else:
+            # Prompt log-probabilities need all tokens, otherwise those do from which others are sampled.
+            hidden = self.model(batch, self.cache, None if batch.prompt_rows else batch.sample_tokens)
+            prompt_logprobs = self._prompt_logprobs(batch, hidden)
+            if not batch.sample_rows:
+                return LaunchedStep(batch.sample_tokens, [], prompt_logprobs)
+            logits = self.model.logits(hidden[batch.sample_tokens] if batch.prompt_rows else hidden)
+
+        return LaunchedStep(*self._sample(logits, batch), prompt_logprobs)
 
     @property
     def uncaptured(self) -> list[int]:
         """Sizes of decode steps whose graphs are still to be captured, in this order."""
         return self._graphs.missing if self._graphs is not None and self.settings.graphs == "lazy" else []
 
-    @explains_out_of_memory
     def capture(self, rows: int) -> None:
-        """Capture the CUDA graph of decode steps of `rows` rows. Every rank calls it, between two steps."""
+        """Capture the CUDA graph of decode steps of `rows` rows. Every rank calls it, between two steps.
+
+        Raises EngineStopped, with the settings to change, if the device's memory does not suffice.
+        """
         assert self._graphs is not None
-        with torch.inference_mode():
-            self._graphs.capture(rows)
+        try:
+            with torch.inference_mode():
+                self._graphs.capture(rows)
+        except torch.OutOfMemoryError as error:
+            raise EngineStopped(self.memory.advice()) from error
 
     def follow_plans(self, control: ControlChannel) -> bytes:
         """The life of a rank other than 0: do what rank 0 sends, until it says stop. Returns the stop's payload."""

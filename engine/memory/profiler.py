@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import resource
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -134,27 +133,6 @@ def count_blocks(requirements: MemoryRequirements, ranks: Sequence[RankMemory]) 
     if not requirements.fits(ranks):
         raise ConfigError(refusal(requirements, fewest))
     return requirements.blocks(fewest)
-
-
-class _HasMemory(Protocol):
-    @property
-    def memory(self) -> MemoryBudget: ...
-
-
-W = TypeVar("W", bound=_HasMemory)
-
-
-def explains_out_of_memory(step: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-    """Decorates a method of an object with a MemoryBudget: out of GPU memory, it raises EngineStopped with advice."""
-
-    @wraps(step)
-    def explained(self: W, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return step(self, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise EngineStopped(self.memory.advice()) from error
-
-    return explained
 
 
 def peak_memory(group: Group) -> tuple[int, ...]:

@@ -274,15 +274,13 @@ def test_too_little_memory_says_what_to_set_to_which_value(tiny: Path) -> None:
 def test_a_step_out_of_memory_says_what_to_lower(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(str(tiny), **engine_config(graphs="none")) as llm:
         free = torch.cuda.mem_get_info()[0]
-        launch = Worker.launch.__wrapped__  # type: ignore[attr-defined]
+        launch = Worker._launch
 
         def greedy(self: Worker, plan: Any) -> Any:
             torch.empty(2 * free, dtype=torch.uint8, device=DEVICE)
             return launch(self, plan)
 
-        from phalanx.engine.memory.profiler import explains_out_of_memory
-
-        monkeypatch.setattr(Worker, "launch", explains_out_of_memory(greedy))
+        monkeypatch.setattr(Worker, "_launch", greedy)
         with pytest.raises(EngineStopped, match=r"out of GPU memory: .*lower .* from .* to "):
             llm.generate([[5, 6]], SamplingParams(max_tokens=2))
 
