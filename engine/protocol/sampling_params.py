@@ -68,6 +68,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 value = field.default
             msgspec.structs.force_setattr(self, field.name, value)
 
+        # Above 64 bits no wire carries a number; all of these mean no limit long before.
+        for name in ("max_tokens", "min_tokens", "top_k"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value > SEED_LIMIT:
+                msgspec.structs.force_setattr(self, name, SEED_LIMIT)
+
         # A list from JSON or a single stop string is what users write; the stored form is always a tuple.
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
@@ -181,8 +187,6 @@ def _check_number(
     allowed = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InvalidRequest(f"{name}={value!r} must be {'an integer' if integer else 'a number'} in {allowed}")
-    if integer and high == math.inf and value > SEED_LIMIT:
-        raise InvalidRequest(f"{name}={value!r} is out of range: it must be at most {SEED_LIMIT}, a 64-bit number")
     # "not (a <= b)" rather than "a > b": NaN fails every comparison and must be refused.
     if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         raise InvalidRequest(f"{name}={value!r} is out of range: it must be in {allowed}")

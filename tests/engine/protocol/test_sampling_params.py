@@ -146,3 +146,9 @@ def test_numbers_of_numpy_and_torch_are_pythons_numbers() -> None:
         SamplingParams(top_k=np.array([7, 8]))
     with pytest.raises(InvalidRequest, match="temperature=nan is out of range"):
         SamplingParams(temperature=np.float32("nan"))
+
+
+def test_numbers_beyond_64_bits_mean_no_limit_and_travel() -> None:
+    given = SamplingParams(max_tokens=10**30, min_tokens=10**25, top_k=10**40)
+    assert (given.max_tokens, given.min_tokens, given.top_k) == (2**63 - 1,) * 3
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(given), type=SamplingParams) == given
