@@ -140,13 +140,13 @@ def test_stream_shows_the_answers_one_below_the_other_in_the_order_of_the_lines(
     places = [shown.index(title) for title in titles]
     assert places == sorted(places)
     assert "-- completion 2 --" in shown[places[1] : places[2]]
-    assert shown.count("(length; ") == 4
+    assert shown.count("(length; ") == 5
     assert shown.count("error: ") == len(BAD)
 
 
 def test_without_output_the_answers_go_to_standard_output(tiny: Path, requests: Path) -> None:
     ended = run("generate", f"model={tiny}", f"input={requests}", "sampling.max_tokens=2")
-    assert {json.loads(line)["id"] for line in ended.stdout.splitlines()} == {"text", 7, "ids", "late"} | BAD
+    assert {json.loads(line)["id"] for line in ended.stdout.splitlines()} == {"text", 7, "ids", "many", "late"} | BAD
 
 
 def test_a_prompt_with_any_characters_is_answered_on_standard_output(tiny: Path) -> None:
