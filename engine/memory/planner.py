@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...kernels.weight_formats import get_weight_format
 from ...parallel.partition import Partition, partition
 from ..config import EngineConfig
 from .sizes import RUNTIME_BYTES, activation_bytes, head_bytes, kv_token_bytes, weight_bytes
@@ -117,7 +118,11 @@ class MemoryRequirements:
     def on_ranks(self, ranks: int) -> MemoryRequirements:
         """Return the same requirements for another number of ranks, evenly partitioned."""
         config = dataclasses.replace(self.config, ranks=ranks, rank_weights=None)
-        return dataclasses.replace(self, config=config, parts=partition(self.parts.dimensions, ranks))
+        return dataclasses.replace(
+            self,
+            config=config,
+            parts=partition(self.parts.dimensions, ranks, weight_format=get_weight_format(config.quantization)),
+        )
 
 
 def kv_bytes(memory: RankMemory, fraction: float) -> int:

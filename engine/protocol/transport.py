@@ -8,6 +8,7 @@ import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import zmq
@@ -123,6 +124,7 @@ class _Wire:
 
         self._lock = threading.Lock()
         self._closed = False
+        self._ended = False  # the thread, which alone empties what others queue
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._on_frames: _OnFrames = lambda frames: None
         self._on_lost: _OnFrames = lambda frames: None
@@ -145,7 +147,7 @@ class _Wire:
 
     def send(self, frames: list[bytes]) -> None:
         with self._lock:
-            if not self._closed:
+            if not self._closed and not self._ended:
                 self._push.send_multipart(frames)
 
     def close(self) -> None:
@@ -153,7 +155,8 @@ class _Wire:
             if self._closed:
                 return
             self._closed = True
-            self._push.send(b"")
+            if not self._ended:
+                self._push.send(b"")
         if self._thread.ident is None:
             self._thread.start()  # it closes the sockets, also of a wire that nobody used
         if threading.current_thread() is not self._thread:
@@ -170,7 +173,7 @@ class _Wire:
             while running:
                 ready = dict(poller.poll(None if self._tick is None else TICK_MS))
                 if self._tick is not None:
-                    self._tick()
+                    self._guard(self._tick)
 
                 # Messages that other threads queued, and the empty one of close().
                 if self._pull in ready:
@@ -181,18 +184,20 @@ class _Wire:
                         self._send(frames)
 
                 if self.socket in ready:
-                    self._receive(self.socket.recv_multipart())
+                    self._guard(partial(self._on_frames, self.socket.recv_multipart()))
         finally:
+            with self._lock:
+                self._ended = True
             self._pull.close(linger=0)
             # What was sent last, often the end of a stream, still reaches a client that is there.
             self.socket.close(linger=1000)
 
-    def _receive(self, frames: list[bytes]) -> None:
+    def _guard(self, handle: Callable[[], None]) -> None:
+        """Call `handle`, whose failure, by one message, must not end the thread that serves all others."""
         try:
-            self._on_frames(frames)
+            handle()
         except Exception:
-            # One message must not end the thread that serves all others.
-            _log.exception("a message of %d bytes could not be handled; it was dropped", sum(map(len, frames)))
+            _log.exception("a message could not be handled; it was dropped")
 
     def _send(self, frames: list[bytes]) -> None:
         try:
@@ -200,7 +205,7 @@ class _Wire:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._on_lost(frames)
+            self._guard(partial(self._on_lost, frames))
 
 
 def _unbounded(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -254,9 +259,12 @@ class ZmqTransport(Transport):
                 return
             on_command(client, command)
 
+        # What comes back was sent by this transport itself: an answer to a client that had gone.
+        decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)
+
         def on_lost(frames: list[bytes]) -> None:
             client, *lost = frames
-            events = [msgspec.msgpack.decode(data, type=Event) for data in lost]
+            events = [decoder.decode(data) for data in lost]
             for request_id in {event.id: None for event in events if isinstance(event, Delta)}:
                 on_command(client, Abort(request_id))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import queue
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 from phalanx import EngineStopped, SamplingParams
 from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.protocol.liveness import PING_S, SILENCE_S, EngineWatch
-from phalanx.engine.protocol.messages import Command, Failed, Pong, Submit
+from phalanx.engine.protocol.messages import Command, Failed, Ping, Pong, StatusRequest, Submit
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
 
 PATIENCE_S = 60.0
@@ -129,4 +132,47 @@ def test_a_killed_worker_leaves_nobody_waiting(tiny: Path, tmp_path: Path, monke
             worker.wait()
         with pytest.raises(EngineStopped, match="has not answered for 3 s"):
             list(handle)
+    client.close()
+
+
+@pytest.mark.parametrize("command", [Ping(), StatusRequest()])
+def test_an_answer_to_a_client_that_has_gone_ends_nothing(tmp_path: Path, command: Command | Ping) -> None:
+    address = f"ipc://{tmp_path}/engine"
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    transport = ZmqTransport(address)
+
+    def answer(client: bytes, received: Command) -> None:
+        commands.put(received)
+        transport.send(client, Failed("a", "InvalidRequest", ""))
+
+    transport.start(answer)
+    for _ in range(50):
+        with zmq.Context() as context, context.socket(zmq.DEALER) as passer_by:
+            passer_by.connect(address)
+            passer_by.send(msgspec.msgpack.encode(command))
+            passer_by.close(linger=1000)
+    client = Client(ZmqConnection(address))
+    client.send(StatusRequest())
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and not isinstance(commands.get(timeout=PATIENCE_S), StatusRequest):
+        pass
+    client.close()
+    transport.close()
+
+
+def test_a_defect_in_a_callback_ends_no_wire_and_closing_never_hangs(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/engine"
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    transport = ZmqTransport(address)
+
+    def defect(client: bytes, command: Command) -> None:
+        commands.put(command)
+        raise RuntimeError("a defect")
+
+    transport.start(defect)
+    client = Client(ZmqConnection(address))
+    for _ in range(3):
+        client.send(StatusRequest())
+        assert isinstance(commands.get(timeout=PATIENCE_S), StatusRequest)
+    transport.close()
     client.close()
