@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 from phalanx import LLM, EngineConfig, SamplingParams
 from phalanx.benchmarks.lab.common import model_folder, percentiles, run
-from phalanx.benchmarks.lab.peers.engines import HERE
+from phalanx.benchmarks.lab.peers.engines import PROGRAMS
 from phalanx.benchmarks.lab.peers.process import EngineProcess
 from phalanx.benchmarks.lab.peers.programs.program import Case, random_prompts
 from phalanx.engine.client.client import to_error
@@ -196,7 +196,7 @@ def repeat(
 def transformers_process(folder: Path, dtype: str) -> Iterator[EngineProcess]:
     """transformers in a process of its own, so that neither's threads slow the other's. It is idle between its runs."""
     with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, str(HERE / "run_transformers.py"), str(folder), f"dtype={dtype}"]
+        command = [sys.executable, str(PROGRAMS / "run_transformers.py"), str(folder), f"dtype={dtype}"]
         with closing(EngineProcess("transformers", command, Path(logs) / "transformers.log")) as process:
             yield process
 

@@ -13,7 +13,7 @@ from phalanx.engine.errors import ConfigError
 from phalanx.kernels.weight_formats import get_weight_format
 from phalanx.kernels.weight_formats.base import PANEL_ROWS
 
-HERE = Path(__file__).resolve().parent
+PROGRAMS = Path(__file__).resolve().parent / "programs"
 OPENVINO_INT8_BYTES = 1.0  # of a weight: a whole row shares a scale and a zero point
 Q8_0_BYTES = 34 / 32  # of a weight: 32 of one byte share a scale of two
 LONG_ROW = 2**20  # columns, beside which one scale of a whole row is nothing
@@ -74,7 +74,7 @@ def plan_phalanx(folder: Path, variants: Sequence[str], ranks: Sequence[int], si
         for count in ranks:
             name = " ".join(["phalanx", f"ranks={count}", *fields])
             given = (f"ranks={count}", f"max_model_len={sizes.max_model_len}", *fields)
-            command = (sys.executable, str(HERE / "programs" / "run_phalanx.py"), str(folder), *given)
+            command = (sys.executable, str(PROGRAMS / "run_phalanx.py"), str(folder), *given)
             planned.append(Planned(name, command, weight_bytes(dict(field.split("=", 1) for field in fields))))
     return planned
 
@@ -104,7 +104,7 @@ def plan_peers(
             values = {"ranks": count, **asdict(sizes)}
             given = (f"{option}={values[option]}" for option in peer.options)
             title = f"{name} ranks={count}" if "ranks" in peer.options else name
-            command = (str(python), str(HERE / "programs" / peer.program), str(model), *given)
+            command = (str(python), str(PROGRAMS / peer.program), str(model), *given)
             planned.append(Planned(title, command, peer.weight_bytes, peer.arrivals))
     return planned, missing
 
