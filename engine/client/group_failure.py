@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 
@@ -11,3 +13,11 @@ class GroupFailure(msgspec.Struct, frozen=True):
     rank: int
     error: str  # a type of engine/errors.py, or any other exception's name
     message: str
+
+
+def read_failure(path: Path) -> GroupFailure | None:
+    """Return what was recorded at `path`; None if nothing was, or something that cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=GroupFailure)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None

@@ -21,7 +21,7 @@ from ..models.resolve import partition_model
 from ..models.spec import read_config, spec_from_config
 from ..protocol.transport import ZmqConnection
 from .client import Client
-from .group_failure import GroupFailure
+from .group_failure import read_failure
 
 STOP_TIMEOUT_S = 5.0
 
@@ -94,7 +94,7 @@ class GroupProcess:
 
         path = self._folder / "failure.json"
         error: PhalanxError = EngineStopped(f"the engine's group ended by itself with exit code {code}")
-        failure = _read_failure(path)
+        failure = read_failure(path)
         if failure is not None:
             kind = ERRORS_BY_NAME.get(failure.error)
             if kind is not None and kind is not EngineStopped:
@@ -102,11 +102,3 @@ class GroupProcess:
             else:
                 error = EngineStopped(f"rank {failure.rank} failed: {failure.error}: {failure.message}")
         self.client.fail_all(error)
-
-
-def _read_failure(path: Path) -> GroupFailure | None:
-    """Return what the supervisor wrote; None if it wrote nothing, or something that cannot be read."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=GroupFailure)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None

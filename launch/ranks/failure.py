@@ -56,13 +56,8 @@ def _saw_a_peer_go(error: BaseException) -> bool:
     return module is not None and isinstance(error, module.CollectiveError)
 
 
-def read_failure(folder: Path, rank: int) -> GroupFailure | None:
-    """Return what a rank of a client's own group has recorded of its failure in `folder`, if anything."""
-    path = _failure_file(folder, rank)
-    return msgspec.json.decode(path.read_bytes(), type=GroupFailure) if path.exists() else None
-
-
-def _failure_file(folder: Path, rank: int) -> Path:
+def failure_file(folder: Path, rank: int) -> Path:
+    """Return where a rank of a client's own group records its failure, in the group's folder."""
     return folder / f"failure-{rank}.json"
 
 
@@ -71,7 +66,7 @@ def _record(error: BaseException, rank_info: RankInfo) -> None:
         return
     if rank_info.folder is not None:
         failure = GroupFailure(rank_info.rank, type(error).__name__, str(error))
-        path = _failure_file(rank_info.folder, rank_info.rank)
+        path = failure_file(rank_info.folder, rank_info.rank)
         # Whole or not at all: the supervisor reads it once this process has ended, however it does.
         unfinished = path.with_suffix(".part")
         unfinished.write_bytes(msgspec.json.encode(failure))

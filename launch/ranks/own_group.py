@@ -22,9 +22,9 @@ from types import FrameType
 
 import msgspec
 
-from ...engine.client.group_failure import GroupFailure
+from ...engine.client.group_failure import GroupFailure, read_failure
 from ...engine.config import EngineConfig
-from .failure import read_failure
+from .failure import failure_file
 from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
 
 GRACE_S = 1.0
@@ -81,7 +81,7 @@ def _wait_for(
 
 def first_failure(folder: Path, rank: int, process: subprocess.Popen[bytes]) -> GroupFailure:
     """Return how the rank that ended first failed: as it recorded it, or by the signal or exit code that ended it."""
-    recorded = read_failure(folder, rank)
+    recorded = read_failure(failure_file(folder, rank))
     if recorded is not None:
         return recorded
     if process.returncode < 0:

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.group_failure import GroupFailure
-from phalanx.launch.ranks.failure import report_failure
+from phalanx.engine.client.group_failure import GroupFailure, read_failure
+from phalanx.launch.ranks.failure import failure_file, report_failure
 from phalanx.launch.ranks.own_group import first_failure
 from phalanx.launch.ranks.rank_info import RankInfo
 
@@ -128,11 +128,11 @@ def _supervisors(model: Path) -> list[int]:
 
 @pytest.mark.parametrize("written", [b"", b"\xff", b'{"rank": "x"}', b"[1]"])
 def test_a_failure_that_cannot_be_read_is_a_failure_still(written: bytes, tmp_path: Path) -> None:
-    from phalanx.engine.client.group_process import _read_failure
-
-    assert _read_failure(tmp_path / "failure.json") is None
+    assert read_failure(tmp_path / "failure.json") is None
     (tmp_path / "failure.json").write_bytes(written)
-    assert _read_failure(tmp_path / "failure.json") is None
+    assert read_failure(tmp_path / "failure.json") is None
+    failure_file(tmp_path, 0).write_bytes(written)
+    assert first_failure(tmp_path, 0, _ended("raise SystemExit(5)")).error == "SystemExit"
 
 
 def test_a_signal_handler_starts_nothing_and_the_limit_holds(tmp_path: Path) -> None:
