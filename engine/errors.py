@@ -27,11 +27,15 @@ class EngineStopped(PhalanxError, RuntimeError):
     """The engine is no longer running: it was closed, or a rank failed (the message says which, and why)."""
 
 
+class EngineFault(PhalanxError, RuntimeError):
+    """The engine could not go on with one request, through no fault of the caller's."""
+
+
 class Timeout(PhalanxError, TimeoutError):
     """Something did not happen within the time the caller allowed."""
 
 
 ERRORS_BY_NAME: dict[str, type[PhalanxError]] = {
     error.__name__: error
-    for error in (InvalidRequest, ConfigError, CheckpointError, CapacityExceeded, EngineStopped, Timeout)
+    for error in (InvalidRequest, ConfigError, CheckpointError, CapacityExceeded, EngineStopped, EngineFault, Timeout)
 }

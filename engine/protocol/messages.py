@@ -8,18 +8,53 @@ from .logprobs import TokenLogprobs
 from .sampling_params import SamplingParams
 
 
-class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
-    """One request: exactly one of prompt, messages and token_ids is set."""
+PROTOCOL_VERSION = 2
+"""Both sides of a wire must have the same one; a Ping tells a client which one the engine has."""
 
-    id: str
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request begins with: exactly one of prompt, messages and token_ids is set."""
+
     prompt: str | None = None
     messages: list[dict[str, object]] | None = None
     token_ids: list[int] | None = None
+    add_special_tokens: bool = True
+    """With `prompt`: whether the tokenizer adds the special tokens that it adds by itself."""
+
+    # What the chat template gets beside `messages`.
+    tools: list[dict[str, object]] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    """Variables of the template, such as enable_thinking."""
+    add_generation_prompt: bool = True
+    """Whether the rendered text ends with the beginning of an answer."""
+    continue_final_message: bool = False
+    """Whether the answer continues the last message; add_generation_prompt is false then."""
+
+
+class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
+    """One request."""
+
+    id: str
     sampling: SamplingParams = SamplingParams()
     priority: int = 0
     """Lower runs first."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    return_prompt_token_ids: bool = False
+    """Whether Finished holds the prompt's token ids."""
+
+
+class Tokenize(Prompt, frozen=True, kw_only=True, tag="tokenize"):
+    """Ask for the token ids of a prompt or a conversation; Tokenized or Failed comes back."""
+
+    id: str
+
+
+class Detokenize(msgspec.Struct, frozen=True, kw_only=True, tag="detokenize"):
+    """Ask for the text of token ids, special tokens included; Detokenized or Failed comes back."""
+
+    id: str
+    token_ids: list[int]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -54,6 +89,17 @@ class Timings(msgspec.Struct, frozen=True):
     """Seconds until it finished."""
 
 
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
+    """The first message of a request that will be computed."""
+
+    id: str
+    prompt_tokens: int
+    seed: int
+    """What its draws depend on: its own seed, or the one that the engine gave it."""
+    max_tokens: int
+    """Most new tokens of each completion, every default resolved."""
+
+
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
     """New text and tokens of one completion (`index` of n).
 
@@ -65,6 +111,8 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
+    position: int = 0
+    """Output tokens of the completion before the first of `token_ids`."""
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -84,7 +132,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     completions: list[Completion]
     usage: Usage
     timings: Timings
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
@@ -94,6 +142,51 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     id: str
     error: str
     message: str
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True, tag="tokenized"):
+    """The answer to a Tokenize."""
+
+    id: str
+    token_ids: list[int]
+    text: str | None
+    """What the chat template made of the messages; the prompt itself; None for token ids."""
+    token_bytes: list[bytes]
+    """The bytes each token stands for."""
+
+
+class Detokenized(msgspec.Struct, frozen=True, kw_only=True, tag="detokenized"):
+    """The answer to a Detokenize."""
+
+    id: str
+    text: str
+
+
+class ModelInfoRequest(msgspec.Struct, frozen=True, tag="model_info_request"):
+    """Ask for a ModelInfo."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag="model_info"):
+    """What does not change while the engine runs."""
+
+    version: str
+    """phalanx's."""
+    model: str
+    """As the setting `model` names it."""
+    dtype: str
+    ranks: int
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    total_blocks: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    tokenizer_class: str | None
+    """None without a tokenizer."""
+    chat_template: str | None
+    prefix_cache: bool
+    report: list[str]
+    """What was chosen at the start, in words."""
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status_request"):
@@ -116,6 +209,18 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     preemptions: int
     prefix_hits: int
     """Prompt tokens served from the prefix cache since the start."""
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache since the start."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed since the start, those from the prefix cache not counted."""
+    generation_tokens: int = 0
+    """Tokens sampled since the start."""
+    waiting_tokens: int = 0
+    """Prompt tokens of the requests that wait."""
+    stalled_s: float = 0.0
+    """Seconds since the step loop last went on although it has work; 0 while it has none."""
+    phase_seconds: dict[str, float] = {}
+    """Seconds that the step loop has spent since the start in each of its phases: schedule, launch, wait, commit."""
     peak_memory: list[int]
     """Bytes, for each rank, when the engine became ready."""
     report: list[str]
@@ -133,7 +238,9 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     """Differs between any two engines, also at one address."""
     client: str
     """The name under which the engine knows the connection that asked."""
+    version: int = 1
+    """The engine's PROTOCOL_VERSION."""
 
 
-Command = Submit | Abort | Shutdown | StatusRequest
-Event = Delta | Finished | Failed | Status
+Command = Submit | Abort | Shutdown | StatusRequest | ModelInfoRequest | Tokenize | Detokenize
+Event = Accepted | Delta | Finished | Failed | Status | ModelInfo | Tokenized | Detokenized

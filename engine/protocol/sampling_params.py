@@ -49,6 +49,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Text at which to stop; it is not returned."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids at which to stop, besides the model's end-of-sequence."""
+    include_stop_str_in_output: bool = False
+    """Return the stop string that ended the text, too."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose tokens may not be sampled in this order; each is meant with and without a space before it."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only token ids that may be sampled; None allows all."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence."""
     logprobs: int | None = None
