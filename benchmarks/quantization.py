@@ -20,7 +20,7 @@ from phalanx import EngineConfig
 from phalanx.benchmarks.lab.common import ROOT, run
 from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.coordinator.tokenizer import Tokenizer
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.parallel.group import local_group

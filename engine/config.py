@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..kernels import weight_formats
+from ..kernels import ATTENTION_BACKENDS, weight_formats
 from .errors import ConfigError
 from .protocol.sampling_params import SEED_LIMIT, SamplingParams
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "cpu", "torch", "triton", "flash_attn_2", "flash_attn_3")
 MAX_TIMEOUT_S = 7 * 24 * 3600
 KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, cuda
+from . import ATTENTION_BACKENDS, cpu, cuda
 from .attention import AttentionBackend, AttentionMetadata, TorchAttention
 from .cpu.attention import CpuAttention
 from .cuda.attention import AttentionKernel, CudaAttention, TritonDecode, TritonPrefill
@@ -17,7 +17,6 @@ from .cuda.flash import FlashAttention2, FlashAttention3
 BACKENDS: dict[str, type[AttentionBackend] | type[AttentionKernel]] = {
     each.name: each for each in (CpuAttention, TorchAttention, TritonDecode, FlashAttention2, FlashAttention3)
 }
-NAMES = ("auto", *BACKENDS)
 PROMPT_ORDER = ("flash_attn_3", "flash_attn_2", "triton")
 DECODE_ORDER = ("triton", "flash_attn_3", "flash_attn_2")
 """On a GPU, the best first, as benchmarks/gpu.py measured them on an H200: torch where none of them can serve."""
@@ -65,8 +64,8 @@ def select(name: str, facts: DeviceFacts, probes: Mapping[str, str | None], bloc
     those that may be chosen are looked up. Raises ValueError for an unknown name, and where the backend that was asked
     for cannot serve: it names the setting and what to set instead.
     """
-    if name not in NAMES:
-        raise ValueError(f"attention={name!r} is not one of {', '.join(NAMES)}")
+    if name not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention={name!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     if name == "cpu" or facts.int8_cache:
         return _must_use_cpu_kernels(name, facts, block_size)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..engine.client.llm import LLM
-from ..engine.client.outputs import OutputBuilder
+from ..engine.client.requests import OutputBuilder
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineStopped, InvalidRequest, PhalanxError
 from ..engine.protocol.messages import Delta, Event, Finished, Status, Submit

@@ -20,7 +20,7 @@ def test_it_is_skipped_without_a_gpu_and_beside_other_tests(monkeypatch: pytest.
     assert why_skipped(paths) == "no GPU: torch.cuda.is_available() is False"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert why_skipped(paths) is None
-    assert "run by themselves" in str(why_skipped([*paths, str(ROOT / "tests" / "kernels" / "test_noise.py")]))
+    assert "run by themselves" in str(why_skipped([*paths, str(ROOT / "tests" / "kernels" / "test_sampling.py")]))
 
 
 @pytest.mark.slow

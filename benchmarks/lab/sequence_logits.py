@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from ..protocol.messages import Delta, Event, Failed, Finished, Status
 from ..protocol.sampling_params import SamplingParams
 from .client import to_error
-from .inputs import Messages, Prompt, make_submit
 from .llm import LLM
-from .outputs import OutputBuilder, RequestOutput
+from .requests import Messages, OutputBuilder, Prompt, RequestOutput, make_submit
 
 
 class AsyncLLM:

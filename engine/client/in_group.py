@@ -18,9 +18,8 @@ from ..protocol.messages import Failed
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import InProcess
 from .client import to_error
-from .inputs import Messages, Prompt, as_prompts
 from .llm import LLM
-from .outputs import RequestOutput
+from .requests import Messages, Prompt, RequestOutput, as_prompts
 
 _Outcome = list[RequestOutput] | Failed
 

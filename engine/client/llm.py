@@ -19,9 +19,8 @@ from ..protocol.messages import Event, Failed, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import InProcess
 from .client import Client, OnEvent, RequestHandle
-from .inputs import Messages, Prompt, as_prompts, make_submit, spread_sampling
 from .lifetime import Lifetime
-from .outputs import OutputBuilder, RequestOutput
+from .requests import Messages, OutputBuilder, Prompt, RequestOutput, as_prompts, make_submit, spread_sampling
 
 STATUS_TIMEOUT_S = 60.0
 RETRY_S = 0.05

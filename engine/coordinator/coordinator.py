@@ -14,8 +14,7 @@ from typing import ParamSpec
 
 from ...parallel.control import ControlChannel
 from ..errors import InvalidRequest, PhalanxError
-from ..execution.launched_step import LaunchedStep
-from ..execution.worker import Worker
+from ..execution.rank_worker import LaunchedStep, Worker
 from ..protocol.messages import Status, Submit
 from ..protocol.transport import Transport
 from ..scheduling.request import Request

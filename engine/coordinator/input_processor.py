@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from ...kernels.noise import derive_seed
+from ...kernels.sampling import derive_seed
 from ..config import EngineConfig
 from ..errors import CheckpointError, InvalidRequest
 from ..models.spec import ModelSpec

@@ -29,9 +29,9 @@ from ..sampling.sampler import Sampler
 from ..sampling.token_counts import TokenCounts
 from .cpu_binding import Binding
 from .cuda_graphs import CudaRecorder, DecodeGraphs, EagerRecorder, graph_sizes
+from .rank_worker import Capacity, Worker
 from .resolved_settings import ResolvedSettings, resolve_settings
 from .slot_table import SlotTable
-from .worker import Capacity, Worker
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ from torch import nn
 from ...kernels.attention import AttentionBackend, AttentionMetadata, HeadNorms
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.collectives.base import Collectives
-from ...parallel.embedding import VocabParallelEmbedding
+from ...parallel.layers import VocabParallelEmbedding
 from ...parallel.fused_decoder import FusedDecoder, LogitsIndices, PackedLayer
-from ...parallel.linear import (
+from ...parallel.layers import (
     ColumnParallelLinear,
     GatedLinear,
     LogitsLinear,
@@ -25,7 +25,7 @@ from ...parallel.linear import (
 )
 from ...parallel.loading.checkpoint import WeightSlice
 from ...parallel.partition import RankShard
-from ...parallel.residual import Residual
+from ...parallel.layers import Residual
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
 from .spec import ModelSpec

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ...kernels.argmax import argmax, block_maxima
+from ...kernels.sampling import argmax, block_maxima
 from ...parallel.collectives.base import Collectives
 from ..protocol.logprobs import TokenLogprobs
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...kernels.argmax import argmax, gumbel_argmax
+from ...kernels.sampling import argmax, gumbel_argmax
 from ...parallel.collectives.base import Collectives
 from ..errors import ConfigError
 from ..protocol.logprobs import TokenLogprobs

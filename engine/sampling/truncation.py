@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...kernels.host_copies import to_device
-from ...kernels.noise import gumbel
+from ...kernels.sampling import gumbel
 from .logprobs import key_token_ids, key_values, token_keys
 from .penalties import SampleRow
 

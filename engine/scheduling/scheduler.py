@@ -20,9 +20,8 @@ from operator import attrgetter
 
 from ..errors import CapacityExceeded, ConfigError, InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
-from .block_pool import BlockPool, IntegrityError
+from .block_pool import BlockPool, IntegrityError, PrefixSharing
 from .integrity import check_scheduler
-from .prefix_sharing import PrefixSharing
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate
 from .step_builder import StepBuilder
 from .step_plan import StepPlan, StepResult

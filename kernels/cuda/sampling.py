@@ -1,4 +1,4 @@
-"""Argmax of each row of a vocabulary shard's logits, in Triton, with Gumbel noise or without: kernels/argmax.py.
+"""Argmax of each row of a vocabulary shard's logits, in Triton, with Gumbel noise or without: kernels/sampling.py.
 
 A number and its column become one 64-bit key: keys compare as numbers do, and of equal numbers the first column has the
 larger key. So a maximum is one of integers, in any order of the same result.
@@ -40,7 +40,7 @@ def gumbel_argmax(
     """Return the argmax of each row of values / temperature + Gumbel noise, as argmax() of float32 (R, V).
 
     `temperature` is float32 (R, 1), `seed` int64 (R, 1); the noise of column j is that of counter + j, int64 (R, 1):
-    of the same random bits as kernels/noise.py has. Raises ValueError as argmax().
+    of the same random bits as kernels/sampling.py has. Raises ValueError as argmax().
     """
     return _argmax(values, (temperature, seed, counter))
 
@@ -174,7 +174,7 @@ def _number(ordered):
 
 @triton.jit
 def _uniform(key, counter):
-    """Uniform float32 in (0, 1) of a mixed key and int64 counters, bit for bit as kernels/noise.py has it."""
+    """Uniform float32 in (0, 1) of a mixed key and int64 counters, bit for bit as kernels/sampling.py has it."""
     bits = _mix(key + (counter + 1).to(tl.uint64, bitcast=True) * _GOLDEN)
     return tl.minimum(((bits >> 24).to(tl.int64).to(tl.float32) + 0.5) * 2.0**-40, 1 - 2.0**-24)
 

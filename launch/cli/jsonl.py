@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from ...engine.client.outputs import RequestOutput
+from ...engine.client.requests import RequestOutput
 from ...engine.config import unknown_name
 from ...engine.errors import ConfigError, InvalidRequest
 from ...engine.protocol.messages import Submit

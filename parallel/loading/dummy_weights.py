@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...kernels.noise import mix
+from ...kernels.sampling import mix
 from .checkpoint import LoadReport, WeightSlice, take_out
 
 STANDARD_DEVIATION = 0.02

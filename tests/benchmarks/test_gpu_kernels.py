@@ -25,7 +25,7 @@ from phalanx.benchmarks.lab.gpu_sections.shapes import TINY, shape_of
 from phalanx.benchmarks.limits import Work
 from phalanx.engine.execution.slot_table import SlotTable
 from phalanx.kernels import cpu, cuda
-from phalanx.parallel import linear
+from phalanx.parallel import layers as parallel_layers
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_gb_s=1000.0, read_gb_s=800.0, matmul_tflops=100.0)
@@ -89,7 +89,7 @@ def test_the_engines_own_steps_have_kernels_in_the_order_that_roles_are_read_fro
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []
-    run, multiply = InterpretedFunction.run, linear.linear
+    run, multiply = InterpretedFunction.run, parallel_layers.linear
 
     def started(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
@@ -101,7 +101,7 @@ def test_the_engines_own_steps_have_kernels_in_the_order_that_roles_are_read_fro
 
     monkeypatch.setattr(cpu, "native", None)
     monkeypatch.setattr(InterpretedFunction, "run", started)
-    monkeypatch.setattr(linear, "linear", multiplied)
+    monkeypatch.setattr(parallel_layers, "linear", multiplied)
     shape = shape_of("qwen3_0_6b", True)
     cuda.interpret(True)
     try:

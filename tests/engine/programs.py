@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.client.in_group import GroupLLM
-from phalanx.engine.client.outputs import RequestOutput
+from phalanx.engine.client.requests import RequestOutput
 from phalanx.engine.errors import PhalanxError
 from phalanx.engine.protocol.messages import Timings
 from phalanx.engine.protocol.sampling_params import SamplingParams
@@ -131,7 +131,7 @@ def generate_with_lazy_graphs(
     from phalanx.engine.coordinator import coordinator
     from phalanx.engine.execution import resolved_settings, worker_factory
     from phalanx.engine.execution.cuda_graphs import EagerRecorder
-    from phalanx.engine.execution.worker import Worker
+    from phalanx.engine.execution.rank_worker import Worker
     from phalanx.kernels import cpu, cuda
 
     cpu.native = None

@@ -181,7 +181,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request(tiny: Path, monkeypat
 def test_a_prompt_that_overflows_at_one_token_leaves_nothing_to_those_that_begin_as_it_does(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    from phalanx.parallel.embedding import VocabParallelEmbedding
+    from phalanx.parallel.layers import VocabParallelEmbedding
 
     look_up = VocabParallelEmbedding.forward
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.outputs import RequestOutput
+from phalanx.engine.client.requests import RequestOutput
 from phalanx.tests.engine import programs
 from phalanx.tests.models import TEXTS, score
 

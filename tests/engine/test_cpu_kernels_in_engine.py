@@ -11,7 +11,7 @@ from phalanx import LLM, EngineConfig, SamplingParams
 from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.errors import ConfigError
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.kernels import cpu

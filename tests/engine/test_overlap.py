@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.outputs import RequestOutput
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.client.requests import RequestOutput
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.tests.engine import programs
 from phalanx.tests.engine.conftest import CONFIG

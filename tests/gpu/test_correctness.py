@@ -11,7 +11,7 @@ import pytest
 import torch
 from phalanx import LLM, SamplingParams
 from phalanx.benchmarks.lab.sequence_logits import sequence_logits
-from phalanx.engine.client.outputs import RequestOutput
+from phalanx.engine.client.requests import RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError

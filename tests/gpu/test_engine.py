@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from phalanx import LLM, SamplingParams
-from phalanx.engine.client.outputs import RequestOutput
+from phalanx.engine.client.requests import RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.coordinator import coordinator
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import ConfigError, EngineStopped
 from phalanx.engine.execution.cuda_graphs import DecodeGraphs
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.protocol.transport import InProcess
 from phalanx.engine.sampling.sampler import Sampler, SampleRow
 from phalanx.parallel.collectives.local import LocalCollectives

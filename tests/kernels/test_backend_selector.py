@@ -171,7 +171,7 @@ def test_only_what_may_be_chosen_is_tried() -> None:
 
 
 def test_the_settings_are_the_configurations() -> None:
-    assert backend_selector.NAMES == ATTENTION_BACKENDS
+    assert ("auto", *backend_selector.BACKENDS) == ATTENTION_BACKENDS
 
 
 def _choose(name: str, **changes: Any) -> AttentionBackend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.launch.cli.program import run_program
 from phalanx.launch.generate import GenerateKeys, generate
 

@@ -15,8 +15,7 @@ from phalanx import LLM, SamplingParams
 from phalanx.engine.client.client import to_error
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import EngineStopped
-from phalanx.engine.execution.launched_step import LaunchedStep
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import LaunchedStep, Worker
 from phalanx.engine.protocol.messages import Delta, Event, Failed, Finished, Submit
 from phalanx.engine.scheduling.step_plan import StepPlan
 

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 from phalanx import LLM, AsyncLLM, EngineStopped, InvalidRequest, SamplingParams, Timeout
 from phalanx.engine.client.client import RequestHandle
-from phalanx.engine.client.outputs import RequestOutput
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.client.requests import RequestOutput
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.protocol.messages import Delta, Finished, Submit
 from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.parallel.topology.placement import place

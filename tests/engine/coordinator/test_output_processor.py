@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from phalanx import LLM, InvalidRequest, SamplingParams
-from phalanx.engine.client.outputs import CompletionOutput
+from phalanx.engine.client.requests import CompletionOutput
 from phalanx.engine.coordinator.output_processor import OutputProcessor, StopStrings
 from phalanx.engine.coordinator.tokenizer import IncrementalDetokenizer, Tokenizer
 from phalanx.engine.protocol.logprobs import TokenLogprobs

@@ -9,7 +9,7 @@ import pytest
 import torch
 from phalanx import EngineConfig
 from phalanx.benchmarks.step import step_plan
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.decoder import CausalLM
 from phalanx.engine.models.spec import read_config, spec_from_config

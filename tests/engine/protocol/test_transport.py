@@ -14,7 +14,7 @@ import zmq
 from phalanx import InvalidRequest, SamplingParams
 from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.client.llm import choose_device
-from phalanx.engine.client.outputs import OutputBuilder, RequestOutput
+from phalanx.engine.client.requests import OutputBuilder, RequestOutput
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine, EngineThread
 from phalanx.engine.protocol.logprobs import TokenLogprobs

@@ -15,7 +15,7 @@ from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.sampling.logprobs import key_token_ids, key_values, log_sum_exp, token_keys, top_keys
 from phalanx.engine.sampling.sampler import INVALID_TOKEN, Sampler, SampleRow
 from phalanx.engine.scheduling.step_plan import SlotSampling
-from phalanx.kernels.noise import gumbel
+from phalanx.kernels.sampling import gumbel
 from phalanx.parallel.collectives.local import LocalCollectives
 from transformers.generation.logits_process import (
     LogitsProcessorList,

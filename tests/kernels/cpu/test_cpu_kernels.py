@@ -13,11 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from phalanx.kernels import cpu
-from phalanx.kernels.argmax import argmax, block_maxima, gumbel_argmax
 from phalanx.kernels.attention import HeadNorms, TorchAttention
 from phalanx.kernels.cpu.attention import CpuAttention
-from phalanx.kernels.noise import gumbel
 from phalanx.kernels.norm import rms_norm
+from phalanx.kernels.sampling import argmax, block_maxima, gumbel, gumbel_argmax
 from phalanx.kernels.weight_formats import NAMES, plain
 from phalanx.kernels.weight_formats.packed import PackedWeight, row_multiple
 from phalanx.parallel.topology.topology import format_cpu_list

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from phalanx.engine.client.outputs import CompletionOutput, RequestOutput
+from phalanx.engine.client.requests import CompletionOutput, RequestOutput
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import Delta, Timings, Usage

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from phalanx.benchmarks.limits import Work
 from phalanx.engine.engine import Engine
-from phalanx.engine.execution.launched_step import LaunchedStep
-from phalanx.engine.execution.worker import Worker
+from phalanx.engine.execution.rank_worker import LaunchedStep, Worker
 from phalanx.engine.protocol.transport import InProcess
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan
 from phalanx.kernels import cuda

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from phalanx.kernels.noise import gumbel, mix, uniform
+from phalanx.kernels.sampling import gumbel, mix, uniform
 
 
 def _counters(count: int, start: int = 0) -> torch.Tensor:

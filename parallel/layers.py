@@ -1,7 +1,8 @@
-"""Linear layers whose weight is cut over the ranks.
+"""Layers whose weight is cut over the ranks, and the residual stream that they read and write.
 
 Column-parallel: W = [W1; ...; Wp] along the output features; each rank computes its own outputs, nothing is exchanged.
 Row-parallel: W = [W1, ..., Wp] along the input features; partial results are summed over the ranks.
+Vocabulary-parallel: E = [E1; ...; Ep] along the vocabulary; each rank looks up its own rows, and the ranks sum.
 (Shoeybi et al., Megatron-LM, arXiv:1909.08053.) Weights are (out_features, in_features), as in checkpoints.
 """
 
@@ -12,15 +13,58 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from ..kernels.activation import silu_mul
 from ..kernels.huge_pages import empty
+from ..kernels.norm import rms_norm
 from ..kernels.weight_formats import WeightFormat
 from ..kernels.weight_formats.packed import PackedWeight, row_multiple
 from .collectives.base import Collectives
 from .loading.checkpoint import WeightSlice
-from .residual import Residual
+
+
+class Residual:
+    """`total` is float32 (T, H): bfloat16 would lose most here. What a row-parallel layer made last may be missing.
+
+    That part is summed over the ranks and added when the next layer norms the stream: one pass over memory does both.
+    """
+
+    def __init__(self, embedded: torch.Tensor) -> None:
+        """`embedded` (T, H) are the tokens' embeddings, of any dtype; not modified unless float32."""
+        self.total = embedded.float()
+        self._part: tuple[torch.Tensor, torch.Tensor | None, Collectives] | None = None
+
+    def defer_all_reduce(self, partial: torch.Tensor, bias: torch.Tensor | None, collectives: Collectives) -> None:
+        """Add the sum of all ranks' `partial` (T, H), and `bias` (H,), by the next norm(). `partial` is given away."""
+        self.materialize()
+        self._part = partial, bias, collectives
+
+    def materialize(self) -> torch.Tensor:
+        """Add what is missing now, and return `total`."""
+        part, self._part = self._part, None
+        if part is not None:
+            partial, bias, collectives = part
+            collectives.add_reduced(partial, self.total)
+            if bias is not None:
+                self.total.add_(bias)
+        return self.total
+
+    def norm(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        """RMSNorm of the stream, (T, H) in `dtype`; nothing is missing from then on. `weight` is float32 (H,)."""
+        part, self._part = self._part, None
+        if part is None or not len(self.total):
+            return rms_norm(self.total, weight, eps, dtype)
+        partial, bias, collectives = part
+        return collectives.add_reduced_norm(partial, bias, self.total, weight, eps, dtype)
+
+    def select(self, rows: torch.Tensor) -> Residual:
+        """The stream of some tokens, int64 (R,)."""
+        chosen = Residual(self.total[rows])
+        if self._part is not None:
+            partial, bias, collectives = self._part
+            chosen._part = partial[rows], bias, collectives
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -213,6 +257,62 @@ class ReplicatedNorm(nn.Module):
         """The slices to read from the checkpoint, and where they go."""
         size = self.weight.shape[0]
         yield WeightSlice(f"{prefix}{self.name}.weight", (size,), (slice(0, size),), self.weight)
+
+
+class VocabParallelEmbedding(Linear):
+    """Looks up this rank's rows, zero for the others', and sums over the ranks. Shards of the vocabulary may be uneven.
+
+    A tied table is the head's weight as well: multiply_float() gives logits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vocab: range,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        collectives: Collectives,
+        tied: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`vocab` are this rank's rows of the table (vocab_size, hidden_size)."""
+        super().__init__(len(vocab), hidden_size, dtype=dtype, device=device)
+        self.name = name
+        self.vocab = vocab
+        self.vocab_size = vocab_size
+        self.collectives = collectives
+        self._tied = tied
+
+    def pack(self, weight_format: WeightFormat) -> None:
+        """Pack as the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
+        if self._tied:
+            super().pack(weight_format.for_head())
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 (T,) -> (T, hidden_size), the same on every rank."""
+        local = token_ids - self.vocab.start
+        if self.packed is not None:
+            return self.collectives.all_reduce(self.packed.look_up(local))
+        if self.collectives.size == 1:
+            return embedding(token_ids, self.weight)
+
+        # Rows of other ranks are looked up as row 0, and then cleared.
+        elsewhere = (local < 0) | (local >= self.rows)
+        found = embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        return self.collectives.all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+    def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """The slice to read from the checkpoint, and where it goes."""
+        hidden = self.weight.shape[1]
+        yield WeightSlice(
+            f"{prefix}{self.name}.weight",
+            (self.vocab_size, hidden),
+            (slice(self.vocab.start, self.vocab.stop), slice(0, hidden)),
+            self.weight[: self.rows],
+            self,
+        )
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

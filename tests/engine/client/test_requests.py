@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from phalanx import InvalidRequest
-from phalanx.engine.client.inputs import as_prompts, make_submit
+from phalanx.engine.client.requests import as_prompts, make_submit
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""What a caller gives to a request and what the caller gets: prompts become Submits, events become RequestOutputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ..errors import InvalidRequest
+from ..protocol.logprobs import TokenLogprobs
+from ..protocol.messages import Delta, Event, Failed, Finished, Submit, Timings, Usage
+from ..protocol.sampling_params import SamplingParams, plain
+from .client import to_error
+
+Prompt = str | list[int]
+Messages = list[dict[str, Any]]
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """Return one prompt or several as a list of prompts: a sequence of integers is one prompt of token ids.
+
+    Any iterable does, arrays of numpy and tensors of torch too. Raises InvalidRequest naming a prompt that is neither
+    text nor token ids.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        each = [plain(prompt) for prompt in plain(prompts)]
+    except TypeError:
+        raise InvalidRequest(f"prompt={prompts!r} must be text or a list of token ids") from None
+    if each and isinstance(each[0], int):
+        return [each]
+    return [as_prompt(prompt) for prompt in each]
+
+
+def as_prompt(prompt: Any) -> Prompt:
+    """Return a prompt as text or a list of token ids; raises InvalidRequest, naming it, for anything else."""
+    prompt = plain(prompt)
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list | tuple | range):
+        raise InvalidRequest(f"prompt={prompt!r} must be text or a list of token ids")
+    return [plain(token) for token in prompt]
+
+
+def spread_sampling(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, prompts: int
+) -> list[SamplingParams | None]:
+    """The parameters of each of `prompts` prompts, from one for all or one for each. None stands for the defaults.
+
+    Raises InvalidRequest if their number differs from that of the prompts.
+    """
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling] * prompts
+    each: list[SamplingParams | None] = list(sampling)
+    if len(each) != prompts:
+        raise InvalidRequest(
+            f"{len(each)} sampling parameters were given for {prompts} prompts: give one for all, or one for each"
+        )
+    return each
+
+
+def make_submit(
+    request_id: str,
+    *,
+    prompt: Prompt | None = None,
+    messages: Messages | None = None,
+    sampling: SamplingParams | None = None,
+) -> Submit:
+    """The protocol's request for a prompt (text or token ids) or a conversation. The coordinator checks it."""
+    return Submit(
+        id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
+        messages=messages,
+        sampling=sampling or SamplingParams(),
+    )
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One of the n completions of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    """The new tokens, an end-of-sequence or stop token included, whose text is not part of `text`."""
+    finish_reason: str | None = None
+    """"stop" (end-of-sequence, stop token or stop string), "length" or "abort"."""
+    stop_reason: str | int | None = None
+    """The stop string, or the id of the stop token if it is not the model's own end-of-sequence."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Aligned with token_ids; None if not asked for."""
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """A finished request."""
+
+    id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    """One for each of the n completions, by index."""
+    usage: Usage
+    timings: Timings
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For prompt tokens 1, 2, ...; None if not asked for."""
+
+
+class OutputBuilder:
+    """Puts the events of one request together, `n` completions of which are due."""
+
+    def __init__(self, n: int) -> None:
+        self._outputs = [CompletionOutput(index=index) for index in range(n)]
+
+    def add(self, event: Event) -> RequestOutput | None:
+        """Take in an event. Returns the whole output with the last event, else None; raises a Failed as its error."""
+        if isinstance(event, Failed):
+            raise to_error(event)
+
+        if isinstance(event, Delta):
+            output = self._outputs[event.index]
+            output.text += event.text
+            output.token_ids += event.token_ids
+            if event.logprobs is not None:
+                output.logprobs = (output.logprobs or []) + event.logprobs
+
+        if isinstance(event, Finished):
+            for completion in event.completions:
+                self._outputs[completion.index].finish_reason = completion.finish_reason
+                self._outputs[completion.index].stop_reason = completion.stop_reason
+
+            return RequestOutput(
+                id=event.id,
+                prompt_token_ids=event.prompt_token_ids,
+                outputs=self._outputs,
+                usage=event.usage,
+                timings=event.timings,
+                prompt_logprobs=event.prompt_logprobs,
+            )
+
+        return None
