@@ -157,7 +157,7 @@ def _default_config(folder: Path) -> Any:
         return None  # no config.json, or no model_type that is known: the tokenizer's own files have to do
 
     # The class of that model type would import all that computes with a model, which takes a second.
-    config = PretrainedConfig()
+    config: Any = PretrainedConfig()
     config.model_type = model_type
     return config
 
