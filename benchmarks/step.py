@@ -36,12 +36,12 @@ from phalanx.benchmarks.limits import (
     token_flops,
 )
 from phalanx.engine.config import EngineConfig
-from phalanx.engine.engine import one_torch_thread
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan
+from phalanx.kernels.torch_threads import one_torch_thread
 from phalanx.kernels.weight_formats import get_weight_format
 from phalanx.parallel.group import local_group
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.torch_threads import one_torch_thread
 from ..parallel.collectives.rendezvous import all_gather_ints, all_gather_texts
 from ..parallel.group import Group
 from ..parallel.loading.checkpoint import Progress
@@ -236,24 +237,6 @@ def device_type(config: EngineConfig) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch finds no GPU here: set device=cpu, or install a CUDA build of torch")
     return config.device
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Let the calling thread use torch without torch's own threads. Other threads of the process are not affected.
-
-    After each operation torch's threads spin for milliseconds on the cores that phalanx's kernels compute on.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # That also changed the default of threads that have not used torch yet: another thread puts it back.
-    others = threading.Thread(target=torch.set_num_threads, args=(before,))
-    others.start()
-    others.join()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _of_ranks(texts: list[str]) -> str:

@@ -1,4 +1,8 @@
-"""The Python API: LLM, for programs that wait. For asyncio see async_llm.py."""
+"""The Python API: LLM, for programs that wait. For asyncio see async_llm.py.
+
+What computes (torch, the engine) is imported where an engine is made in this process: the client of a group in other
+processes needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,9 @@ import queue
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ...parallel.group import local_group
-from ...parallel.loading.checkpoint import Progress
 from ..config import EngineConfig
-from ..engine import Engine, EngineThread, device_type
 from ..errors import CapacityExceeded, EngineStopped
 from ..protocol.messages import Event, Failed, Status, Submit
 from ..protocol.sampling_params import SamplingParams
@@ -21,6 +20,12 @@ from ..protocol.transport import InProcess
 from .client import Client, OnEvent, RequestHandle
 from .lifetime import Lifetime
 from .requests import Messages, OutputBuilder, Prompt, RequestOutput, as_prompts, make_submit, spread_sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...parallel.loading.checkpoint import Progress
+    from ..engine import Engine
 
 STATUS_TIMEOUT_S = 60.0
 RETRY_S = 0.05
@@ -87,12 +92,19 @@ class LLM:
             self._lifetime = Lifetime(self, process.close)
             return
 
+        import torch
+
+        from ...parallel.group import local_group
+        from ..engine import Engine
+
         if config.threads:
             torch.set_num_threads(config.threads)
         link = InProcess()
         self._attach(Engine(config, local_group(choose_device(config)), link.transport, on_progress), link)
 
     def _attach(self, engine: Engine, link: InProcess) -> None:
+        from ..engine import EngineThread
+
         coordinator = engine.coordinator
         assert coordinator is not None
         coordinator.start()
@@ -210,5 +222,9 @@ def _next_event(events: queue.SimpleQueue[Event], wait: bool) -> Event | None:
 
 def choose_device(config: EngineConfig) -> torch.device:
     """The device of a rank that is alone in its process. Raises ConfigError if this machine lacks it."""
+    import torch
+
+    from ..engine import device_type
+
     kind = device_type(config)
     return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -141,18 +141,34 @@ class Tokenizer:
 
 
 def _default_config(folder: Path) -> Any:
-    """Return transformers' configuration of the folder's model_type with its default values; None without one.
+    """Return a configuration of transformers with the folder's model_type and default values; None without one.
 
     It says which class of tokenizer belongs to the model. transformers would read all of config.json for that, and
     refuse a value of an unusual type that neither a tokenizer nor this engine has a use for (engine/models/spec.py
     checks those that have one).
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     try:
-        return AutoConfig.for_model(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
+        model_type = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        if not (_names_its_class(folder) and model_type in CONFIG_MAPPING):
+            return AutoConfig.for_model(model_type)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # no config.json, or no model_type that is known: the tokenizer's own files have to do
+
+    # The class of that model type would import all that computes with a model, which takes a second.
+    config: Any = PretrainedConfig()
+    config.model_type = model_type
+    return config
+
+
+def _names_its_class(folder: Path) -> bool:
+    """Whether tokenizer_config.json alone names the tokenizer's class, a class of transformers."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        return isinstance(named["tokenizer_class"], str) and "auto_map" not in named
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _with_text(message: Message) -> Message:

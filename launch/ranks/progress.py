@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from ...parallel.loading.checkpoint import Progress
 from .rank_info import RankInfo
+
+if TYPE_CHECKING:
+    from ...parallel.loading.checkpoint import Progress
 
 _PERIOD_S = 0.1
 

@@ -1,20 +1,24 @@
-"""An engine for a program of ours: in this process, on torchrun's ranks, or as a group of its own."""
+"""An engine for a program of ours: in this process, on torchrun's ranks, or as a group of its own.
+
+What computes is imported where this process is a rank: a client of its own group starts without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ...engine.client.llm import LLM
 from ...engine.config import EngineConfig
-from ...engine.engine import Engine, device_type
 from ...engine.errors import ConfigError, EngineStopped, PhalanxError
-from ...engine.execution.cpu_binding import Binding, bind_process
 from ...engine.protocol.transport import InProcess
-from ...parallel.collectives.base import CollectivesUnavailable
-from ...parallel.group import Group, join_group
-from ...parallel.loading.checkpoint import Progress
 from .rank_info import RankInfo
+
+if TYPE_CHECKING:
+    from ...engine.execution.cpu_binding import Binding
+    from ...parallel.group import Group
+    from ...parallel.loading.checkpoint import Progress
 
 
 def bind(config: EngineConfig, rank_info: RankInfo) -> Binding:
@@ -22,11 +26,18 @@ def bind(config: EngineConfig, rank_info: RankInfo) -> Binding:
 
     Raises ConfigError if this machine lacks what the settings ask for.
     """
+    from ...engine.engine import device_type
+    from ...engine.execution.cpu_binding import bind_process
+
     return bind_process(config, device_type(config), rank_info.local_rank, rank_info.local_size)
 
 
 def join(config: EngineConfig, rank_info: RankInfo) -> Group:
     """Join this rank's group; all ranks call it. Raises ConfigError if this machine lacks what the settings ask for."""
+    from ...engine.engine import device_type
+    from ...parallel.collectives.base import CollectivesUnavailable
+    from ...parallel.group import join_group
+
     device = device_type(config)
     if config.collectives in ("nccl", "symmetric_memory") and device == "cpu":
         raise ConfigError(f"collectives={config.collectives} needs device=cuda; with device=cpu set collectives=auto")
@@ -47,6 +58,8 @@ def join(config: EngineConfig, rank_info: RankInfo) -> Group:
 
 def follow(config: EngineConfig, rank_info: RankInfo) -> None:
     """Run a rank other than 0 until rank 0 stops the group."""
+    from ...engine.engine import Engine
+
     binding = bind(config, rank_info)
     group = join(config, rank_info)
     engine = Engine(config, group, None, binding=binding)
@@ -65,6 +78,8 @@ def open_llm(config: EngineConfig, rank_info: RankInfo, on_progress: Progress | 
         with LLM.from_config(config, on_progress) as llm:
             yield llm
         return
+
+    from ...engine.engine import Engine
 
     binding = bind(config, rank_info)
     group = join(config, rank_info)

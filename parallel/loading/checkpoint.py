@@ -6,13 +6,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...kernels.torch_threads import one_torch_thread
 from ...kernels.weight_formats import WeightFormat
 from .safetensors_files import LoadError, StoredTensor, locate_tensors, name_some
 from .streaming import READERS, CudaLanding, Landing, cut, stream
@@ -24,6 +27,10 @@ CHUNK_BYTES = 32 * 2**20
 
 MAPPED_BYTES = 96 * 2**20
 """A file is mapped while it is read, and touched pages count as this process's: after these many it is opened anew."""
+
+SMALL_BYTES = 12 * 2**20
+"""A smaller part is read on one of torch's threads: the others would wait for the kernels' threads, which spin for a
+while after they have packed the part before, longer than one thread takes to copy it."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes there are to read."""
@@ -130,10 +137,12 @@ def load_weights(
             filled(part)
     else:
         reader = _Reader()
-        for part in take_out(slices):
-            for chunk in _chunks(part, stored[part.name].itemsize):
-                read(reader.read(stored[part.name], chunk))
-            filled(part)
+        for small, parts_in_a_row in groupby(take_out(slices), _is_small):
+            with one_torch_thread() if small else nullcontext():
+                for part in parts_in_a_row:
+                    for chunk in _chunks(part, stored[part.name].itemsize):
+                        read(reader.read(stored[part.name], chunk))
+                    filled(part)
 
     files = {tensor.file for tensor in stored.values()}
     return LoadReport(bytes_read=done, shard_bytes=total, seconds=time.monotonic() - started, files=len(files))
@@ -219,6 +228,10 @@ def _check_range(low: float, high: float, file: Path, part: WeightSlice) -> None
             f"{file}: tensor {part.name} holds {max(high, low, key=abs):g}, which does not fit {dtype} (at most "
             f"{torch.finfo(dtype).max:g}); set dtype=bfloat16 or dtype=float32"
         )
+
+
+def _is_small(part: WeightSlice) -> bool:
+    return part.destination.nbytes < SMALL_BYTES
 
 
 def _chunks(part: WeightSlice, itemsize: int) -> Iterator[WeightSlice]:

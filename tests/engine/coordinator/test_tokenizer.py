@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,52 @@ def test_a_pointer_that_git_left_in_a_files_place_is_named_as_one(tiny: Path, tm
     (folder / name).write_text(LFS_POINTER)
     with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
         LLM(str(folder), max_model_len=64)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"tokenizer_class": None},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer_class": "LlamaTokenizerFast"},
+        {"tokenizer_class": "Qwen2TokenizerFast"},
+        {"tokenizer_class": "NobodysTokenizer"},
+    ],
+)
+def test_the_tokenizer_is_the_one_that_transformers_takes(
+    tiny: Path, tmp_path: Path, model_type: str, named: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    options.pop("tokenizer_class", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**options, **named}))
+
+    expected = AutoTokenizer.from_pretrained(
+        str(folder), config=AutoConfig.for_model(model_type), local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = Tokenizer(folder)
+    assert type(tokenizer._tokenizer) is type(expected)
+    assert tokenizer._tokenizer.init_kwargs.keys() == expected.init_kwargs.keys()
+    assert tokenizer._tokenizer.special_tokens_map == expected.special_tokens_map
+    assert tokenizer._tokenizer.chat_template == expected.chat_template
+    for text in ("Hello world", " two  spaces\n", "<|im_start|>user<|im_end|> ä🙂"):
+        assert tokenizer.encode(text) == expected(text)["input_ids"]
+
+
+def test_a_tokenizer_is_read_without_what_computes_with_a_model(tiny: Path) -> None:
+    # transformers' class of the model's configurations imports all of that, which took rank 0 a second.
+    program = (
+        "import sys; from pathlib import Path; from phalanx.engine.coordinator.tokenizer import Tokenizer; "
+        "Tokenizer(Path(sys.argv[1])); print('transformers.core_model_loading' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tiny)], stdout=subprocess.PIPE, text=True, timeout=120, check=True
+    )
+    assert ended.stdout.split() == ["False"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,16 @@ from phalanx import LLM, CheckpointError, EngineStopped, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 PROMPTS = ["one", "two words", "and three more of them"]
+
+CLIENT = """
+import sys
+from phalanx import LLM, SamplingParams
+
+if __name__ == "__main__":
+    with LLM(sys.argv[1], ranks=2, max_model_len=256) as llm:
+        llm.generate("one", SamplingParams(max_tokens=2, ignore_eos=True))
+    print(*(name for name in ("torch", "numpy", "transformers") if name in sys.modules))
+"""
 
 
 def _ranks() -> list[psutil.Process]:
@@ -53,3 +65,18 @@ def test_a_damaged_checkpoint_is_the_same_error_as_in_one_process(tiny: Path, tm
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         LLM(str(folder), ranks=2, max_model_len=256)
+
+
+def test_the_client_of_a_group_imports_nothing_that_computes(tiny: Path) -> None:
+    # Each import of torch takes one of the ranks' cores for seconds while they start.
+    client = subprocess.run(
+        [sys.executable, "-c", CLIENT, str(tiny)], stdout=subprocess.PIPE, text=True, timeout=120, check=True
+    )
+    assert client.stdout.split() == []
+
+
+def test_the_programs_that_start_a_group_import_nothing_that_computes() -> None:
+    names = "phalanx.launch.generate, phalanx.launch.chat, phalanx.engine.client.async_llm"
+    program = f"import sys, {names}; print(*({{'torch', 'transformers'}} & sys.modules.keys()))"
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert ended.stdout.split() == []

@@ -129,6 +129,23 @@ def test_progress_ends_at_the_total(folder: Path, monkeypatch: Any) -> None:
     assert heard[-1] == (report.shard_bytes, report.shard_bytes)
 
 
+def test_small_parts_are_read_on_one_of_torchs_threads_and_the_others_are_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 48 * 16 * 4)
+    threads: list[tuple[str, int]] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        few_rows = slice(0, 8), slice(0, 16)
+        slices = [part(A, (48, 16), *few_rows), whole(B, (16, 48)), part(A, (48, 16), *few_rows)]
+        load_weights(folder, slices, filled=lambda each: threads.append((each.name, torch.get_num_threads())))
+        assert threads == [(A, 1), (B, 2), (A, 1)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_ignored_tensors_may_be_left_over(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(4, 4)}
     save_file(tensors | extra, tmp_path / "model.safetensors")
