@@ -194,12 +194,17 @@ class TorchAttention(AttentionBackend):
         for bucket in buckets:
             queries = q[:num_decodes] if bucket.rows is None else q[bucket.rows]
             count = queries.shape[0]
+            # What is past a row's end may be infinite or NaN, which neither a mask nor a weight of 0 takes away.
+            k, v = (
+                cache.index_select(0, bucket.blocks)
+                .view(count, -1, kv_heads, head_dim)
+                .transpose(1, 2)
+                .masked_fill_(~bucket.mask.transpose(2, 3), 0)
+                for cache in (k_cache, v_cache)
+            )
             # The query heads of a group stand where query positions usually do, so each key is read once a group.
             result = scaled_dot_product_attention(
-                queries.view(count, kv_heads, -1, head_dim),
-                k_cache.index_select(0, bucket.blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2),
-                v_cache.index_select(0, bucket.blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2),
-                attn_mask=bucket.mask,
+                queries.view(count, kv_heads, -1, head_dim), k, v, attn_mask=bucket.mask
             ).reshape(count, -1, head_dim)
             if bucket.rows is None:
                 out[:num_decodes] = result
@@ -209,12 +214,23 @@ class TorchAttention(AttentionBackend):
         for chunk in chunks:
             k = k_cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.keys]
             v = v_cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.keys]
-            out[chunk.first : chunk.last] = scaled_dot_product_attention(
+            result = scaled_dot_product_attention(
                 q[chunk.first : chunk.last].transpose(0, 1).unsqueeze(0),
-                k.transpose(0, 1).unsqueeze(0),
-                v.transpose(0, 1).unsqueeze(0),
+                k.nan_to_num(0, 0, 0).transpose(0, 1).unsqueeze(0),
+                v.nan_to_num(0, 0, 0).transpose(0, 1).unsqueeze(0),
                 attn_mask=chunk.mask,
                 is_causal=chunk.mask is None,
                 enable_gqa=True,
             )[0].transpose(0, 1)
+            out[chunk.first : chunk.last] = result + _seen_nan(k, v, chunk.last - chunk.first, q.shape[1])
         return out
+
+
+def _seen_nan(k: torch.Tensor, v: torch.Tensor, queries: int, heads: int) -> torch.Tensor:
+    """What each of a row's last `queries` tokens has to add to its attention (queries, heads, head_dim): 0, or NaN.
+
+    Keys and values that are infinite or NaN are multiplied as 0, since 0 times them would be NaN for the tokens before
+    them, which do not see them. For the tokens that do, the result is not a number.
+    """
+    poison = (v - v) + (k - k).sum(-1, keepdim=True)
+    return poison.cumsum(0)[-queries:].repeat_interleave(heads // v.shape[1], dim=1)

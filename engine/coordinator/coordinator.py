@@ -139,8 +139,9 @@ class Coordinator:
     def _fail_invalid(self, plan: StepPlan, result: StepResult) -> None:
         """A row whose logits were not numbers fails its own request; the others of the step go on.
 
-        Where one token's values overflow, attention may leave what is no number in earlier tokens of the same tile too
-        (0 x infinity), so nothing of such a request stays in the prefix cache.
+        Keys and values of the token that overflowed, and of those that attend to it, are no numbers either. Earlier
+        tokens are sound, but which token was the first is not known, so nothing of such a request stays in the prefix
+        cache.
         """
         for row, token in zip(plan.sample_rows, result.token_ids, strict=True):
             if token >= 0:

@@ -140,20 +140,30 @@ INLINE bool any_of(vi lanes) {
 #endif
 }
 
+// The sign bits of those of a word's numbers that are infinite or NaN: an exponent of ones, plus one, carries into
+// them.
+template <class T>
+INLINE vu not_finite(vu words) {
+    constexpr uint32_t kExponent = sizeof(T) == 4 ? 0x7f800000u : 0x7f807f80u;
+    constexpr uint32_t kOne = sizeof(T) == 4 ? 0x00800000u : 0x00800080u;
+    constexpr uint32_t kSign = kExponent + kOne;
+    return ((words & kExponent) + kOne) & kSign;
+}
+
 constexpr float kLeastExponent = -87.0f;
 
-// e^x, within 3 units of the last place; 0 below -87, and above 88 the value there, or infinity. With AVX-512 by way of
-// 2^r, |r| <= 1/2 (of the polynomials of degree 5 with 2^0 = 1 the one with the least relative error, 9.1e-8); else by
-// Cody and Waite's reduction and Taylor's series.
+// e^x, within 3 units of the last place; 0 below -87, and above 88 the value there, or infinity; NaN of NaN. With
+// AVX-512 by way of 2^r, |r| <= 1/2 (of the polynomials of degree 5 with 2^0 = 1 the one with the least relative
+// error, 9.1e-8); else by Cody and Waite's reduction and Taylor's series.
 INLINE vf exponential(vf x) {
 #if PHALANX_ISA_AVX512
     const vf n = reinterpret_cast<vf>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504f), 0));
     const vf r = fused(x, splat(1.92596299e-8f), fused(x, splat(1.44269502f), -n));  // x log2(e) - n
     vf p = splat(0.00132647272f);
     for (float each : {0.0096715127f, 0.0555073374f, 0.240222421f, 0.693146978f, 1.0f}) p = fused(p, r, splat(each));
-    const vi counts = x > kLeastExponent;
+    const vi vanishes = x <= kLeastExponent;
     const __m512 power = _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n));
-    return counts ? reinterpret_cast<vf>(power) : vf{};
+    return vanishes ? vf{} : reinterpret_cast<vf>(power);
 #else
     vf bounded = x < 88.0f ? x : splat(88.0f);
     vf shifted = bounded * 1.44269504f + kRounder;  // its low bits are the rounded product
@@ -168,7 +178,7 @@ INLINE vf exponential(vf x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     vf value = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
-    return x > kLeastExponent ? value : vf{};
+    return x > kLeastExponent ? value : x == x ? vf{} : x;
 #endif
 }
 

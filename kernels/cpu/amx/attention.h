@@ -6,91 +6,6 @@
 //
 // A block may have only 16 keys, half a tile of values, so values are put together first, once for all rows of a task.
 // Rows are the heads of a group below each other, token by token; two blocks of them are multiplied at once.
-//
-// By instruction counts softmax takes longer than both products together, so 2^x is short here: its relative error of
-// 1.0e-4 is far below the 2e-3 of a weight's bfloat16. All rows' largest scores are found before any weight is made:
-// what waits for a row's largest score would keep the processor from going on with other rows. (Tried on Emerald
-// Rapids: making the weights of some rows while tiles multiply for others gains nothing, since tiles take one of the
-// two ports that vectors need, and what has to be kept meanwhile does not fit into the first cache.)
-
-constexpr int kTileKeys = 128;  // keys whose scores are held at once
-
-// 2^x for x <= 0, or little above; what would be below 2^-126 is 0 or a denormal number, which rounds to bfloat16's 0.
-// By a polynomial of degree 3 with 2^0 = 1, within 1.0e-4.
-INLINE vf power_of_two(vf x) {
-    const vf bounded = larger(splat(-127.0f), x);
-    const vf shifted = bounded + kRounder;  // its low bits are x, rounded
-    const vf r = bounded - (shifted - kRounder);
-    vf p = fused(splat(0.05500877f), r, splat(0.2422106f));
-    p = fused(p, r, splat(0.6932829f));
-    p = fused(p, r, splat(1.0f));
-    return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
-}
-
-// A tile's scores, and what follows from them: of all rows of one row block or two.
-struct TileScores {
-    float* scores;   // (rows, kTileKeys)
-    bf16* weights;   // the same
-    float* largest;  // (rows,) so far, scaled
-    float* shrink;   // (rows,) what sums so far are to be multiplied by
-};
-
-// Sums over the keys of a segment. As Running in attend/softmax.h, in powers of two: most has log2(e) in it; but a
-// row's weight is sixteen sums, of every sixteenth key each.
-struct TileSums {
-    float* sums;    // (rows, width)
-    float* most;    // (rows,)
-    float* weight;  // (rows, 16)
-};
-
-// A tile of keys, and one row block or two that see some of them.
-struct TileStep {
-    int first_block, both;  // row blocks
-    int start, end;         // rows
-    int key, count, width;  // the first key, keys, and these rounded up to whole tiles
-    bool first;             // of its segment
-    TileSums segment;
-};
-
-// One row's largest score, and what follows from it.
-INLINE void find_largest(const TileStep& step, const TileScores& of, int row, int visible, float scale) {
-    const int i = row - step.start, width = step.width;
-    float* scores = of.scores + i * kTileKeys;
-    if (visible < width) {
-        const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int k = std::max(visible, 0) / 16 * 16; k < width; k += 16)
-            store(scores + k, lanes + k < visible ? load(scores + k) : splat(kMinusInfinity));
-    }
-
-    vf most0 = load(scores), most1 = load(scores + 16);
-    for (int k = 32; k < width; k += 32) {
-        most0 = larger(most0, load(scores + k));
-        most1 = larger(most1, load(scores + k + 16));
-    }
-
-    const float before = step.first ? kMinusInfinity : step.segment.most[row];
-    const float largest = std::max(before, max_of(larger(most0, most1)) * scale);
-    step.segment.most[row] = largest;
-    of.largest[i] = largest > kMinusInfinity ? largest : 0.0f;  // nothing visible yet: all weights are zero
-    of.shrink[i] = largest == before ? 1.0f : power_of_two(splat(before - of.largest[i]))[0];
-}
-
-// One row's scores to weights.
-INLINE void make_weights(const TileStep& step, const TileScores& of, int row, float scale) {
-    const int i = row - step.start, width = step.width;
-    const float *scores = of.scores + i * kTileKeys, largest = of.largest[i];
-    bf16* weights = of.weights + i * kTileKeys;
-    vf total0{}, total1{};
-    for (int k = 0; k < width; k += 32) {
-        const vf w0 = power_of_two(fused(load(scores + k), splat(scale), splat(-largest)));
-        const vf w1 = power_of_two(fused(load(scores + k + 16), splat(scale), splat(-largest)));
-        total0 += w0;
-        total1 += w1;
-        store_pair(weights + k, w0, w1);
-    }
-    float* weight = step.segment.weight + row * 16;
-    store(weight, step.first ? total0 + total1 : fused(load(weight), splat(of.shrink[i]), total0 + total1));
-}
 
 // A task's memory, and what it does with a tile of keys. Sums begin anew every kSplitKeys keys, and the pieces are
 // merged as merge_partials() merges those of several tasks: so a token's bits are the same in a prompt's chunk and in a
@@ -155,6 +70,7 @@ struct TileAttention {
         first_segment = {reinterpret_cast<float*>(parts[7]), reinterpret_cast<float*>(parts[8]),
                          reinterpret_cast<float*>(parts[9])};
         std::fill_n(first_segment.most, segments * all_rows, kMinusInfinity);
+        std::fill_n(first_segment.weight, segments * all_rows * 16, 0.0f);
     }
 
     // What the keys from `key` on are summed up in.
@@ -258,7 +174,7 @@ struct TileAttention {
         for (; piece < step.width / 16; piece += 2) multiply_keys<2>(step, b, piece, next);
     }
 
-    // Scores to weights, in two passes over the rows: see the beginning of this file.
+    // Scores to weights, in two passes over the rows: see amx/softmax.h.
     void soften(const TileStep& step) const {
         for (int row = step.start; row < step.end; ++row)
             find_largest(step, tile, row, std::min(visible_to(row, step.key), step.count), scale);
@@ -288,6 +204,60 @@ struct TileAttention {
             four ? multiply_tiles<Bfloat16Products, 4>(a, step.both, b, step.width / 32, c, !step.first, nothing)
                  : multiply_tiles<Bfloat16Products, 2>(a, step.both, b, step.width / 32, c, !step.first, nothing);
             d += four ? 4 : 2;
+        }
+    }
+
+    // Whether a value that one of the rows does not see is infinite or NaN, as AttentionTask::hides_not_finite().
+    bool hides_not_finite(int key, int count) const {
+        vu found{};
+        for (int word = std::max(0, visible_to(0, key)) / 2; word < ceil_div(count, 2); ++word)
+            for (int d = 0; d < dim / 16; ++d) found |= not_finite<bf16>(load(values_at(d, word)));
+        return any_of(reinterpret_cast<vi>(found));
+    }
+
+    // The values of two keys, 16 dimensions of them.
+    uint32_t* values_at(int d, int word) const {
+        return reinterpret_cast<uint32_t*>(values + d * (kTileKeys / 32 * kTileBytes)) + word * 16;
+    }
+
+    // Whether all values of the tile's key `k` are finite.
+    bool is_finite(int k) const {
+        uint32_t found = 0;
+        for (int i = 0; i < dim; ++i) {
+            const uint32_t value = values_at(i / 16, k / 2)[i % 16] >> k % 2 * 16;
+            found |= static_cast<uint32_t>((value & 0x7f80u) == 0x7f80u);
+        }
+        return found == 0;
+    }
+
+    void clear(int k) {
+        for (int i = 0; i < dim; ++i) values_at(i / 16, k / 2)[i % 16] &= k % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
+    }
+
+    // As add_values(), with the same bits for what is finite, but without values that a row does not see and that are
+    // not finite: from the last key to the first, the rows that see such a key are finished, and then it is cleared.
+    void add_visible_values(const TileStep& step) {
+        const int64_t some_rows = int64_t{step.both} * block_rows;
+        float* sums = step.segment.sums + step.start * width;
+        float* before_step = static_cast<float*>(scratch(Scratch::kSumsBefore, 2 * some_rows * width * 4));
+        float* after_step = before_step + some_rows * width;
+        if (!step.first) std::memcpy(before_step, sums, some_rows * width * 4);
+
+        TileStep all = step;
+        all.segment.sums = after_step - step.start * width;
+        for (int k = static_cast<int>(ceil_div(step.count, 2) * 2), end = step.end; end > step.start;) {
+            const bool seen_by_all = --k < std::max(0, visible_to(step.start, step.key));
+            if (!seen_by_all && is_finite(k)) continue;
+            const int first_to_see = (step.key + k - before - task.first_token) * group;
+            const int start = seen_by_all ? step.start : std::min(std::max(first_to_see, step.start), end);
+            if (start < end) {
+                if (!step.first) std::memcpy(after_step, before_step, some_rows * width * 4);
+                add_values(all);
+                std::memcpy(sums + (start - step.start) * width, after_step + (start - step.start) * width,
+                            (end - start) * width * 4);
+                end = start;
+            }
+            if (!seen_by_all) clear(k);
         }
     }
 
@@ -340,6 +310,7 @@ inline void tile_attention_task(const Attention& job, int number) {
         const TaskView following = more ? work.task : view(job, std::min(number + 1, job.count - 1));
         const Pieces next = work.locate(following, more ? key + kTileKeys : following.first_key);
         work.gather_values(pieces, next, count);
+        const bool careful = work.hides_not_finite(key, count);
         const char* keys[kTileKeys / 16];
         for (int i = 0; i < kTileKeys / 16; ++i) keys[i] = work.key_tiles(pieces, i);
         for (int block = 0; block < work.blocks; block += 2) {
@@ -347,7 +318,12 @@ inline void tile_attention_task(const Attention& job, int number) {
             if (step.end <= step.start || work.visible_to(step.end - 1, key) <= 0) continue;  // nothing is visible
             work.multiply_scores(step, keys, next);
             work.soften(step);
-            work.add_values(step);
+            if (careful) {
+                work.add_visible_values(step);
+                work.gather_values(pieces, next, count);  // some were cleared, which later rows see
+            } else {
+                work.add_values(step);
+            }
         }
         pieces = next;
     }

@@ -8,16 +8,21 @@ INLINE void merge_row(const Attention& job, const float* from, int64_t stride, i
     const int dim = job.head_dim;
     const float *largest = from + static_cast<int64_t>(rows) * dim + r, *weights = largest + rows;
 
+    // Scores that are NaN leave no largest one, but a sum of weights that is NaN too.
+    const auto counts = [&](int s) {
+        return largest[s * stride] > kMinusInfinity || weights[s * stride] != weights[s * stride];
+    };
+
     // The weights as they were, had all splits known the largest score of all.
     float most = kMinusInfinity, total = 0.0f;
     for (int s = 0; s < splits; ++s) most = std::max(most, largest[s * stride]);
     for (int s = 0; s < splits; ++s)
-        if (largest[s * stride] > kMinusInfinity) total += weights[s * stride] * std::exp(largest[s * stride] - most);
+        if (counts(s)) total += weights[s * stride] * std::exp(largest[s * stride] - most);
 
     for (int i = 0; i < dim; i += 16) {
         vf sum{};
         for (int s = 0; s < splits; ++s) {
-            if (!(largest[s * stride] > kMinusInfinity)) continue;
+            if (!counts(s)) continue;
             const float share = std::exp(largest[s * stride] - most) / total;
             sum = fused(load(from + s * stride + static_cast<int64_t>(r) * dim + i), splat(share), sum);
         }

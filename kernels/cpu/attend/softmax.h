@@ -9,17 +9,20 @@ struct Running {
     float* weight;  // (rows,) sum of e^(score - most)
 };
 
+// What a row does not see of a tile, from key `visible` on, becomes `value`.
+INLINE void hide(float* scores, int visible, int width, float value) {
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int i = std::max(visible, 0) / 16 * 16; i < width; i += 16)
+        store(scores + i, lanes + i < visible ? load(scores + i) : splat(value));
+}
+
 // One row's scores of a tile, to be scaled, to weights e^(score - most), which `put` takes by 16 keys with the index of
 // the first. `visible` keys of `width` count. Returns what the row's sums so far have to be multiplied by.
 template <class F>
 INLINE float soften(float* scores, int visible, int width, float scale, Running& running, int row, bool first,
                     F&& put) {
     // A key that the row does not see has the score -infinity, and so the weight 0.
-    if (visible < width) {
-        const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int i = std::max(visible, 0) / 16 * 16; i < width; i += 16)
-            store(scores + i, lanes + i < visible ? load(scores + i) : splat(kMinusInfinity));
-    }
+    hide(scores, visible, width, kMinusInfinity);
 
     vf most = load(scores);
     for (int i = 16; i < width; i += 16) most = larger(most, load(scores + i));

@@ -82,6 +82,15 @@ struct AttentionTask {
                (static_cast<int64_t>(task.kv_head) * group + row % group) * dim;
     }
 
+    // How many keys from `key` on a row sees: queries sit at the end of their row's keys, and a query sees those up to
+    // its own position.
+    INLINE int visible_to(int row, int key) const { return before + task.first_token + row / group + 1 - key; }
+
+    // Bytes from one panel of a block's values, 16 of the dimensions, to the next.
+    INLINE int64_t value_panel() const {
+        return static_cast<int64_t>(job.block_size) / S::kPerWord * 16 * S::kWordBytes;
+    }
+
     // A row block's queries, interleaved as the micro-kernel reads them; over an int8 cache they become 16-bit numbers.
     INLINE void pack_queries(const RowBlock& block) {
         const uint32_t* from[kMaxRows];
@@ -127,13 +136,13 @@ struct AttentionTask {
     // Scores to weights, and what the sums so far are to be multiplied by.
     INLINE void soften_scores(const KeyTile& tile, const RowBlock& block) {
         for (int r = 0; r < block.rows; ++r) {
-            // Queries sit at the end of their row's keys, and a query sees those up to its own position.
-            const int row = block.start + r, visible = before + task.first_token + row / group + 1 - tile.key;
+            const int row = block.start + r, visible = visible_to(row, tile.key);
             float* row_scores = scores + r * kKeyTile;
             Weight* row_weights = weights + r * kKeyTile;
             if constexpr (kNumbers) {  // multiplied with their values' scales, and as numbers of 16 bits
                 shrink[r] = soften(row_scores, visible, tile.width, job.scale * q_scales[row], running, row, tile.first,
                                    [&](int i, vf w) { store(row_scores + i, w * load(value_scales + i)); });
+                hide(row_scores, visible, tile.width, 0.0f);  // a scale may be infinite, and 0 times it is NaN
                 weight_scales[r] = to_shorts(row_scores, tile.width, row_weights);
             } else {
                 shrink[r] = soften(row_scores, visible, tile.width, job.scale, running, row, tile.first,
@@ -145,7 +154,7 @@ struct AttentionTask {
     // sums (rows of the block x head_dim) = or += weights * values, by 32 dimensions.
     INLINE void accumulate(const KeyTile& tile, const RowBlock& block) {
         const int value_words = (tile.count + S::kPerWord - 1) / S::kPerWord;
-        const int64_t panel = static_cast<int64_t>(job.block_size) / S::kPerWord * 16 * S::kWordBytes;
+        const int64_t panel = value_panel();
         const uint32_t* p = reinterpret_cast<const uint32_t*>(weights);
         for (int d = 0; d < dim; d += 32) {
             const int64_t offset0 = d / 16 * panel, offset1 = d + 16 < dim ? offset0 + panel : -1;
@@ -159,6 +168,49 @@ struct AttentionTask {
                                      tile.first ? nullptr : shrink);
                 }
             });
+        }
+    }
+
+    // Whether a value that one of the rows does not see is infinite or NaN: the weight 0 times it would be NaN. Only
+    // the keys after the first token's own are looked at, to the end of the last one's word: next to nothing beside
+    // what is computed with them. (8-bit numbers are finite, and soften_scores() sees to their scales.)
+    INLINE bool hides_not_finite(const KeyTile& tile) const {
+        if constexpr (kNumbers) return false;
+        constexpr int kPieceWords = 16 / S::kPerWord;
+        const int first = std::max(0, visible_to(0, tile.key)) / S::kPerWord;
+        const int last = (tile.count + S::kPerWord - 1) / S::kPerWord;
+        vu found{};
+        for (int w = first; w < last; ++w) {
+            const char* line = tile.pieces.values[w / kPieceWords] + w % kPieceWords * 64;
+            for (int d = 0; d < dim; d += 16, line += value_panel())
+                found |= not_finite<T>(load(reinterpret_cast<const uint32_t*>(line)));
+        }
+        return any_of(reinterpret_cast<vi>(found));
+    }
+
+    // As accumulate(), with the same bits for what is finite, but each row by itself, up to the last value it sees.
+    void accumulate_visible(const KeyTile& tile, const RowBlock& block) const {
+        constexpr int kPieceWords = 16 / S::kPerWord;
+        const uint32_t* p = reinterpret_cast<const uint32_t*>(weights);
+        for (int r = 0; r < block.rows; ++r) {
+            const int row = block.start + r, count = std::min(std::max(0, visible_to(row, tile.key)), tile.count);
+            const int value_words = (count + S::kPerWord - 1) / S::kPerWord;
+            for (int d = 0; d < dim; d += 16) {
+                const char* values[kKeyTile / 16];
+                for (int i = 0; i < kKeyTile / 16; ++i) values[i] = tile.pieces.values[i] + d / 16 * value_panel();
+
+                // A last word that has a value too many is multiplied without it.
+                alignas(64) uint32_t piece[kPieceWords * 16];
+                if (count % S::kPerWord != 0) {
+                    std::memcpy(piece, values[count / 16], sizeof(piece));
+                    for (int i = 0; i < 16; ++i) piece[(value_words - 1) % kPieceWords * 16 + i] &= 0xffffu;
+                    values[count / 16] = reinterpret_cast<const char*>(piece);
+                }
+
+                add_values<T, 1>(p + r * (kKeyTile / S::kPerWord), values, values, 0, -1, value_words,
+                                 running.sums + static_cast<int64_t>(row) * dim + d, dim,
+                                 tile.first ? nullptr : shrink + r);
+            }
         }
     }
 
@@ -200,10 +252,17 @@ void attention_task(const Attention& job, int number) {
         const KeyTile tile{key, count, (count + 15) / 16 * 16, key == task.first_key, pieces, next};
 
         if constexpr (AttentionTask<T, Cache>::kNumbers) work.load_value_scales(tile);
+        const bool careful = work.hides_not_finite(tile);
         for (int b = 0; b < work.blocks; ++b) {
             const RowBlock block = work.row_block(b);
             work.multiply_keys(tile, block);
             work.soften_scores(tile, block);
+            if constexpr (!AttentionTask<T, Cache>::kNumbers) {
+                if (careful) {
+                    work.accumulate_visible(tile, block);
+                    continue;
+                }
+            }
             work.accumulate(tile, block);
         }
         pieces = next;

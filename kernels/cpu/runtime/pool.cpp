@@ -10,8 +10,13 @@
 #include <atomic>
 #include <cerrno>
 #include <climits>
+#include <exception>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -84,6 +89,11 @@ void become_idle() {
     if (auto* idle = on_idle.load(std::memory_order_relaxed)) idle();
 }
 
+// The caller's end of an operation, also of one that throws.
+struct BecomeIdle {
+    ~BecomeIdle() { become_idle(); }
+};
+
 // The threads, and the operation that they are at. Shares, and the counters that all watch, begin cache lines of their
 // own.
 struct Pool {
@@ -94,6 +104,8 @@ struct Pool {
     std::atomic<bool> stopping{false};
     Task task = nullptr;
     void* context = nullptr;
+    std::atomic<bool> failed{false};  // whether one of the operation's tasks has thrown
+    std::exception_ptr failure;       // what the first of them threw, for the caller
     std::mutex busy;
     std::vector<std::thread> workers;
     std::atomic<int> wanted{1};
@@ -107,9 +119,19 @@ struct Pool {
         for (int offset = 0; offset < wanted; ++offset) {
             int owner = (self + offset) % wanted, number;
             while ((number = shares[owner].take(offset == 0)) >= 0) {
-                task(context, number);
+                run_one(number);
                 unfinished.fetch_sub(1, std::memory_order_release);
             }
+        }
+    }
+
+    // A task that throws is done as well: an exception that left a worker would end the process, and one that left the
+    // caller at once would leave the others with a context that is gone. run() throws the first when all are done.
+    void run_one(int number) {
+        try {
+            task(context, number);
+        } catch (...) {
+            if (!failed.exchange(true, std::memory_order_relaxed)) failure = std::current_exception();
         }
     }
 
@@ -141,10 +163,16 @@ struct Pool {
     void start() {
         while (static_cast<int>(workers.size()) < wanted - 1) {
             int self = static_cast<int>(workers.size()) + 1;
-            workers.emplace_back([this, self] {
-                settle(self);
-                work(self);
-            });
+            try {
+                workers.emplace_back([this, self] {
+                    settle(self);
+                    work(self);
+                });
+            } catch (const std::system_error& error) {
+                throw std::runtime_error("the system does not start thread " + std::to_string(self) + " of " +
+                                         std::to_string(wanted) + " of the CPU kernels (" + error.what() +
+                                         "): raise its limits (ulimit -u, ulimit -v), or set fewer threads");
+            }
         }
     }
 
@@ -173,7 +201,8 @@ struct Pool {
         refused.store(0);
     }
 
-    // Runs the tasks and returns when all are done. Thread i's share is the i-th part of them; the caller is thread 0.
+    // Runs the tasks and returns, or throws what the first that failed threw, when all are done. Thread i's share is
+    // the i-th part of them; the caller is thread 0.
     void run(int tasks, Task body, void* with) {
         start();
         task = body;
@@ -192,6 +221,8 @@ struct Pool {
                 std::this_thread::yield();
             }
         }
+
+        if (failed.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure, nullptr));
     }
 };
 
@@ -239,13 +270,13 @@ bool bound() { return !the_pool().cpus.empty(); }
 void run_tasks(int tasks, Task task, void* context) {
     if (tasks <= 0) return;
     Pool& current = the_pool();
+    const BecomeIdle at_the_end;
     if (tasks > 1 && current.wanted > 1 && current.busy.try_lock()) {
         std::lock_guard<std::mutex> lock(current.busy, std::adopt_lock);
         current.run(tasks, task, context);
     } else {
         for (int i = 0; i < tasks; ++i) task(context, i);
     }
-    become_idle();
 }
 
 void set_idle(void (*idle)()) { on_idle.store(idle, std::memory_order_relaxed); }

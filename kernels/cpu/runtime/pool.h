@@ -19,7 +19,8 @@ int threads();
 // Whether each of them has a CPU of its own.
 bool bound();
 
-// Run task(context, i) for each i below `tasks`, in any order, on all threads; returns when all are done.
+// Run task(context, i) for each i below `tasks`, in any order, on all threads; returns when all are done. Throws what
+// the first task that failed threw, whichever thread it was on; the others are done then too, or have failed as well.
 // Called by two threads at once, the second runs its tasks by itself.
 void run_tasks(int tasks, Task task, void* context);
 

@@ -2,8 +2,43 @@
 
 #include <cstdlib>
 #include <new>
+#include <string>
+#include <utility>
 
 namespace phalanx {
+namespace {
+
+// What is short of memory, as a person reads it, in the order of Scratch.
+constexpr const char* kPurposes[] = {"the sums of a linear layer",
+                                     "the weights of a linear layer",
+                                     "the rows that a linear layer multiplies",
+                                     "the scales of quantized rows",
+                                     "attention's scores and sums",
+                                     "attention's sums before a tile",
+                                     "attention's partial results of a task",
+                                     "attention's partial results of all tasks",
+                                     "a rotated head",
+                                     "the rows of a weight that is packed",
+                                     "normalised rows",
+                                     "a layer's projected rows",
+                                     "attention's results",
+                                     "the queries of chosen tokens"};
+static_assert(sizeof(kPurposes) / sizeof(kPurposes[0]) == static_cast<int>(Scratch::kCount), "a slot has no purpose");
+
+// A std::bad_alloc that says of what there was too little; Python sees a MemoryError.
+class OutOfMemory : public std::bad_alloc {
+ public:
+    OutOfMemory(Scratch slot, int64_t bytes)
+        : message_("the CPU kernels cannot allocate " + std::to_string(bytes) + " bytes of scratch memory for " +
+                   kPurposes[static_cast<int>(slot)] +
+                   ": free memory on this host, or set kv_memory or max_num_batched_tokens lower") {}
+    const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+    std::string message_;
+};
+
+}  // namespace
 
 void* scratch(Scratch slot, int64_t bytes) {
     struct Buffer {
@@ -18,10 +53,7 @@ void* scratch(Scratch slot, int64_t bytes) {
         // A quarter more, in whole pages: sizes that grow step by step need few new buffers.
         buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
         buffer.memory = std::aligned_alloc(64, buffer.size);
-        if (buffer.memory == nullptr) {
-            buffer.size = 0;
-            throw std::bad_alloc();
-        }
+        if (buffer.memory == nullptr) throw OutOfMemory(slot, std::exchange(buffer.size, 0));
     }
     return buffer.memory;
 }

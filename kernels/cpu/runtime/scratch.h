@@ -19,6 +19,7 @@ enum class Scratch : int {
 
     // A task of attention, until it ends.
     kAttentionTask,    // queries, scores, weights, sums (attend/task.h, amx/attention.h)
+    kSumsBefore,       // beside them: a step's sums before and after it, if values are not finite (amx/attention.h)
     kSegmentPartials,  // beside them: what each segment of the keys came to (amx/attention.h)
 
     // The caller's, in run_attention(): the partial results of all tasks, from the first task until the last merge.

@@ -26,6 +26,7 @@ constexpr int kTaskRows = 48;
 #include "../rows.h"
 #if PHALANX_ISA_TILES
 #include "../amx/linear.h"
+#include "../amx/softmax.h"
 #include "../amx/attention.h"
 #include "../amx/rate.h"
 #endif

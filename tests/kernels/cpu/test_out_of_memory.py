@@ -1,0 +1,62 @@
+"""A thread of the kernels' pool that gets no memory: an error that the caller raises, not the end of the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from phalanx.kernels import cpu
+
+PROGRAM = """
+import resource
+
+import torch
+from phalanx.kernels import cpu
+from phalanx.kernels.attention import AttentionMetadata
+from phalanx.kernels.cpu.attention import CpuAttention
+
+# A KV head of a token is a task, and so many query heads of one are some 40 MB of scratch memory for the thread.
+ROWS, KV_HEADS, GROUP, HEAD_DIM = 3, 2, 80_000, 64
+cpu.set_threads(2)
+cpu.native.use_kernels({kernels!r})
+backend = CpuAttention()
+q = torch.randn(ROWS, KV_HEADS * GROUP, HEAD_DIM).bfloat16()
+caches = [torch.zeros(ROWS, 16, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2)]
+heads = torch.randn(ROWS, KV_HEADS, HEAD_DIM).bfloat16()
+slots = 16 * torch.arange(ROWS)
+backend.store_kv(heads, heads, *caches, slots)
+metadata = AttentionMetadata(
+    ROWS, slots, torch.arange(ROWS)[:, None], torch.arange(ROWS + 1, dtype=torch.int32),
+    torch.ones(ROWS, dtype=torch.int32), (1,) * ROWS, (1,) * ROWS, 16)
+backend.attend(q[:, :8], *caches, backend.plan(metadata))  # starts the pool's thread
+plan = backend.plan(metadata)
+
+before = resource.getrlimit(resource.RLIMIT_AS)
+in_use = 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (in_use + q.nbytes + (8 << 20), before[1]))  # the result, and a little
+messages = set()
+for _ in range(30):
+    try:
+        backend.attend(q, *caches, plan)
+    except MemoryError as error:
+        messages.add(str(error))
+resource.setrlimit(resource.RLIMIT_AS, before)
+
+# Each query sees one key: the result is its value, once there is memory again.
+assert torch.equal(backend.attend(q, *caches, plan), heads.repeat_interleave(GROUP, dim=1))
+print(*messages, sep="\\n")
+"""
+
+
+@pytest.mark.skipif(cpu.native is None, reason="phalanx is built without its kernels for CPUs")
+@pytest.mark.parametrize(
+    "kernels", [name for name in ("avx512_amx", "avx2", "portable") if cpu.native and cpu.native.can_run(name)]
+)
+def test_memory_that_a_thread_of_the_pool_does_not_get_is_the_callers_error(kernels: str) -> None:
+    program = [sys.executable, "-c", PROGRAM.format(kernels=kernels)]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    [message] = result.stdout.splitlines()
+    assert message.startswith("the CPU kernels cannot allocate ")
+    assert "bytes of scratch memory for attention's scores and sums: free memory on this host, or set" in message
