@@ -18,7 +18,8 @@ from ..errors import CapacityExceeded, EngineStopped
 from ..protocol.messages import Event, Failed, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import InProcess
-from .client import Client, OnEvent, RequestHandle
+from .callbacks import OnEvent
+from .client import Client, RequestHandle
 from .inputs import Messages, Prompt, as_prompts, make_submit, spread_sampling
 from .lifetime import Lifetime
 from .outputs import OutputBuilder, RequestOutput
@@ -179,7 +180,7 @@ class LLM:
 
         try:
             for submit in submits:
-                self.client.submit(submit, events.put)
+                self.client.submit(submit, events.put, quick=True)
 
             while len(outputs) < len(submits):
                 event = _next_event(events, wait=len(outputs) + len(refused) < len(submits))
@@ -192,7 +193,7 @@ class LLM:
                 if output is not None:
                     outputs[output.id] = output
                 if refused and (output is not None or event is None):
-                    self.client.submit(refused.popleft(), events.put)
+                    self.client.submit(refused.popleft(), events.put, quick=True)
         finally:
             for submit in submits:
                 if submit.id not in outputs:

@@ -1,7 +1,7 @@
 """Rank 0's part that the other ranks lack: it alone decides. Requests in, plans out, tokens back, events out.
 
-Three threads share nothing but queues and the registry of requests: the intake thread (ingress.py) encodes text, the
-step loop (here) owns the scheduler, the output thread (egress.py) owns the text of every answer.
+Its threads share nothing but queues and the registry of requests: the intake threads (ingress.py) encode text, the step
+loop (here) owns the scheduler, the output thread (egress.py) owns the text of every answer.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Coordinator:
         """Begin to take in commands. Steps run in run()."""
         self._ingress.start()
         self._egress.start()
-        self._transport.start(self._ingress.receive)
+        self._transport.start(self._ingress.receive, self._ingress.abandon, self._ingress.fail)
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> None:
         """The step loop: plan, execute, commit, until stop() or a Shutdown command; then the ranks are told to stop.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
@@ -34,7 +35,7 @@ class InputProcessor:
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
-        self._unseeded = 0
+        self._unseeded = itertools.count()
 
     @property
     def defaults_report(self) -> str:
@@ -44,8 +45,34 @@ class InputProcessor:
         values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
         return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
 
-    def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
-        """Resolve, encode and check one request. Raises InvalidRequest naming the value, the range and the setting."""
+    def next_seed(self, submit: Submit) -> int | None:
+        """Return the seed of a request that names none, by the order of the calls; None for one that does.
+
+        Requests are encoded side by side; called as they arrive, this makes their draws depend on that order alone.
+        """
+        if not isinstance(submit.sampling, SamplingParams) or submit.sampling.seed is not None:
+            return None
+        return derive_seed(self._config.seed, next(self._unseeded))
+
+    def check_bytes(self, submit: Submit, size: int) -> None:
+        """Raise InvalidRequest for `size` bytes of text that are too many for max_model_len, however they are encoded.
+
+        What is checked before it is encoded takes no time and no memory.
+        """
+        longest = None if self._tokenizer is None else self._tokenizer.longest_token_bytes
+        if longest is None or submit.token_ids is not None or size <= self._max_model_len * longest:
+            return
+        raise InvalidRequest(
+            f"the request begins with more than {self._max_model_len * longest} bytes of text; with "
+            f"max_model_len={self._max_model_len} more can never fit, as no token has more than {longest}: shorten it "
+            f"or raise max_model_len"
+        )
+
+    def process(self, submit: Submit, request_id: str, arrived_at: float, seed: int | None = None) -> Request:
+        """Resolve, encode and check one request; without a seed of its own it gets `seed`, or else the next.
+
+        Any thread may call it. Raises InvalidRequest naming the value, the range and the setting.
+        """
         _check_types(submit)
         params = submit.sampling
         if params.n > self._config.max_num_seqs:
@@ -70,7 +97,7 @@ class InputProcessor:
         return Request(
             id=request_id,
             prompt=prompt,
-            samplings=self._samplings(params, tuple(sorted(eos | stops))),
+            samplings=self._samplings(params, tuple(sorted(eos | stops)), seed),
             max_tokens=int(max_tokens) if max_tokens is not None else self._max_model_len,
             eos_token_ids=eos,
             stop_token_ids=stops,
@@ -110,16 +137,18 @@ class InputProcessor:
         self._check_tokens(given[0], tokens)
         return tokens
 
-    def _samplings(self, params: SamplingParams, end_token_ids: tuple[int, ...]) -> list[SlotSampling]:
+    def _samplings(
+        self, params: SamplingParams, end_token_ids: tuple[int, ...], unseeded: int | None
+    ) -> list[SlotSampling]:
         values = {
             name: _first(getattr(params, name), getattr(self._config.sampling, name), self._generation.get(name))
             for name in INHERITED
         }
 
         bias = sorted((params.logit_bias or {}).items())
-        seed = params.seed
+        seed = params.seed if params.seed is not None else unseeded
         if seed is None:
-            seed, self._unseeded = derive_seed(self._config.seed, self._unseeded), self._unseeded + 1
+            seed = derive_seed(self._config.seed, next(self._unseeded))
 
         return [
             SlotSampling(
