@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from phalanx import SamplingParams
-from phalanx.engine.coordinator.egress import Egress
 from phalanx.engine.coordinator import ingress as ingress_module
+from phalanx.engine.coordinator.egress import Egress
 from phalanx.engine.coordinator.ingress import CHAT_THREADS, LONG_BYTES, Ingress
 from phalanx.engine.coordinator.registry import Owner, RequestRegistry
 from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest

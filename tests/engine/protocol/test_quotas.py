@@ -64,6 +64,7 @@ def test_a_client_that_never_reads_is_dropped_by_name_and_memory_stays_flat(
     assert _asks(client) == FILLER
     before = psutil.Process().memory_info().rss
     with zmq.Context() as context, context.socket(zmq.DEALER) as deaf, caplog.at_level(logging.WARNING):
+        deaf.linger = 0
         deaf.set(zmq.RCVHWM, 1)
         deaf.set(zmq.RCVBUF, 4096)
         deaf.connect(address)
@@ -94,6 +95,7 @@ def test_a_client_that_never_reads_is_dropped_by_name_and_memory_stays_flat(
 def test_what_is_read_late_but_within_the_bound_arrives_whole_and_in_order(address: str) -> None:
     echo = _Echo(address)
     with zmq.Context() as context, context.socket(zmq.DEALER) as slow:
+        slow.linger = 0
         slow.set(zmq.RCVHWM, 1)
         slow.connect(address)
         for number in range(250):  # 25 MB, far more messages than ZeroMQ holds
@@ -108,6 +110,7 @@ def test_what_is_read_late_but_within_the_bound_arrives_whole_and_in_order(addre
 def test_closing_does_not_wait_long_for_a_client_that_never_reads(address: str) -> None:
     echo = _Echo(address)
     with zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.linger = 0
         deaf.set(zmq.RCVHWM, 1)
         deaf.connect(address)
         deaf.send(msgspec.msgpack.encode(Ping()))
@@ -131,6 +134,7 @@ def test_a_message_beyond_the_bound_is_refused_by_name(address: str) -> None:
 def test_a_peer_that_sends_more_than_the_bound_is_cut_off_alone(address: str) -> None:
     echo, client = _Echo(address), Client(ZmqConnection(address))
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
         socket.connect(address)
         watch = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.send(bytes(MESSAGE_BYTES + 1))
@@ -170,7 +174,7 @@ def test_the_end_of_a_connections_thread_fails_its_requests_for_good(
     assert isinstance(arrived.get(timeout=PATIENCE_S), Submit)
     monkeypatch.setattr(connection._wire, "_send_queued", _fails)
     client.abort("b")
-    with pytest.raises(EngineStopped, match="thread of the connection to .* ended: MemoryError"):
+    with pytest.raises(EngineStopped, match=r"thread of the connection to .* ended: MemoryError"):
         next(handle)
     with pytest.raises(EngineStopped, match="MemoryError"):
         client.status(PATIENCE_S)
@@ -203,6 +207,7 @@ def test_a_handler_that_never_returns_does_not_keep_close_waiting(
 
 def test_an_engine_of_another_protocol_version_fails_requests_for_good_naming_both(address: str) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as old:
+        old.linger = 0
         old.bind(address)
         client = Client(ZmqConnection(address))
         handle = RequestHandle(client, Submit(id="a", token_ids=[1]))
@@ -219,6 +224,7 @@ def test_an_engine_of_another_protocol_version_fails_requests_for_good_naming_bo
 def test_a_transport_tells_its_protocol_version(address: str) -> None:
     echo = _Echo(address)
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
         socket.connect(address)
         socket.send(msgspec.msgpack.encode(Ping()))
         assert socket.poll(PATIENCE_S * 1000)
