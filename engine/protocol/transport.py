@@ -131,6 +131,7 @@ class ZmqTransport(Transport):
         self._may_shut_down = address.startswith("ipc://")
         self._epoch = uuid.uuid4().hex
         self._times_dropped: dict[bytes, int] = {}
+        self._warned: set[bytes] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Command | Ping] = msgspec.msgpack.Decoder(Command | Ping)
         self._on_gone: OnGone = _ignore
@@ -197,7 +198,13 @@ class ZmqTransport(Transport):
         try:
             addressed = msgspec.msgpack.decode(data, type=_Addressed)
         except UNDECODABLE:
-            _log.warning("a client sent what is no command (%s); it was ignored", error)
+            if client not in self._warned:
+                self._warned.add(client)
+                _log.warning(
+                    "client %s sent what is no command (%s); it is ignored, and what else of the kind it sends",
+                    client.hex(),
+                    error,
+                )
             return
         failed = Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}")
         self._outboxes.send([client, self._encoder.encode(failed)])
