@@ -17,10 +17,12 @@ OnEvent = Callable[[Event], None]
 
 
 class CallbackThreads:
-    """Calls receivers, each one's events in order and one at a time. Threads start as they are needed."""
+    """Calls receivers, each one's events in order and one at a time. Threads start as they are needed, and end."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # for the threads
+        self._done = threading.Condition(self._lock)  # for close()
         self._ready: deque[Receiver] = deque()
         self._idle = 0
         self._threads: set[threading.Thread] = set()
@@ -29,34 +31,34 @@ class CallbackThreads:
 
     def schedule(self, receiver: Receiver) -> None:
         """Have a receiver called on some thread."""
-        with self._changed:
+        with self._lock:
             self._ready.append(receiver)
             if self._idle < len(self._ready) and len(self._threads) < MOST_THREADS:
                 thread = threading.Thread(target=self._run, name="phalanx-callbacks", daemon=True)
                 self._threads.add(thread)
                 thread.start()
-            self._changed.notify_all()
+            self._work.notify()
 
     def close(self, timeout_s: float) -> None:
         """Call what is due, for `timeout_s` seconds at most. A receiver that calls this is not waited for."""
         own = threading.current_thread()
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._ready and self._running.keys() <= {own}, timeout_s)
+            self._work.notify_all()
+            self._done.wait_for(lambda: not self._ready and self._running.keys() <= {own}, timeout_s)
 
     def _run(self) -> None:
         own = threading.current_thread()
         while (receiver := self._take(own)) is not None:
             receiver.deliver()
-            with self._changed:
+            with self._lock:
                 del self._running[own]
-                self._changed.notify_all()
+                self._done.notify_all()
 
     def _take(self, own: threading.Thread) -> Receiver | None:
-        with self._changed:
+        with self._lock:
             self._idle += 1
-            self._changed.wait_for(lambda: self._ready or self._closed, IDLE_S)
+            self._work.wait_for(lambda: self._ready or self._closed, IDLE_S)
             self._idle -= 1
             if not self._ready:
                 self._threads.discard(own)

@@ -143,11 +143,14 @@ class LLM:
         submit = make_submit(self.client.new_id(), prompt=prompt, messages=messages, sampling=sampling)
         return RequestHandle(self.client, submit, owner=self)
 
-    def submit(self, submit: Submit, on_event: OnEvent | None = None) -> RequestHandle | None:
-        """Send one request of the protocol: to `on_event` (called on another thread), or else to an iterable handle."""
+    def submit(self, submit: Submit, on_event: OnEvent | None = None, *, quick: bool = False) -> RequestHandle | None:
+        """Send one request of the protocol: to `on_event` (called on another thread), or else to an iterable handle.
+
+        `on_event` may take long, raise or close this LLM; for a `quick` one see Client.submit().
+        """
         if on_event is None:
             return RequestHandle(self.client, submit, owner=self)
-        self.client.submit(submit, on_event)
+        self.client.submit(submit, on_event, quick=quick)
         return None
 
     def abort(self, request_id: str) -> None:
