@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable
 
 from ..errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
 from ..protocol.messages import (
@@ -28,8 +27,10 @@ from ..protocol.messages import (
     Submit,
 )
 from ..protocol.transport import Connection
+from .callbacks import CallbackThreads, OnEvent, Receiver
 
-OnEvent = Callable[[Event], None]
+CALLBACKS_CLOSE_S = 2.0
+"""Longest time that closing waits for receivers of events."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,19 +43,24 @@ class Client:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
+        self._callbacks = CallbackThreads()
         self._dropped: collections.deque[str] = collections.deque()
         self._status: queue.SimpleQueue[Status | PhalanxError] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._stopped: PhalanxError | None = None
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
-        connection.start(self._on_event, self._on_lost)
+        connection.start(self._on_event, self._on_lost, self.fail_all)
 
     def new_id(self) -> str:
         """A request id that this client has not used."""
         return f"{self._prefix}-{next(self._numbers)}"
 
-    def submit(self, submit: Submit, on_event: OnEvent) -> None:
+    def submit(self, submit: Submit, on_event: OnEvent, *, quick: bool = False) -> None:
         """Send a request; `on_event` gets its events on another thread, the last one a Finished or Failed.
+
+        However long it takes, it holds up its own request alone (callbacks.MOST_THREADS of them may run at once), and
+        it may call anything of this client, close() too. A `quick` one, which only puts the event into a queue, is
+        called without a change of threads; it must not wait for anything.
 
         A request that cannot be sent fails in the same way, at once. Raises InvalidRequest for an id in use, and
         EngineStopped if the engine has stopped.
@@ -65,7 +71,7 @@ class Client:
             self._check_stopped()
             if submit.id in self._sinks:
                 raise InvalidRequest(f"id={submit.id!r} is in use by a request that is not finished; choose another")
-            self._sinks[submit.id] = on_event
+            self._sinks[submit.id] = on_event if quick else self._receiver(submit.id, on_event).put
         try:
             self._connection.send(submit)
         except InvalidRequest as error:
@@ -119,9 +125,10 @@ class Client:
         self._fail_outstanding(error)
 
     def close(self) -> None:
-        """End what is outstanding with EngineStopped, and the connection."""
+        """End what is outstanding with EngineStopped, and the connection. Receivers may close it too."""
         self.fail_all(EngineStopped("the engine was closed"))
         self._connection.close()
+        self._callbacks.close(CALLBACKS_CLOSE_S)
 
     def _on_lost(self, error: EngineStopped) -> None:
         """The engine does not have this client's requests any more; another may answer at its address."""
@@ -156,6 +163,16 @@ class Client:
         if sink is not None and not self._hand_on(sink, event) and not last:
             self._forget(event.id)
             self.abort(event.id)
+
+    def _receiver(self, request_id: str, on_event: OnEvent) -> Receiver:
+        def hand_on(event: Event) -> bool:
+            taken = self._hand_on(on_event, event)
+            if not taken and not isinstance(event, Finished | Failed):
+                self._forget(request_id)
+                self.abort(request_id)
+            return taken
+
+        return Receiver(self._callbacks, hand_on)
 
     def _hand_on(self, sink: OnEvent, event: Event) -> bool:
         """Whether the receiver took the event. One that raises, be it SystemExit, must not end the thread that serves
@@ -198,7 +215,7 @@ class RequestHandle:
         self._owner = owner
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = True
-        client.submit(submit, self._events.put)
+        client.submit(submit, self._events.put, quick=True)
         self._ended = False
 
     def abort(self) -> None:
