@@ -88,3 +88,19 @@ def test_a_pointer_that_git_left_in_a_files_place_is_named_as_one(tiny: Path, tm
     (folder / name).write_text(LFS_POINTER)
     with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
         LLM(str(folder), max_model_len=64)
+
+
+def test_the_longest_token_bounds_the_bytes_of_a_text(tiny: Path, smollm2: Path) -> None:
+    for folder in (tiny, smollm2):
+        tokenizer = Tokenizer(folder)
+        most = tokenizer.longest_token_bytes
+        assert most is not None
+        for text in (" " * 500, "hello world " * 50, "é" * 300, "🙂" * 100, "=" * 400):
+            assert len(text.encode()) <= most * len(tokenizer.encode(text))
+
+
+def test_a_tokenizer_with_one_token_for_any_unknown_word_bounds_nothing() -> None:
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    words = Backend(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer._tokenizer = type("Fast", (), {"backend_tokenizer": words})()
+    assert tokenizer.longest_token_bytes is None
