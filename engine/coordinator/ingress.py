@@ -192,14 +192,13 @@ class Ingress:
                 self._loop.call_soon(self._loop.add, owner, request, submit)
                 if owner in self._aborted:
                     self._loop.call_soon(self._loop.abort, owner.request_id)
+                self._forget(received)  # before the client can have its answer, and use the id again
         except PhalanxError as error:
             self._refuse(received, error)
         except Exception as error:
             # Whatever a request brings about while it is taken in, it brings about for itself alone.
             _log.exception("a request could not be taken in")
             self._refuse(received, InvalidRequest(f"the request was refused: {error!r}"))
-        else:
-            self._leave(received)
 
     def _answer(self, received: _Received, question: Tokenize | Detokenize) -> None:
         try:
@@ -220,13 +219,17 @@ class Ingress:
 
     def _leave(self, received: _Received) -> bool:
         """Whether a request that does not wait any more did so until now."""
-        owner = received.owner
         with self._lock:
-            self._aborted.discard(owner)
-            left = self._waiting_bytes.pop(owner.client, 0) - received.size
-            if left > 0:
-                self._waiting_bytes[owner.client] = left
-            return self._waiting.pop(owner, None) is not None
+            return self._forget(received)
+
+    def _forget(self, received: _Received) -> bool:
+        """The same; the lock is held."""
+        owner = received.owner
+        self._aborted.discard(owner)
+        left = self._waiting_bytes.pop(owner.client, 0) - received.size
+        if left > 0:
+            self._waiting_bytes[owner.client] = left
+        return self._waiting.pop(owner, None) is not None
 
 
 def _bytes_of(prompt: Prompt, most: int) -> int:

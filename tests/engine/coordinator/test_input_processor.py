@@ -23,6 +23,8 @@ SPEC = ModelSpec(
 class _Words:
     """A tokenizer that knows numbers; the last one is outside the model's vocabulary. 91 is the special token <end>."""
 
+    longest_token_bytes: int | None = 3
+
     def __init__(self, eos_token_id: int | None = None) -> None:
         self.eos_token_id = eos_token_id
 
@@ -266,3 +268,30 @@ def test_priorities_that_clients_may_not_choose_are_ignored_and_the_log_says_so_
     assert [_process(processor, priority=priority).priority for priority in (0, -3, 5)] == [0, 0, 0]
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["a request's priority=-3 is ignored"]
     assert _process(_processor(), priority=-3).priority == -3
+
+
+def test_seeds_that_are_given_as_requests_arrive_are_those_that_they_would_get_one_after_the_other() -> None:
+    alone, side_by_side = _processor(), _processor()
+    submits = [Submit(id=str(number), token_ids=[5], sampling=SamplingParams(n=2)) for number in range(3)]
+    expected = [alone.process(submit, submit.id, 0.0).samplings for submit in submits]
+    seeds = [side_by_side.next_seed(submit) for submit in submits]
+    for submit, seed, samplings in reversed(list(zip(submits, seeds, expected, strict=True))):
+        assert side_by_side.process(submit, submit.id, 0.0, seed).samplings == samplings
+
+
+def test_a_request_with_a_seed_of_its_own_changes_no_other_requests_seed() -> None:
+    one, other = _processor(), _processor()
+    assert one.next_seed(Submit(id="a", sampling=SamplingParams(seed=7))) is None
+    assert one.next_seed(Submit(id="b")) == other.next_seed(Submit(id="b"))
+    assert _sampling(one, seed=7) == _sampling(other, seed=7)
+
+
+def test_text_of_more_bytes_than_can_ever_fit_is_refused_by_the_bound() -> None:
+    processor = _processor()
+    processor.check_bytes(Submit(id="a", prompt="x"), 96)
+    processor.check_bytes(Submit(id="a", token_ids=[1] * 40), 320)  # counted in tokens
+    words = (
+        "begins with more than 96 bytes of text; with max_model_len=32 .* no token has more than 3: shorten it or raise"
+    )
+    with pytest.raises(InvalidRequest, match=words):
+        processor.check_bytes(Submit(id="a", prompt="x"), 97)

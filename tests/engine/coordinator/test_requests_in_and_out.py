@@ -345,6 +345,24 @@ def test_a_second_request_of_an_id_is_refused_while_the_first_is_encoded(ends: _
     assert ends.loop.idle
 
 
+def test_an_id_does_not_wait_any_more_once_the_step_loop_can_answer_it(
+    ends: _Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    leave = ends.ingress._leave
+
+    def slow_to_leave(received: Any) -> bool:
+        released.wait(0.5)
+        return leave(received)
+
+    monkeypatch.setattr(ends.ingress, "_leave", slow_to_leave)
+    ends.accept(ONE)
+    ends.egress.fail(ONE.request_id, CapacityExceeded("full"))
+    ends.transport.next()
+    ends.accept(ONE)  # sent again at once
+    released.set()
+
+
 def test_too_many_bytes_are_refused_unseen(ends: _Ends) -> None:
     ends.ingress.receive(ONE.client, Submit(id="a", prompt="x" * (MOST_BYTES + 1)))
     assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "too many bytes")])

@@ -140,3 +140,19 @@ def test_a_tokenizer_is_read_without_what_computes_with_a_model(tiny: Path) -> N
         [sys.executable, "-c", program, str(tiny)], stdout=subprocess.PIPE, text=True, timeout=120, check=True
     )
     assert ended.stdout.split() == ["False"]
+
+
+def test_the_longest_token_bounds_the_bytes_of_a_text(tiny: Path, smollm2: Path) -> None:
+    for folder in (tiny, smollm2):
+        tokenizer = Tokenizer(folder)
+        most = tokenizer.longest_token_bytes
+        assert most is not None
+        for text in (" " * 500, "hello world " * 50, "é" * 300, "🙂" * 100, "=" * 400):
+            assert len(text.encode()) <= most * len(tokenizer.encode(text))
+
+
+def test_a_tokenizer_with_one_token_for_any_unknown_word_bounds_nothing() -> None:
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    words = Backend(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer._tokenizer = type("Fast", (), {"backend_tokenizer": words})()
+    assert tokenizer.longest_token_bytes is None

@@ -12,6 +12,9 @@ import pytest
 import zmq
 from phalanx import EngineStopped, InvalidRequest
 from phalanx.engine.client.client import Client, RequestHandle
+from phalanx.engine.client.llm import choose_device
+from phalanx.engine.config import EngineConfig
+from phalanx.engine.engine import Engine, EngineThread
 from phalanx.engine.protocol import wire
 from phalanx.engine.protocol.messages import (
     PROTOCOL_VERSION,
@@ -26,6 +29,8 @@ from phalanx.engine.protocol.messages import (
 from phalanx.engine.protocol.outbox import UNREAD_BYTES
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
 from phalanx.engine.protocol.wire import MESSAGE_BYTES
+from phalanx.parallel.group import local_group
+from phalanx.tests.engine.conftest import CONFIG
 
 PATIENCE_S = 60.0
 FILLER = "x" * 100_000
@@ -160,6 +165,26 @@ def test_the_end_of_the_transports_thread_is_told_and_closes_its_sockets(
     assert echo.transport._wire.socket.closed
     client.close()
     echo.transport.close()
+
+
+def test_the_end_of_the_transports_thread_ends_the_engine_with_that_reason(
+    tiny: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig.from_dict({"model": str(tiny), **CONFIG})
+    transport = ZmqTransport(address)
+    engine = Engine(config, local_group(choose_device(config)), transport)
+    assert engine.coordinator is not None
+    engine.coordinator.start()
+    failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+    thread = EngineThread(engine, failures.put)
+    client = Client(ZmqConnection(address))
+    assert client.status(PATIENCE_S).ready
+    monkeypatch.setattr(transport._wire, "_take_in_arrived", _fails)
+    client.abort("a")
+    assert "the transport's thread ended: MemoryError('no more')" in str(failures.get(timeout=PATIENCE_S))
+    client.close()
+    thread.stop()
+    engine.close()
 
 
 def test_the_end_of_a_connections_thread_fails_its_requests_for_good(
