@@ -38,13 +38,12 @@ def attend_keys(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr = False,
 ):
     """Attention of queries [M, D] over tiles `begin` to `end`: (result [M, D], log2 of the sum of weights [M]).
 
     Both are float32. D is HEAD_DIM or the next power of two, with zeros. `table` stands at the row, which has `keys`
     keys. A query sees positions up to its last_seen [M]: all of those before tile `full`, and one at least of tile
-    `begin`. Without tiles the result is zero. `CAUSAL`: some queries do not see all of the row's keys.
+    `begin`. Without tiles the result is zero.
     """
     M: tl.constexpr = queries.shape[0]
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -59,14 +58,14 @@ def attend_keys(
             k_cache, v_cache, kv_head, blocks, first, keys, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N
         )
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
-        peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, False, False, HEAD_DIM)
+        peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, False, HEAD_DIM)
 
     # The last tiles, of which some keys are not visible to all queries, or are past the row's end.
     for tile in range(full, end):
         first = tile * BLOCK_N
         k, v = _load_tile(k_cache, v_cache, kv_head, blocks, first, keys, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
-        peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, CAUSAL, HEAD_DIM)
+        peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
 
     total = tl.where(total == 0.0, 1.0, total)
     return acc / total[:, None], peak + tl.log2(total)
@@ -131,26 +130,11 @@ def _load_tile(
 
 
 @triton.jit
-def _attend_tile(
-    queries,
-    k,
-    v,
-    first,
-    last_seen,
-    peak,
-    total,
-    acc,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
+def _attend_tile(queries, k, v, first, last_seen, peak, total, acc, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
     """A step of the online softmax (Milakov and Gimelshein, arXiv:1805.02867) in powers of two.
 
     peak and total [M] are the largest score and the sum of weights so far, acc [M, D] the weighted values. Scores are
     scaled as they are subtracted: a multiplication of each alone would take as long as another exponential.
-
-    `CAUSAL`: a value may be hidden from some of the queries. One that is infinite or NaN is multiplied as 0, as the
-    weight 0 times it would be NaN; for the queries that see it the sum of weights, and so the result, becomes NaN.
     """
     scale: tl.constexpr = LOG2_E * HEAD_DIM**-0.5
     scores = _dot(queries, tl.trans(k), tl.zeros([queries.shape[0], k.shape[0]], tl.float32))
@@ -160,14 +144,8 @@ def _attend_tile(
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_peak[:, None])
     correction = tl.exp2(peak - new_peak)
-    summed = weights
-    if CAUSAL:
-        finite = tl.abs(v.to(tl.float32)) < float("inf")
-        poisoned = tl.min(finite.to(tl.int32), 1) == 0
-        v = tl.where(finite, v, 0.0)
-        summed = tl.where(visible & poisoned[None, :], float("nan"), weights)
     acc = _dot(weights.to(v.dtype), v, acc * correction[:, None])
-    return new_peak, total * correction + tl.sum(summed, 1), acc
+    return new_peak, total * correction + tl.sum(weights, 1), acc
 
 
 @triton.jit

@@ -150,7 +150,6 @@ def prefill_kernel(
         HEAD_DIM,
         BLOCK_SIZE,
         BLOCK_N,
-        True,
     )
 
     offsets = ((query * (KV_HEADS * GROUP) + head) * HEAD_DIM)[:, None] + d

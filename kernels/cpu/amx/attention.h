@@ -70,7 +70,8 @@ struct TileAttention {
         first_segment = {reinterpret_cast<float*>(parts[7]), reinterpret_cast<float*>(parts[8]),
                          reinterpret_cast<float*>(parts[9])};
         std::fill_n(first_segment.most, segments * all_rows, kMinusInfinity);
-        std::fill_n(first_segment.weight, segments * all_rows * 16, 0.0f);
+        // Rows that see nothing of a segment have weights in it only here. Where there is but one, all see some of it.
+        if (segments > 1 || task.partial >= 0) std::fill_n(first_segment.weight, segments * all_rows * 16, 0.0f);
     }
 
     // What the keys from `key` on are summed up in.

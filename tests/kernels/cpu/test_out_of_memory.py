@@ -8,9 +8,17 @@ import sys
 import pytest
 from phalanx.kernels import cpu
 
-PROGRAM = """
+IN_USE = """
 import resource
 
+before = resource.getrlimit(resource.RLIMIT_AS)
+
+def allow(more):
+    in_use = 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + more, before[1]))
+"""
+
+PROGRAM = """
 import torch
 from phalanx.kernels import cpu
 from phalanx.kernels.attention import AttentionMetadata
@@ -32,9 +40,7 @@ metadata = AttentionMetadata(
 backend.attend(q[:, :8], *caches, backend.plan(metadata))  # starts the pool's thread
 plan = backend.plan(metadata)
 
-before = resource.getrlimit(resource.RLIMIT_AS)
-in_use = 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (in_use + q.nbytes + (8 << 20), before[1]))  # the result, and a little
+allow(q.nbytes + (8 << 20))  # the result, and a little
 messages = set()
 for _ in range(30):
     try:
@@ -49,14 +55,19 @@ print(*messages, sep="\\n")
 """
 
 
+def _run(program: str) -> list[str]:
+    """The lines that a process of its own prints."""
+    command = [sys.executable, "-c", IN_USE + program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.splitlines()
+
+
 @pytest.mark.skipif(cpu.native is None, reason="phalanx is built without its kernels for CPUs")
 @pytest.mark.parametrize(
     "kernels", [name for name in ("avx512_amx", "avx2", "portable") if cpu.native and cpu.native.can_run(name)]
 )
 def test_memory_that_a_thread_of_the_pool_does_not_get_is_the_callers_error(kernels: str) -> None:
-    program = [sys.executable, "-c", PROGRAM.format(kernels=kernels)]
-    result = subprocess.run(program, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    [message] = result.stdout.splitlines()
+    [message] = _run(PROGRAM.format(kernels=kernels))
     assert message.startswith("the CPU kernels cannot allocate ")
     assert "bytes of scratch memory for attention's scores and sums: free memory on this host, or set" in message

@@ -102,29 +102,6 @@ def test_prefill_is_attention_where_whole_tiles_are_copied(group: int, head_dim:
     _check_prefill([20, 1, 35, 9, 128], [20, 129, 300, 130, 256], group, head_dim, block_size, torch.bfloat16, tma=True)
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-@pytest.mark.parametrize(("dtype", "tma"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
-def test_values_that_a_query_may_not_see_change_none_of_its_bits(dtype: torch.dtype, tma: bool, value: float) -> None:
-    queries, keys, group = [70, 40], [70, 160], 3
-    cache = _Cache(keys, 64, 128, dtype)
-    q = cache.queries(sum(queries), group)
-
-    def prefill() -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=dtype)
-        cu_q = _int32([0, *queries]).cumsum(0, dtype=torch.int32)
-        prefill_attention(q, cache.k, cache.v, cache.table.int(), cu_q, _int32(keys), out, max(queries), tma)
-        return out
-
-    clean = prefill()
-    for row, position in ((0, 30), (1, 140)):
-        cache.v[cache.table[row, position // 128], position % 128, :, 5] = value
-        cache.k[cache.table[row, position // 128], position % 128, :, 5] = torch.nan
-    poisoned = prefill()
-    sees = torch.tensor([position >= 30 for position in range(70)] + [position >= 140 for position in range(120, 160)])
-    assert torch.equal(poisoned[~sees], clean[~sees])
-    assert not poisoned[sees].isfinite().any()
-
-
 def test_whole_tiles_are_not_copied_where_they_do_not_fit() -> None:
     fits = [(64, 2, 128), (128, 2, 128), (128, 2, 512)]
     others = [(128, 2, 64), (128, 4, 128), (80, 2, 128), (256, 2, 128)]
