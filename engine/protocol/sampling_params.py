@@ -151,6 +151,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return msgspec.convert(values, cls, strict=True, str_keys=True)
         except msgspec.ValidationError as error:
             raise InvalidRequest(f"sampling parameters: {error}{_value_at(values, str(error))}") from error
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"sampling parameters: a text is not valid Unicode: {error}") from error
 
 
 def plain(value: Any) -> Any:

@@ -107,6 +107,7 @@ def _set_pre_tokenizer(tokenizer: Any, pre: str) -> None:
 def _write_sentencepiece(folder: Path, file: Path) -> None:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False).save_pretrained(
-        str(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
     )
+    tokenizer.save_pretrained(str(folder))
