@@ -120,8 +120,10 @@ def join_group(
 
 def _torchrun_store(rank: int, size: int, timeout_s: float) -> Any:
     """Return the store that torchrun names in the environment."""
+    from torch.distributed.rendezvous import rendezvous
+
     timeout = datetime.timedelta(seconds=timeout_s)
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
     return torch._C._distributed_c10d.PrefixStore("phalanx", store)
 
 

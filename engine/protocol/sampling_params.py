@@ -144,7 +144,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(
                 f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
             )
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: _plain_within(value) for name, value in values.items() if value is not None}
         if isinstance(values.get("stop"), str):
             values["stop"] = [values["stop"]]
         try:
@@ -160,6 +160,13 @@ def plain(value: Any) -> Any:
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
     return value
+
+
+def _plain_within(value: Any) -> Any:
+    """Return plain() of a value, or of what a list or mapping holds."""
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def _is_text(value: Any) -> bool:

@@ -152,3 +152,22 @@ def test_numbers_beyond_64_bits_mean_no_limit_and_travel() -> None:
     given = SamplingParams(max_tokens=10**30, min_tokens=10**25, top_k=10**40)
     assert (given.max_tokens, given.min_tokens, given.top_k) == (2**63 - 1,) * 3
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(given), type=SamplingParams) == given
+
+
+def test_numbers_and_arrays_of_numpy_are_taken_from_a_mapping_as_from_the_call() -> None:
+    values = {
+        "max_tokens": np.int32(3),
+        "temperature": np.float32(0.5),
+        "top_k": np.uint8(4),
+        "seed": np.int64(5),
+        "ignore_eos": np.bool_(True),
+        "stop": np.array(["a", "b"]),
+        "stop_token_ids": [np.int64(1), 2],
+        "logit_bias": {np.int64(3): np.float32(1)},
+    }
+    assert SamplingParams.from_dict(values) == SamplingParams(**values)
+
+
+def test_half_of_a_surrogate_pair_in_a_number_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="not valid Unicode"):
+        SamplingParams.from_dict({"temperature": "\ud800"})
