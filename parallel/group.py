@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ def join_group(
     # A store is enough for ranks that can share memory; otherwise torch's process group meets over it.
     store: Any = None
     meeting: Any = store_file
-    if meeting is None and device == "cpu" and size == local_size and collectives in ("auto", "shared_memory"):
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 would have to serve the store
+    if meeting is None and by_torchrun and device == "cpu" and size == local_size:
         meeting = _torchrun_store(rank, size, timeout_s)
     if meeting is not None:
         host = FileStoreCollectives(meeting, rank, size, timeout_s)
