@@ -8,28 +8,32 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from ..kernels.torch_threads import one_torch_thread
+from ..parallel.collectives.base import Collectives
 from ..parallel.collectives.rendezvous import all_gather_ints, all_gather_texts
 from ..parallel.group import Group
 from ..parallel.loading.checkpoint import Progress
-from ..parallel.loading.safetensors_files import LoadError, hold_the_same, locate_tensors
 from ..parallel.topology.topology import format_cpu_list
 from .config import EngineConfig
 from .coordinator.coordinator import Coordinator
 from .coordinator.input_processor import InputProcessor
 from .coordinator.tokenizer import Tokenizer, read_generation_config
-from .errors import CheckpointError, ConfigError
+from .errors import ERRORS_BY_NAME, CheckpointError, ConfigError, EngineStopped
 from .execution.cpu_binding import Binding
 from .execution.worker_factory import build_worker
 from .models.hub import resolve_model
+from .models.resolve import resolve_max_model_len
 from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config, window_words
+from .models.stored import has_own_head, read_stored
 from .protocol.messages import ModelInfo
 from .protocol.transport import Transport, ZmqTransport
 from .scheduling.scheduler import Scheduler
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -50,11 +54,12 @@ class Engine:
         self.group = group
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         spec = spec_from_config(read_config(folder), str(folder))
-        self._untied = config.load_format != "dummy" and has_own_head(spec, folder)
+        self._untied = config.load_format != "dummy" and has_own_head(spec, read_stored(spec, folder))
         if self._untied:
             spec = dataclasses.replace(spec, tied_embeddings=False)
 
-        tokenizer = _tokenizer(config, folder, spec) if group.rank == 0 else None
+        # What rank 0 alone reads is read before the weights, and refused on every rank: none waits for one that left.
+        tokenizer, inputs = raise_on_all(group.host, lambda: _inputs(config, folder, spec, transport)) or (None, None)
         self.worker = build_worker(config, spec, folder, group, on_progress, binding)
 
         # What each rank chose, for rank 0's report.
@@ -64,7 +69,8 @@ class Engine:
         self.coordinator: Coordinator | None = None
         if group.rank == 0:
             assert transport is not None
-            self.coordinator = self._coordinator(spec, tokenizer, read_generation_config(folder), transport)
+            assert inputs is not None
+            self.coordinator = self._coordinator(spec, tokenizer, inputs, transport)
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
         """Run steps until the engine is stopped, and return the stop's payload. Rank 0's must have been started."""
@@ -96,7 +102,7 @@ class Engine:
         self.worker.close()
 
     def _coordinator(
-        self, spec: ModelSpec, tokenizer: Tokenizer | None, generation_config: dict[str, Any], transport: Transport
+        self, spec: ModelSpec, tokenizer: Tokenizer | None, input_processor: InputProcessor, transport: Transport
     ) -> Coordinator:
         config = self.config
         capacity = self.worker.capacity
@@ -111,10 +117,6 @@ class Engine:
             prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
         )
 
-        keeps_priorities = {"always": True, "never": False}.get(config.client_priorities, transport.is_local)
-        input_processor = InputProcessor(
-            config, spec, tokenizer, generation_config, capacity.max_model_len, keeps_priorities
-        )
         info = ModelInfo(
             version=str(sys.modules[__name__.partition(".")[0]].__version__),
             model=config.model,
@@ -173,19 +175,6 @@ class Engine:
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",
         ]
-
-
-def has_own_head(spec: ModelSpec, folder: Path) -> bool:
-    """Whether a model whose embeddings are tied to its head stores another head, which transformers then uses too."""
-    if not spec.tied_embeddings:
-        return False
-    try:
-        stored = locate_tensors(folder)
-    except LoadError:
-        return False  # loading the weights reports what is wrong
-    embeddings = stored.get("model.embed_tokens.weight")
-    head = stored.get("lm_head.weight")
-    return embeddings is not None and head is not None and not hold_the_same(embeddings, head)
 
 
 class EngineThread:
@@ -265,6 +254,39 @@ def _of_ranks(texts: list[str]) -> str:
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)
     return "; ".join(f"rank {format_cpu_list(of)}: {text}" for text, of in ranks.items())
+
+
+def raise_on_all(host: Collectives, action: Callable[[], T]) -> T | None:
+    """Return what `action` returns on rank 0, and None on the others; an error of rank 0 is raised on every rank."""
+    result: T | None = None
+    raised: Exception | None = None
+    if host.rank == 0:
+        try:
+            result = action()
+        except Exception as error:
+            raised = error
+
+    if host.size > 1:
+        failure = "" if raised is None else f"{type(raised).__name__}\n{raised}"
+        name, _, message = all_gather_texts(host, failure)[0].partition("\n")
+        if name and raised is None:
+            kind = ERRORS_BY_NAME.get(name)
+            raise EngineStopped(f"rank 0 failed: {name}: {message}") if kind is None else kind(message)
+    if raised is not None:
+        raise raised
+    return result
+
+
+def _inputs(
+    config: EngineConfig, folder: Path, spec: ModelSpec, transport: Transport | None
+) -> tuple[Tokenizer | None, InputProcessor]:
+    """Return what rank 0, the one with a transport, makes requests of text with."""
+    assert transport is not None
+    tokenizer = _tokenizer(config, folder, spec)
+    defaults = read_generation_config(folder)
+    keeps_priorities = {"always": True, "never": False}.get(config.client_priorities, transport.is_local)
+    limit = resolve_max_model_len(config, spec)
+    return tokenizer, InputProcessor(config, spec, tokenizer, defaults, limit, keeps_priorities)
 
 
 def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer | None:

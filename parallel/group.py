@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def join_group(
     """Join the ranks that torchrun started (its env:// rendezvous), or those of one host that share `store_file`.
 
     `device` is cpu or cuda. With a `store_file`, in a folder that only the ranks' user may enter, no rendezvous listens
-    anywhere; on a CPU whose ranks can share memory, no socket is opened at all.
+    anywhere. CPU ranks of one host that can share memory open no socket besides; torchrun's store is one of its own.
 
     `collectives` is how tensors of the model travel; plans and small CPU tensors never go over NCCL:
     * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
@@ -94,10 +95,14 @@ def join_group(
     if size == 1:
         return local_group(where)
 
-    # `store_file` is enough for ranks that can share memory; otherwise torch's process group meets over its store.
+    # A store is enough for ranks that can share memory; otherwise torch's process group meets over it.
     store: Any = None
-    if store_file is not None:
-        host = FileStoreCollectives(store_file, rank, size, timeout_s)
+    meeting: Any = store_file
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 would have to serve the store
+    if meeting is None and by_torchrun and device == "cpu" and size == local_size:
+        meeting = _torchrun_store(rank, size, timeout_s)
+    if meeting is not None:
+        host = FileStoreCollectives(meeting, rank, size, timeout_s)
         if device == "cpu" and collectives in ("auto", "shared_memory"):
             control, shared = _within_host(host, True, collectives, timeout_s)
             if shared is not None:
@@ -113,6 +118,15 @@ def join_group(
     world = dist.group.WORLD
     assert world is not None
     return _group_of(world, where, local_size, collectives, timeout_s, destroy=dist.destroy_process_group)
+
+
+def _torchrun_store(rank: int, size: int, timeout_s: float) -> Any:
+    """Return the store that torchrun names in the environment."""
+    from torch.distributed.rendezvous import rendezvous
+
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    return torch._C._distributed_c10d.PrefixStore("phalanx", store)
 
 
 def adopt_group(

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ...kernels.sampling import derive_seed
+from ...parallel.loading.json_files import shortened, shown
 from ..config import EngineConfig
 from ..errors import CheckpointError, InvalidRequest
 from ..models.spec import ModelSpec
@@ -299,7 +300,7 @@ def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bad_generation_config(field: str, value: object, why: str) -> CheckpointError:
-    return CheckpointError(f"generation_config.json: {field}={value!r}: {why}")
+    return CheckpointError(f"generation_config.json: {field}={shown(value)}: {shortened(why)}")
 
 
 def _eos_token_ids(generation_config: dict[str, Any], spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[int, ...]:

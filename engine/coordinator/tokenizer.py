@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...parallel.loading.safetensors_files import is_lfs_pointer, lfs_advice
+from ...parallel.loading.json_files import LoadError, read_json_object
 from ..errors import CheckpointError, ConfigError, InvalidRequest
 from ..protocol.messages import Prompt
 from .text.chat_template import ChatTemplate
 from .text.plain_text import PlainText
 from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
+from .tokenizer_files import check_tokenizer_files, explain_unreadable
 
 Message = dict[str, Any]
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "config.json")
 USUAL_CHARACTERS = 8
 """Characters of a token at most, in usual text."""
 CONTEXT_TOKENS = 6
@@ -30,15 +30,13 @@ class Tokenizer:
         """Raises CheckpointError if the folder holds no tokenizer that transformers can read."""
         from transformers import AutoTokenizer
 
-        if not any((folder / name).exists() for name in _FILES[:3]):
-            raise CheckpointError(
-                f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
-            )
-
+        check_tokenizer_files(folder)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
             )
+            # What fails with every text fails here.
+            self._tokenizer("Probe 1")["input_ids"]
         except KeyError as error:
             import transformers
 
@@ -46,10 +44,11 @@ class Tokenizer:
                 f"transformers {transformers.__version__} does not know {error} of {folder}; a newer one is needed "
                 f"(Qwen2 needs 4.37, Qwen3 4.51)"
             ) from error
-        except Exception as error:
-            pointers = [path for path in map(folder.joinpath, _FILES) if is_lfs_pointer(path)]
-            why = lfs_advice(pointers[0]) if pointers else f"the tokenizer in {folder} cannot be read: {error}"
-            raise CheckpointError(why) from error
+        except BaseException as error:
+            # tokenizers are written in Rust, whose panic is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise explain_unreadable(folder, error) from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(
                 f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
@@ -92,6 +91,10 @@ class Tokenizer:
         return self._encode(text, special, limit)
 
     def _encode(self, text: str, special: bool, limit: int | None) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text is not valid Unicode: {error}") from error
         if limit is not None:
             self._check_beginnings(text, limit)
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -201,10 +204,10 @@ def _default_config(folder: Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     try:
-        model_type = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        model_type = read_json_object(folder / "config.json")["model_type"]
         if not (_names_its_class(folder) and model_type in CONFIG_MAPPING):
             return AutoConfig.for_model(model_type)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LoadError, ValueError, KeyError, TypeError):
         return None  # no config.json, or no model_type that is known: the tokenizer's own files have to do
 
     # The class of that model type would import all that computes with a model, which takes a second.
@@ -216,9 +219,9 @@ def _default_config(folder: Path) -> Any:
 def _names_its_class(folder: Path) -> bool:
     """Whether tokenizer_config.json alone names the tokenizer's class, a class of transformers."""
     try:
-        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        named = read_json_object(folder / "tokenizer_config.json")
         return isinstance(named["tokenizer_class"], str) and "auto_map" not in named
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LoadError, KeyError):
         return False
 
 
@@ -244,9 +247,6 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return values
+        return read_json_object(path)
+    except LoadError as error:
+        raise CheckpointError(str(error)) from error

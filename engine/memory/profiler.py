@@ -35,12 +35,15 @@ class MemoryBudget:
     def check_before_loading(self) -> None:
         """Raise ConfigError, on every rank, if the weights to come, and one sequence, do not fit on one of the GPUs.
 
-        Nothing is known yet of what a step takes, and nothing is checked on a CPU.
+        Nothing is known yet of what a step takes. On a CPU a sequence must fit alone: what grows with its length, as
+        the rotary tables do, is not made for one that never will.
         """
         if self._group.device.type == "cuda":
             memory = self._gpu_memory()
             loaded = dataclasses.replace(memory, in_use=memory.in_use + memory.weights)
             count_blocks(self.requirements, self._exchange(loaded))
+        else:
+            count_blocks(self.requirements, self._exchange(self._host_memory()))
 
     def measure_step(self, step: Callable[[], object]) -> int:
         """Run `step` twice and return the bytes it takes while it runs; agree_on_blocks() keeps them free on a GPU.

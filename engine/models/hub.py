@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from ...parallel.loading.json_files import LoadError, read_json_object
 from ..errors import ConfigError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,7 +71,7 @@ def _missing_file(folder: Path, weights: bool) -> str | None:
     if not index.exists():
         return None if any(folder.glob("*.safetensors")) else "model.safetensors"
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
         return next((name for name in names if not (folder / str(name)).exists()), None)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (LoadError, OSError, KeyError, AttributeError, TypeError):
         return None  # a damaged index is the checkpoint's reader to name

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...parallel.loading.safetensors_files import is_lfs_pointer, lfs_advice
+from ...parallel.loading.json_files import LoadError, read_json_object, shown
 from ...parallel.partition import Dimensions
 from ..errors import CheckpointError, ConfigError
 
@@ -18,6 +16,13 @@ MINIMUM_TRANSFORMERS = {"Qwen2ForCausalLM": "4.37", "Qwen3ForCausalLM": "4.51", 
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 DTYPES = ("float32", "float16", "bfloat16")
+
+MAX_SIZE = 2**24
+"""Bound of every size in elements or layers: larger ones are mistakes, which would only be found by running out."""
+MAX_POSITIONS = 2**31 - 1
+"""Positions are 32-bit integers."""
+SMALLEST, LARGEST = 1e-18, 1e18
+"""Bounds of numbers that are no sizes, within which no formula of them overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +76,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no config.json: it is no model folder in Hugging Face format")
 
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte-order mark
-    except ValueError as error:
-        raise CheckpointError(lfs_advice(path) if is_lfs_pointer(path) else f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    return config
+        return read_json_object(path)
+    except LoadError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
@@ -103,7 +105,7 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
         num_kv_heads=fields.size("num_key_value_heads", heads if llama or "num_key_value_heads" in config else None),
         head_dim=fields.size("head_dim", 128 if qwen3 else hidden // heads),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position=fields.size("max_position_embeddings"),
+        max_position=fields.size("max_position_embeddings", most=MAX_POSITIONS),
         rope=_rope(fields),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=qwen2 or attention_bias,
@@ -133,9 +135,9 @@ def position_limit(spec: ModelSpec) -> int:
     rope = spec.rope
     limit = spec.max_position
     if rope.kind in ("linear", "dynamic"):
-        limit = int(limit * rope.factor)
+        limit = int(min(limit * rope.factor, MAX_POSITIONS))
     elif rope.kind == "yarn":
-        limit = max(limit, int((rope.original_max_position or limit) * rope.factor))
+        limit = max(limit, int(min((rope.original_max_position or limit) * rope.factor, MAX_POSITIONS)))
     return limit if spec.attention_window is None else min(limit, spec.attention_window)
 
 
@@ -181,18 +183,18 @@ class _Fields:
         self.path = path
 
     def error(self, name: str, value: object, allowed: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {name}={value!r} must be {allowed}")
+        return ConfigError(f"{self.path}: {name}={shown(value)} must be {allowed}")
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, most: int = MAX_SIZE) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(name, value, "an integer of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(name, value, f"an integer from 1 to {most}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, least: float = SMALLEST) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.error(name, value, "a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST:
+            raise self.error(name, value, f"a number from {least:g} to {LARGEST:g}")
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
@@ -229,7 +231,7 @@ def _architecture(config: dict[str, Any], folder_name: str) -> str:
     architecture = named[0] if isinstance(named, list) and named else named
     if not isinstance(architecture, str) or architecture not in MINIMUM_TRANSFORMERS:
         raise ConfigError(
-            f"{folder_name}/config.json: architecture {architecture!r} is not supported; supported are "
+            f"{folder_name}/config.json: architecture {shown(architecture)} is not supported; supported are "
             f"{', '.join(MINIMUM_TRANSFORMERS)}"
         )
     return architecture
@@ -238,7 +240,7 @@ def _architecture(config: dict[str, Any], folder_name: str) -> str:
 def _refuse_unsupported(fields: _Fields) -> None:
     activation = fields.values.get("hidden_act", "silu")
     if activation != "silu":
-        raise ConfigError(f"{fields.path}: hidden_act={activation!r} is not supported; only silu is")
+        raise ConfigError(f"{fields.path}: hidden_act={shown(activation)} is not supported; only silu is")
     if fields.values.get("quantization_config"):
         raise ConfigError(
             f"{fields.path}: quantization_config is set; quantized checkpoints are not supported, use the bfloat16, "
@@ -248,7 +250,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
 
 def _attention_window(fields: _Fields) -> int | None:
     slides = fields.flag("use_sliding_window") and "sliding_attention" in _layer_types(fields)
-    return fields.size("sliding_window", 4096) if slides else None
+    return fields.size("sliding_window", 4096, MAX_POSITIONS) if slides else None
 
 
 def _layer_types(fields: _Fields) -> set[str]:
@@ -272,21 +274,22 @@ def _rope(fields: _Fields) -> RopeSpec:
     rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"{rope.path}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise ConfigError(f"{rope.path}: rope type {shown(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError(f"{fields.path}: partial_rotary_factor must be 1.0, others are not supported")
 
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if kind == "default":
         return RopeSpec(theta=theta)
-    max_position = fields.size("max_position_embeddings")
+    max_position = fields.size("max_position_embeddings", most=MAX_POSITIONS)
     if kind in ("linear", "dynamic"):
         return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"))
 
     # The value beside the rope parameters wins over the one inside; without either there was no extension.
-    original = fields.size(
-        "original_max_position_embeddings", rope.size("original_max_position_embeddings", max_position)
-    )
+    inside = rope.size("original_max_position_embeddings", max_position, MAX_POSITIONS)
+    if kind == "yarn" and theta <= 1:
+        raise rope.error("rope_theta", theta, "above 1 with yarn, which divides by its logarithm")
+    original = fields.size("original_max_position_embeddings", inside, MAX_POSITIONS)
     if kind == "llama3":
         return RopeSpec(
             kind=kind,
@@ -311,10 +314,13 @@ def _rope(fields: _Fields) -> RopeSpec:
 
 
 def _dtype(fields: _Fields) -> str:
-    name = str(fields.values.get("dtype") or fields.values.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"{fields.path}: dtype={name!r} is not supported; supported are {', '.join(DTYPES)}")
-    return name
+    # transformers 5 writes the first, its forerunners the second.
+    name = next((name for name in ("dtype", "torch_dtype") if fields.values.get(name)), "dtype")
+    value = fields.values.get(name) or "float32"
+    dtype = value.removeprefix("torch.") if isinstance(value, str) else value
+    if dtype not in DTYPES:
+        raise ConfigError(f"{fields.path}: {name}={shown(value)} is not supported; supported are {', '.join(DTYPES)}")
+    return str(dtype)
 
 
 def _version(text: str) -> tuple[int, ...]:

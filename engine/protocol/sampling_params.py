@@ -187,7 +187,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(
                 f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
             )
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: _plain_within(value) for name, value in values.items() if value is not None}
         for name in ("stop", "bad_words"):
             if isinstance(values.get(name), str):
                 values[name] = [values[name]]
@@ -195,6 +195,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return msgspec.convert(values, cls, strict=True, str_keys=True)
         except msgspec.ValidationError as error:
             raise InvalidRequest(f"sampling parameters: {error}{_value_at(values, str(error))}") from error
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"sampling parameters: a text is not valid Unicode: {error}") from error
 
 
 def plain(value: Any) -> Any:
@@ -208,6 +210,13 @@ def _short(value: object) -> str:
     """A value for a message: of a long one its beginning."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _plain_within(value: Any) -> Any:
+    """Return plain() of a value, or of what a list or mapping holds."""
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def _is_text(value: Any) -> bool:

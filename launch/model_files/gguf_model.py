@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...engine.errors import CheckpointError, ConfigError
+from ...engine.errors import CheckpointError, ConfigError, PhalanxError
 from ...engine.models.spec import spec_from_config
-from .gguf_tokenizer import write_tokenizer
+from ...parallel.loading.json_files import shortened
+from .gguf_tokenizer import check_token_id, write_tokenizer
 from .model_folder import DTYPES, is_made, model_folder, write_json, write_weights
 from .random_model import tensor_shapes
 
@@ -60,6 +62,29 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "bfloat16", force: bool 
     origin = gguf_origin(file, dtype)
     if not force and is_made(folder, origin):
         return folder
+    with _damage_named(file):
+        _convert(file, folder, dtype, origin, force)
+    return folder
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """Raise CheckpointError for whatever values of a file bring about that are not of the kind that they ought to be.
+
+    A file may come from anybody. The tokenizer library is written in Rust, whose panic is no Exception.
+    """
+    try:
+        yield
+    except (PhalanxError, OSError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = shortened(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{file} is damaged, or its metadata have no sense ({why}); copy it again") from error
+
+
+def _convert(file: Path, folder: Path, dtype: str, origin: dict[str, Any], force: bool) -> None:
     metadata, stored = _read(file)
 
     # The checkpoint must have exactly the tensors of its metadata's shape.
@@ -88,7 +113,6 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "bfloat16", force: bool 
         write_json(partial / "config.json", config)
         write_json(partial / "generation_config.json", _generation_config(metadata))
         write_tokenizer(partial, file, metadata, max_length=config["max_position_embeddings"])
-    return folder
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,7 +124,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         reader = GGUFReader(file)
         metadata = {name: _value(field) for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{file} is no GGUF file, or is cut off ({error}); copy it again") from error
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
@@ -164,12 +188,17 @@ def _config(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     named = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     keys = {field: f"tokenizer.ggml.{name}_token_id" for field, name in named.items()}
-    return {field: metadata[key] for field, key in keys.items() if key in metadata}
+    ids = {field: metadata[key] for field, key in keys.items() if key in metadata}
+    for field, token in ids.items():
+        check_token_id(keys[field], token, metadata)
+    return ids
 
 
 def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     ids: dict[str, Any] = dict(_token_ids(metadata))
     end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
+    if end_of_turn is not None:
+        check_token_id("tokenizer.ggml.eot_token_id", end_of_turn, metadata)
     if end_of_turn is not None and end_of_turn != ids.get("eos_token_id"):
         ids["eos_token_id"] = [ids["eos_token_id"], end_of_turn] if "eos_token_id" in ids else end_of_turn
     return ids

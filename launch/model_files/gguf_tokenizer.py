@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import CheckpointError, ConfigError
+from ...parallel.loading.json_files import shown
 from .model_folder import write_json
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
@@ -40,6 +41,13 @@ def write_tokenizer(folder: Path, file: Path, metadata: Mapping[str, Any], max_l
         raise ConfigError(f"{file}: a tokenizer of model {kind!r} is not supported; gpt2 (byte-level) and llama are")
 
 
+def check_token_id(key: str, token: object, metadata: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless `token`, the value of `key`, is the id of one of the file's tokens."""
+    size = len(metadata.get("tokenizer.ggml.tokens", ()))
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
+        raise CheckpointError(f"{key}={shown(token)} must be the id of a token: 0 to {size - 1}")
+
+
 def _write_byte_level(folder: Path, file: Path, metadata: Mapping[str, Any], max_length: int) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
@@ -66,6 +74,9 @@ def _write_byte_level(folder: Path, file: Path, metadata: Mapping[str, Any], max
 
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    for name, i in ids.items():
+        if i is not None:
+            check_token_id(f"tokenizer.ggml.{names[name]}_token_id", i, metadata)
     special = {name: None if i is None else tokens[i] for name, i in ids.items()}
 
     # Where a file of Llama 3's does not say whether to add it, llama.cpp does.
@@ -107,6 +118,7 @@ def _set_pre_tokenizer(tokenizer: Any, pre: str) -> None:
 def _write_sentencepiece(folder: Path, file: Path) -> None:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False).save_pretrained(
-        str(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
     )
+    tokenizer.save_pretrained(str(folder))

@@ -65,7 +65,9 @@ def _record(error: BaseException, rank_info: RankInfo) -> None:
     if not rank_info.launched:
         return
     if rank_info.folder is not None:
-        failure = GroupFailure(rank_info.rank, type(error).__name__, str(error))
+        # A message may quote text that is no valid Unicode, which JSON cannot carry.
+        message = str(error).encode(errors="backslashreplace").decode()
+        failure = GroupFailure(rank_info.rank, type(error).__name__, message)
         path = failure_file(rank_info.folder, rank_info.rank)
         # Whole or not at all: the supervisor reads it once this process has ended, however it does.
         unfinished = path.with_suffix(".part")

@@ -1,7 +1,7 @@
-"""Collectives through files that all ranks of one host can open: slow, for bringing a group together.
+"""Collectives through a store that all ranks reach: slow, for bringing a group together. Nothing is unpickled.
 
-No socket is opened and nothing is unpickled: a torch FileStore keeps bytes under names, and whoever may not open its
-file cannot take part.
+The store is a file that all ranks of one host can open, which needs no socket, and whoever may not open it cannot take
+part; or the one that torchrun keeps for the ranks it started.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from .base import CollectiveError, Collectives
 
 
 class FileStoreCollectives(Collectives):
-    """Collectives of small CPU tensors over a FileStore. The file grows with every operation: for set-up alone."""
+    """Collectives of small CPU tensors over a store. It grows with every operation: for set-up alone."""
 
-    def __init__(self, path: Path, rank: int, size: int, timeout_s: float) -> None:
-        """Open the store at `path`, in a folder that only the ranks' user may enter; no rank waits for another yet."""
+    def __init__(self, store: Path | Any, rank: int, size: int, timeout_s: float) -> None:
+        """`store` is torch's, or the path of a file in a folder that only the ranks' user may enter.
+
+        No rank waits for another yet.
+        """
         self.rank = rank
         self.size = size
-        self.store: Any = torch._C._distributed_c10d.FileStore(str(path), size)
+        self.store: Any = torch._C._distributed_c10d.FileStore(str(store), size) if isinstance(store, Path) else store
         self.store.set_timeout(datetime.timedelta(seconds=timeout_s))
         self._operations = 0
         self._name = f"rank {rank} of {size}"

@@ -24,7 +24,7 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
 
 def first_problem(host: Collectives, problem: str) -> str | None:
     """The first rank's `problem` that is not "", and its rank: the same on every rank of `host`, CPU collectives."""
-    text = problem.encode()
+    text = problem.encode(errors="backslashreplace")
     for rank, (length,) in enumerate(all_gather_ints(host, [len(text)])):
         if length:
             message = torch.tensor(list(text), dtype=torch.uint8) if rank == host.rank else torch.empty(length).byte()
@@ -43,7 +43,7 @@ def all_gather_ints(host: Collectives, values: Sequence[int]) -> list[list[int]]
 
 def all_gather_texts(host: Collectives, text: str) -> list[str]:
     """Every rank's text, on every rank of `host`, CPU collectives."""
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")  # a message may quote what is no valid Unicode
     longest = max(length for [length] in all_gather_ints(host, [len(data)]))
     rows = all_gather_ints(host, [len(data), *data, *bytes(longest - len(data))])
     return [bytes(row[1 : 1 + row[0]]).decode() for row in rows]

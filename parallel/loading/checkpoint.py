@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from ...kernels.torch_threads import one_torch_thread
 from ...kernels.weight_formats import WeightFormat
-from .safetensors_files import LoadError, StoredTensor, locate_tensors, name_some
+from .json_files import LoadError
+from .safetensors_files import StoredTensor, locate_tensors, name_some
 from .streaming import READERS, CudaLanding, Landing, cut, stream
 
 __all__ = ["LoadError", "LoadReport", "Packing", "Progress", "WeightSlice", "load_weights"]

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
+
+from .json_files import LoadError, is_lfs_pointer, lfs_advice, read_json_object, shown
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes that weights may have, as safetensors names them, and their bytes."""
 
-_LFS = b"version https://git-lfs.github.com/spec/"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+MAX_FILE_NAME_BYTES = 255
+
 COMPARED_BYTES = 16 * 2**20
+
+_Size = Annotated[int, msgspec.Meta(ge=0)]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class LoadError(Exception):
-    """A checkpoint is missing, damaged, or not this model's; the message names the file and the tensor."""
+class _Entry(msgspec.Struct):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: list[_Size]
+    data_offsets: tuple[_Size, _Size]
 
 
 @dataclass(frozen=True)
@@ -67,63 +77,76 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     return located
 
 
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is the pointer that Git leaves for a large one that was not fetched (git-lfs.com/spec/v1)."""
-    try:
-        with file.open("rb") as stream:
-            return stream.read(len(_LFS)) == _LFS
-    except OSError:
-        return False
-
-
-def lfs_advice(file: Path) -> str:
-    """Return the advice for a user whose file is a Git LFS pointer."""
-    return f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from, or download it"
-
-
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file (8 bytes of header length, a JSON header, data).
 
     Raises LoadError if the header is damaged, if the file ends before a tensor does, or for a dtype no weight has.
     """
-    size = file.stat().st_size
     if is_lfs_pointer(file):
         raise LoadError(lfs_advice(file))
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise LoadError(
-                f"{file} is no safetensors file, or is cut off: it states a header of {length} bytes, but has {size} "
-                f"bytes in all (a header may have {MAX_HEADER_BYTES}); copy it again"
-            )
-        header = stream.read(length)
-
     try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = {name: _tensor_entry(entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{file} is no safetensors file: its header is damaged ({error!r}); copy it again") from error
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise LoadError(
+                    f"{file} is no safetensors file, or is cut off: it states a header of {length} bytes, but has "
+                    f"{size} bytes in all (a header may have {MAX_HEADER_BYTES}); copy it again"
+                )
+            header = stream.read(length)
+    except OSError as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
+
+    # Each entry is decoded by itself, to its own type: a header made of anything else takes no memory.
+    entries: dict[str, _Entry] = {}
+    name = ""
+    try:
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        for name, entry in raw.items():
+            entries[name] = msgspec.json.decode(entry, type=_Entry)
+    except (ValueError, RecursionError) as error:
+        where = f" at tensor {shown(name)}" if name else ""
+        raise LoadError(
+            f"{file} is no safetensors file: its header is damaged{where} ({error}); copy it again"
+        ) from error
 
     # Offsets in the header count from its end.
-    stored = {}
-    for name, (dtype, shape, begin, end) in tensors.items():
-        if dtype not in FLOATS:
-            raise LoadError(
-                f"{file}: tensor {name} is {dtype}; only {', '.join(FLOATS)} are supported. "
-                f"Quantized checkpoints are not: use the model's bfloat16, float16 or float32 original"
-            )
-        if begin < 0 or end - begin != math.prod(shape) * FLOATS[dtype]:
-            raise LoadError(
-                f"{file}: tensor {name} of shape {list(shape)} in {dtype} cannot have {end - begin} bytes from byte "
-                f"{begin} on; copy it again"
-            )
-        if 8 + length + end > size:
-            raise LoadError(
-                f"{file} is cut off: tensor {name} ends at byte {8 + length + end}, the file has {size}; copy it again"
-            )
-        stored[name] = StoredTensor(file, shape, dtype, FLOATS[dtype], offset=8 + length + begin)
+    stored = {name: _stored_tensor(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+    _check_order(file, stored)
     return stored
+
+
+def _stored_tensor(file: Path, name: str, entry: _Entry, data: int, size: int) -> StoredTensor:
+    """Check one entry of a header against the file of `size` bytes, whose tensors begin at byte `data`."""
+    begin, end = entry.data_offsets
+    if entry.dtype not in FLOATS:
+        raise LoadError(
+            f"{file}: tensor {name} is {shown(entry.dtype)}; only {', '.join(FLOATS)} are supported. "
+            f"Quantized checkpoints are not: use the model's bfloat16, float16 or float32 original"
+        )
+    itemsize = FLOATS[entry.dtype]
+    if end - begin != math.prod(entry.shape) * itemsize:
+        raise LoadError(
+            f"{file}: tensor {name} of shape {shown(entry.shape)} in {entry.dtype} cannot have {end - begin} bytes "
+            f"from byte {begin} on; copy it again"
+        )
+    if data + end > size:
+        raise LoadError(
+            f"{file} is cut off: tensor {name} ends at byte {data + end}, the file has {size}; copy it again"
+        )
+    return StoredTensor(file, tuple(entry.shape), entry.dtype, itemsize, offset=data + begin)
+
+
+def _check_order(file: Path, stored: dict[str, StoredTensor]) -> None:
+    """Raise LoadError if two tensors share bytes, which no program that writes the format lets them do."""
+    before, end = "", 0
+    for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
+        nbytes = math.prod(tensor.shape) * tensor.itemsize
+        if nbytes and tensor.offset < end:
+            raise LoadError(f"{file}: tensors {before} and {name} overlap; copy it again")
+        if nbytes:
+            before, end = name, tensor.offset + nbytes
 
 
 def hold_the_same(one: StoredTensor, other: StoredTensor) -> bool:
@@ -148,19 +171,23 @@ def name_some(names: Iterable[str]) -> str:
     return f"{first} (and {len(others)} more)" if others else first
 
 
-def _tensor_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    begin, end = entry["data_offsets"]
-    return str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), int(begin), int(end)
-
-
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{index} is no index of safetensors files: {error!r}") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise LoadError(f"{index}: weight_map must give a file name for each tensor")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LoadError(f"{index}: weight_map={shown(weight_map)} must give a file name for each tensor")
+    for tensor, name in weight_map.items():
+        if not _is_file_name(name):
+            raise LoadError(
+                f"{index}: weight_map: {shown(tensor)} is in {shown(name)}, which must be a file of the folder"
+            )
     return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file of a folder itself, not one elsewhere."""
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > MAX_FILE_NAME_BYTES:
+        return False
+    return name != ".." and Path(name).name == name
 
 
 def _no_weights(folder: Path) -> str:

@@ -16,7 +16,8 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .safetensors_files import LoadError, StoredTensor
+from .json_files import LoadError
+from .safetensors_files import StoredTensor
 
 BUFFER_BYTES = 64 * 2**20
 """Size of each buffer: a copy of so much takes milliseconds, beside which starting it is nothing."""

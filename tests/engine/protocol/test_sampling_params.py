@@ -182,3 +182,22 @@ def test_what_may_not_or_alone_may_be_sampled_is_a_list_and_a_bad_word_may_be_on
     assert SamplingParams(allowed_token_ids=range(3, 5)).allowed_token_ids == (3, 4)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="include_stop_str_in_output=1 must be true or false"):
         SamplingParams(include_stop_str_in_output=1)  # type: ignore[arg-type]
+
+
+def test_numbers_and_arrays_of_numpy_are_taken_from_a_mapping_as_from_the_call() -> None:
+    values = {
+        "max_tokens": np.int32(3),
+        "temperature": np.float32(0.5),
+        "top_k": np.uint8(4),
+        "seed": np.int64(5),
+        "ignore_eos": np.bool_(True),
+        "stop": np.array(["a", "b"]),
+        "stop_token_ids": [np.int64(1), 2],
+        "logit_bias": {np.int64(3): np.float32(1)},
+    }
+    assert SamplingParams.from_dict(values) == SamplingParams(**values)
+
+
+def test_half_of_a_surrogate_pair_in_a_number_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="not valid Unicode"):
+        SamplingParams.from_dict({"temperature": "\ud800"})
