@@ -20,7 +20,6 @@ from .bridge import EventBridge
 _log = logging.getLogger(__name__)
 
 _EVENT_BYTES = 256  # about what a Delta takes beside its text
-_COMPACT_EVENTS = 64
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,9 @@ class Limits:
     """What one HTTP request may take."""
 
     pending_bytes: int
-    """Bytes of its answer that wait to be read."""
+    """Bytes of its answer, about, that wait to be taken."""
+    too_much: str
+    """What to tell who would have more of them."""
     timeout_s: float
     """Seconds until its end; 0 sets no limit."""
 
@@ -50,7 +51,6 @@ class Generation:
         self._admitted = (0, 0)
         self._pending: list[tuple[int, Event]] = []
         self._pending_bytes = 0
-        self._compact_at = _COMPACT_EVENTS
         self._waiter: asyncio.Future[bool] | None = None
         self._error: Exception | None = None
 
@@ -92,8 +92,15 @@ class Generation:
                 return []
         self._check()
         pending, self._pending = self._pending, []
-        self._pending_bytes, self._compact_at = 0, _COMPACT_EVENTS
+        self._pending_bytes = 0
         return _merged(pending) if len(pending) > 1 else pending
+
+    async def take_all(self) -> list[tuple[int, Event]]:
+        """Every event, when all requests have ended. Raises as `take` does."""
+        while self._open:
+            self._check()
+            await self._wait(None if self._deadline is None else self._deadline - self._loop.time())
+        return await self.take()
 
     def abandon(self) -> None:
         """The client has gone: end everything, and let the taker know."""
@@ -132,24 +139,24 @@ class Generation:
 
         self._pending.append((number, event))
         self._pending_bytes += _size(event)
-        if len(self._pending) > self._compact_at:
-            self._pending = _merged(self._pending)
-            self._compact_at = max(_COMPACT_EVENTS, 2 * len(self._pending))
-            self._pending_bytes = sum(_size(event) for _, event in self._pending)
-        if self._pending_bytes > self._limits.pending_bytes:
+        if self._pending_bytes > self._limits.pending_bytes and not self._compact():
             self._refuse_slow_reader()
         else:
             self._wake()
+
+    def _compact(self) -> bool:
+        """Make few events of many. Whether that has freed half of the room: else it would soon be done again."""
+        self._pending = _merged(self._pending)
+        self._pending_bytes = sum(_size(event) for _, event in self._pending)
+        return self._pending_bytes <= self._limits.pending_bytes // 2
 
     def _end(self, number: int) -> None:
         if number < len(self._tickets):
             self._tickets[number] = None
 
     def _refuse_slow_reader(self) -> None:
-        limit = self._limits.pending_bytes
-        _log.warning("request %s was aborted: more than %d bytes of its answer wait for its reader", self._name, limit)
-        why = f"more than {limit} bytes of the answer waited for their reader; read faster, or ask for less"
-        self._fail(ApiError(400, why, code="slow_reader"))
+        _log.warning("request %s was aborted: %s", self._name, self._limits.too_much)
+        self._fail(ApiError(400, self._limits.too_much, code="answer_too_large"))
 
     def _fail(self, error: Exception) -> None:
         if self._error is None:

@@ -10,7 +10,7 @@ from msgspec import Meta
 from ....engine.errors import InvalidRequest
 from ....engine.protocol.sampling_params import LOGPROBS_LIMIT, SamplingParams
 from ..config import GatewayConfig
-from ..http.errors import from_engine, invalid
+from ..http.errors import ApiError, from_engine, invalid
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -149,9 +149,13 @@ def to_sampling(
     prompt_logprobs: int | None = None,
     max_tokens_field: str = "max_tokens",
     logprobs_field: str = "logprobs",
+    prefix: str = "",
 ) -> SamplingParams:
-    """The sampler's parameters. Raises ApiError naming the request's field."""
-    check_bounds(fields, config)
+    """The sampler's parameters. Raises ApiError naming the request's field, whose path begins with `prefix`."""
+    try:
+        check_bounds(fields, config)
+    except ApiError as error:
+        raise invalid(prefix + error.info.message, prefix + (error.info.param or "")) from None
     values = {
         name: value
         for name in SamplingParams.__struct_fields__
@@ -167,7 +171,10 @@ def to_sampling(
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **values)
     except InvalidRequest as error:
         renamed = {"max_tokens": max_tokens_field, "logprobs": logprobs_field}
-        raise from_engine(error, renamed, frozenset(fields.__struct_fields__)) from None
+        made = from_engine(error, renamed, frozenset(fields.__struct_fields__))
+        if prefix and made.info.param:
+            made.info.param = prefix + made.info.param
+        raise made from None
 
 
 _OWN = {"max_tokens", "logprobs", "prompt_logprobs"}
