@@ -14,7 +14,19 @@ import uuid
 from collections.abc import Callable
 
 from ..errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
-from ..protocol.messages import Abort, Command, Event, Failed, Finished, Shutdown, Status, StatusRequest, Submit
+from ..protocol.messages import (
+    Abort,
+    Accepted,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    ModelInfo,
+    Shutdown,
+    Status,
+    StatusRequest,
+    Submit,
+)
 from ..protocol.transport import Connection
 
 OnEvent = Callable[[Event], None]
@@ -136,6 +148,7 @@ class Client:
         self._abort_dropped()
         if isinstance(event, Status):
             self._status.put(event)
+        if isinstance(event, Status | ModelInfo):
             return
         with self._lock:
             last = isinstance(event, Finished | Failed)
@@ -205,6 +218,8 @@ class RequestHandle:
         if self._ended:
             raise StopIteration
         event = self._events.get()
+        while isinstance(event, Accepted):  # nothing that its user sees
+            event = self._events.get()
         self._ended = isinstance(event, Finished | Failed)
         if isinstance(event, Failed):
             raise to_error(event)
