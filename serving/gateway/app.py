@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,7 +20,10 @@ from .gateway import Gateway
 from .http.errors import ApiError, from_engine, internal
 from .http.exchange import ClientGone, Exchange, Receive, Scope, Send
 from .openapi import openapi_document
-from .routes.table import OPERATIONS, Handler
+from .routes.table import OPERATIONS, Handler, Operation
+from .schemas.chat import ChatRequest
+from .schemas.completions import CompletionRequest
+from .schemas.tokens import DetokenizeRequest, GenerateRequest, GenerateSampling
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ def create_app(
         # A model's name may hold slashes.
         Route(
             re.sub(r"{(\w+)}", r"{\1:path}", operation.path),
-            Endpoint(gateway, operation.handler),
+            Endpoint(gateway, operation.handler, _paths(operation)),
             methods=[operation.method],
         )
         for operation in OPERATIONS
@@ -60,8 +63,9 @@ def create_app(
 class Endpoint:
     """One route: runs its handler, and answers with the error that the handler raises."""
 
-    def __init__(self, gateway: Gateway, handler: Handler) -> None:
-        self._gateway, self._handler = gateway, handler
+    def __init__(self, gateway: Gateway, handler: Handler, fields: Mapping[str, str] | None = None) -> None:
+        """`fields` has the request's path for each field of the protocol."""
+        self._gateway, self._handler, self._fields = gateway, handler, fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -72,7 +76,7 @@ class Endpoint:
             except ApiError as error:
                 await exchange.fail(error)
             except PhalanxError as error:
-                made = from_engine(error, known=_KNOWN_FIELDS)
+                made = from_engine(error, self._fields)
                 if made.status == 429:
                     made.headers["Retry-After"] = str(self._gateway.admission.retry_after())
                 if made.status >= 500:
@@ -85,10 +89,21 @@ class Endpoint:
             await exchange.fail(internal())
 
 
-# The fields that a refusal of the engine may begin with.
-_KNOWN_FIELDS = frozenset(
-    name for operation in OPERATIONS if operation.request is not None for name in operation.request.__struct_fields__
-)
+def _paths(operation: Operation) -> dict[str, str]:
+    """The path that each field of the protocol has in an operation's request: refusals of the engine begin with it."""
+    if operation.request is None:
+        return {}
+    paths = {name: name for name in operation.request.__struct_fields__}
+    if operation.request is ChatRequest:
+        paths["prompt"] = "messages"
+    elif operation.request is CompletionRequest:
+        paths["token_ids"] = "prompt"
+    elif operation.request is GenerateRequest:
+        paths |= {name: f"sampling_params.{name}" for name in GenerateSampling.__struct_fields__}
+        paths["prompt"] = "token_ids"
+    elif operation.request is DetokenizeRequest:
+        paths["token_ids"] = "tokens"
+    return paths
 
 
 class _RoutingError:

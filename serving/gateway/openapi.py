@@ -55,9 +55,10 @@ def openapi_document() -> dict[str, Any]:
 def _operation(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.chunk is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"Events, each a {operation.chunk.__name__}, then [DONE]."}
-        }
+        # As OpenAPI tools take a stream apart: each event is an object whose data is text.
+        data = {"type": "string", "description": f"A {operation.chunk.__name__} as JSON; the last one is [DONE]."}
+        schema = {"type": "object", "required": ["data"], "properties": {"data": data}}
+        content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status in sorted({401, *operation.statuses}):
         # Of the routes about health, those that are not well answer as those that are.

@@ -64,24 +64,25 @@ def internal() -> ApiError:
     return ApiError(500, "the server failed to answer this request", type="server_error", code="internal_error")
 
 
-_FIELD = re.compile(r"^(?:sampling parameters: )?([a-z_]+)(?: key)?(?:\[\w+\])?[= ]")
+_FIELD = re.compile(r"^(the )?([a-z_]+)(?: key)?(?:\[\w+\])?[= ]")
+_TOO_LONG = re.compile(r"^the (?:prompt has|first \d+ of \d+ characters have) \d+ tokens")
 
 
-def from_engine(
-    error: PhalanxError, renamed: Mapping[str, str] | None = None, known: frozenset[str] = frozenset()
-) -> ApiError:
+def from_engine(error: PhalanxError, fields: Mapping[str, str] | None = None) -> ApiError:
     """The answer for an error of the engine or the protocol.
 
-    An InvalidRequest begins with its field; `renamed` gives the names that the request has for it, `known` all of them.
+    An InvalidRequest begins with its field; `fields` has the request's own path for each field of the protocol.
     """
     message = str(error)
     if isinstance(error, InvalidRequest):
         found = _FIELD.match(message)
-        field = found[1] if found else None
-        if field is not None and renamed and field in renamed:
-            message = message.replace(field, renamed[field])
-            field = renamed[field]
-        return invalid(message, field if field in known else None)
+        param = (fields or {}).get(found[2]) if found else None
+        if found and param and not found[1]:
+            message = message.replace(found[2], param, 1)
+        if _TOO_LONG.match(message):
+            # The code by which OpenAI's clients know that they have to shorten a prompt.
+            return invalid(message, (fields or {}).get("prompt"), "context_length_exceeded")
+        return invalid(message, param)
     if isinstance(error, CapacityExceeded):
         return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers={"Retry-After": "1"})
     if isinstance(error, EngineStopped):

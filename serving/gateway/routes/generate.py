@@ -11,7 +11,7 @@ from ..http.sse import event as sse_event
 from ..schemas.fields import check_stream, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_GENERATE
 from ..schemas.responses import GenerateChoice, GenerateResponse
-from ..schemas.tokens import GenerateRequest
+from ..schemas.tokens import GenerateRequest, GenerateSampling
 from .answering import Answer, Counter, collect, reason, stream, timings, usage
 from .logprobs import chat_logprobs, prompt_logprobs
 
@@ -20,7 +20,7 @@ async def generate(gateway: Gateway, exchange: Exchange) -> None:
     """Continue token ids."""
     request = await exchange.read(GenerateRequest, REFUSED_GENERATE)
     exchange.take_request_id(request.request_id)
-    given = request.sampling_params
+    given = request.sampling_params or GenerateSampling()
     check_stream(request.stream, request.stream_options, given.prompt_logprobs)
     gateway.model(request.model)
     sampling = to_sampling(
@@ -79,13 +79,14 @@ class _Writer:
 
     def __init__(self, request: GenerateRequest, name: str) -> None:
         self._request, self._name = request, name
+        self._logprobs = request.sampling_params is not None and request.sampling_params.logprobs is not None
         self._counter = Counter(request.stream_options)
 
     def write(self, number: int, event: Event) -> bytes:
         self._counter.count(number, event)
         if isinstance(event, Delta) and event.token_ids:
             choice = GenerateChoice(index=event.index, token_ids=event.token_ids)
-            if self._request.sampling_params.logprobs is not None:
+            if self._logprobs:
                 choice.logprobs = chat_logprobs(event.logprobs or [], as_ids=True)
             return self._chunk(choice)
         if isinstance(event, Finished):

@@ -103,7 +103,7 @@ RequestId = Annotated[
     str, Meta(min_length=1, max_length=256, description="Returned in the answer's id and in X-Request-Id.")
 ]
 TimeoutS = Annotated[
-    float, Meta(gt=0, description="Seconds until the request is given up; the server's request_timeout_s holds, too.")
+    float, Meta(ge=0.1, description="Seconds until the request is given up; the server's request_timeout_s holds, too.")
 ]
 
 
@@ -171,11 +171,10 @@ def to_sampling(
     try:
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **values)
     except InvalidRequest as error:
-        renamed = {"max_tokens": max_tokens_field, "logprobs": logprobs_field}
-        made = from_engine(error, renamed, frozenset(fields.__struct_fields__))
-        if prefix and made.info.param:
-            made.info.param = prefix + made.info.param
-        raise made from None
+        own = {name: prefix + name for name in fields.__struct_fields__}
+        raise from_engine(
+            error, {**own, "max_tokens": prefix + max_tokens_field, "logprobs": prefix + logprobs_field}
+        ) from None
 
 
 _OWN = {"max_tokens", "logprobs", "prompt_logprobs"}

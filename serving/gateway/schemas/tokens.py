@@ -61,7 +61,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Token ids to be continued; the answer is token ids."""
 
     token_ids: Annotated[list[TokenId], Meta(min_length=1)]
-    sampling_params: GenerateSampling = msgspec.field(default_factory=GenerateSampling)
+    sampling_params: GenerateSampling | None = None
     model: ModelName | None = None
     stream: Stream | None = None
     stream_options: StreamOptions | None = None

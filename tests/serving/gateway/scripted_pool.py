@@ -90,6 +90,7 @@ class ScriptedPool:
     def submit(self, submit: Submit, on_event: OnEvent, *, affinity: bytes = b"") -> ScriptedTicket:
         if self.refuse is not None:
             raise self.refuse
+        check_vocabulary(submit.token_ids)
         ticket = ScriptedTicket()
         self.submits.append(submit)
         self.tickets.append(ticket)
@@ -101,8 +102,10 @@ class ScriptedPool:
 
     async def ask(self, command: Question) -> Event:
         if isinstance(command, Detokenize):
+            check_vocabulary(command.token_ids)
             return Detokenized(id=command.id, text=bytes(command.token_ids).decode(errors="replace"))
         if isinstance(command, Tokenize):
+            check_vocabulary(command.token_ids)
             ids = prompt_ids(command)
             return Tokenized(
                 id=command.id, token_ids=ids, text=command.prompt, token_bytes=[bytes([token]) for token in ids]
@@ -149,6 +152,13 @@ class ScriptedPool:
                 else [logprob_of(token, sampling.prompt_logprobs) for token in prompt[1:]],
             )
         )
+
+
+def check_vocabulary(token_ids: list[int] | None) -> None:
+    """Refuse what is no byte, as an engine refuses what its model does not know."""
+    for token in token_ids or ():
+        if token > 255:
+            raise InvalidRequest(f"token_ids holds {token}, which is outside the model's vocabulary: 0 to 255")
 
 
 def prompt_ids(prompt: Submit | Tokenize) -> list[int]:

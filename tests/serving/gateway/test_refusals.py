@@ -71,7 +71,7 @@ def refusal(server: Server, path: str, body: Any, status: int = 400) -> dict[str
         ({"priority": 1.5}, "priority"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"request_id": "a b"}, "request_id"),
-        ({"timeout": 0}, "timeout"),
+        ({"timeout": 0.05}, "timeout"),
         ({"temprature": 1}, "temprature"),
     ],
 )

@@ -153,15 +153,27 @@ def test_texts_become_tokens_and_tokens_texts(engine: Server) -> None:
         assert engine.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"] == text
 
 
-def test_the_engines_refusals_name_the_field(engine: Server) -> None:
-    for field, body in {
-        "n": {"prompt": "a", "n": 127},
-        "logit_bias": {"prompt": "a", "logit_bias": {"999999": 1}},
-        None: {"prompt": "a " * 2000},
-    }.items():
-        answer = engine.http.post("/v1/completions", json=body)
-        assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["param"] == field, answer.text
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "n": 127}, "n"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias"),
+        ("/v1/completions", {"prompt": [999_999]}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
+        ("/v1/completions", {"prompt": "a " * 2000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 2000}]}, "messages"),
+        ("/inference/v1/generate", {"token_ids": [1], "sampling_params": {"n": 127}}, "sampling_params.n"),
+        ("/inference/v1/generate", {"token_ids": [1] * 2000}, "token_ids"),
+        ("/detokenize", {"tokens": [999_999]}, "tokens"),
+    ],
+)
+def test_the_engines_refusals_name_the_field(engine: Server, path: str, body: Any, param: str) -> None:
+    answer = engine.http.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param, answer.text
+    too_long = "a " * 2000 in str(body) or len(body.get("token_ids", ())) == 2000
+    assert error["code"] == ("context_length_exceeded" if too_long else None)
 
 
 def test_a_client_that_leaves_frees_its_blocks(engine: Server) -> None:
