@@ -1,0 +1,72 @@
+"""The gateway's settings: names, addresses, bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ...engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """How the gateway listens and what it lets in. Raises ConfigError for a value that cannot be."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is reached from this machine only."""
+    port: int = 8000
+    """TCP port to listen at; 0 takes a free one."""
+    served_model_names: tuple[str, ...] = ()
+    """Names under which requests may ask for the model, the first one in answers; none takes the model's own."""
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    """Longest request body in bytes; a longer one is answered 413 and not read on."""
+    body_timeout_s: float = 30.0
+    """Longest time in seconds for a request's body to arrive; a slower one is answered 408."""
+    max_prompts: int = 1024
+    """Most prompts in one request for completions."""
+    max_n: int = 128
+    """Most completions of one prompt (`n`)."""
+    max_stop_strings: int = 64
+    """Most stop strings of a request; the same bound holds for bad_words."""
+    max_stop_chars: int = 1024
+    """Longest stop string or bad word in characters."""
+    max_logit_bias: int = 1024
+    """Most entries of a request's logit_bias."""
+    max_messages: int = 4096
+    """Most messages of one conversation."""
+
+    max_open_requests: int = 1024
+    """Requests to the engine that the gateway holds at once, each prompt counted; more are answered 429."""
+    max_open_tokens: int = 16 * 1024 * 1024
+    """Prompt tokens (estimated from bytes for text) that the gateway holds at once; more are answered 429."""
+    max_connections: int = 4096
+    """Connections at once; more are answered 503."""
+    request_timeout_s: float = 600.0
+    """Longest time in seconds from a request's arrival to the end of its answer; 0 sets no limit."""
+    max_stream_bytes: int = 1024 * 1024
+    """Bytes of an answer that wait for a slow reader, above which its request is aborted."""
+    max_answer_bytes: int = 64 * 1024 * 1024
+    """Bytes of an answer that is not streamed, about, above which its request is aborted."""
+    keep_alive_s: float = 15.0
+    """Seconds of silence in a stream after which a comment is sent; 0 sends none."""
+
+    default_temperature: float | None = None
+    """Temperature of a request that has none; null takes the model's generation_config, or else greedy choice."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", "float") and field.name != "port" and not value >= 0:
+                raise ConfigError(f"{field.name}={value!r} is out of range: it must be in [0, inf)")
+            if field.name.startswith("max_") and value < 1:
+                raise ConfigError(f"{field.name}={value!r} is out of range: it must be at least 1")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port!r} is out of range: it must be in [0, 65535]")
+        if self.default_temperature is not None and not 0 <= self.default_temperature < float("inf"):
+            value = self.default_temperature
+            raise ConfigError(f"default_temperature={value!r} is out of range: it must be in [0, inf)")
+        if self.body_timeout_s == 0:
+            raise ConfigError("body_timeout_s=0 is out of range: it must be above 0")
+        if len(set(self.served_model_names)) != len(self.served_model_names) or "" in self.served_model_names:
+            raise ConfigError(f"served_model_names={self.served_model_names!r} must be non-empty and differ")
