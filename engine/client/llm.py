@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,16 +15,19 @@ from ...parallel.group import local_group
 from ...parallel.loading.checkpoint import Progress
 from ..config import EngineConfig
 from ..engine import Engine, EngineThread, device_type
-from ..errors import CapacityExceeded, EngineStopped
+from ..errors import CapacityExceeded, EngineStopped, Timeout
 from ..protocol.messages import Event, Failed, Status, Submit
 from ..protocol.sampling_params import SamplingParams
-from ..protocol.transport import InProcess
+from ..protocol.secret import read_secret
+from ..protocol.transport import InProcess, ZmqConnection
 from .client import Client, OnEvent, RequestHandle
 from .inputs import Messages, Prompt, as_prompts, make_submit, spread_sampling
 from .lifetime import Lifetime
 from .outputs import OutputBuilder, RequestOutput
 
 STATUS_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 60.0
+"""Seconds that a client of a group elsewhere waits for its first answer."""
 RETRY_S = 0.05
 """Seconds until a request that the engine had no room for is sent again, if none of the same call ends before."""
 
@@ -48,6 +52,35 @@ class LLM:
         """The same from a configuration that is already made."""
         llm = cls.__new__(cls)
         llm._start(config, on_progress)
+        return llm
+
+    @classmethod
+    def connect(
+        cls, address: str, *, secret_file: str | Path | None = None, timeout_s: float | None = CONNECT_TIMEOUT_S
+    ) -> LLM:
+        """A client of a group that runs elsewhere (`launch.worker`): at ipc://PATH, or tcp://HOST:PORT with its secret.
+
+        Waits until the engine answers. close() ends this client's requests, not the group. Raises ConfigError for an
+        address or a secret that cannot be used, and Timeout if no engine answers within `timeout_s` seconds (None
+        waits).
+        """
+        llm = cls.__new__(cls)
+        secret = None if secret_file is None else read_secret(secret_file)
+        llm.client = client = Client(ZmqConnection(address, secret))
+
+        def close() -> None:
+            client.abort_all()
+            client.close()
+
+        llm._lifetime = Lifetime(llm, close)
+        try:
+            client.status(timeout_s)
+        except Timeout:
+            llm.close()
+            raise Timeout(f"no engine answered at {address} within {timeout_s:g} s: see whether it runs") from None
+        except BaseException:
+            llm.close()
+            raise
         return llm
 
     @classmethod

@@ -30,7 +30,7 @@ HYDRA_VERSION_BASE = "1.3"
 GROUPS = ("engine", "runtime", "models", "bench")
 # Values of these keys are taken literally, whatever characters they hold.
 _TEXT = ("prompt", "system")
-_PATHS = ("model", "tokenizer", "input", "output", "address", "out")
+_PATHS = ("model", "tokenizer", "input", "output", "address", "endpoint", "secret_file", "out")
 
 K = TypeVar("K", bound=Keys)
 

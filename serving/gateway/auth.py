@@ -59,7 +59,7 @@ class Keys:
         for key in keys:
             if len(key) < KEY_BYTES or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
-                    f"a key has {len(key)} characters or holds one that a header cannot carry: use at least {KEY_BYTES} "
+                    f"a key has {len(key)} characters, or one of them cannot be in a header: use at least {KEY_BYTES} "
                     f"printable ASCII characters without spaces"
                 )
             digests.add(_digest(key.encode()))
@@ -94,6 +94,12 @@ def read_keys(config: AuthConfig) -> tuple[Keys, Keys]:
 def tenant_salt(digest: bytes) -> str:
     """Return the cache salt of the tenant whose key has this hash; the key cannot be found from it."""
     return hashlib.blake2b(digest, digest_size=16, person=b"phalanx-tenant").hexdigest()
+
+
+def salted(scope: Scope, cache_salt: str) -> str:
+    """Return a request's cache salt: its own, and its tenant's where tenants are isolated."""
+    tenant = scope.get(TENANT_SALT)
+    return cache_salt if tenant is None else f"{tenant}:{cache_salt}"
 
 
 class Auth:
