@@ -1,0 +1,157 @@
+"""One HTTP request and its answer, over ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..config import GatewayConfig
+from .errors import ApiError, invalid
+from .json_body import parse_json, to_struct
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Request = TypeVar("Request", bound=msgspec.Struct)
+
+_log = logging.getLogger(__name__)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+class ClientGone(Exception):
+    """The client has closed the connection; nobody waits for an answer."""
+
+
+class Exchange:
+    """Reads the request's body, bounded in bytes and time, and sends the answer. Belongs to one task."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, config: GatewayConfig) -> None:
+        self.scope, self._receive, self._send, self._config = scope, receive, send, config
+        self.started = False
+        """Whether the answer's status has been sent."""
+        self.request_id = uuid.uuid4().hex
+        """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
+        self.status = 0
+
+    def header(self, name: bytes) -> str | None:
+        """A header's value by its lower-case name; the last one if there are several."""
+        for key, value in reversed(self.scope["headers"]):
+            if key == name:
+                return str(value.decode("latin-1"))
+        return None
+
+    @property
+    def cache_salt(self) -> str:
+        """What the prefix cache is salted with for this caller's key: the middleware that checks keys sets it."""
+        return str(self.scope.get("state", {}).get("cache_salt", ""))
+
+    def take_request_id(self, given: str | None = None) -> None:
+        """Use the header X-Request-Id, or else `given`. Raises ApiError for one that no header can hold."""
+        header = self.header(b"x-request-id")
+        if not (chosen := header or given):
+            return
+        if not _REQUEST_ID.fullmatch(chosen):
+            raise invalid("request_id must be 1 to 256 printable ASCII characters without spaces", "request_id")
+        self.request_id = chosen
+
+    async def read(self, kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
+        """The body as a struct. Raises ApiError: 400, 408, 413 or 415."""
+        self.take_request_id()
+        content_type = (self.header(b"content-type") or "application/json").partition(";")[0].strip().lower()
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            raise ApiError(415, f"content-type={content_type!r} is not supported: send application/json")
+        if encoding := self.header(b"content-encoding"):
+            raise ApiError(415, f"content-encoding={encoding!r} is not supported: send the body as it is")
+        return to_struct(parse_json(await self._read_body()), kind, refused)
+
+    async def _read_body(self) -> bytes:
+        limit = self._config.max_body_bytes
+        declared = self.header(b"content-length") or ""
+        if declared.isdigit() and int(declared) > limit:
+            raise self._too_long()
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            deadline = self._config.body_timeout_s
+            while True:
+                before = asyncio.get_running_loop().time()
+                message = await asyncio.wait_for(self._receive(), deadline)
+                deadline -= asyncio.get_running_loop().time() - before
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                if size > limit:
+                    raise self._too_long()
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                408,
+                f"the body did not arrive within {self._config.body_timeout_s:g} s (body_timeout_s)",
+                code="body_timeout",
+                headers={"Connection": "close"},
+            ) from None
+
+    def _too_long(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is longer than {self._config.max_body_bytes} bytes (max_body_bytes)",
+            code="body_too_large",
+            # What is still to come is not read: the connection cannot serve another request.
+            headers={"Connection": "close"},
+        )
+
+    async def wait_until_gone(self) -> None:
+        """Return when the client has closed the connection. To be called once the body has been read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def respond(
+        self,
+        body: bytes,
+        status: int = 200,
+        *,
+        content_type: str = "application/json",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send a whole answer."""
+        await self._start(status, content_type, {"content-length": str(len(body)), **(headers or {})})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def respond_json(self, value: object, status: int = 200) -> None:
+        """Send a struct or plain data as JSON."""
+        await self.respond(msgspec.json.encode(value), status)
+
+    async def start_stream(self) -> None:
+        """Send the head of a stream of server-sent events."""
+        # X-Accel-Buffering: proxies of nginx's kind would hold events back otherwise.
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        await self._start(200, "text/event-stream; charset=utf-8", headers)
+
+    async def write(self, data: bytes, last: bool = False) -> None:
+        """Send a part of the stream; returns when the connection takes more."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with an error; in mid-stream as an event, after which the stream ends."""
+        if self.started:
+            await self.write(b"data: " + error.body + b"\n\ndata: [DONE]\n\n", last=True)
+        else:
+            await self.respond(error.body, error.status, headers=error.headers)
+
+    async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
+        self.started, self.status = True, status
+        fields = [
+            (b"content-type", content_type.encode()),
+            (b"x-request-id", self.request_id.encode()),
+            *((name.lower().encode(), value.encode()) for name, value in headers.items()),
+        ]
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})

@@ -1,0 +1,159 @@
+"""From a body's bytes to a request: strict JSON, then a struct; every refusal names the field and the value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from .errors import ApiError, invalid
+
+Request = TypeVar("Request", bound=msgspec.Struct)
+
+_INT_LOW, _INT_HIGH = -(2**63), 2**64 - 1
+_LONG_NUMBER = re.compile(r"\d{19}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`(?: - at `.*`)?$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(\w+)`")
+_SHOWN_CHARS = 100
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises ApiError (400) for bytes that are no UTF-8, for text that is no JSON object, and for what JSON leaves open or
+    forbids: a name that occurs twice, NaN, Infinity, a lone half of a surrogate pair, a number that no field can hold,
+    nesting that the parser cannot follow.
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json") from None
+
+    hooks: dict[str, Any] = {"parse_int": _bounded_int} if _LONG_NUMBER.search(text) else {}
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite_float, **hooks
+        )
+    except RecursionError:
+        raise invalid("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+    if not isinstance(value, dict):
+        raise invalid(f"the body must be a JSON object; got {_kind(value)}", code="invalid_json")
+    if _SURROGATE.search(text):
+        _refuse_surrogates(value, "")
+    return value
+
+
+def to_struct(values: dict[str, Any], kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
+    """The request that `values` describe; a null is as good as no value.
+
+    Raises ApiError (400) whose `param` is the path of the first field that is wrong. `refused` has what to say about
+    fields that other servers take and this one does not.
+    """
+    for name, why in (refused or {}).items():
+        if values.get(name) is not None:
+            raise invalid(f"{name} is not supported: {why}", name, "unsupported_parameter")
+    values = {name: value for name, value in values.items() if value is not None}
+    try:
+        return msgspec.convert(values, kind, strict=True, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), values, kind) from None
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it: at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+
+
+def _explained(message: str, values: dict[str, Any], kind: type[msgspec.Struct]) -> ApiError:
+    """msgspec's message with the field's path and value."""
+    found = _PATH.search(message)
+    path = found[1] if found else ""
+    what = message[: found.start()] if found else message
+
+    if unknown := _UNKNOWN.match(message):
+        name = unknown[1]
+        near = difflib.get_close_matches(name, kind.__struct_fields__, 1) if not path else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return invalid(f"unknown field {shown(name)}{hint}", _join(path, name[:_SHOWN_CHARS]), "unknown_parameter")
+    if missing := _MISSING.match(message):
+        return invalid(f"{_join(path, missing[1])} is required", _join(path, missing[1]), "missing_required_parameter")
+    what = what[:1].lower() + what[1:]
+    got = _value_at(values, path)
+    return invalid(f"{path or 'the body'}: {what}{got}", path or None, "invalid_value")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _value_at(values: Any, path: str) -> str:
+    """The value that a path such as stop[0] leads to; nothing where msgspec does not name the whole path."""
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
+        try:
+            values = values[name] if name else values[int(index)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return ""
+    return f"; got {shown(values)}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {shown(name)} occurs twice in one object")
+            seen.add(name)
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(text: str) -> float | int:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:_SHOWN_CHARS]} is too large")
+    # 1.0 is an integer to JSON Schema, and to clients that have only one type of number.
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > 20 or not _INT_LOW <= int(text) <= _INT_HIGH:
+        raise ValueError(f"the number {text[:_SHOWN_CHARS]} is out of range: it must be in [{_INT_LOW}, {_INT_HIGH}]")
+    return int(text)
+
+
+def _refuse_surrogates(value: Any, path: str) -> None:
+    """Raise ApiError for a string with half of a surrogate pair, which no tokenizer and no wire takes."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise invalid(
+                f"{path or 'a name'} holds half of a surrogate pair, which is not valid Unicode", path or None, "invalid_json"
+            ) from None
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_surrogates(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_surrogates(name, path)
+            _refuse_surrogates(item, _join(path, name))
+
+
+def _kind(value: object) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")
