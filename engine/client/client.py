@@ -143,6 +143,10 @@ class Client:
             if isinstance(answer, Status):
                 return answer
 
+    def check_open(self) -> None:
+        """Raise the error with which this client refuses everything: it was closed, or its engine has stopped."""
+        self._check_stopped()
+
     def fail_all(self, error: PhalanxError) -> None:
         """The engine is gone: end every request with `error`, and refuse new ones."""
         with self._lock:

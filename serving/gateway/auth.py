@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from ...engine.errors import ConfigError
+from .http.errors import ApiError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -123,44 +122,42 @@ class Auth:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await refusal(send)
+            await _answer(refusal, send)
 
-    def _refusal(self, scope: Scope) -> _Refusal | None:
+    def _refusal(self, scope: Scope) -> ApiError | None:
         path = scope["path"]
         if _is_under(path, ADMIN_PREFIX):
             if not self._admin:
-                return _Refusal(
-                    403, "the routes under /admin need an admin key, which this server has not set: admin_key"
+                return ApiError(
+                    403,
+                    "the routes under /admin need an admin key, and this server has none: start it with admin_key",
+                    type="permission_error",
+                    code="admin_disabled",
                 )
             found = self._admin.find(_given_key(scope))
-            return None if found is not None else _Refusal(401, "this route needs the server's admin key")
+            return None if found is not None else _unauthorized("this route needs the server's admin key")
 
         if not self._keys or _is_under(path, OPEN_PREFIX):
             return None
         found = self._keys.find(_given_key(scope))
         if found is None:
-            return _Refusal(401, 'this server needs an API key that it knows: send "Authorization: Bearer KEY"')
+            return _unauthorized('this server needs an API key that it knows: send "Authorization: Bearer KEY"')
         if self._isolate:
             scope[TENANT_SALT] = tenant_salt(found)
         return None
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    status: int
-    message: str
+async def _answer(error: ApiError, send: Send) -> None:
+    headers = {"content-type": "application/json", "content-length": str(len(error.body)), **error.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": error.body})
 
-    async def __call__(self, send: Send) -> None:
-        """Answer in OpenAI's form."""
-        code = "invalid_api_key" if self.status == 401 else "admin_disabled"
-        kind = "authentication_error" if self.status == 401 else "permission_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": code}
-        body = msgspec.json.encode({"error": error})
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if self.status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(
+        401, message, type="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+    )
 
 
 def _given_key(scope: Scope) -> bytes:

@@ -67,7 +67,9 @@ def internal() -> ApiError:
 _FIELD = re.compile(r"^(?:sampling parameters: )?([a-z_]+)(?: key)?(?:\[\w+\])?[= ]")
 
 
-def from_engine(error: PhalanxError, renamed: Mapping[str, str] | None = None, known: frozenset[str] = frozenset()) -> ApiError:
+def from_engine(
+    error: PhalanxError, renamed: Mapping[str, str] | None = None, known: frozenset[str] = frozenset()
+) -> ApiError:
     """The answer for an error of the engine or the protocol.
 
     An InvalidRequest begins with its field; `renamed` gives the names that the request has for it, `known` all of them.
@@ -81,9 +83,7 @@ def from_engine(error: PhalanxError, renamed: Mapping[str, str] | None = None, k
             field = renamed[field]
         return invalid(message, field if field in known else None)
     if isinstance(error, CapacityExceeded):
-        return ApiError(
-            429, message, type="rate_limit_error", code="rate_limit_exceeded", headers={"Retry-After": "1"}
-        )
+        return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers={"Retry-After": "1"})
     if isinstance(error, EngineStopped):
         return unavailable(message, "engine_stopped")
     if isinstance(error, Timeout):

@@ -34,7 +34,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise invalid(f"the body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json") from None
+        raise invalid(
+            f"the body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
+        ) from None
 
     hooks: dict[str, Any] = {"parse_int": _bounded_int} if _LONG_NUMBER.search(text) else {}
     try:
@@ -143,7 +145,9 @@ def _refuse_surrogates(value: Any, path: str) -> None:
             value.encode()
         except UnicodeEncodeError:
             raise invalid(
-                f"{path or 'a name'} holds half of a surrogate pair, which is not valid Unicode", path or None, "invalid_json"
+                f"{path or 'a name'} holds half of a surrogate pair, which is not valid Unicode",
+                path or None,
+                "invalid_json",
             ) from None
     elif isinstance(value, list):
         for index, item in enumerate(value):
