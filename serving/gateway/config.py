@@ -46,13 +46,13 @@ class GatewayConfig:
     """Longest time in seconds from a request's arrival to the end of its answer; 0 sets no limit."""
     max_stream_bytes: int = 1024 * 1024
     """Bytes of an answer that wait for a slow reader, above which its request is aborted."""
+    max_answer_bytes: int = 64 * 1024 * 1024
+    """Bytes of an answer that is not streamed, about, above which its request is aborted."""
     keep_alive_s: float = 15.0
     """Seconds of silence in a stream after which a comment is sent; 0 sends none."""
 
-    default_temperature: float | None = 1.0
-    """Temperature of a request without one, as in vLLM's server; null leaves it to the model's generation_config."""
-    return_timings: bool = False
-    """Whether every answer holds its timings, not only those that ask for them."""
+    default_temperature: float | None = None
+    """Temperature of a request that has none; null takes the model's generation_config, or else greedy choice."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -47,10 +47,13 @@ class Exchange:
                 return str(value.decode("latin-1"))
         return None
 
-    @property
-    def cache_salt(self) -> str:
-        """What the prefix cache is salted with for this caller's key: the middleware that checks keys sets it."""
-        return str(self.scope.get("state", {}).get("cache_salt", ""))
+    def salted(self, salt: str | None) -> str:
+        """What the prefix cache is salted with: the request's own salt, and the one of the caller's key.
+
+        The middleware that checks keys sets scope["state"]["cache_salt"] where callers share nothing.
+        """
+        own = str(self.scope.get("state", {}).get("cache_salt", ""))
+        return f"{own}/{salt}" if own and salt else own or salt or ""
 
     def take_request_id(self, given: str | None = None) -> None:
         """Use the header X-Request-Id, or else `given`. Raises ApiError for one that no header can hold."""

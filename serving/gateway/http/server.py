@@ -13,14 +13,19 @@ from .errors import ApiError
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
+WRITE_TIMEOUT_S = 60.0
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 to a head of more than MAX_HEAD_BYTES and 408 to one that takes longer than HEAD_TIMEOUT_S."""
+    """Answers 431 to a head of more than MAX_HEAD_BYTES and 408 to one that takes longer than HEAD_TIMEOUT_S.
+
+    A client that has read nothing for WRITE_TIMEOUT_S while an answer waits for it loses its connection.
+    """
 
     _head_bytes = 0
     _in_head = True  # a new connection's first bytes are a head's
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a head."""
@@ -30,7 +35,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Expect nothing any more."""
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as its answer is made."""
+        self._stop_write_timer()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        self._stop_write_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head; the parser takes the rest."""
@@ -58,6 +75,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        """A body ends; what comes next is a head."""
+        self._in_head = True
+        super().on_message_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP as every other error is answered."""
         self._refuse(ApiError(400, msg, code="invalid_http"))
@@ -71,6 +93,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _refuse(self, error: ApiError) -> None:
         if self.transport.is_closing():

@@ -1,0 +1,114 @@
+"""What the routes share: the engines, the bounds, the model's names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from ...engine.protocol.messages import Event, ModelInfo
+from .config import GatewayConfig
+from .engine_pool import EnginePool, Question
+from .generation.admission import Admission
+from .generation.bridge import EventBridge
+from .generation.generation import Generation, Limits
+from .http.errors import ApiError, unavailable
+from .http.exchange import Exchange
+
+_AFFINITY_CHARS = 2048
+
+
+class Gateway:
+    """One for each app; used on its event loop alone."""
+
+    def __init__(self, pool: EnginePool, config: GatewayConfig) -> None:
+        self.pool, self.config = pool, config
+        self.admission = Admission(config)
+        self.created = int(time.time())
+        self._bridge: EventBridge | None = None
+        # The engines' names of requests are the gateway's own: two callers may choose the same request_id.
+        self._prefix, self._numbers = uuid.uuid4().hex[:12], itertools.count()
+
+    def new_id(self) -> str:
+        """A name for a request to an engine, which no other has."""
+        return f"{self._prefix}-{next(self._numbers)}"
+
+    def check_open(self) -> None:
+        """Raise ApiError (503) unless requests are taken."""
+        state = self.pool.state
+        if state.phase != "ready":
+            code = {"loading": "loading", "draining": "draining"}.get(state.phase, "stopped")
+            reason = state.reason or {
+                "loading": "the model is being loaded; try again soon",
+                "draining": "the server is about to stop and takes no more requests",
+                "stopped": "the engine has stopped",
+            }.get(state.phase, state.phase)
+            raise unavailable(reason, code)
+
+    def model(self, name: str | None) -> tuple[str, ModelInfo]:
+        """The name that answers give, and the model. Raises ApiError: 503 while it is loaded, 404 for another."""
+        models = self.pool.models()
+        if not models:
+            self.check_open()
+            raise unavailable("the model is being loaded; try again soon", "loading")
+        if name is None:
+            name = next(iter(models))
+        if name not in models:
+            known = ", ".join(models)
+            raise ApiError(
+                404,
+                f"the model {name[:100]!r} does not exist; this server has {known}",
+                type="not_found_error",
+                param="model",
+                code="model_not_found",
+            )
+        return name, models[name]
+
+    async def ask(self, question: Question) -> Event:
+        """An engine's answer. Raises ApiError (503) unless requests are taken, PhalanxError for a refusal."""
+        self.check_open()
+        return await self.pool.ask(question)
+
+    @contextlib.asynccontextmanager
+    async def generation(self, exchange: Exchange, stream: bool, timeout_s: float) -> AsyncIterator[Generation]:
+        """A generation that ends with the block, and when the client closes its connection."""
+        self.check_open()
+        if self._bridge is None:
+            self._bridge = EventBridge(asyncio.get_running_loop())
+        if stream:
+            most = self.config.max_stream_bytes
+            too_much = f"more than {most} bytes of the answer waited for their reader (max_stream_bytes); read faster"
+        else:
+            most = self.config.max_answer_bytes
+            too_much = f"the answer takes more than {most} bytes (max_answer_bytes); set stream=true or ask for less"
+        limits = Limits(most, too_much, timeout_s)
+        generation = Generation(self.pool, self._bridge, self.admission, limits, exchange.request_id)
+
+        watcher = asyncio.create_task(_watch(exchange, generation))
+        try:
+            yield generation
+        finally:
+            watcher.cancel()
+            generation.close()
+
+
+async def _watch(exchange: Exchange, generation: Generation) -> None:
+    await exchange.wait_until_gone()
+    generation.abandon()
+
+
+def affinity_of(salt: str, beginning: str | list[int]) -> bytes:
+    """What requests that may share a cached prefix have in common: a digest of how they begin."""
+    text = beginning[:_AFFINITY_CHARS] if isinstance(beginning, str) else repr(beginning[: _AFFINITY_CHARS // 8])
+    return hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=16).digest()
+
+
+def tokens_in(text: str) -> int:
+    """About the tokens of a text: one for four bytes."""
+    return len(text) // 4 + 1
+
+

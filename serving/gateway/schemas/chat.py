@@ -1,0 +1,193 @@
+"""The request of /v1/chat/completions, and its messages as the chat template gets them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal, cast
+
+import msgspec
+from msgspec import Meta
+
+from ....engine.protocol.sampling_params import LOGPROBS_LIMIT
+from ..config import GatewayConfig
+from ..http.errors import invalid
+from ..http.json_body import shown
+from .fields import OpenAIFields
+
+TEXT_PARTS = ("text", "refusal")
+
+
+class Part(msgspec.Struct, kw_only=True):
+    """A part of a message's content. Only text is read; any other type is refused by its name."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The function that a message of the past called."""
+
+    name: str
+    arguments: Annotated[str, Meta(description="A JSON object, as text.")] | None = None
+
+
+class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call in a message of the past."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] | None = None
+    index: int | None = None
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+
+    # What an answer has that a client sends back as it came.
+    annotations: Annotated[list[object], Meta(max_length=0)] | None = None
+    audio: Annotated[None, Meta(description="Only null: the models of this server read text.")] = None
+    function_call: Annotated[None, Meta(description="Only null: use tool_calls.")] = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+
+
+class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
+    """A conversation to be continued."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1, description="Most new tokens.")] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, description="The same, under OpenAI's newer name.")] | None = None
+    logprobs: Annotated[bool, Meta(description="Return the log-probabilities of the answer's tokens.")] | None = None
+    top_logprobs: (
+        Annotated[int, Meta(ge=0, le=LOGPROBS_LIMIT, description="And those of the k likeliest tokens.")] | None
+    ) = None
+    echo: Annotated[bool, Meta(description="Begin with the last message if it is of the answer's role.")] | None = None
+
+    # What the template gets.
+    add_generation_prompt: Annotated[bool, Meta(description="End the prompt with the beginning of an answer.")] | None = (
+        None
+    )
+    continue_final_message: (
+        Annotated[bool, Meta(description="Continue the last message; needs add_generation_prompt=false.")] | None
+    ) = None
+    chat_template_kwargs: (
+        Annotated[dict[str, object], Meta(description="Variables of the template, such as enable_thinking.")] | None
+    ) = None
+    tools: (
+        Annotated[list[dict[str, object]], Meta(description='Given to the template; needs tool_choice="none".')] | None
+    ) = None
+    tool_choice: Annotated[str | dict[str, object], Meta(description='Only "none".')] | None = None
+    parallel_tool_calls: Annotated[bool, Meta(description="Accepted; no tool is called.")] | None = None
+    response_format: Annotated[ResponseFormat, Meta(description='Only {"type": "text"}.')] | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(description='Only ["text"].')] | None = None
+
+
+def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
+    """Raise ApiError for what the schema allows and this server does not do."""
+    if len(request.messages) > config.max_messages:
+        most = f"at most {config.max_messages} (max_messages)"
+        raise invalid(f"messages has {len(request.messages)} messages; it may have {most}", "messages")
+    if request.response_format is not None and request.response_format.type != "text":
+        kind = request.response_format.type
+        why = 'this server does not constrain answers yet; use {"type": "text"}'
+        raise invalid(f"response_format.type={kind!r} is not supported: {why}", "response_format", "unsupported_value")
+    if request.tools and request.tool_choice != "none":
+        why = 'this server does not read tool calls yet; set tool_choice="none" to have the template know the tools'
+        raise invalid(f"tools is not supported: {why}", "tools", "unsupported_parameter")
+    if request.tool_choice is not None and request.tool_choice not in ("none", "auto"):
+        why = 'this server does not read tool calls yet; use "none"'
+        raise invalid(f"tool_choice={shown(request.tool_choice)} is not supported: {why}", "tool_choice")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
+
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        if request.max_tokens != request.max_completion_tokens:
+            raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+    if request.continue_final_message and request.add_generation_prompt:
+        why = "needs add_generation_prompt=false"
+        raise invalid(f"continue_final_message=true {why}", "continue_final_message")
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, object]]:
+    """The messages as chat templates expect them: content as one text, arguments of tool calls as objects.
+
+    A developer is a system to the templates that there are. Raises ApiError for a part that is no text.
+    """
+    return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _template_message(message: Message, path: str) -> dict[str, object]:
+    role = "system" if message.role == "developer" else message.role
+    content = _text(message.content, f"{path}.content")
+    if content is None:
+        if message.role != "assistant" or not (message.tool_calls or message.refusal or message.reasoning_content):
+            if message.role != "assistant" or not message.reasoning:
+                raise invalid(f"{path}.content is required", f"{path}.content", "missing_required_parameter")
+        content = message.refusal or ""
+
+    made: dict[str, object] = {"role": role, "content": content}
+    if message.name is not None:
+        made["name"] = message.name
+    if message.tool_call_id is not None:
+        made["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        made["tool_calls"] = [
+            _template_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)
+        ]
+    reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
+    if reasoning is not None:
+        # Templates use either name.
+        made["reasoning"] = made["reasoning_content"] = reasoning
+    return made
+
+
+def _text(content: str | list[Part] | None, path: str) -> str | None:
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if part.type not in TEXT_PARTS:
+            why = "the models of this server read text"
+            raise invalid(
+                f"{path}[{index}].type={shown(part.type)} is not supported: {why}",
+                f"{path}[{index}].type",
+                "unsupported_value",
+            )
+        text = part.text if part.type == "text" else part.refusal
+        if text is None:
+            raise invalid(f"{path}[{index}].{part.type} is required", f"{path}[{index}].{part.type}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _template_call(call: ToolCall, path: str) -> dict[str, object]:
+    arguments: object = {}
+    if call.function.arguments:
+        try:
+            arguments = json.loads(call.function.arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            field = f"{path}.function.arguments"
+            raise invalid(f"{field} must be a JSON object, as text", field)
+    made: dict[str, object] = {
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": cast(object, arguments)},
+    }
+    if call.id is not None:
+        made["id"] = call.id
+    return made

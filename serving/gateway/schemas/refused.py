@@ -1,0 +1,75 @@
+"""Fields that OpenAI's or vLLM's server takes and this one refuses, with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_NOT_YET = "this server does not constrain answers yet; validate the text yourself"
+_STRUCTURED = f"its name is structured_outputs, and {_NOT_YET}"
+_NO_ADAPTERS = "adapters are not loaded by this server"
+
+_BOTH: dict[str, str] = {
+    "use_beam_search": "answers are sampled or greedy; use n for several",
+    "length_penalty": "it belongs to beam search, which there is not",
+    "early_stopping": "it belongs to beam search, which there is not",
+    "guided_json": f"use structured_outputs.json; {_STRUCTURED}",
+    "guided_regex": f"use structured_outputs.regex; {_STRUCTURED}",
+    "guided_choice": f"use structured_outputs.choice; {_STRUCTURED}",
+    "guided_grammar": f"use structured_outputs.grammar; {_STRUCTURED}",
+    "guided_decoding_backend": _STRUCTURED,
+    "guided_whitespace_pattern": _STRUCTURED,
+    "structural_tag": _STRUCTURED,
+    "structured_outputs": _NOT_YET,
+    "spaces_between_special_tokens": "special tokens are joined as the tokenizer joins them",
+    "detokenize": "use /inference/v1/generate for token ids without text",
+    "logits_processors": "code is not taken from requests; use logit_bias, bad_words or allowed_token_ids",
+    "truncate_prompt_tokens": "shorten the prompt yourself; /tokenize tells its length",
+    "mm_processor_kwargs": "the models of this server read text",
+    "kv_transfer_params": "KV is not moved between servers",
+    "vllm_xargs": "arguments of plug-ins are not taken",
+    "thinking_token_budget": "use max_tokens",
+    "repetition_detection": "use repetition_penalty or frequency_penalty",
+    "lora_request": _NO_ADAPTERS,
+    "timeout_s": "its name is timeout",
+}
+
+REFUSED_CHAT: Mapping[str, str] = {
+    **_BOTH,
+    "best_of": "use n and choose among the answers",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "prediction": "predicted outputs are not used",
+    "audio": "the models of this server answer with text",
+    "web_search_options": "this server searches nothing",
+    "reasoning_effort": "use chat_template_kwargs, such as {\"enable_thinking\": false}, if the model's template has it",
+    "verbosity": "ask for it in the messages",
+    "moderation": "this server moderates nothing",
+    "documents": "put them into the messages, or into chat_template_kwargs if the model's template has them",
+    "chat_template": "the model's own template is used; chat_template_kwargs sets its variables",
+    "include_reasoning": "reasoning is a part of the text in this version",
+    "separate_reasoning": "reasoning is a part of the text in this version",
+    "prompt": "use messages, or /v1/completions",
+    "prompt_cache_retention": "cached prefixes stay while there is room",
+}
+
+REFUSED_COMPLETION: Mapping[str, str] = {
+    **_BOTH,
+    "best_of": "use n and choose among the answers",
+    "suffix": "put the text after the hole into the prompt, as the model expects it",
+    "response_format": f"use structured_outputs; {_NOT_YET}",
+    "prompt_embeds": "prompts are text or token ids",
+    "messages": "use prompt, or /v1/chat/completions",
+    "max_completion_tokens": "its name is max_tokens here",
+    "top_logprobs": "logprobs is a number here: logprobs=5 gives the five likeliest tokens",
+}
+
+REFUSED_TOKENIZE: Mapping[str, str] = {
+    "chat_template": REFUSED_CHAT["chat_template"],
+    "mm_processor_kwargs": _BOTH["mm_processor_kwargs"],
+}
+
+REFUSED_GENERATE: Mapping[str, str] = {
+    "sampling_params.detokenize": "the answer is token ids in any case",
+    "features": "the models of this server read text",
+    "kv_transfer_params": _BOTH["kv_transfer_params"],
+}
