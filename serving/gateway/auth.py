@@ -25,8 +25,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PREFIX = "/health"
 ADMIN_PREFIX = "/admin"
-TENANT_SALT = "phalanx.tenant_salt"
-"""The key of an ASGI scope under which a request's cache salt stands, if tenants are isolated."""
+TENANT_SALT = "cache_salt"
+"""Under this name in a scope's "state" is the salt of a request's tenant, if tenants are isolated."""
 KEY_BYTES = 8
 """Fewest bytes of a key."""
 
@@ -95,12 +95,6 @@ def tenant_salt(digest: bytes) -> str:
     return hashlib.blake2b(digest, digest_size=16, person=b"phalanx-tenant").hexdigest()
 
 
-def salted(scope: Scope, cache_salt: str) -> str:
-    """Return a request's cache salt: its own, and its tenant's where tenants are isolated."""
-    tenant = scope.get(TENANT_SALT)
-    return cache_salt if tenant is None else f"{tenant}:{cache_salt}"
-
-
 class Auth:
     """ASGI middleware: lets a request through to its route, or answers 401 or 403."""
 
@@ -143,7 +137,7 @@ class Auth:
         if found is None:
             return _unauthorized('this server needs an API key that it knows: send "Authorization: Bearer KEY"')
         if self._isolate:
-            scope[TENANT_SALT] = tenant_salt(found)
+            scope.setdefault("state", {})[TENANT_SALT] = tenant_salt(found)
         return None
 
 

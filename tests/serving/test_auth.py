@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from phalanx.engine.errors import ConfigError
-from phalanx.serving.gateway.auth import App, Auth, AuthConfig, salted
+from phalanx.serving.gateway.auth import TENANT_SALT, App, Auth, AuthConfig
 from phalanx.serving.gateway.logs import AccessLog, JsonFormatter, configure_logging, log_fields
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -23,7 +23,7 @@ KEY, OTHER, ADMIN = "sk-first-key", "sk-second-key", "sk-admin-key"
 
 async def _show(request: Request) -> Response:
     await request.body()
-    return PlainTextResponse(salted(request.scope, "own"))
+    return PlainTextResponse(request.scope.get("state", {}).get(TENANT_SALT, "none"))
 
 
 def make_app(**config: Any) -> App:
@@ -81,8 +81,8 @@ def test_tenants_have_salts_of_their_own(tmp_path: Path) -> None:
     app = make_app(api_key=KEY, api_keys_file=str(file), isolate_tenants=True)
     salts = [get(app, "/v1/models", authorization=bearer(key)).text for key in (KEY, OTHER, KEY)]
     assert salts[0] == salts[2] != salts[1]
-    assert all(salt.endswith(":own") and KEY not in salt for salt in salts)
-    assert get(make_app(api_key=KEY), "/v1/models", authorization=bearer(KEY)).text == "own"
+    assert all(len(salt) == 32 and KEY not in salt for salt in salts)
+    assert get(make_app(api_key=KEY), "/v1/models", authorization=bearer(KEY)).text == "none"
 
 
 @pytest.mark.parametrize(
