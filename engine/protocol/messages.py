@@ -7,7 +7,6 @@ import msgspec
 from .logprobs import TokenLogprobs
 from .sampling_params import SamplingParams
 
-
 PROTOCOL_VERSION = 2
 """Both sides of a wire must have the same one; a Ping tells a client which one the engine has."""
 

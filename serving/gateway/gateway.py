@@ -110,5 +110,3 @@ def affinity_of(salt: str, beginning: str | list[int]) -> bytes:
 def tokens_in(text: str) -> int:
     """About the tokens of a text: one for four bytes."""
     return len(text) // 4 + 1
-
-

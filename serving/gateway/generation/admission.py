@@ -63,11 +63,16 @@ class Admission:
         now = self._clock()
         recent = self._ended * self._decay(now)
         # The sum of a steady rate r, decaying, is r * half-life / ln 2; less of it in the first seconds.
-        window = _HALF_LIFE_S / math.log(2) * (1 - 0.5 ** (max(now - self._began_at, 0.1) / _HALF_LIFE_S))
+        age = max(now - self._began_at, 0.1)
+        window = _HALF_LIFE_S / math.log(2) * (1 - _halved(age))
         rate = recent / window
-        if rate <= requests / _MAX_RETRY_S:
-            return _MAX_RETRY_S if recent else 1 if now - self._began_at < 1 else 5
-        return max(1, math.ceil(requests / rate))
+        if not recent:
+            return 1  # nothing was measured yet
+        return max(1, min(_MAX_RETRY_S, math.ceil(requests / max(rate, 1e-9))))
 
     def _decay(self, now: float) -> float:
-        return float(0.5 ** ((now - self._ended_at) / _HALF_LIFE_S))
+        return _halved(now - self._ended_at)
+
+
+def _halved(age_s: float) -> float:
+    return math.exp(-math.log(2) * age_s / _HALF_LIFE_S)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ....engine.client.client import to_error
 from ....engine.errors import PhalanxError
 from ....engine.protocol.logprobs import TokenLogprobs
-from ....engine.protocol.messages import Delta, Event, Failed, Finished, Submit
+from ....engine.protocol.messages import Accepted, Delta, Event, Failed, Finished, Submit
 from ..engine_pool import EnginePool, Ticket
 from ..http.errors import ApiError
 from ..http.exchange import ClientGone
@@ -74,7 +74,7 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether every request has ended and every event was taken."""
-        return not self._open and not self._pending
+        return not self._open and not self._pending and self._error is None
 
     async def take(self, timeout_s: float | None = None) -> list[tuple[int, Event]]:
         """The events since the last call, at least one; an empty list after `timeout_s` seconds without any.
@@ -90,14 +90,15 @@ class Generation:
                 wait = left if wait is None else min(wait, left)
             if not await self._wait(wait) and not self._deadline_passed():
                 return []
-        self._check()
+        if isinstance(self._error, ClientGone):
+            raise self._error
         pending, self._pending = self._pending, []
         self._pending_bytes = 0
         return _merged(pending) if len(pending) > 1 else pending
 
     async def take_all(self) -> list[tuple[int, Event]]:
         """Every event, when all requests have ended. Raises as `take` does."""
-        while self._open:
+        while self._open or self._error is not None:
             self._check()
             await self._wait(None if self._deadline is None else self._deadline - self._loop.time())
         return await self.take()
@@ -131,7 +132,10 @@ class Generation:
         if isinstance(event, Failed):
             self._open -= 1
             self._end(number)
+            # What was computed before is delivered; with nothing of it the failure is the whole answer.
+            computed = [item for item in self._pending if not isinstance(item[1], Accepted)]
             self._fail(to_error(event))
+            self._pending = computed
             return
         if isinstance(event, Finished):
             self._open -= 1
@@ -238,4 +242,3 @@ def _join(deltas: list[Delta]) -> Delta:
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
     text = "".join(delta.text for delta in deltas)
     return Delta(first.id, first.index, text, token_ids, logprobs, first.position)
-

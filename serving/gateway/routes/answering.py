@@ -107,7 +107,7 @@ class Counter:
         """Whether every chunk has the usage so far."""
         return self._always
 
-    def so_far(self, number: int, index: int) -> UsageInfo | None | UnsetType:
+    def so_far(self, number: int, index: int) -> UsageInfo | UnsetType | None:
         """The usage for a chunk of one completion; null where only the last chunk has it, as in OpenAI's API."""
         if not self._at_end:
             return UNSET

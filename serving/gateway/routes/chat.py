@@ -47,9 +47,7 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
             await exchange.respond_json(answer)
 
 
-def to_submit(
-    gateway: Gateway, exchange: Exchange, request: ChatRequest
-) -> tuple[Submit, list[dict[str, object]]]:
+def to_submit(gateway: Gateway, exchange: Exchange, request: ChatRequest) -> tuple[Submit, list[dict[str, object]]]:
     """The protocol's request, and its messages. Raises ApiError for what the server does not do."""
     check_chat(request, gateway.config)
     check_store(request)
@@ -133,9 +131,7 @@ class _Writer:
         self._counter = Counter(style.request.stream_options)
         self._begun = False
         # Chunks without text are sent only where they hold something else.
-        self._every_token = (
-            bool(style.request.logprobs or style.request.return_token_ids) or self._counter.always
-        )
+        self._every_token = bool(style.request.logprobs or style.request.return_token_ids) or self._counter.always
 
     def write(self, number: int, event: Event) -> bytes:
         self._counter.count(number, event)
@@ -177,9 +173,7 @@ class _Writer:
     def _begin(self) -> bytes:
         self._begun = True
         style = self._style
-        roles = [
-            ChatChunkChoice(index=index, delta=ChatDelta(role=style.role, content="")) for index in range(style.n)
-        ]
+        roles = [ChatChunkChoice(index=index, delta=ChatDelta(role=style.role, content="")) for index in range(style.n)]
         echoes = [
             ChatChunkChoice(index=index, delta=ChatDelta(content=style.echo)) for index in range(style.n) if style.echo
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -54,7 +54,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     refusal: str | None = None
 
     # What an answer has that a client sends back as it came.
-    annotations: Annotated[list[object], Meta(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
     audio: Annotated[None, Meta(description="Only null: the models of this server read text.")] = None
     function_call: Annotated[None, Meta(description="Only null: use tool_calls.")] = None
 
@@ -78,19 +78,19 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     echo: Annotated[bool, Meta(description="Begin with the last message if it is of the answer's role.")] | None = None
 
     # What the template gets.
-    add_generation_prompt: Annotated[bool, Meta(description="End the prompt with the beginning of an answer.")] | None = (
+    add_generation_prompt: Annotated[bool, Meta(description="End with the beginning of an answer (true).")] | None = (
         None
     )
     continue_final_message: (
         Annotated[bool, Meta(description="Continue the last message; needs add_generation_prompt=false.")] | None
     ) = None
     chat_template_kwargs: (
-        Annotated[dict[str, object], Meta(description="Variables of the template, such as enable_thinking.")] | None
+        Annotated[dict[str, Any], Meta(description="Variables of the template, such as enable_thinking.")] | None
     ) = None
     tools: (
-        Annotated[list[dict[str, object]], Meta(description='Given to the template; needs tool_choice="none".')] | None
+        Annotated[list[dict[str, Any]], Meta(description='Given to the template; needs tool_choice="none".')] | None
     ) = None
-    tool_choice: Annotated[str | dict[str, object], Meta(description='Only "none".')] | None = None
+    tool_choice: Annotated[str | dict[str, Any], Meta(description='Only "none".')] | None = None
     parallel_tool_calls: Annotated[bool, Meta(description="Accepted; no tool is called.")] | None = None
     response_format: Annotated[ResponseFormat, Meta(description='Only {"type": "text"}.')] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(description='Only ["text"].')] | None = None
@@ -114,15 +114,18 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
 
-    if request.max_tokens is not None and request.max_completion_tokens is not None:
-        if request.max_tokens != request.max_completion_tokens:
-            raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+    if request.add_special_tokens:
+        why = "the model's template places the special tokens of a conversation"
+        raise invalid(f"add_special_tokens=true is not supported with messages: {why}", "add_special_tokens")
     if request.continue_final_message and request.add_generation_prompt:
         why = "needs add_generation_prompt=false"
         raise invalid(f"continue_final_message=true {why}", "continue_final_message")
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, object]]:
+def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """The messages as chat templates expect them: content as one text, arguments of tool calls as objects.
 
     A developer is a system to the templates that there are. Raises ApiError for a part that is no text.
@@ -130,16 +133,17 @@ def template_messages(messages: list[Message]) -> list[dict[str, object]]:
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _template_message(message: Message, path: str) -> dict[str, object]:
+def _template_message(message: Message, path: str) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     content = _text(message.content, f"{path}.content")
     if content is None:
-        if message.role != "assistant" or not (message.tool_calls or message.refusal or message.reasoning_content):
-            if message.role != "assistant" or not message.reasoning:
-                raise invalid(f"{path}.content is required", f"{path}.content", "missing_required_parameter")
+        # What else an assistant's message may consist of.
+        rest = (message.tool_calls, message.refusal, message.reasoning, message.reasoning_content)
+        if message.role != "assistant" or not any(rest):
+            raise invalid(f"{path}.content is required", f"{path}.content", "missing_required_parameter")
         content = message.refusal or ""
 
-    made: dict[str, object] = {"role": role, "content": content}
+    made: dict[str, Any] = {"role": role, "content": content}
     if message.name is not None:
         made["name"] = message.name
     if message.tool_call_id is not None:
@@ -174,8 +178,8 @@ def _text(content: str | list[Part] | None, path: str) -> str | None:
     return "\n".join(texts)
 
 
-def _template_call(call: ToolCall, path: str) -> dict[str, object]:
-    arguments: object = {}
+def _template_call(call: ToolCall, path: str) -> dict[str, Any]:
+    arguments: Any = {}
     if call.function.arguments:
         try:
             arguments = json.loads(call.function.arguments)
@@ -184,9 +188,9 @@ def _template_call(call: ToolCall, path: str) -> dict[str, object]:
         if not isinstance(arguments, dict):
             field = f"{path}.function.arguments"
             raise invalid(f"{field} must be a JSON object, as text", field)
-    made: dict[str, object] = {
+    made: dict[str, Any] = {
         "type": "function",
-        "function": {"name": call.function.name, "arguments": cast(object, arguments)},
+        "function": {"name": call.function.name, "arguments": arguments},
     }
     if call.id is not None:
         made["id"] = call.id

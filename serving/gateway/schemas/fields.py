@@ -58,9 +58,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: (
         Annotated[float, Meta(gt=0, description="Divides the logits of tokens in prompt and answer.")] | None
     ) = None
-    logit_bias: (
-        Annotated[dict[TokenId, Bias], Meta(description="Added to the logits of these token ids.")] | None
-    ) = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(description="Added to the logits of these token ids.")] | None = (
+        None
+    )
     allowed_token_ids: (
         Annotated[list[TokenId], Meta(min_length=1, description="The only token ids that may be sampled.")] | None
     ) = None
@@ -126,17 +126,18 @@ class OpenAIFields(CommonFields, kw_only=True):
 
     user: Annotated[str, Meta(description="Accepted; has no effect.")] | None = None
     metadata: Annotated[dict[str, str], Meta(description="Accepted; nothing is stored.")] | None = None
-    service_tier: (
-        Annotated[Literal["auto", "default"], Meta(description="Accepted; there is one tier.")] | None
-    ) = None
+    service_tier: Annotated[Literal["auto", "default"], Meta(description="Accepted; there is one tier.")] | None = None
     store: Annotated[bool, Meta(description="Only false: nothing is stored.")] | None = None
     safety_identifier: Annotated[str, Meta(description="Accepted; has no effect.")] | None = None
-    prompt_cache_key: Annotated[str, Meta(description="Requests with the same key go to the same engine.")] | None = None
+    prompt_cache_key: Annotated[str, Meta(description="Requests with the same key go to the same engine.")] | None = (
+        None
+    )
     return_tokens_as_token_ids: (
         Annotated[bool, Meta(description='Name tokens in log-probabilities "token_id:123".')] | None
     ) = None
     add_special_tokens: (
-        Annotated[bool, Meta(description="Add the tokenizer's special tokens to a text; see the route's default.")] | None
+        Annotated[bool, Meta(description="Add the tokenizer's special tokens: true for a text, false for messages.")]
+        | None
     ) = None
 
 

@@ -41,7 +41,7 @@ REFUSED_CHAT: Mapping[str, str] = {
     "prediction": "predicted outputs are not used",
     "audio": "the models of this server answer with text",
     "web_search_options": "this server searches nothing",
-    "reasoning_effort": "use chat_template_kwargs, such as {\"enable_thinking\": false}, if the model's template has it",
+    "reasoning_effort": 'use chat_template_kwargs, such as {"enable_thinking": false}, if the model\'s template has it',
     "verbosity": "ask for it in the messages",
     "moderation": "this server moderates nothing",
     "documents": "put them into the messages, or into chat_template_kwargs if the model's template has them",

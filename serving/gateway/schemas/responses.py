@@ -124,7 +124,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None | UnsetType = UNSET
+    stop_reason: str | int | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -137,7 +137,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     system_fingerprint: str | None = None
-    usage: UsageInfo | None | UnsetType = UNSET
+    usage: UsageInfo | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     timings: list[TimingInfo] | UnsetType = UNSET
 
@@ -163,7 +163,7 @@ class Completion(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: UsageInfo | None | UnsetType = UNSET
+    usage: UsageInfo | UnsetType | None = UNSET
     system_fingerprint: str | None = None
     timings: list[TimingInfo] | UnsetType = UNSET
 
@@ -183,7 +183,7 @@ class GenerateResponse(msgspec.Struct, kw_only=True):
 
     request_id: str
     choices: list[GenerateChoice]
-    usage: UsageInfo | None | UnsetType = UNSET
+    usage: UsageInfo | UnsetType | None = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     timings: list[TimingInfo] | UnsetType = UNSET
 

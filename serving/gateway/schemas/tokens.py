@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -34,10 +34,10 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         | None
     ) = None
     return_token_strs: Annotated[bool, Meta(description="Return each token's text, too.")] | None = None
-    add_generation_prompt: Annotated[bool, Meta(description="End with the beginning of an answer (true).")] | None = None
+    add_generation_prompt: Annotated[bool, Meta(description="Begin an answer (true).")] | None = None
     continue_final_message: Annotated[bool, Meta(description="Leave the last message open.")] | None = None
-    chat_template_kwargs: dict[str, object] | None = None
-    tools: list[dict[str, object]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Token ids to be continued; the answer is token ids."""
 
     token_ids: Annotated[list[TokenId], Meta(min_length=1)]
-    sampling_params: GenerateSampling = GenerateSampling()
+    sampling_params: GenerateSampling = msgspec.field(default_factory=GenerateSampling)
     model: ModelName | None = None
     stream: Stream | None = None
     stream_options: StreamOptions | None = None

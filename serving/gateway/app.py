@@ -1,0 +1,122 @@
+"""The gateway as an ASGI app."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
+
+from ...engine.errors import PhalanxError
+from .config import GatewayConfig
+from .engine_pool import EnginePool
+from .gateway import Gateway
+from .http.errors import ApiError, from_engine, internal
+from .http.exchange import ClientGone, Exchange, Receive, Scope, Send
+from .openapi import openapi_document
+from .routes.table import OPERATIONS, Handler
+
+_log = logging.getLogger(__name__)
+
+
+def create_app(
+    pool: EnginePool,
+    config: GatewayConfig | None = None,
+    *,
+    middleware: Sequence[Middleware] = (),
+    routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+    """The app in front of `pool`. `routes` come beside the gateway's own, `middleware` around all of them.
+
+    app.state.gateway is the Gateway: its admission tells how much is open.
+    """
+    gateway = Gateway(pool, config or GatewayConfig())
+    own = [
+        # A model's name may hold slashes.
+        Route(
+            re.sub(r"{(\w+)}", r"{\1:path}", operation.path),
+            Endpoint(gateway, operation.handler),
+            methods=[operation.method],
+        )
+        for operation in OPERATIONS
+    ]
+    document = Route("/openapi.json", Endpoint(gateway, _openapi), methods=["GET"])
+    app = Starlette(
+        routes=[*own, document, *routes],
+        middleware=list(middleware),
+        exception_handlers={HTTPException: _RoutingError(gateway.config)},
+    )
+    app.router.redirect_slashes = False
+    app.state.gateway = gateway
+    return app
+
+
+class Endpoint:
+    """One route: runs its handler, and answers with the error that the handler raises."""
+
+    def __init__(self, gateway: Gateway, handler: Handler) -> None:
+        self._gateway, self._handler = gateway, handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        exchange = Exchange(scope, receive, send, self._gateway.config)
+        try:
+            try:
+                await self._handler(self._gateway, exchange)
+            except ApiError as error:
+                await exchange.fail(error)
+            except PhalanxError as error:
+                made = from_engine(error, known=_KNOWN_FIELDS)
+                if made.status == 429:
+                    made.headers["Retry-After"] = str(self._gateway.admission.retry_after())
+                if made.status >= 500:
+                    _log.error("request %s failed: %s: %s", exchange.request_id, type(error).__name__, error)
+                await exchange.fail(made)
+        except (ClientGone, OSError):
+            _log.info("request %s: the client closed its connection", exchange.request_id)
+        except Exception:
+            _log.exception("request %s failed", exchange.request_id)
+            await exchange.fail(internal())
+
+
+# The fields that a refusal of the engine may begin with.
+_KNOWN_FIELDS = frozenset(
+    name for operation in OPERATIONS if operation.request is not None for name in operation.request.__struct_fields__
+)
+
+
+class _RoutingError:
+    """Answers where no route does: 404, 405."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+
+    async def __call__(self, request: Any, error: Exception) -> Any:
+        """The answer, as Starlette's exception handlers return it."""
+        assert isinstance(error, HTTPException)
+        method, path = request.scope["method"], request.scope["path"][:100]
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            made = ApiError(405, f"{path} does not take {method}; it takes {allowed}", code="method_not_allowed")
+        elif error.status_code == 404:
+            made = ApiError(404, f"there is no route {path}", type="not_found_error", code="not_found")
+        else:
+            made = ApiError(error.status_code, str(error.detail))
+        made.headers.update(error.headers or {})
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            exchange = Exchange(scope, receive, send, self._config)
+            await exchange.fail(made)
+
+        return answer
+
+
+async def _openapi(gateway: Gateway, exchange: Exchange) -> None:
+    """The OpenAPI document."""
+    await exchange.respond(msgspec.json.encode(openapi_document()))

@@ -1,0 +1,87 @@
+"""The OpenAPI 3.1 document, made from the table of routes and the schemas that check requests."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import msgspec
+
+from ... import __version__
+from .http.errors import ErrorBody
+from .routes.table import OPERATIONS, Operation
+from .schemas.responses import HealthInfo
+
+STATUS_MEANINGS = {
+    400: "A field is not acceptable; param names it.",
+    401: "A key is needed.",
+    404: "There is no such model or route.",
+    405: "The route has other methods.",
+    408: "The body came too slowly.",
+    413: "The body is too long.",
+    415: "The body is not JSON.",
+    429: "The server is full; Retry-After tells when to try again.",
+    500: "The server failed.",
+    503: "The model is being loaded, or the server is about to stop or has stopped.",
+    504: "The request was not finished in time.",
+}
+
+
+def openapi_document() -> dict[str, Any]:
+    """The document as plain data."""
+    kinds: dict[type[msgspec.Struct], None] = {ErrorBody: None}
+    for operation in OPERATIONS:
+        for kind in (operation.request, operation.answer, operation.chunk):
+            if kind is not None:
+                kinds[kind] = None
+    _, components = msgspec.json.schema_components(list(kinds), ref_template="#/components/schemas/{name}")
+
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "phalanx", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {
+            "schema": {"type": "string", "description": f"Events, each a {operation.chunk.__name__}, then [DONE]."}
+        }
+    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
+    for status in sorted({401, *operation.statuses}):
+        # Of the routes about health, those that are not well answer as those that are.
+        kind = HealthInfo if operation.answer is HealthInfo and status == 503 else ErrorBody
+        responses[str(status)] = {
+            "description": STATUS_MEANINGS[status],
+            "content": {"application/json": {"schema": _reference(kind)}},
+        }
+    made: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", operation.method.lower() + operation.path).strip("_"),
+        "summary": (inspect.getdoc(operation.handler) or "").partition("\n")[0],
+        "responses": responses,
+    }
+    if names := re.findall(r"{(\w+)}", operation.path):
+        made["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    if operation.request is not None:
+        made["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _reference(operation.request)}},
+        }
+    return made
+
+
+def _reference(kind: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -1,0 +1,98 @@
+"""Every route: what the app serves, the OpenAPI document declares and the page of routes tells."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ..gateway import Gateway
+from ..http.exchange import Exchange
+from ..schemas.chat import ChatRequest
+from ..schemas.completions import CompletionRequest
+from ..schemas.refused import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_GENERATE, REFUSED_TOKENIZE
+from ..schemas.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    DetokenizeResponse,
+    GenerateResponse,
+    HealthInfo,
+    LoadInfo,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+    TokenizerInfo,
+    VersionInfo,
+)
+from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
+from . import chat, completions, generate, information, tokens
+
+Handler = Callable[[Gateway, Exchange], Awaitable[None]]
+Struct = type[msgspec.Struct]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One route."""
+
+    method: str
+    path: str
+    handler: Handler
+    answer: Struct
+    request: Struct | None = None
+    chunk: Struct | None = None
+    """What each event of a stream holds, where there may be one."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    statuses: tuple[int, ...] = ()
+    """Statuses of errors, beside those that any route may have."""
+
+
+_BODY = (400, 408, 413, 415)
+_COMPUTES = (*_BODY, 404, 429, 500, 503, 504)
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        "POST",
+        "/v1/chat/completions",
+        chat.chat_completions,
+        ChatCompletion,
+        ChatRequest,
+        ChatChunk,
+        REFUSED_CHAT,
+        _COMPUTES,
+    ),
+    Operation(
+        "POST",
+        "/v1/completions",
+        completions.completions,
+        Completion,
+        CompletionRequest,
+        Completion,
+        REFUSED_COMPLETION,
+        _COMPUTES,
+    ),
+    Operation(
+        "POST",
+        "/inference/v1/generate",
+        generate.generate,
+        GenerateResponse,
+        GenerateRequest,
+        GenerateResponse,
+        REFUSED_GENERATE,
+        _COMPUTES,
+    ),
+    Operation(
+        "POST", "/tokenize", tokens.tokenize, TokenizeResponse, TokenizeRequest, None, REFUSED_TOKENIZE, _COMPUTES
+    ),
+    Operation("POST", "/detokenize", tokens.detokenize, DetokenizeResponse, DetokenizeRequest, statuses=_COMPUTES),
+    Operation("GET", "/tokenizer_info", tokens.tokenizer_info, TokenizerInfo, statuses=(503,)),
+    Operation("GET", "/v1/models", information.models, ModelList),
+    Operation("GET", "/v1/models/{model}", information.model, ModelCard, statuses=(404, 503)),
+    Operation("GET", "/version", information.version, VersionInfo),
+    Operation("GET", "/load", information.load, LoadInfo),
+    Operation("GET", "/health", information.ready, HealthInfo, statuses=(503,)),
+    Operation("GET", "/health/live", information.live, HealthInfo),
+    Operation("GET", "/health/ready", information.ready, HealthInfo, statuses=(503,)),
+)

@@ -1,0 +1,71 @@
+"""A real server on a loopback port in front of a scripted pool, and the official client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from phalanx.serving.gateway.app import create_app
+from phalanx.serving.gateway.config import GatewayConfig
+from phalanx.serving.gateway.http.server import make_server
+from phalanx.tests.serving.gateway.scripted_pool import ScriptedPool, wait_until
+
+
+class Server:
+    """A gateway under test, its pool and its clients."""
+
+    def __init__(self, config: GatewayConfig | None = None) -> None:
+        self.pool = ScriptedPool()
+        self.app = create_app(self.pool, config)
+        self._server: uvicorn.Server = make_server(self.app, GatewayConfig(port=0))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        wait_until(lambda: self._server.started)
+        self.port = int(self._server.servers[0].sockets[0].getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+
+    @property
+    def open_requests(self) -> int:
+        return int(self.app.state.gateway.admission.requests)
+
+    def close(self) -> None:
+        self.http.close()
+        self.openai.close()
+        self._server.should_exit = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    """One server for a module's tests, each of which gets it with a pool as it was made."""
+    shared_server.pool.join()
+    shared_server.pool.__init__()  # type: ignore[misc]
+    return shared_server
+
+
+@pytest.fixture
+def make_gateway() -> Iterator[Callable[[GatewayConfig], Server]]:
+    """A server of the test's own, with its own settings."""
+    servers: list[Server] = []
+
+    def make(config: GatewayConfig) -> Server:
+        servers.append(Server(config))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
