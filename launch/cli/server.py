@@ -18,8 +18,6 @@ from .schema import Keys
 
 K = TypeVar("K", bound=Keys)
 
-_FROM_ENVIRONMENT = {"api_key": "PHALANX_API_KEY", "admin_key": "PHALANX_ADMIN_KEY"}
-
 
 def server_settings() -> tuple[type, ...]:
     """The settings whose fields are keys of a program that serves HTTP."""
@@ -29,10 +27,11 @@ def server_settings() -> tuple[type, ...]:
 def read_settings(job: Job[K]) -> Settings:
     """Return a job's settings, with the keys of the environment. Raises ConfigError for a value that cannot be."""
     auth = job.settings(AuthConfig)
-    for field, variable in _FROM_ENVIRONMENT.items():
-        value = os.environ.pop(variable, None)  # the processes started from here have no use for it
-        if value and getattr(auth, field) is None:
-            auth = dataclasses.replace(auth, **{field: value})
+    # The processes that are started from here have no use for the keys.
+    api_key, admin_key = os.environ.pop("PHALANX_API_KEY", None), os.environ.pop("PHALANX_ADMIN_KEY", None)
+    auth = dataclasses.replace(
+        auth, api_key=auth.api_key or api_key or None, admin_key=auth.admin_key or admin_key or None
+    )
     return Settings(job.settings(ServerConfig), job.settings(GatewayConfig), auth, job.settings(PoolConfig))
 
 
