@@ -109,13 +109,6 @@ class Client:
         """Ask to end a request; its Finished still comes."""
         self._connection.send(Abort(request_id))
 
-    def abort_all(self) -> None:
-        """Ask to end every request of this client."""
-        with self._lock:
-            ids = list(self._sinks)
-        for request_id in ids:
-            self.abort(request_id)
-
     def abort_soon(self, request_id: str) -> None:
         """The same from where no lock may be taken, such as the garbage collector: with the next event or request."""
         self._dropped.append(request_id)
@@ -147,17 +140,23 @@ class Client:
         """Raise the error with which this client refuses everything: it was closed, or its engine has stopped."""
         self._check_stopped()
 
-    def fail_all(self, error: PhalanxError) -> None:
-        """The engine is gone: end every request with `error`, and refuse new ones."""
+    def fail_all(self, error: PhalanxError) -> list[str]:
+        """The engine is gone: end every request with `error`, and refuse new ones. Returns the ids of these requests."""
         with self._lock:
             if self._stopped is not None:
-                return
+                return []
             self._stopped = error
-        self._fail_outstanding(error)
+        return self._fail_outstanding(error)
 
     def close(self) -> None:
         """End what is outstanding with EngineStopped, and the connection."""
         self.fail_all(EngineStopped("the engine was closed"))
+        self._connection.close()
+
+    def leave(self, error: PhalanxError) -> None:
+        """End every request with `error`, also at the engine, which goes on, and the connection."""
+        for request_id in self.fail_all(error):
+            self.abort(request_id)
         self._connection.close()
 
     def _on_lost(self, error: EngineStopped) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,12 +68,7 @@ class LLM:
         llm = cls.__new__(cls)
         secret = None if secret_file is None else read_secret(secret_file)
         llm.client = client = Client(ZmqConnection(address, secret))
-
-        def close() -> None:
-            client.abort_all()
-            client.close()
-
-        llm._lifetime = Lifetime(llm, close)
+        llm._lifetime = Lifetime(llm, partial(client.leave, EngineStopped("the connection was closed")))
         try:
             client.status(timeout_s)
         except Timeout:

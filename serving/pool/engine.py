@@ -132,9 +132,8 @@ class PooledEngine:
             self._polling.cancel()
             await asyncio.wait([self._polling])
         if self._client is not None:
-            client = self._client
-            client.abort_all()
-            await asyncio.to_thread(client.close)
+            error = EngineStopped("the server was stopped before the request had finished")
+            await asyncio.to_thread(self._client.leave, error)
 
     async def _poll(self, on_change: Callable[[PooledEngine], None]) -> None:
         """Ask for its Status again and again, until its client is closed for good."""
