@@ -12,7 +12,7 @@ setup: $(READY) $(DEMO_MODEL)/model.safetensors
 $(READY): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[gguf,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[gguf,serve,dev]"
 	touch $(READY)
 
 $(DEMO_MODEL)/model.safetensors: | $(READY)
@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp')
 	mkdir -p $(VENV)/typecheck && ln -sfn "$(CURDIR)" $(VENV)/typecheck/phalanx
-	cd $(VENV)/typecheck && ../bin/mypy phalanx/engine phalanx/parallel phalanx/launch
+	cd $(VENV)/typecheck && ../bin/mypy phalanx/engine phalanx/parallel phalanx/serving phalanx/launch
 
 clean:
 	rm -rf $(VENV) models outputs build *.egg-info

@@ -28,6 +28,12 @@ PACKAGES = [
     "phalanx.kernels.cpu",
     "phalanx.kernels.cuda",
     "phalanx.kernels.weight_formats",
+    "phalanx.serving",
+    "phalanx.serving.gateway",
+    "phalanx.serving.gateway.generation",
+    "phalanx.serving.gateway.http",
+    "phalanx.serving.gateway.routes",
+    "phalanx.serving.gateway.schemas",
     "phalanx.launch",
     "phalanx.launch.cli",
     "phalanx.launch.model_files",
@@ -99,6 +105,13 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.10"],
+        "serve": [
+            "starlette>=0.40",
+            "uvicorn>=0.30",
+            "uvloop>=0.19",
+            "httptools>=0.6",
+            "prometheus-client>=0.20",
+        ],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -106,6 +119,8 @@ setup(
             "mypy>=1.14",
             "pre-commit>=4",
             "psutil>=5",
+            "openai>=1.60",
+            "httpx>=0.27",
             "clang-format==23.1.5",
             # Runs the kernels for GPUs in its interpreter, and compiles them without one: torch's own version of it.
             "triton>=3.6,<3.8; platform_system == 'Linux'",

@@ -63,6 +63,9 @@ class GatewayConfig:
                 raise ConfigError(f"{field.name}={value!r} is out of range: it must be at least 1")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port!r} is out of range: it must be in [0, 65535]")
+        if self.default_temperature is not None and not 0 <= self.default_temperature < float("inf"):
+            value = self.default_temperature
+            raise ConfigError(f"default_temperature={value!r} is out of range: it must be in [0, inf)")
         if self.body_timeout_s == 0:
             raise ConfigError("body_timeout_s=0 is out of range: it must be above 0")
         if len(set(self.served_model_names)) != len(self.served_model_names) or "" in self.served_model_names:

@@ -32,9 +32,11 @@ class Admission:
         """
         most_requests, most_tokens = self._config.max_open_requests, self._config.max_open_tokens
         if requests > most_requests:
-            raise invalid(f"{requests} prompts are more than the server holds at once, {most_requests}", "prompt")
+            bound = f"{most_requests} (max_open_requests)"
+            raise invalid(f"{requests} prompts are more than the server holds at once, {bound}", "prompt")
         if tokens > most_tokens:
-            raise invalid(f"about {tokens} prompt tokens are more than the server holds at once, {most_tokens}", None)
+            bound = f"{most_tokens} (max_open_tokens)"
+            raise invalid(f"about {tokens} prompt tokens are more than the server holds at once, {bound}")
 
         over = self.requests + requests - most_requests
         if over > 0 or self.tokens + tokens > most_tokens:

@@ -19,7 +19,7 @@ _INT_LOW, _INT_HIGH = -(2**63), 2**64 - 1
 _LONG_NUMBER = re.compile(r"\d{19}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$")
-_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`(?: - at `.*`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(\w+)`")
 _SHOWN_CHARS = 100
 
@@ -83,7 +83,7 @@ def _explained(message: str, values: dict[str, Any], kind: type[msgspec.Struct])
     path = found[1] if found else ""
     what = message[: found.start()] if found else message
 
-    if unknown := _UNKNOWN.match(message):
+    if unknown := _UNKNOWN.match(what):
         name = unknown[1]
         near = difflib.get_close_matches(name, kind.__struct_fields__, 1) if not path else []
         hint = f"; did you mean {near[0]}?" if near else ""
