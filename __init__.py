@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         CapacityExceeded,
         CheckpointError,
         ConfigError,
+        EngineFault,
         EngineStopped,
         InvalidRequest,
         PhalanxError,
@@ -32,6 +33,7 @@ _HOMES = {
     "ConfigError": "errors",
     "CheckpointError": "errors",
     "CapacityExceeded": "errors",
+    "EngineFault": "errors",
     "EngineStopped": "errors",
     "Timeout": "errors",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EngineConfig",
+    "EngineFault",
     "EngineStopped",
     "InvalidRequest",
     "PhalanxError",

@@ -14,6 +14,7 @@ PACKAGES = [
     "phalanx.engine",
     "phalanx.engine.client",
     "phalanx.engine.coordinator",
+    "phalanx.engine.coordinator.text",
     "phalanx.engine.execution",
     "phalanx.engine.memory",
     "phalanx.engine.models",

@@ -19,6 +19,7 @@ MAX_TIMEOUT_S = 7 * 24 * 3600
 KV_CACHE_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 GRAPHS = ("auto", "none", "all", "lazy", "eager")
+CLIENT_PRIORITIES = ("auto", "always", "never")
 BIND_CPUS = ("auto", "always", "never")
 COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl", "symmetric_memory")
 
@@ -59,6 +60,9 @@ class EngineConfig:
     """Most sequences computed in one step."""
     max_num_batched_tokens: int = 2048
     """Most tokens computed in one step: the step's budget."""
+    client_priorities: str = "auto"
+    """Whether requests run in the order of the priorities that clients give them: auto (those of clients in the
+    engine's process or on its host, over ipc://, not those over tcp://), always, or never."""
     max_queue: int = 16384
     """Requests that may wait; more are refused with CapacityExceeded."""
     block_size: int | None = None
@@ -105,6 +109,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("collectives", self.collectives, COLLECTIVES)
+        _one_of("client_priorities", self.client_priorities, CLIENT_PRIORITIES)
         _one_of("bind_cpus", self.bind_cpus, BIND_CPUS)
         _one_of("attention", self.attention, ATTENTION_BACKENDS)
         _one_of("graphs", self.graphs, GRAPHS)

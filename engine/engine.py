@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .execution.cpu_binding import Binding
 from .execution.worker_factory import build_worker
 from .models.hub import resolve_model
 from .models.spec import ModelSpec, check_transformers, read_config, spec_from_config, window_words
+from .protocol.messages import ModelInfo
 from .protocol.transport import Transport, ZmqTransport
 from .scheduling.scheduler import Scheduler
 
@@ -108,7 +110,26 @@ class Engine:
             prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
         )
 
-        input_processor = InputProcessor(config, spec, tokenizer, generation_config, capacity.max_model_len)
+        keeps_priorities = {"always": True, "never": False}.get(config.client_priorities, transport.is_local)
+        input_processor = InputProcessor(
+            config, spec, tokenizer, generation_config, capacity.max_model_len, keeps_priorities
+        )
+        info = ModelInfo(
+            version=str(sys.modules[__name__.partition(".")[0]].__version__),
+            model=config.model,
+            dtype=str(self.worker.settings.dtype).removeprefix("torch."),
+            ranks=self.group.size,
+            max_model_len=capacity.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            block_size=capacity.block_size,
+            total_blocks=scheduler.total_blocks,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=list(input_processor.eos_token_ids),
+            tokenizer_class=tokenizer.kind if tokenizer else None,
+            chat_template=tokenizer.chat_template if tokenizer else None,
+            prefix_cache=scheduler.prefix_cache,
+            report=[*self._report(), *self._surprises(spec), input_processor.defaults_report],
+        )
         return Coordinator(
             worker=self.worker,
             scheduler=scheduler,
@@ -116,8 +137,7 @@ class Engine:
             tokenizer=tokenizer,
             control=self.group.control,
             transport=transport,
-            ranks=self.group.size,
-            report=[*self._report(), *self._surprises(spec), input_processor.defaults_report],
+            info=info,
             heartbeat_s=config.timeout_s / 4,
         )
 

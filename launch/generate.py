@@ -16,7 +16,7 @@ from ..engine.client.llm import LLM
 from ..engine.client.outputs import OutputBuilder
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineStopped, InvalidRequest, PhalanxError
-from ..engine.protocol.messages import Delta, Event, Finished, Status, Submit
+from ..engine.protocol.messages import Delta, Event, Finished, ModelInfo, Status, Submit
 from .cli.compose import Job
 from .cli.display import AnswerStream, Display, ProgressBar, write_stdout
 from .cli.jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, count_requests, read_done, read_requests
@@ -107,7 +107,7 @@ class Batch:
         self._llm.submit(item.submit, self._events.put)
 
     def _take(self, event: Event) -> None:
-        assert not isinstance(event, Status)
+        assert not isinstance(event, Status | ModelInfo)
         entry = self._under_way[event.id]
 
         try:

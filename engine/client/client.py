@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ..errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
 from ..protocol.messages import (
     Abort,
+    Accepted,
     Command,
     Detokenize,
     Detokenized,
@@ -265,6 +266,8 @@ class RequestHandle:
         if self._ended:
             raise StopIteration
         event = self._events.get()
+        while isinstance(event, Accepted):  # nothing that its user sees
+            event = self._events.get()
         self._ended = isinstance(event, Finished | Failed)
         if isinstance(event, Failed):
             raise to_error(event)

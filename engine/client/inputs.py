@@ -71,4 +71,5 @@ def make_submit(
         token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
         messages=messages,
         sampling=sampling or SamplingParams(),
+        return_prompt_token_ids=True,
     )

@@ -17,7 +17,7 @@ from ...parallel.loading.checkpoint import Progress
 from ..config import EngineConfig
 from ..engine import Engine, EngineThread, device_type
 from ..errors import CapacityExceeded, EngineStopped, Timeout
-from ..protocol.messages import Event, Failed, Status, Submit
+from ..protocol.messages import Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.secret import read_secret
 from ..protocol.transport import InProcess, ZmqConnection
@@ -216,7 +216,7 @@ class LLM:
                     refused.append(by_id[event.id])
                     continue
 
-                assert not isinstance(event, Status)
+                assert not isinstance(event, Status | ModelInfo)
                 output = builders[event.id].add(event) if event is not None else None
                 if output is not None:
                     outputs[output.id] = output

@@ -29,6 +29,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
     id: str
     prompt_token_ids: list[int]
+    """Empty for a request of the protocol that did not ask for them (Submit.return_prompt_token_ids)."""
     outputs: list[CompletionOutput]
     """One for each of the n completions, by index."""
     usage: Usage
@@ -62,7 +63,7 @@ class OutputBuilder:
 
             return RequestOutput(
                 id=event.id,
-                prompt_token_ids=event.prompt_token_ids,
+                prompt_token_ids=event.prompt_token_ids or [],
                 outputs=self._outputs,
                 usage=event.usage,
                 timings=event.timings,

@@ -13,17 +13,18 @@ from functools import partial
 from typing import ParamSpec
 
 from ...parallel.control import ControlChannel
-from ..errors import InvalidRequest, PhalanxError
+from ..errors import EngineFault, PhalanxError
 from ..execution.launched_step import LaunchedStep
 from ..execution.worker import Worker
-from ..protocol.messages import Status, Submit
+from ..protocol.messages import ModelInfo, Submit
 from ..protocol.transport import Transport
-from ..scheduling.request import Request
+from ..scheduling.request import Request, SequenceUpdate
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.step_plan import Capture, Idle, StepPlan, StepResult, Stop, encode
 from .egress import Egress
 from .ingress import Ingress
 from .input_processor import InputProcessor
+from .progress import Progress, StatusAnswers
 from .registry import Owner, RequestRegistry
 from .tokenizer import Tokenizer
 
@@ -52,21 +53,21 @@ class Coordinator:
         tokenizer: Tokenizer | None,
         control: ControlChannel,
         transport: Transport,
-        ranks: int,
-        report: list[str],
+        info: ModelInfo,
         heartbeat_s: float,
     ) -> None:
-        """`ranks` and `report` are told in every Status; idle ranks hear something every `heartbeat_s` seconds."""
+        """`info` is told to clients that ask; idle ranks hear something every `heartbeat_s` seconds."""
         self._worker = worker
         self._scheduler = scheduler
         self._control = control
         self._transport = transport
-        self._ranks = ranks
-        self._report = report
+        self._info = info
         self._heartbeat_s = heartbeat_s
+        self._progress = Progress(scheduler, info, list(worker.capacity.peak_memory))
 
         self._registry = RequestRegistry()
         self._egress = Egress(transport, tokenizer, self._registry, self)
+        self._status_answers = StatusAnswers(self._progress, self._egress.send, self)
         self._ingress = Ingress(input_processor, self._registry, self._egress, self)
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -100,6 +101,7 @@ class Coordinator:
             self._control.send(encode(Stop(payload())))
         except Exception as error:
             self.stopped = error
+            self._progress.ended()
             self._refuse_all(f"rank 0 failed: {type(error).__name__}: {error}")
             raise
 
@@ -118,24 +120,41 @@ class Coordinator:
         """Have run() call `action` between two steps; safe from any thread. What it raises ends the loop."""
         self._inbox.put(partial(action, *args, **kwargs))
 
+    def report_status(self, client: bytes) -> None:
+        """Send the engine's Status to a client; safe from any thread, also while a step hangs."""
+        self._status_answers.ask(client)
+
+    def report_model_info(self, client: bytes) -> None:
+        """Send the engine's ModelInfo to a client; safe from any thread."""
+        self._egress.send(client, self._info)
+
     # ---- the thread of run(): steps
 
     def _step(self) -> None:
         """Plan, launch, commit. With overlap the step before is committed while the one just launched is computed."""
-        plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
+        progress = self._progress
+        with progress.phase("schedule"):
+            plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
         if plan is not None:
-            self._control.send(encode(plan))
-            self._in_flight.append((plan, self._worker.launch(plan)))
+            progress.planned(plan)
+            with progress.phase("launch"):
+                self._control.send(encode(plan))
+                self._in_flight.append((plan, self._worker.launch(plan)))
         if self._in_flight and (plan is None or not self._worker.settings.overlap or len(self._in_flight) > 1):
             self._commit_oldest()
+        progress.went_on()
         if plan is not None and plan.step % CAPTURE_EVERY == 0:
             self._capture_next()
 
     def _commit_oldest(self) -> None:
         plan, step = self._in_flight.popleft()
-        result = step.result()
-        self._fail_invalid(plan, result)
-        self._egress.deliver(self._scheduler.commit(plan, result))
+        with self._progress.phase("wait"):
+            result = step.result()
+        with self._progress.phase("commit"):
+            self._fail_invalid(plan, result)
+            updates = self._scheduler.commit(plan, result)
+            self._progress.committed(updates)
+            self._deliver(updates)
 
     def _fail_invalid(self, plan: StepPlan, result: StepResult) -> None:
         """A row whose logits were not numbers fails its own request; the others of the step go on.
@@ -151,7 +170,7 @@ class Coordinator:
                 continue
 
             self._scheduler.abort(request_id, forget=True)
-            error = InvalidRequest(
+            error = EngineFault(
                 "the model's output for this request is not a number; with float16 weights use dtype=bfloat16 or "
                 "float32"
             )
@@ -173,39 +192,22 @@ class Coordinator:
         except PhalanxError as error:
             self._egress.fail(request.id, error)
         else:
-            self._egress.begin(owner, submit, request.prompt)
+            self._egress.begin(owner, submit, request)
 
     def abort(self, request_id: str) -> None:
         """End a request early; an unknown one is ignored."""
-        self._egress.deliver(self._scheduler.abort(request_id))
+        self._deliver(self._scheduler.abort(request_id))
 
     def finish(self, request_id: str, index: int, stop: str) -> None:
         """End sequence `index` of a request, whose text has reached the stop string `stop`."""
         update = self._scheduler.finish(request_id, index, stop)
         if update is not None:
-            self._egress.deliver([update])
+            self._deliver([update])
 
-    def report_status(self, client: bytes) -> None:
-        """Send the engine's Status to a client."""
-        scheduler = self._scheduler
-        capacity = self._worker.capacity
-        status = Status(
-            ready=True,
-            ranks=self._ranks,
-            max_model_len=capacity.max_model_len,
-            max_num_seqs=scheduler.max_num_seqs,
-            block_size=capacity.block_size,
-            total_blocks=scheduler.total_blocks,
-            free_blocks=scheduler.free_blocks,
-            running=scheduler.running,
-            waiting=scheduler.waiting,
-            steps=scheduler.steps,
-            preemptions=scheduler.preemptions,
-            prefix_hits=scheduler.prefix_hits,
-            peak_memory=list(capacity.peak_memory),
-            report=self._report,
-        )
-        self._egress.send(client, status)
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        # Whoever has seen the end of a request finds it gone from the Status.
+        self._progress.went_on()
+        self._egress.deliver(updates)
 
     def _handle_inbox(self) -> bool:
         """Run what other threads asked for; wait for it while there is nothing to compute. False: time to stop."""
@@ -213,7 +215,7 @@ class Coordinator:
         while not self._stopping:
             wait = not self._scheduler.has_work and not self._in_flight
             try:
-                action = self._inbox.get(block=wait, timeout=patience if wait else None)
+                action = self._wait_for_action(patience) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 if not wait:
                     return True
@@ -222,6 +224,10 @@ class Coordinator:
             else:
                 action()
         return False
+
+    def _wait_for_action(self, patience: float) -> Callable[[], None]:
+        with self._progress.resting():
+            return self._inbox.get(timeout=patience)
 
     def _idle(self, first: bool) -> None:
         """Tell the other ranks that this one lives. On the `first` call since there was work, check the block pool."""

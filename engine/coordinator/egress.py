@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from ..errors import EngineStopped, PhalanxError
 from ..protocol.messages import Event, Failed, Submit
 from ..protocol.transport import Transport
-from ..scheduling.request import SequenceUpdate
+from ..scheduling.request import Request, SequenceUpdate
 from .output_processor import OutputProcessor
 from .registry import Owner, RequestRegistry
 from .threads import QueueThread, StepLoop
@@ -36,9 +36,9 @@ class Egress:
         """Begin to send events."""
         self._thread.start()
 
-    def begin(self, owner: Owner, submit: Submit, prompt: Sequence[int]) -> None:
-        """Expect updates of a request that the scheduler took, with these token ids of its prompt."""
-        self._thread.put(partial(self._processor.start, owner.client, submit, owner.request_id, prompt))
+    def begin(self, owner: Owner, submit: Submit, request: Request) -> None:
+        """Tell the client that the scheduler took its request, and expect updates of it."""
+        self._thread.put(partial(self._processor.start, owner.client, submit, request))
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Send what a step, an abort or a stop string brought."""

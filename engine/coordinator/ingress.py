@@ -11,11 +11,14 @@ from ..protocol.messages import (
     Abort,
     Command,
     Completion,
+    Detokenize,
     Finished,
+    ModelInfoRequest,
     Shutdown,
     StatusRequest,
     Submit,
     Timings,
+    Tokenize,
     Usage,
 )
 from .egress import Egress
@@ -29,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Ingress:
     """Owns the intake thread, which encodes text so that no step waits for it. The input processor is used by it alone.
 
-    Aborts, questions for the status and the end of the engine wait for no text: they go to the step loop at once. The
+    Aborts, questions for the status and the end of the engine wait for no text: they go past it. The
     transport's threads call receive(); the thread that owns the coordinator calls start() and close().
     """
 
@@ -57,8 +60,12 @@ class Ingress:
             self._thread.put((owner, command, time.monotonic()))
         elif isinstance(command, Abort):
             self._abort(Owner(client, command.id))
+        elif isinstance(command, Tokenize | Detokenize):
+            self._thread.put((Owner(client, command.id), command, time.monotonic()))
         elif isinstance(command, StatusRequest):
-            self._loop.call_soon(self._loop.report_status, client)
+            self._loop.report_status(client)
+        elif isinstance(command, ModelInfoRequest):
+            self._loop.report_model_info(client)
         else:
             assert isinstance(command, Shutdown)
             self._loop.stop()
@@ -75,8 +82,12 @@ class Ingress:
 
     # ---- the intake thread
 
-    def _submit(self, received: tuple[Owner, Submit, float]) -> None:
+    def _submit(self, received: tuple[Owner, Submit | Tokenize | Detokenize, float]) -> None:
         owner, submit, arrived_at = received
+        if not isinstance(submit, Submit):
+            self._answer(owner, submit)
+            return
+
         with self._lock:
             aborted = owner in self._aborted
         if aborted:
@@ -90,6 +101,15 @@ class Ingress:
             self._aborted.discard(owner)
         if aborted_meanwhile:
             self._loop.call_soon(self._loop.abort, owner.request_id)
+
+    def _answer(self, owner: Owner, question: Tokenize | Detokenize) -> None:
+        try:
+            self._egress.send(owner.client, self._processor.answer(question))
+        except PhalanxError as error:
+            self._egress.refuse(owner, error)
+        except Exception as error:
+            _log.exception("a question could not be answered")
+            self._egress.refuse(owner, InvalidRequest(f"the question was refused: {error!r}"))
 
     def _process(self, owner: Owner, submit: Submit, arrived_at: float) -> None:
         try:
@@ -109,4 +129,4 @@ class Ingress:
 def _never_begun(submit: Submit, waited_s: float) -> Finished:
     """Return the end of a request that was aborted before its text was looked at."""
     completions = [Completion(index, "abort") for index in range(submit.sampling.n)]
-    return Finished(submit.id, completions, Usage(0, 0), Timings(waited_s, waited_s, 0.0, waited_s), [])
+    return Finished(submit.id, completions, Usage(0, 0), Timings(waited_s, waited_s, 0.0, waited_s))

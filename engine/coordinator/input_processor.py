@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
@@ -10,12 +11,16 @@ from ...kernels.noise import derive_seed
 from ..config import EngineConfig
 from ..errors import CheckpointError, InvalidRequest
 from ..models.spec import ModelSpec
-from ..protocol.messages import Submit
+from ..protocol.messages import Detokenize, Detokenized, Prompt, Submit, Tokenize, Tokenized
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request
 from ..scheduling.step_plan import SlotSampling
 from .tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
+TOKENIZE_LIMIT = 1 << 20
+"""Tokens of a text that is only to be tokenized, about as many at most."""
 INHERITED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -29,12 +34,16 @@ class InputProcessor:
         tokenizer: Tokenizer | None,
         generation_config: dict[str, Any],
         max_model_len: int,
+        keeps_priorities: bool = True,
     ) -> None:
+        """`keeps_priorities` says whether a request's own priority counts; otherwise all have priority 0."""
+        self._keeps_priorities = keeps_priorities
         self._config, self._spec, self._tokenizer = config, spec, tokenizer
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
         self._unseeded = 0
+        self._told_of_priorities = False
 
     @property
     def defaults_report(self) -> str:
@@ -55,8 +64,10 @@ class InputProcessor:
             )
 
         self._check_vocabulary(params)
-        prompt = self._encode(submit)
         limit = self._max_model_len - 1
+        _, prompt = self._encode(submit, limit)
+        if not prompt:
+            raise InvalidRequest(f"the {_given(submit)} is empty: it must hold at least 1 token")
         if len(prompt) > limit:
             raise InvalidRequest(
                 f"the prompt has {len(prompt)} tokens; with max_model_len={self._max_model_len} it may have at most "
@@ -65,19 +76,49 @@ class InputProcessor:
 
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
+        seed = params.seed
+        if seed is None:
+            seed, self._unseeded = derive_seed(self._config.seed, self._unseeded), self._unseeded + 1
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
         return Request(
             id=request_id,
             prompt=prompt,
-            samplings=self._samplings(params, tuple(sorted(eos | stops))),
+            samplings=self._samplings(params, seed, tuple(sorted(eos | stops))),
             max_tokens=int(max_tokens) if max_tokens is not None else self._max_model_len,
             eos_token_ids=eos,
             stop_token_ids=stops,
-            priority=submit.priority,
+            priority=self._priority(submit),
             cache_salt=submit.cache_salt,
+            seed=seed,
             arrived_at=arrived_at,
         )
+
+    def answer(self, question: Tokenize | Detokenize) -> Tokenized | Detokenized:
+        """Answer a question about text. Raises InvalidRequest as process() does."""
+        _check_types(question)
+        if isinstance(question, Detokenize):
+            self._check_tokens("token_ids", question.token_ids)
+            if self._tokenizer is None:
+                raise InvalidRequest("the engine was started without a tokenizer: it knows no text of token ids")
+            return Detokenized(id=question.id, text=self._tokenizer.decode(question.token_ids))
+
+        text, tokens = self._encode(question, TOKENIZE_LIMIT)
+        token_bytes = [self._tokenizer.token_bytes[token] if self._tokenizer else b"" for token in tokens]
+        return Tokenized(id=question.id, token_ids=tokens, text=text, token_bytes=token_bytes)
+
+    def _priority(self, submit: Submit) -> int:
+        if self._keeps_priorities or not submit.priority:
+            return submit.priority
+        if not self._told_of_priorities:
+            self._told_of_priorities = True
+            _log.warning(
+                "a request's priority=%d is ignored, as client_priorities=%s has it: all run in the order in which "
+                "they came; client_priorities=always honours what clients ask",
+                submit.priority,
+                self._config.client_priorities,
+            )
+        return 0
 
     def _special_tokens(self, stops: tuple[str, ...]) -> frozenset[int]:
         """The ids of stop strings that are special tokens: where these are left out of the text, none would show."""
@@ -86,41 +127,30 @@ class InputProcessor:
         found = (self._tokenizer.special_token_id(text) for text in stops)
         return frozenset(token for token in found if token is not None and token < self._spec.vocab_size)
 
-    def _encode(self, submit: Submit) -> list[int]:
-        given = [name for name in ("prompt", "messages", "token_ids") if getattr(submit, name) is not None]
-        if len(given) != 1:
-            raise InvalidRequest(
-                f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
-            )
-
-        if submit.token_ids is not None:
-            tokens = list(submit.token_ids)
+    def _encode(self, prompt: Prompt, limit: int) -> tuple[str | None, list[int]]:
+        """The text of a prompt, None for token ids, and its token ids."""
+        given = _given(prompt)
+        text: str | None = None
+        if prompt.token_ids is not None:
+            tokens = list(prompt.token_ids)
         elif self._tokenizer is None:
-            raise InvalidRequest(
-                f"{given[0]} needs a tokenizer, and the engine was started without one: send token_ids"
-            )
-        elif submit.prompt is not None:
-            tokens = self._tokenizer.encode(submit.prompt, self._max_model_len - 1)
+            raise InvalidRequest(f"{given} needs a tokenizer, and the engine was started without one: send token_ids")
+        elif prompt.prompt is not None:
+            text = prompt.prompt
+            tokens = self._tokenizer.encode(text, limit, special=prompt.add_special_tokens)
         else:
-            limit = self._max_model_len - 1
-            tokens = self._tokenizer.encode_messages(submit.messages, limit) if submit.messages else []
+            text, tokens = self._tokenizer.encode_conversation(prompt, limit) if prompt.messages else ("", [])
 
-        if not tokens:
-            raise InvalidRequest(f"the {given[0]} is empty: it must hold at least 1 token")
-        self._check_tokens(given[0], tokens)
-        return tokens
+        self._check_tokens(given, tokens)
+        return text, tokens
 
-    def _samplings(self, params: SamplingParams, end_token_ids: tuple[int, ...]) -> list[SlotSampling]:
+    def _samplings(self, params: SamplingParams, seed: int, end_token_ids: tuple[int, ...]) -> list[SlotSampling]:
         values = {
             name: _first(getattr(params, name), getattr(self._config.sampling, name), self._generation.get(name))
             for name in INHERITED
         }
 
         bias = sorted((params.logit_bias or {}).items())
-        seed = params.seed
-        if seed is None:
-            seed, self._unseeded = derive_seed(self._config.seed, self._unseeded), self._unseeded + 1
-
         return [
             SlotSampling(
                 temperature=float(_first(values["temperature"], 0.0)),
@@ -153,15 +183,26 @@ class InputProcessor:
             raise InvalidRequest(f"{name} holds {bad}, which is outside the model's vocabulary: 0 to {size - 1}")
 
 
-def _check_types(submit: Submit) -> None:
+def _given(prompt: Prompt) -> str:
+    """Which of its three forms a prompt has. Raises InvalidRequest unless it has exactly one."""
+    given = [name for name in ("prompt", "messages", "token_ids") if getattr(prompt, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"exactly one of prompt, messages and token_ids must be given; got {', '.join(given) or 'none'}"
+        )
+    return given[0]
+
+
+def _check_types(command: Submit | Tokenize | Detokenize) -> None:
     """A client in this process is not held to the protocol's types by a wire; what is wrong must not reach a step."""
+    kind = type(command)
     try:
-        msgspec.convert({"type": "submit", **msgspec.structs.asdict(submit)}, Submit)
+        msgspec.convert({"type": kind.__struct_config__.tag, **msgspec.structs.asdict(command)}, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise InvalidRequest(f"the request is ill-typed: {error}") from error
     for name in ("prompt", "cache_salt"):
         try:
-            (getattr(submit, name) or "").encode()
+            (getattr(command, name, None) or "").encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the {name} is not valid Unicode text: {error}") from error
 

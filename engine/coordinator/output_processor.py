@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..protocol.messages import Completion, Delta, Event, Finished, Submit, Timings, Usage
+from ..protocol.logprobs import TokenLogprobs
+from ..protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit, Timings, Usage
 from ..scheduling.request import Request, SequenceUpdate
-from .tokenizer import IncrementalDetokenizer, Tokenizer
+from .text.token_text import INCOMPLETE_BYTES, IncrementalDetokenizer
+from .tokenizer import Tokenizer
 
 
 class StopStrings:
     """Finds the first of several strings in a growing text, and holds back what may be the beginning of one."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
+        """With `include` the stop string that ends the text is shown too."""
         self._stops = stops
+        self._include = include
         self._held = ""
         self._too_early = 0  # characters held in which no stop string may end
 
@@ -32,8 +37,8 @@ class StopStrings:
         # The one whose text was complete first is the one a reader of the stream would have met.
         found = [(place + len(stop), place, stop) for stop in self._stops if (place := self._find(stop)) >= 0]
         if found:
-            _, place, stop = min(found)
-            shown, self._held = self._held[:place], ""
+            end, place, stop = min(found)
+            shown, self._held = self._held[: end if self._include else place], ""
             return shown, stop
 
         keep = 0 if last else self._longest_beginning()
@@ -59,6 +64,23 @@ class _CompletionState:
     stops: StopStrings
     completion: Completion | None = None
     tokens: int = 0
+    """Tokens that went out."""
+    decoded: int = 0
+    """Characters that the detokenizer gave: those that went out, those in `ready`, and those that `stops` holds."""
+    sent: int = 0
+    """Characters that went out."""
+    ready: str = ""
+    """Text that may go out, with the rest of its token's text."""
+    held: deque[_HeldToken] = field(default_factory=deque)
+    """Tokens that wait for their text."""
+
+
+@dataclass(slots=True)
+class _HeldToken:
+    token_id: int
+    logprobs: TokenLogprobs | None
+    end: int | None
+    """Characters decoded once its text was whole; None before."""
 
 
 @dataclass
@@ -76,6 +98,10 @@ StopFound = Callable[[str, int, str], None]
 class OutputProcessor:
     """Owns the text of every running request. Used by one thread.
 
+    A Delta's text is exactly that of its token ids: a token waits for the other tokens of an unfinished character, and
+    while any of its text is held back for a stop string. The last Delta of a completion holds all that is left, cut at
+    the stop string.
+
     `emit(client, event)` delivers; `stop_found(request_id, index, stop)` asks the scheduler to finish a sequence.
     """
 
@@ -83,15 +109,26 @@ class OutputProcessor:
         self._tokenizer, self._emit, self._stop_found = tokenizer, emit, stop_found
         self._requests: dict[str, _RequestState] = {}
 
-    def start(self, client: bytes, submit: Submit, request_id: str, prompt: Sequence[int]) -> None:
-        """Expect updates for a request that was accepted, with these token ids of its prompt."""
+    def start(self, client: bytes, submit: Submit, request: Request) -> None:
+        """Tell the client that its request was accepted, and expect updates for it. The scheduler has taken it on."""
         state = _RequestState(client, submit.id, submit)
-        for _ in range(submit.sampling.n):
+        sampling = submit.sampling
+        for _ in range(sampling.n):
             decoder = None
             if self._tokenizer is not None:
-                decoder = self._tokenizer.decoder(submit.sampling.skip_special_tokens, prompt)
-            state.completions.append(_CompletionState(decoder, StopStrings(submit.sampling.stop)))
-        self._requests[request_id] = state
+                decoder = self._tokenizer.decoder(sampling.skip_special_tokens, request.prompt)
+            stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+            state.completions.append(_CompletionState(decoder, stops))
+
+        self._requests[request.id] = state
+        first = request.sequences[0]
+        accepted = Accepted(
+            id=submit.id,
+            prompt_tokens=len(request.prompt),
+            seed=request.seed,
+            max_tokens=first.length_limit - first.prompt_length,
+        )
+        self._emit(client, accepted)
 
     def forget(self, request_id: str) -> _RequestState | None:
         """No more updates will come (the request failed)."""
@@ -108,16 +145,16 @@ class OutputProcessor:
             self._advance(state, completion, update)
         if update.request_finished:
             del self._requests[update.request.id]
-            self._emit(state.client, _finished(state, update.request))
+            self._emit(state.client, self._finished(state, update.request))
 
     def _advance(self, state: _RequestState, completion: _CompletionState, update: SequenceUpdate) -> None:
         request, index = update.request, update.sequence.index
-        text, stop, used = "", None, 0
+        stop = None
         min_tokens = state.submit.sampling.min_tokens
-        for token in update.token_ids:
-            used += 1
-            shown, stop = self._text(completion, token, request, completion.tokens + used < min_tokens)
-            text += shown
+        entries: Sequence[TokenLogprobs | None] = update.logprobs or [None] * len(update.token_ids)
+        for token, logprobs in zip(update.token_ids, entries, strict=True):
+            too_early = completion.tokens + len(completion.held) + 1 < min_tokens
+            stop = self._take(completion, token, logprobs, request, too_early)
             if stop is not None:
                 break
 
@@ -125,7 +162,7 @@ class OutputProcessor:
         if stop is None and finished:
             rest = completion.detokenizer.flush() if completion.detokenizer else ""
             shown, stop = completion.stops.feed(rest, last=True)
-            text += shown
+            completion.ready += shown
 
         if stop is not None:
             completion.completion = Completion(index, "stop", stop)
@@ -133,29 +170,94 @@ class OutputProcessor:
                 self._stop_found(request.id, index, stop)
         elif finished:
             completion.completion = Completion(index, str(update.finish_reason), update.stop_reason)
+        self._send_ready(state, completion, index)
 
-        completion.tokens += used
-        if used or text:
-            logprobs = update.logprobs[:used] if update.logprobs else None
-            self._emit(state.client, Delta(state.id, index, text, update.token_ids[:used], logprobs))
+    def _take(
+        self,
+        completion: _CompletionState,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        request: Request,
+        too_early: bool,
+    ) -> str | None:
+        """Take in a token. Returns the stop string that its text completes."""
+        held = _HeldToken(token, self._with_bytes(logprobs), None)
+        completion.held.append(held)
 
-    def _text(
-        self, completion: _CompletionState, token: int, request: Request, too_early: bool
-    ) -> tuple[str, str | None]:
         # The token that ends an answer is reported among the token ids but is no part of the text.
-        if completion.detokenizer is None or token in request.eos_token_ids or token in request.stop_token_ids:
-            return "", None
-        return completion.stops.feed(completion.detokenizer.step(token), too_early=too_early)
+        detokenizer = completion.detokenizer
+        if detokenizer is None or token in request.eos_token_ids or token in request.stop_token_ids:
+            held.end = completion.decoded
+            return None
 
+        text = detokenizer.step(token)
+        completion.decoded += len(text)
+        if detokenizer.is_whole:
+            whole = len(completion.held)
+        else:
+            # Bytes that are no UTF-8 are shown but for the last few, which may still begin a character.
+            whole = len(completion.held) - INCOMPLETE_BYTES if text else 0
+        for place in range(whole - 1, -1, -1):
+            if completion.held[place].end is not None:
+                break
+            completion.held[place].end = completion.decoded
 
-def _finished(state: _RequestState, request: Request) -> Finished:
-    completions = [
-        completion.completion or Completion(index, "abort") for index, completion in enumerate(state.completions)
-    ]
-    usage = Usage(
-        len(request.prompt), sum(completion.tokens for completion in state.completions), request.cached_tokens
-    )
-    return Finished(state.id, completions, usage, timings(request), request.prompt, request.prompt_logprobs)
+        shown, stop = completion.stops.feed(text, too_early=too_early)
+        completion.ready += shown
+        return stop
+
+    def _send_ready(self, state: _RequestState, completion: _CompletionState, index: int) -> None:
+        """Send the tokens whose text is whole and may be shown; at the end all that is left."""
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        shown = completion.sent + len(completion.ready)
+        end = completion.sent
+        while completion.held:
+            held = completion.held[0]
+            if completion.completion is None:
+                if held.end is None or held.end > shown:
+                    break
+                end = held.end
+            token_ids.append(held.token_id)
+            if held.logprobs is not None:
+                logprobs.append(held.logprobs)
+            completion.held.popleft()
+
+        size = len(completion.ready) if completion.completion is not None else end - completion.sent
+        text, completion.ready = completion.ready[:size], completion.ready[size:]
+        completion.sent += size
+        if token_ids or text:
+            position = completion.tokens
+            completion.tokens += len(token_ids)
+            delta = Delta(state.id, index, text, token_ids, logprobs or None, position)
+            self._emit(state.client, delta)
+
+    def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
+        if logprobs is None or self._tokenizer is None:
+            return logprobs
+        known = self._tokenizer.token_bytes
+        return TokenLogprobs(
+            logprobs.token_id,
+            logprobs.logprob,
+            logprobs.rank,
+            logprobs.top_token_ids,
+            logprobs.top_logprobs,
+            known[logprobs.token_id],
+            [known[token] for token in logprobs.top_token_ids],
+        )
+
+    def _finished(self, state: _RequestState, request: Request) -> Finished:
+        completions = [
+            completion.completion or Completion(index, "abort") for index, completion in enumerate(state.completions)
+        ]
+        usage = Usage(
+            len(request.prompt), sum(completion.tokens for completion in state.completions), request.cached_tokens
+        )
+        prompt_logprobs = request.prompt_logprobs
+        if prompt_logprobs is not None:
+            prompt_logprobs = [self._with_bytes(entry) or entry for entry in prompt_logprobs]
+        prompt = request.prompt if state.submit.return_prompt_token_ids else None
+        return Finished(state.id, completions, usage, timings(request), prompt, prompt_logprobs)
 
 
 def timings(request: Request) -> Timings:

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 class StepLoop(Protocol):
-    """What the intake and output threads ask of the step loop. All but call_soon() and stop() run on its own thread."""
+    """What the intake and output threads ask of the step loop. add(), abort() and finish() run on its own
+    thread."""
 
     def call_soon(self, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have the loop call `action` between two steps; any thread may ask. What it raises ends the loop."""
@@ -34,7 +35,10 @@ class StepLoop(Protocol):
         """End sequence `index` of a request, whose text has reached the stop string `stop`."""
 
     def report_status(self, client: bytes) -> None:
-        """Send the engine's Status to a client."""
+        """Send the engine's Status to a client; any thread may ask."""
+
+    def report_model_info(self, client: bytes) -> None:
+        """Send the engine's ModelInfo to a client; any thread may ask."""
 
 
 class QueueThread(Generic[T]):

@@ -9,16 +9,13 @@ from typing import Any
 
 from ...parallel.loading.safetensors_files import is_lfs_pointer, lfs_advice
 from ..errors import CheckpointError, ConfigError, InvalidRequest
+from ..protocol.messages import Prompt
+from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
 
 Message = dict[str, Any]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "config.json")
-INCOMPLETE = "\ufffd"
-INCOMPLETE_BYTES = 3
-"""Bytes of an incomplete character at most, and so tokens. Some decoders show each as U+FFFD, others all as one."""
 USUAL_CHARACTERS = 8
 """Characters of a token at most, in usual text."""
-WINDOW_TOKENS = 16
-"""Tokens without whole text that are decoded together at most."""
 CONTEXT_TOKENS = 6
 """Tokens of the prompt that are decoded before the first new token, as vLLM does."""
 
@@ -60,13 +57,15 @@ class Tokenizer:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
         self._takes_parts: bool | None = None
+        self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer, self.size)
+        """The bytes of each token by its id."""
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself.
+    def encode(self, text: str, limit: int | None = None, special: bool = True) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself unless not `special`.
 
         Raises InvalidRequest for a long text whose beginning has more than `limit` tokens already.
         """
-        return self._encode(text, True, limit)
+        return self._encode(text, special, limit)
 
     def _encode(self, text: str, special: bool, limit: int | None) -> list[int]:
         if limit is not None:
@@ -105,6 +104,11 @@ class Tokenizer:
             raise InvalidRequest(f"the chat template refused the messages: {error}") from error
         return self._encode(text, False, limit)
 
+    def encode_conversation(self, prompt: Prompt, limit: int | None = None) -> tuple[str, list[int]]:
+        """The rendered text of a prompt that has messages, and its token ids."""
+        tokens = self.encode_messages(prompt.messages or [], limit)
+        return self.decode(tokens), tokens
+
     def _render(self, messages: list[Message]) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
@@ -133,6 +137,23 @@ class Tokenizer:
         """Return a decoder for one completion of `prompt`, whose last tokens may decide how the first new one reads."""
         skipped = self._special if skip_special_tokens else frozenset()
         return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; ids that are no tokens have none."""
+        return str(self._tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    @property
+    def kind(self) -> str:
+        """The name of transformers' class."""
+        return type(self._tokenizer).__name__
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations, if the model has one."""
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return template if isinstance(template, str) and template else None
 
     @property
     def size(self) -> int:
@@ -169,71 +190,6 @@ def _with_text(message: Message) -> Message:
             )
         texts.append(text)
     return {**message, "content": "\n".join(texts)}
-
-
-class IncrementalDetokenizer:
-    """Decodes one completion token by token; text appears once it is whole UTF-8.
-
-    The tokens of the last piece of text are decoded again together with those after it, since what a token's text is
-    may depend on the token before it. A window of tokens begins where text was whole.
-
-    The first window begins with the prompt's last tokens: where a tokenizer marks the beginning of a word with a space
-    (SentencePiece), decoding an answer by itself would swallow the space before its first word.
-    """
-
-    def __init__(self, backend: Any, skipped: frozenset[int], prompt: Sequence[int] = ()) -> None:
-        """`backend` is a tokenizers.Tokenizer; the token ids in `skipped` have no text. `prompt` is its last tokens."""
-        self._backend = backend
-        self._skipped = skipped
-        self._window = [token for token in prompt if token not in skipped and backend.id_to_token(token) is not None]
-        self._text = self._decode() if self._window else ""
-        # An answer to a prompt that ends within a character is decoded by itself.
-        if self._text.endswith(INCOMPLETE):
-            self._window, self._text = [], ""
-        self._context = len(self._window)  # tokens of the window whose text is shown in full
-        self._shown = len(self._text)  # characters of the window's text that were returned, or are the prompt's
-
-    def step(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is incomplete."""
-        if token_id in self._skipped or self._backend.id_to_token(token_id) is None:
-            return ""
-        self._window.append(token_id)
-        self._text = self._decode()
-
-        pending = len(self._window) - self._context
-        if not self._text.endswith(INCOMPLETE):
-            text = self._show(len(self._text))
-            if text:
-                self._begin_window(self._context)
-                self._context = len(self._window)
-            return text
-
-        if pending <= INCOMPLETE_BYTES:
-            return ""
-
-        # Bytes that are no UTF-8 and never will be. The last of them may still begin a character.
-        text = self._show(max(len(self._text.rstrip(INCOMPLETE)), len(self._text) - INCOMPLETE_BYTES))
-        if pending == WINDOW_TOKENS:
-            self._begin_window(len(self._window) - WINDOW_TOKENS // 2)
-            self._context = 0
-        return text
-
-    def flush(self) -> str:
-        """What an incomplete character at the very end decodes to (U+FFFD), as decoding all at once would show it."""
-        return self._show(len(self._text))
-
-    def _show(self, end: int) -> str:
-        start, self._shown = self._shown, max(self._shown, end)
-        return self._text[start:end]
-
-    def _begin_window(self, first: int) -> None:
-        held = len(self._text) - self._shown
-        self._window = self._window[first:]
-        self._text = self._decode()
-        self._shown = len(self._text) - held
-
-    def _decode(self) -> str:
-        return str(self._backend.decode(self._window, skip_special_tokens=False))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import zmq
 
 from ..errors import ConfigError, EngineStopped, InvalidRequest
 from .liveness import EngineWatch
-from .messages import Abort, Command, Delta, Event, Failed, Ping, Pong, Shutdown
+from .messages import Abort, Accepted, Command, Delta, Event, Failed, Ping, Pong, Shutdown
 from .secret import check_address, curve_keys
 
 OnCommand = Callable[[bytes, Command], None]
@@ -34,6 +34,9 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 class Transport(ABC):
     """The coordinator's side. Commands arrive on any thread; send() is called from one thread at a time."""
+
+    is_local = True
+    """Whether every client runs on this host, as this user."""
 
     @abstractmethod
     def start(self, on_command: OnCommand) -> None:
@@ -224,7 +227,7 @@ class ZmqTransport(Transport):
     def __init__(self, address: str, secret: bytes | None = None) -> None:
         """Bind the socket. Raises ConfigError for an address that others could use, or that cannot be bound."""
         check_address(address, secret)
-        self._may_shut_down = address.startswith("ipc://")
+        self.is_local = self._may_shut_down = address.startswith("ipc://")
         self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
         try:
             # A router drops what it sends to a client that has gone; this makes it say so.
@@ -265,7 +268,7 @@ class ZmqTransport(Transport):
         def on_lost(frames: list[bytes]) -> None:
             client, *lost = frames
             events = [decoder.decode(data) for data in lost]
-            for request_id in {event.id: None for event in events if isinstance(event, Delta)}:
+            for request_id in {event.id: None for event in events if isinstance(event, Accepted | Delta)}:
                 on_command(client, Abort(request_id))
 
         self._wire.start(on_frames, on_lost)

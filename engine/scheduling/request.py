@@ -37,6 +37,8 @@ class Request:
     priority: int = 0
     """Lower runs first."""
     cache_salt: str = ""
+    seed: int = 0
+    """What the seeds of its completions follow from."""
     arrived_at: float | None = None
     """Seconds on the scheduler's clock; None lets `Scheduler.add` set it. So are all times below."""
 

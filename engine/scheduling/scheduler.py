@@ -7,7 +7,7 @@ each step hands out a budget of tokens until computed catches up with known.
 The next step may be scheduled before the last one is committed. A token that is being sampled is then pending: its
 position is known, the ranks have it, and the row that computes it does without its id.
 
-One thread calls everything here; no torch is imported.
+One thread calls everything here.
 """
 
 from __future__ import annotations
@@ -73,19 +73,18 @@ class Scheduler:
         self._pool = BlockPool(num_blocks)
 
         self._requests: dict[str, Request] = {}
-        self._queued: set[str] = set()  # requests none of whose sequences was admitted yet
+        self._queued: dict[str, int] = {}  # prompt tokens of the requests none of whose sequences was admitted yet
         self._waiting: list[Sequence] = []  # both lists in rank order
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._sharing = PrefixSharing(self._pool, block_size, prefix_cache)
-        # Steps not yet committed: number, sequences of the rows, and the epoch that each had when it was scheduled. A
-        # row of an earlier epoch than its sequence's, which gave its slot up meanwhile, is of no use.
+        # Steps not yet committed: number, the rows' sequences and their epochs; a row of an earlier one is dropped.
         self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
         self._arrivals = 0
 
-        self.steps = 0
-        self.preemptions = 0
-        self.prefix_hits = 0  # prompt tokens that were in the cache when their sequence was first admitted
+        self.steps = self.preemptions = 0
+        self.waiting_tokens = 0  # of the prompts of the requests in _queued
+        self.prefix_queries = self.prefix_hits = 0  # prompt tokens looked up, and found, at first admissions
 
     @property
     def has_work(self) -> bool:
@@ -146,12 +145,12 @@ class Scheduler:
                 f"{len(self._queued)} requests wait, as many as max_queue={self.max_queue}: retry later or raise it"
             )
 
-        if request.arrived_at is None:
-            request.arrived_at = self._clock()
+        request.arrived_at = self._clock() if request.arrived_at is None else request.arrived_at
         request.take_on(self._arrivals, self.max_model_len, self._sharing.chain_of(request, self._arrivals))
         self._arrivals += 1
         self._requests[request.id] = request
-        self._queued.add(request.id)
+        self._queued[request.id] = length
+        self.waiting_tokens += length
         for sequence in request.sequences:
             insort(self._waiting, sequence, key=_order)
 
@@ -194,7 +193,7 @@ class Scheduler:
         request.unfinished -= 1
         if request.unfinished == 0:
             del self._requests[request.id]
-            self._queued.discard(request.id)
+            self.waiting_tokens -= self._queued.pop(request.id, 0)
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take a running sequence's slot and blocks away."""
@@ -318,12 +317,13 @@ class Scheduler:
 
         # From here on it runs: others may wait for the blocks that it will publish.
         insort(self._running, sequence, key=_order)
-        self._queued.discard(sequence.request.id)
+        self.waiting_tokens -= self._queued.pop(sequence.request.id, 0)
         self._sharing.announce(sequence, len(cached))
         if sequence.first_scheduled_at is None:
             sequence.first_scheduled_at = now
             sequence.cached_tokens = sequence.num_computed_tokens
             self.prefix_hits += sequence.num_computed_tokens
+            self.prefix_queries += sequence.prompt_length if self.prefix_cache else 0
 
         step.starts.append(sequence.start())
         step.send_blocks(sequence, 0)

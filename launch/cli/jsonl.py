@@ -146,7 +146,9 @@ def answer_record(request_id: Id, output: RequestOutput) -> dict[str, Any]:
 
 
 def _logprobs(entry: msgspec.Struct) -> dict[str, Any]:
-    return msgspec.structs.asdict(entry)
+    values = msgspec.structs.asdict(entry)
+    del values["token_bytes"], values["top_bytes"]  # bytes have no form in JSON; the token ids say as much
+    return values
 
 
 class AnswerFile:

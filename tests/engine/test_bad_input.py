@@ -12,7 +12,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from phalanx import LLM, CapacityExceeded, CheckpointError, ConfigError, EngineConfig, InvalidRequest, SamplingParams
+from phalanx import (
+    LLM,
+    CapacityExceeded,
+    CheckpointError,
+    ConfigError,
+    EngineConfig,
+    EngineFault,
+    InvalidRequest,
+    SamplingParams,
+)
 from phalanx.engine.protocol.messages import Submit
 from phalanx.launch.model_files.random_model import make_random_model
 from phalanx.tests.engine.conftest import CONFIG
@@ -103,7 +112,7 @@ def test_logits_that_overflow_fail_their_own_request(tiny: Path) -> None:
         ]
         tokens = [token for event in handles[0] or () for token in getattr(event, "token_ids", [])]
         assert tokens == alone
-        with pytest.raises(InvalidRequest, match=r"not a number.*float16"):
+        with pytest.raises(EngineFault, match=r"not a number.*float16"):
             list(handles[1] or ())
 
 
@@ -172,7 +181,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request(tiny: Path, monkeypat
 
         monkeypatch.setattr(CausalLM, "forward", poisoned)
         beside = llm.submit(Submit(id="beside", token_ids=[5, 6, 7, 8], sampling=BESIDE))
-        with pytest.raises(InvalidRequest, match="not a number"):
+        with pytest.raises(EngineFault, match="not a number"):
             llm.generate([[12, 13]], BESIDE)
         assert [token for event in beside or () for token in getattr(event, "token_ids", [])] == alone
 
@@ -196,7 +205,7 @@ def test_a_prompt_that_overflows_at_one_token_leaves_nothing_to_those_that_begin
     with LLM(str(tiny), **{**CONFIG, "dtype": dtype}) as llm:
         alone = [output.outputs[0].token_ids for output in llm.generate([[*beginning, 20]], sampling)]
     with LLM(str(tiny), **{**CONFIG, "dtype": dtype}) as llm:
-        with pytest.raises(InvalidRequest, match="not a number"):
+        with pytest.raises(EngineFault, match="not a number"):
             llm.generate([[*beginning, 13, *[20] * 30]], sampling)
         for _ in range(2):
             found = llm.generate([[*beginning, 20]], sampling)

@@ -10,7 +10,7 @@ import pytest
 from phalanx import CheckpointError, EngineConfig, InvalidRequest, SamplingParams
 from phalanx.engine.coordinator.input_processor import InputProcessor, sampling_defaults
 from phalanx.engine.models.spec import ModelSpec, RopeSpec
-from phalanx.engine.protocol.messages import Submit
+from phalanx.engine.protocol.messages import Prompt, Submit
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan, encode
 
 SPEC = ModelSpec(
@@ -29,8 +29,12 @@ class _Words:
     def special_token_id(self, text: str) -> int | None:
         return {"<end>": 91, "<beyond>": 100}.get(text)
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
-        return [int(word) for word in text.split()]
+    def encode(self, text: str, limit: int | None = None, special: bool = True) -> list[int]:
+        return [int(word) for word in text.split()] + [9] * (not special)
+
+    def encode_conversation(self, prompt: Prompt, limit: int | None = None) -> tuple[str, list[int]]:
+        tokens = self.encode_messages(prompt.messages or [], limit)
+        return " ".join(map(str, tokens)), tokens
 
     def encode_messages(self, messages: list[dict[str, Any]], limit: int | None = None) -> list[int]:
         return [3, *(token for message in messages for token in self.encode(message["content"])), 4]

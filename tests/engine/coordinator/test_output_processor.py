@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from phalanx import LLM, InvalidRequest, SamplingParams
 from phalanx.engine.client.outputs import CompletionOutput
 from phalanx.engine.coordinator.output_processor import OutputProcessor, StopStrings
-from phalanx.engine.coordinator.tokenizer import IncrementalDetokenizer, Tokenizer
+from phalanx.engine.coordinator.text.token_text import IncrementalDetokenizer
+from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import Delta, Event, Finished, Submit
 from phalanx.engine.scheduling.request import Request, SequenceUpdate
@@ -308,7 +309,7 @@ class _Harness:
             arrived_at=1.0,
         )
         self.request.take_on(0, 200, None)
-        self.processor.start(b"", Submit(id="outer", token_ids=[5, 6], sampling=sampling), "inner", [5, 6])
+        self.processor.start(b"", Submit(id="outer", token_ids=[5, 6], sampling=sampling), self.request)
 
     def bring(self, index: int, tokens: list[int], reason: str | None = None, last: bool = False) -> None:
         entries = [TokenLogprobs(token, -1.0, 1, [], []) for token in tokens]

@@ -14,7 +14,18 @@ from phalanx.engine.coordinator.egress import Egress
 from phalanx.engine.coordinator.ingress import Ingress
 from phalanx.engine.coordinator.registry import Owner, RequestRegistry
 from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest
-from phalanx.engine.protocol.messages import Abort, Delta, Event, Failed, Finished, Shutdown, StatusRequest, Submit
+from phalanx.engine.protocol.messages import (
+    Abort,
+    Accepted,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    ModelInfoRequest,
+    Shutdown,
+    StatusRequest,
+    Submit,
+)
 from phalanx.engine.protocol.transport import OnCommand, Transport
 from phalanx.engine.scheduling.request import Request, SequenceUpdate
 from phalanx.engine.scheduling.step_plan import SlotSampling
@@ -47,12 +58,19 @@ class _Loop:
 
     def __init__(self) -> None:
         self._asked: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self.answered: list[tuple[str, bytes]] = []  # at once, by whoever asked
 
     def call_soon(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._asked.put(partial(action, *args, **kwargs))
 
     def stop(self) -> None:
         self.call_soon(lambda: ("stop",))
+
+    def report_status(self, client: bytes) -> None:
+        self.answered.append(("report_status", client))
+
+    def report_model_info(self, client: bytes) -> None:
+        self.answered.append(("report_model_info", client))
 
     def next(self) -> Any:
         """The next thing asked for; raises what the loop would."""
@@ -113,7 +131,9 @@ class _Ends:
         name, added, request, submit = self.loop.next()
         assert (name, added) == ("add", owner)
         assert isinstance(request, Request)
-        self.egress.begin(owner, submit, request.prompt)
+        self.egress.begin(owner, submit, request)
+        accepted = Accepted(id=owner.external_id, prompt_tokens=1, seed=0, max_tokens=4)
+        assert self.transport.next() == (owner.client, [accepted])
         return request
 
 
@@ -188,9 +208,8 @@ def test_each_request_is_either_refused_or_left_for_whoever_closes_the_registry(
 def test_nothing_but_text_waits_for_text(ends: _Ends) -> None:
     ends.ingress.receive(b"\x01", Submit(id="a", prompt="long"))
     assert ends.processor.busy.wait(PATIENCE_S)
-    ends.ingress.receive(b"\x01", StatusRequest())
     ends.ingress.receive(b"\x01", Shutdown())
-    assert [ends.loop.next()[0] for _ in range(2)] == ["report_status", "stop"]
+    assert ends.loop.next() == ("stop",)
     ends.processor.go_on.set()
     assert ends.loop.next()[0] == "add"
 
@@ -222,11 +241,19 @@ def test_a_request_aborted_while_it_waits_for_its_turn_ends_without_being_looked
 
 def test_commands_reach_the_step_loop_under_the_engines_own_ids(ends: _Ends) -> None:
     assert ends.accept(ONE).id == ONE.request_id
-    for command in (Abort("a"), StatusRequest(), Shutdown()):
+    for command in (Abort("a"), Shutdown()):
         ends.ingress.receive(ONE.client, command)
-    assert [ends.loop.next() for _ in range(3)] == [
-        ("abort", ONE.request_id), ("report_status", ONE.client), ("stop",)
-    ]  # fmt: skip
+    assert [ends.loop.next() for _ in range(2)] == [("abort", ONE.request_id), ("stop",)]
+
+
+def test_questions_for_the_state_are_answered_beside_intake_and_step_loop(ends: _Ends) -> None:
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="long"))
+    assert ends.processor.busy.wait(PATIENCE_S)
+    for command in (StatusRequest(), ModelInfoRequest()):
+        ends.ingress.receive(ONE.client, command)
+    assert ends.loop.answered == [("report_status", ONE.client), ("report_model_info", ONE.client)]
+    assert ends.loop.idle
+    ends.processor.go_on.set()
 
 
 def test_a_request_is_refused_first_for_its_id_then_for_its_fields_then_for_an_engine_that_stopped(ends: _Ends) -> None:

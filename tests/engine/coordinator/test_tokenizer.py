@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phalanx import LLM, CheckpointError
-from phalanx.engine.coordinator.tokenizer import IncrementalDetokenizer, Tokenizer
+from phalanx.engine.coordinator.text.token_text import IncrementalDetokenizer
+from phalanx.engine.coordinator.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
