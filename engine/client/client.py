@@ -142,7 +142,7 @@ class Client:
         self._check_stopped()
 
     def fail_all(self, error: PhalanxError) -> list[str]:
-        """The engine is gone: end every request with `error`, and refuse new ones. Returns the ids of these requests."""
+        """The engine is gone: end every request with `error`, and refuse new ones. Returns the requests' ids."""
         with self._lock:
             if self._stopped is not None:
                 return []

@@ -43,6 +43,7 @@ class PooledEngine:
         self._others = 0  # requests of other clients, when it answered last
         self._wake = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def client(self) -> Client:
@@ -128,6 +129,9 @@ class PooledEngine:
 
     async def stop(self) -> None:
         """End the polling and the client."""
+        # wait_for() may miss a cancellation that comes with its result (github.com/python/cpython/issues/86296).
+        self._stopping = True
+        self._wake.set()
         if self._polling is not None:
             self._polling.cancel()
             await asyncio.wait([self._polling])
@@ -137,7 +141,7 @@ class PooledEngine:
 
     async def _poll(self, on_change: Callable[[PooledEngine], None]) -> None:
         """Ask for its Status again and again, until its client is closed for good."""
-        while self.failure is None:
+        while self.failure is None and not self._stopping:
             phase = self.phase
             self._wake.clear()
             try:
