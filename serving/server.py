@@ -173,13 +173,16 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
 
     origins = list(settings.auth.allow_origins)
     cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return create_app(
+    app = create_app(
         pool,
         settings.gateway,
         # A browser's question before its request carries no key.
         middleware=[Middleware(AccessLog), *([cors] if origins else []), Middleware(Auth, config=settings.auth)],
         routes=[Route("/metrics", metrics, methods=["GET"]), *admin_routes(pool)],
     )
+    admission = app.state.gateway.admission
+    pool.metrics.refused = lambda: int(admission.refused)
+    return app
 
 
 def _bind(config: GatewayConfig) -> socket.socket:

@@ -64,6 +64,8 @@ class GatewayMetrics:
         """`engines` is called at each scrape."""
         self.model_name = ""
         """The label of every metric; set once it is known, before the first request."""
+        self.refused: Callable[[], int] = int
+        """Requests that the gateway has refused, since it was full."""
         self.registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(_Engines(self, engines))
 
@@ -200,7 +202,11 @@ class _Engines(Collector):
             requests.add_metric((name, sample.engine), sample.open_requests)
             for phase in PHASES:
                 phases.add_metric((name, sample.engine, phase), float(phase == sample.phase))
-        yield from (phases, requests)
+        refused = CounterMetricFamily(
+            "phalanx:requests_refused", "Requests answered 429, since the gateway was full.", labels=("model_name",)
+        )
+        refused.add_metric((name,), self._metrics.refused())
+        yield from (phases, requests, refused)
 
         yield _cache_config(name, samples)
         yield from _from_status(

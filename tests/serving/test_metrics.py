@@ -37,7 +37,10 @@ def test_what_an_engine_says_of_itself_is_under_vllms_names() -> None:
         running=3, waiting=4, preemptions=5, prefix_queries=20, prefix_hits=8, prompt_tokens=12, generation_tokens=30,
         steps=9, stalled_s=0.5, waiting_tokens=77, phase_seconds={"schedule": 1.5, "wait": 2.5},
     )  # fmt: skip
-    found = values(_metrics(one, None))
+    metrics = _metrics(one, None)
+    metrics.refused = lambda: 5
+    found = values(metrics)
+    assert found["phalanx:requests_refused_total"] == {(): 5}
     zero = ("0",)
     assert found["vllm:num_requests_running"] == {zero: 3}
     assert found["vllm:num_requests_waiting"] == {zero: 4}
