@@ -1,4 +1,4 @@
-"""The page of routes and fields, made from the code: `python -m phalanx.serving.gateway.describe > docs/http_api.md`."""
+"""The page of routes and fields from the code: `python -m phalanx.serving.gateway.describe > docs/http_api.md`."""
 
 from __future__ import annotations
 

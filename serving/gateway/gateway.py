@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -18,6 +19,9 @@ from .generation.bridge import EventBridge
 from .generation.generation import Generation, Limits
 from .http.errors import ApiError, unavailable
 from .http.exchange import Exchange
+
+VERSION = str(sys.modules[__name__.partition(".")[0]].__version__)
+"""phalanx's."""
 
 _AFFINITY_CHARS = 2048
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ... import __version__
+from .gateway import VERSION
 from .http.errors import ErrorBody
 from .routes.table import OPERATIONS, Operation
 from .schemas.responses import HealthInfo
@@ -42,7 +42,7 @@ def openapi_document() -> dict[str, Any]:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "phalanx", "version": __version__},
+        "info": {"title": "phalanx", "version": VERSION},
         "paths": paths,
         "components": {
             "schemas": components,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .... import __version__
 from ....engine.protocol.messages import ModelInfo
-from ..gateway import Gateway
+from ..gateway import VERSION, Gateway
 from ..http.exchange import Exchange
 from ..schemas.responses import HealthInfo, LoadInfo, ModelCard, ModelList, VersionInfo
 
@@ -27,7 +26,7 @@ def _card(gateway: Gateway, name: str, found: ModelInfo) -> ModelCard:
 
 async def version(gateway: Gateway, exchange: Exchange) -> None:
     """Tell the version of the server."""
-    await exchange.respond_json(VersionInfo(version=__version__))
+    await exchange.respond_json(VersionInfo(version=VERSION))
 
 
 async def load(gateway: Gateway, exchange: Exchange) -> None:
