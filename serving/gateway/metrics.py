@@ -128,7 +128,7 @@ class GatewayMetrics:
 class RequestMetrics:
     """Observes one request, from its sending to its last event. Its events come one after the other, on any thread."""
 
-    __slots__ = ("_arrivals", "_labels", "_metrics", "_sent", "_started")
+    __slots__ = ("_arrivals", "_gap", "_labels", "_metrics", "_sent", "_started")
 
     def __init__(self, metrics: GatewayMetrics, labels: tuple[str, str], submit: Submit) -> None:
         self._metrics = metrics
@@ -136,6 +136,7 @@ class RequestMetrics:
         self._sent = time.monotonic()
         self._started = False
         self._arrivals: dict[int, float] = {}
+        self._gap = metrics.gap.labels(*labels)  # looked up once: there is one for each token
         metrics.param_n.labels(*labels).observe(submit.sampling.n)
         if submit.sampling.max_tokens is not None:
             metrics.param_max_tokens.labels(*labels).observe(submit.sampling.max_tokens)
@@ -158,7 +159,7 @@ class RequestMetrics:
             self._metrics.ttft.labels(*self._labels).observe(now - self._sent)
         before = self._arrivals.get(index)
         if before is not None:
-            self._metrics.gap.labels(*self._labels).observe(now - before)
+            self._gap.observe(now - before)
         self._arrivals[index] = now
 
     def _finished(self, event: Finished) -> None:

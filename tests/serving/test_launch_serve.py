@@ -77,6 +77,20 @@ def test_the_gateway_outlives_its_ranks_and_says_which_failed(tiny: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_signal_while_the_model_is_loading_ends_everything(tiny: Path) -> None:
+    with nothing_left_behind(), running("serve", f"model={tiny}", "ranks=2", *SETTINGS) as server:
+        for _ in range(1200):
+            everyone = family(server.process.pid)
+            if len(everyone) == 4:  # the server, the supervisor, two ranks
+                break
+            threading.Event().wait(0.05)
+        server.signal(signal.SIGINT)
+        assert server.wait() == 128 + signal.SIGINT
+        assert psutil.wait_procs(everyone, timeout=5)[1] == []
+    assert "Traceback" not in server.text
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tiny: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((tiny / name).read_bytes())
