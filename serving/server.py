@@ -90,7 +90,7 @@ class Server:
         if config.ssl_certfile is not None:
             self._tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
             _check_tls(config)
-        self._socket = _bind(settings.gateway)
+        self._socket = _listen(settings.gateway, config.backlog)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
 
@@ -185,8 +185,8 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
     return app
 
 
-def _bind(config: GatewayConfig) -> socket.socket:
-    """Return a socket at the gateway's address, which listens later. Raises ConfigError if it cannot be had."""
+def _listen(config: GatewayConfig, backlog: int) -> socket.socket:
+    """Return a socket that listens at the gateway's address. Raises ConfigError if it cannot be had."""
     host, port = config.host, config.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -196,6 +196,7 @@ def _bind(config: GatewayConfig) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(backlog)  # now: until then Linux would let another process bind the address too
     except OSError as error:
         bound.close()
         raise ConfigError(
