@@ -141,13 +141,9 @@ class Client:
         """Raise the error with which this client refuses everything: it was closed, or its engine has stopped."""
         self._check_stopped()
 
-    def fail_all(self, error: PhalanxError) -> list[str]:
-        """The engine is gone: end every request with `error`, and refuse new ones. Returns the requests' ids."""
-        with self._lock:
-            if self._stopped is not None:
-                return []
-            self._stopped = error
-        return self._fail_outstanding(error)
+    def fail_all(self, error: PhalanxError) -> None:
+        """The engine is gone: end every request with `error`, and refuse new ones."""
+        self._stop(error)
 
     def close(self) -> None:
         """End what is outstanding with EngineStopped, and the connection."""
@@ -156,9 +152,17 @@ class Client:
 
     def leave(self, error: PhalanxError) -> None:
         """End every request with `error`, also at the engine, which goes on, and the connection."""
-        for request_id in self.fail_all(error):
+        for request_id in self._stop(error):
             self.abort(request_id)
         self._connection.close()
+
+    def _stop(self, error: PhalanxError) -> list[str]:
+        """End every request with `error`, and refuse new ones. Returns the requests' ids."""
+        with self._lock:
+            if self._stopped is not None:
+                return []
+            self._stopped = error
+        return self._fail_outstanding(error)
 
     def _on_lost(self, error: EngineStopped) -> None:
         """The engine does not have this client's requests any more; another may answer at its address."""
