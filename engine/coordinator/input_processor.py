@@ -74,6 +74,7 @@ class InputProcessor:
                 f"{limit} (one place is for the answer): shorten it or raise max_model_len"
             )
 
+        bad_words = self._bad_words(params.bad_words)
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
         seed = params.seed
@@ -84,7 +85,7 @@ class InputProcessor:
         return Request(
             id=request_id,
             prompt=prompt,
-            samplings=self._samplings(params, seed, tuple(sorted(eos | stops))),
+            samplings=self._samplings(params, seed, tuple(sorted(eos | stops)), bad_words),
             max_tokens=int(max_tokens) if max_tokens is not None else self._max_model_len,
             eos_token_ids=eos,
             stop_token_ids=stops,
@@ -144,14 +145,44 @@ class InputProcessor:
         self._check_tokens(given, tokens)
         return text, tokens
 
-    def _samplings(self, params: SamplingParams, seed: int, end_token_ids: tuple[int, ...]) -> list[SlotSampling]:
+    def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each bad word, without and with a space before it."""
+        if not words:
+            return ()
+        if self._tokenizer is None:
+            raise InvalidRequest("bad_words needs a tokenizer, and the engine was started without one")
+
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for space in ("", " "):
+                token_ids = tuple(self._tokenizer.encode(space + word.lstrip(), special=False))
+                if not token_ids or max(token_ids) >= self._spec.vocab_size:
+                    raise InvalidRequest(f"bad_words holds {word!r}, which is no token of the model")
+                found[token_ids] = None
+        return tuple(found)
+
+    def _check_choice(self, sampling: SlotSampling) -> None:
+        """Raise InvalidRequest if the fields that forbid tokens leave none for the first place."""
+        allowed = set(sampling.allowed_token_ids or range(self._spec.vocab_size))
+        allowed -= {word[0] for word in sampling.bad_words if len(word) == 1}
+        if sampling.min_tokens:
+            allowed -= set(sampling.end_token_ids)
+        if not allowed:
+            raise InvalidRequest(
+                "no token is left to choose from: allowed_token_ids must hold one that neither bad_words nor, before "
+                "min_tokens, the ends of an answer forbid"
+            )
+
+    def _samplings(
+        self, params: SamplingParams, seed: int, end_token_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...]
+    ) -> list[SlotSampling]:
         values = {
             name: _first(getattr(params, name), getattr(self._config.sampling, name), self._generation.get(name))
             for name in INHERITED
         }
 
         bias = sorted((params.logit_bias or {}).items())
-        return [
+        samplings = [
             SlotSampling(
                 temperature=float(_first(values["temperature"], 0.0)),
                 top_k=min(max(0, int(_first(values["top_k"], 0))), self._spec.vocab_size),
@@ -168,12 +199,18 @@ class InputProcessor:
                 logprobs=-1 if params.logprobs is None else params.logprobs,
                 prompt_logprobs=-1 if params.prompt_logprobs is None or index else params.prompt_logprobs,
                 processed_logprobs=params.logprobs_mode == "processed",
+                bad_words=bad_words,
+                allowed_token_ids=tuple(sorted(set(params.allowed_token_ids or ()))),
             )
             for index in range(params.n)
         ]
+        if params.allowed_token_ids:
+            self._check_choice(samplings[0])
+        return samplings
 
     def _check_vocabulary(self, params: SamplingParams) -> None:
         self._check_tokens("stop_token_ids", list(params.stop_token_ids))
+        self._check_tokens("allowed_token_ids", list(params.allowed_token_ids or ()))
         self._check_tokens("logit_bias", list(params.logit_bias or ()))
 
     def _check_tokens(self, name: str, token_ids: list[int]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from ...parallel.loading.safetensors_files import is_lfs_pointer, lfs_advice
 from ..errors import CheckpointError, ConfigError, InvalidRequest
 from ..protocol.messages import Prompt
+from .text.chat_template import ChatTemplate
+from .text.plain_text import PlainText
 from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
 
 Message = dict[str, Any]
@@ -57,6 +59,11 @@ class Tokenizer:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
         self._takes_parts: bool | None = None
+        self._template = None
+        if self.chat_template is not None:
+            variables = dict(self._tokenizer.special_tokens_map)
+            self._template = ChatTemplate(self.chat_template, variables, self._special_ids)
+        self._plain_text = PlainText(self._tokenizer, self._special)
         self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer, self.size)
         """The bytes of each token by its id."""
 
@@ -86,39 +93,45 @@ class Tokenizer:
             size *= 4
 
     def encode_messages(self, messages: list[Message], limit: int | None = None) -> list[int]:
-        """Token ids of a conversation, as transformers' apply_chat_template(add_generation_prompt=True) renders it.
+        """Token ids of a conversation up to the beginning of an answer; see encode_conversation()."""
+        return self.encode_conversation(Prompt(messages=messages), limit)[1]
 
-        A content that is a list of text parts reaches a template that knows only text as their lines. Raises
-        InvalidRequest if the model has no chat template, the template refuses the messages, or a part is no text; for
-        `limit` see encode().
+    def encode_conversation(self, prompt: Prompt, limit: int | None = None) -> tuple[str, list[int]]:
+        """The text of a prompt's messages, as transformers' apply_chat_template renders it, and its token ids.
+
+        A special token in it is the template's own: what users wrote is encoded as plain text, also where it is the
+        text of a special token. A content that is a list of text parts reaches a template that knows only text as their
+        lines. Raises InvalidRequest if the model has no chat template, the template refuses the messages, or a part is
+        no text; for `limit` see encode().
         """
-        if not self._tokenizer.chat_template:
+        messages = prompt.messages or []
+        if self._template is None:
             raise InvalidRequest("messages were given, but the model's tokenizer has no chat template; send a prompt")
         if any(isinstance(message.get("content"), list) for message in messages):
             joined = [_with_text(message) for message in messages]
-            messages = messages if self._template_takes_parts() else joined
-        try:
-            text = self._render(messages)
-        except Exception as error:
-            # A template is the model's own program and may raise anything; the request fails, by name.
-            raise InvalidRequest(f"the chat template refused the messages: {error}") from error
-        return self._encode(text, False, limit)
+            messages = messages if self._template_takes_parts(self._template) else joined
 
-    def encode_conversation(self, prompt: Prompt, limit: int | None = None) -> tuple[str, list[int]]:
-        """The rendered text of a prompt that has messages, and its token ids."""
-        tokens = self.encode_messages(prompt.messages or [], limit)
-        return self.decode(tokens), tokens
+        rendered = self._template.render(
+            messages,
+            tools=prompt.tools,
+            variables=prompt.chat_template_kwargs,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+        )
+        text = rendered.expand(rendered.text)
+        if not rendered.plain:
+            return text, self._encode(text, False, limit)
+        if limit is not None:
+            self._check_beginnings(text, limit)
+        return text, self._plain_text.encode(rendered)
 
-    def _render(self, messages: list[Message]) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _template_takes_parts(self) -> bool:
+    def _template_takes_parts(self, template: ChatTemplate) -> bool:
         """Whether the template looks into a list of parts: tried once, with a part whose text must come out alone."""
         if self._takes_parts is None:
             text, kind = "some text of a part", "type"
             try:
-                rendered = self._render([{"role": "user", "content": [{kind: "text", "text": text}]}])
-            except Exception:  # whatever a template raises, it does not take parts
+                rendered = template.render([{"role": "user", "content": [{kind: "text", "text": text}]}]).text
+            except InvalidRequest:  # whatever a template refuses, it does not take parts
                 rendered = ""
             self._takes_parts = text in rendered and f"'{kind}'" not in rendered and f'"{kind}"' not in rendered
         return self._takes_parts

@@ -12,6 +12,18 @@ from ..errors import InvalidRequest
 
 LOGPROBS_LIMIT = 20
 SEED_LIMIT = 2**63 - 1
+N_LIMIT = 16384
+"""Completions of one prompt at most, whatever max_num_seqs is."""
+STOP_LIMIT = 64
+"""Stop strings of a request at most."""
+BAD_WORDS_LIMIT = 128
+"""Bad words of a request at most."""
+TEXT_LIMIT = 1024
+"""Characters of a stop string or a bad word at most."""
+IDS_LIMIT = 1024
+"""Entries of logit_bias, and of stop_token_ids, at most."""
+ALLOWED_LIMIT = 1 << 20
+"""Entries of allowed_token_ids at most."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -81,12 +93,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 msgspec.structs.force_setattr(self, name, SEED_LIMIT)
 
         # A list from JSON or a single stop string is what users write; the stored form is always a tuple.
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        elif isinstance(self.stop, list):
-            msgspec.structs.force_setattr(self, "stop", tuple(self.stop))
-        if isinstance(self.stop_token_ids, list | range | set | frozenset):
-            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(map(plain, self.stop_token_ids)))
+        for name in ("stop", "bad_words"):
+            texts = getattr(self, name)
+            if isinstance(texts, str):
+                msgspec.structs.force_setattr(self, name, (texts,))
+            elif isinstance(texts, list):
+                msgspec.structs.force_setattr(self, name, tuple(texts))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            ids = getattr(self, name)
+            if isinstance(ids, list | range | set | frozenset):
+                msgspec.structs.force_setattr(self, name, tuple(map(plain, ids)))
         if isinstance(self.logit_bias, dict):
             bias = {plain(token): plain(value) for token, value in self.logit_bias.items()}
             msgspec.structs.force_setattr(self, "logit_bias", bias)
@@ -103,7 +119,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_number("seed", self.seed, -SEED_LIMIT - 1, SEED_LIMIT, integer=True, optional=True)
-        _check_number("n", self.n, 1, math.inf, integer=True)
+        _check_number("n", self.n, 1, N_LIMIT, integer=True)
         _check_number("logprobs", self.logprobs, 0, LOGPROBS_LIMIT, integer=True, optional=True)
         _check_number("prompt_logprobs", self.prompt_logprobs, 0, LOGPROBS_LIMIT, integer=True, optional=True)
 
@@ -115,20 +131,44 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.logprobs_mode not in ("raw", "processed"):
             raise InvalidRequest(f'logprobs_mode={self.logprobs_mode!r} is not one of "raw", "processed"')
 
-        if not isinstance(self.stop, tuple) or not all(_is_text(text) for text in self.stop):
-            raise InvalidRequest(f"stop={self.stop!r} must be a string or a list of non-empty strings of valid Unicode")
-        if not isinstance(self.stop_token_ids, tuple):
-            raise InvalidRequest(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
+        self._validate_texts("stop", self.stop, STOP_LIMIT)
+        self._validate_texts("bad_words", self.bad_words, BAD_WORDS_LIMIT)
+        self._validate_token_ids()
 
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name}={getattr(self, name)!r} must be true or false")
 
-        for token in self.stop_token_ids:
-            _check_number("stop_token_ids", token, 0, math.inf, integer=True)
+    def _validate_texts(self, name: str, texts: object, limit: int) -> None:
+        if not isinstance(texts, tuple) or not all(_is_text(text) for text in texts):
+            raise InvalidRequest(
+                f"{name}={_short(texts)} must be a string or a list of non-empty strings of valid Unicode"
+            )
+        if len(texts) > limit:
+            raise InvalidRequest(f"{name} holds {len(texts)} strings; it may hold at most {limit}")
+        longest = max(map(len, texts), default=0)
+        if longest > TEXT_LIMIT:
+            raise InvalidRequest(f"{name} holds a string of {longest} characters; each may have at most {TEXT_LIMIT}")
 
+    def _validate_token_ids(self) -> None:
+        if not isinstance(self.stop_token_ids, tuple):
+            raise InvalidRequest(f"stop_token_ids={_short(self.stop_token_ids)} must be a list of token ids")
+        if not isinstance(self.allowed_token_ids, tuple | None) or self.allowed_token_ids == ():
+            raise InvalidRequest(
+                f"allowed_token_ids={_short(self.allowed_token_ids)} must be a list of token ids that is not empty, or "
+                f"null, which allows all"
+            )
         if not isinstance(self.logit_bias, dict | None):
-            raise InvalidRequest(f"logit_bias={self.logit_bias!r} must map token ids to numbers in [-100, 100]")
+            raise InvalidRequest(f"logit_bias={_short(self.logit_bias)} must map token ids to numbers in [-100, 100]")
+
+        sizes = {"stop_token_ids": IDS_LIMIT, "allowed_token_ids": ALLOWED_LIMIT, "logit_bias": IDS_LIMIT}
+        for name, limit in sizes.items():
+            entries = getattr(self, name) or ()
+            if len(entries) > limit:
+                raise InvalidRequest(f"{name} holds {len(entries)} token ids; it may hold at most {limit}")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
+                _check_number(name, token, 0, math.inf, integer=True)
         for token, bias in (self.logit_bias or {}).items():
             _check_number("logit_bias key", token, 0, math.inf, integer=True)
             _check_number(f"logit_bias[{token}]", bias, -100, 100)
@@ -145,8 +185,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
             )
         values = {name: value for name, value in values.items() if value is not None}
-        if isinstance(values.get("stop"), str):
-            values["stop"] = [values["stop"]]
+        for name in ("stop", "bad_words"):
+            if isinstance(values.get(name), str):
+                values[name] = [values[name]]
         try:
             return msgspec.convert(values, cls, strict=True, str_keys=True)
         except msgspec.ValidationError as error:
@@ -158,6 +199,12 @@ def plain(value: Any) -> Any:
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
     return value
+
+
+def _short(value: object) -> str:
+    """A value for a message: of a long one its beginning."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_text(value: Any) -> bool:

@@ -21,7 +21,7 @@ class SampleRow:
     """What chooses the token at `position` of one sequence; the same on every rank."""
 
     sampling: SlotSampling
-    token_ids: TokenIds  # int32: the prompt and the output so far; not modified. Not needed with a TokenCounts
+    token_ids: TokenIds  # int32: the prompt and the output so far, not modified; with a TokenCounts maybe not the last
     prompt_length: int
     position: int
     slot: int = -1  # in the TokenCounts, if there is one
@@ -32,8 +32,8 @@ def edit_rows(
 ) -> dict[int, torch.Tensor]:
     """Edit each row's logits, float32 (len(rows), len(vocab)), in place, as its request asks: see edit_logits.
 
-    Returns the unedited logits of the rows whose raw log-probabilities are wanted, by row. Penalties use
-    `token_counts`, if there are any, instead of the rows' token ids.
+    Returns the unedited logits of the rows whose raw log-probabilities are wanted, by row. Penalties, and bad words for
+    the last token, use `token_counts`, if there are any, instead of the rows' token ids.
     """
     edited = [i for i, row in enumerate(rows) if changes_logits(row.sampling, row.position - row.prompt_length)]
     wanted = [i for i in edited if rows[i].sampling.logprobs >= 0 and not rows[i].sampling.processed_logprobs]
@@ -52,7 +52,15 @@ def edit_rows(
         samplings = [rows[i].sampling for i in penalized]
         token_counts.penalize(logits, penalized, slots, samplings)
     for i in edited:
-        mask_ends(logits[i], vocab, rows[i].sampling, rows[i].position - rows[i].prompt_length)
+        row = rows[i]
+        output_length = row.position - row.prompt_length
+        mask_ends(logits[i], vocab, row.sampling, output_length)
+        mask_others(logits[i], vocab, row.sampling)
+        if row.sampling.bad_words and row.position > len(row.token_ids):
+            known = row.token_ids[row.prompt_length :]
+            token_counts.mask_words(logits[i], row.slot, *_awaited_words(row.sampling, known, output_length))
+        else:
+            mask_words(logits[i], vocab, row.sampling, row.token_ids[row.prompt_length : row.position])
     return originals
 
 
@@ -64,6 +72,8 @@ def changes_logits(sampling: SlotSampling, output_length: int) -> bool:
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0
         or (output_length < sampling.min_tokens and bool(sampling.end_token_ids))
+        or bool(sampling.bad_words)
+        or bool(sampling.allowed_token_ids)
     )
 
 
@@ -75,7 +85,7 @@ def edit_logits(
     prompt_length: int,
     position: int,
 ) -> None:
-    """Apply bias, penalties and the min_tokens mask, in this order, to one row, in place.
+    """Apply bias, penalties and the masks of min_tokens, allowed tokens and bad words to one row, in place.
 
     `logits` is float32 (len(vocab),), the scores of the token ids in `vocab`; ids outside it are other ranks' to edit.
     `token_ids` is the prompt of `prompt_length` tokens and then the output, up to `position`. The repetition penalty is
@@ -84,6 +94,8 @@ def edit_logits(
     add_bias(logits, vocab, sampling)
     _penalize(logits, vocab, sampling, token_ids, prompt_length)
     mask_ends(logits, vocab, sampling, position - prompt_length)
+    mask_others(logits, vocab, sampling)
+    mask_words(logits, vocab, sampling, token_ids[prompt_length:position])
 
 
 def add_bias(logits: torch.Tensor, vocab: range, sampling: SlotSampling) -> None:
@@ -96,9 +108,44 @@ def add_bias(logits: torch.Tensor, vocab: range, sampling: SlotSampling) -> None
 
 
 def mask_ends(logits: torch.Tensor, vocab: range, sampling: SlotSampling, output_length: int) -> None:
-    """Mask the end tokens of a row before min_tokens are out, in place: the last step of edit_logits."""
+    """Mask the end tokens of a row before min_tokens are out, in place: the third step of edit_logits."""
     if output_length < sampling.min_tokens:
         logits[_to(logits, _local(np.asarray(sampling.end_token_ids, dtype=np.int64), vocab))] = -torch.inf
+
+
+def mask_others(logits: torch.Tensor, vocab: range, sampling: SlotSampling) -> None:
+    """Mask all but a request's allowed tokens, if it names any, in place."""
+    if sampling.allowed_token_ids:
+        index = _to(logits, _local(np.asarray(sampling.allowed_token_ids, dtype=np.int64), vocab))
+        allowed = logits[index]
+        logits.fill_(-torch.inf)
+        logits[index] = allowed
+
+
+def mask_words(logits: torch.Tensor, vocab: range, sampling: SlotSampling, output: TokenIds) -> None:
+    """Mask each token that would complete a bad word after these output tokens, in place."""
+    if not sampling.bad_words:
+        return
+    banned = [word[-1] for word in sampling.bad_words if _ends_with(output, word[:-1])]
+    logits[_to(logits, _local(np.asarray(banned, dtype=np.int64), vocab))] = -torch.inf
+
+
+def _awaited_words(sampling: SlotSampling, known: TokenIds, output_length: int) -> tuple[list[int], list[int]]:
+    """The last tokens of the bad words that the next token may complete, and the token that must precede each.
+
+    The last of the `output_length` output tokens is not known yet. -1 stands for any preceding token.
+    """
+    before = known[: output_length - 1]
+    banned, preceding = [], []
+    for word in sampling.bad_words:
+        if len(word) == 1 or (output_length >= len(word) - 1 and _ends_with(before, word[:-2])):
+            banned.append(word[-1])
+            preceding.append(word[-2] if len(word) > 1 else -1)
+    return banned, preceding
+
+
+def _ends_with(token_ids: TokenIds, end: tuple[int, ...]) -> bool:
+    return not end or tuple(token_ids[-len(end) :].tolist()) == end
 
 
 def _penalize(

@@ -1,4 +1,4 @@
-"""Tokens of each slot, counted on the device, so that penalties need no token that the host does not know yet."""
+"""Tokens of each slot, counted on the device: penalties and bad words need no token that the host does not know yet."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ class TokenCounts:
         self._device = device
         # Prompt, bool, and output, int32, each (slots, len(vocab) + 1).
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        # The last token of each slot, int64 (slots,), from the first request with bad words on.
+        self._last: torch.Tensor | None = None
 
     def start(self, start: SlotStart) -> None:
-        """Count the known tokens of a sequence that takes a slot. Does nothing if its sampling has no penalty."""
+        """Count the known tokens of a sequence that takes a slot, as far as its sampling needs them."""
+        if start.sampling.bad_words:
+            if self._last is None:
+                self._last = torch.full((self._slots,), -1, dtype=torch.int64, device=self._device)
+            self._last[start.slot].fill_(start.token_ids[-1])
         if not start.sampling.needs_token_counts:
             return
         prompt, output = self._allocated()
@@ -42,6 +48,8 @@ class TokenCounts:
 
     def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Count one more token, int64 (S,), in each of different slots, int64 (S,), without waiting for the device."""
+        if self._last is not None:
+            self._last[slots] = token_ids
         if self._tables is None:
             return
         first = self._vocab.start
@@ -82,6 +90,21 @@ class TokenCounts:
                 logits[some] = values
             else:
                 logits[index] = values
+
+    def mask_words(self, logits: torch.Tensor, slot: int, banned: list[int], preceding: list[int]) -> None:
+        """Mask each banned token of the slot's float32 logits (V,) whose preceding token is the slot's last, in place.
+
+        -1 stands for any preceding token. Nothing waits for the device.
+        """
+        assert self._last is not None
+        first = self._vocab.start
+        pairs = np.array([banned, preceding], dtype=np.int64)
+        pairs = pairs[:, (pairs[0] >= first) & (pairs[0] < first + len(self._vocab))]
+        columns, before = to_device([np.concatenate((pairs[0] - first, pairs[1]))], self._device)[0].view(2, -1)
+
+        # A token that ends two words is there twice: sums do not depend on the order.
+        hit = (before == self._last[slot]) | (before < 0)
+        logits.index_add_(0, columns, torch.zeros_like(columns, dtype=logits.dtype).masked_fill_(hit, -torch.inf))
 
     def _allocated(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._tables is None:

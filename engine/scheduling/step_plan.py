@@ -28,6 +28,8 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int = -1  # -1: none; 0: the chosen token's alone; k: and the k likeliest
     prompt_logprobs: int = -1
     processed_logprobs: bool = False
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that may not follow one another in the output
+    allowed_token_ids: tuple[int, ...] = ()  # the only ones that may be sampled; none stands for all
 
     @property
     def needs_token_counts(self) -> bool:

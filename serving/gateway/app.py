@@ -78,7 +78,7 @@ class Endpoint:
                 if made.status >= 500:
                     _log.error("request %s failed: %s: %s", exchange.request_id, type(error).__name__, error)
                 await exchange.fail(made)
-        except (ClientGone, OSError):
+        except (ClientGone, ConnectionError):
             _log.info("request %s: the client closed its connection", exchange.request_id)
         except Exception:
             _log.exception("request %s failed", exchange.request_id)

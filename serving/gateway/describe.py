@@ -34,6 +34,7 @@ _DIFFERENCES = """## What differs from vLLM's server
 * `echo` with `logprobs`, and `prompt_logprobs`, cannot be streamed.
 * `finish_reason` comes in a chunk of its own, after the last text, as in OpenAI's API; chunks without text are sent
   only where they hold log-probabilities, token ids or usage.
+* A streamed chat with `return_token_ids` has the prompt's ids in a last chunk without choices.
 * `return_timings` and `timeout` are this server's own.
 * `response_format` other than text, `tool_choice` other than "none" and `structured_outputs` are refused.
 """

@@ -53,6 +53,7 @@ class Generation:
         self._pending_bytes = 0
         self._waiter: asyncio.Future[bool] | None = None
         self._error: Exception | None = None
+        self._closed = False
 
     def start(self, submits: Sequence[Submit], tokens: int, affinity: bytes = b"") -> None:
         """Send the requests, of about so many prompt tokens. Raises ApiError or PhalanxError; none is open then."""
@@ -109,6 +110,8 @@ class Generation:
 
     def close(self) -> None:
         """Abort what has not ended, and make room for others. May be called again."""
+        # The last events still come: nobody takes them.
+        self._closed = True
         for ticket in self._tickets:
             if ticket is not None:
                 ticket.abort()
@@ -127,7 +130,7 @@ class Generation:
         return lambda event: deliver(push, event)
 
     def _push(self, number: int, event: Event) -> None:
-        if self._error is not None:
+        if self._closed:
             return
         if isinstance(event, Failed):
             self._open -= 1

@@ -22,6 +22,7 @@ _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(\w+)`")
 _SHOWN_CHARS = 100
+_MAX_DEPTH = 64
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
     Raises ApiError (400) for bytes that are no UTF-8, for text that is no JSON object, and for what JSON leaves open or
     forbids: a name that occurs twice, NaN, Infinity, a lone half of a surrogate pair, a number that no field can hold,
-    nesting that the parser cannot follow.
+    more than 64 levels of nesting.
     """
     try:
         text = body.decode()
@@ -44,12 +45,14 @@ def parse_json(body: bytes) -> dict[str, Any]:
             text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite_float, **hooks
         )
     except RecursionError:
-        raise invalid("the body is nested too deeply", code="invalid_json") from None
+        raise _too_deep() from None
     except ValueError as error:
         raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
     if not isinstance(value, dict):
         raise invalid(f"the body must be a JSON object; got {_kind(value)}", code="invalid_json")
+    if text.count("{") + text.count("[") > _MAX_DEPTH:
+        _check_depth(value)
     if _SURROGATE.search(text):
         _refuse_surrogates(value, "")
     return value
@@ -136,6 +139,20 @@ def _bounded_int(text: str) -> int:
     if len(text) > 20 or not _INT_LOW <= int(text) <= _INT_HIGH:
         raise ValueError(f"the number {text[:_SHOWN_CHARS]} is out of range: it must be in [{_INT_LOW}, {_INT_HIGH}]")
     return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> ApiError:
+    return invalid(f"the body is nested too deeply: it may have {_MAX_DEPTH} levels", code="invalid_json")
 
 
 def _refuse_surrogates(value: Any, path: str) -> None:

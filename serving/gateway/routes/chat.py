@@ -9,6 +9,7 @@ from msgspec import UNSET
 from ....engine.protocol.messages import Delta, Event, Finished, Submit
 from ..gateway import Gateway, affinity_of, tokens_in
 from ..http.exchange import Exchange
+from ..http.sse import TextEvent
 from ..http.sse import event as sse_event
 from ..schemas.chat import ChatRequest, check_chat, template_messages
 from ..schemas.fields import check_store, check_stream, timeout_of, to_sampling
@@ -130,6 +131,7 @@ class _Writer:
         self._style = style
         self._counter = Counter(style.request.stream_options)
         self._begun = False
+        self._text_events: dict[int, TextEvent] = {}
         # Chunks without text are sent only where they hold something else.
         self._every_token = bool(style.request.logprobs or style.request.return_token_ids) or self._counter.always
 
@@ -181,14 +183,21 @@ class _Writer:
 
     def _delta(self, delta: Delta) -> bytes:
         style = self._style
-        if not delta.text and not self._every_token:
-            return b""
+        if not self._every_token:
+            return self._text(delta.index, delta.text) if delta.text else b""
         choice = ChatChunkChoice(index=delta.index, delta=ChatDelta(content=delta.text))
         if style.request.logprobs:
             choice.logprobs = chat_logprobs(delta.logprobs or [], style.as_ids)
         if style.request.return_token_ids:
             choice.token_ids = delta.token_ids
         return self._chunk(choice)
+
+    def _text(self, index: int, text: str) -> bytes:
+        made = self._text_events.get(index)
+        if made is None:
+            marked = ChatChunkChoice(index=index, delta=ChatDelta(content=TextEvent.MARK))
+            made = self._text_events[index] = TextEvent(self._chunk(marked))
+        return made.filled(text)
 
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         style = self._style

@@ -12,6 +12,7 @@ from ....engine.errors import EngineFault
 from ....engine.protocol.messages import Delta, Event, Finished, Submit, Tokenize, Tokenized
 from ..gateway import Gateway, affinity_of, tokens_in
 from ..http.exchange import Exchange
+from ..http.sse import TextEvent
 from ..http.sse import event as sse_event
 from ..schemas.completions import CompletionRequest, Prompt, check_completion, prompts_of
 from ..schemas.fields import check_store, check_stream, timeout_of, to_sampling
@@ -183,6 +184,7 @@ class _Writer:
             places = [(number, index) for number in range(prompts) for index in range(style.n)]
             self._logprobs = {place: style.logprobs_writer() for place in places}
         self._begun: set[int] = set()
+        self._text_events: dict[tuple[int, int], TextEvent] = {}
         # Chunks without text are sent only where they hold something else.
         self._every_token = bool(self._logprobs or style.request.return_token_ids) or self._counter.always
 
@@ -224,8 +226,10 @@ class _Writer:
 
     def _delta(self, number: int, delta: Delta) -> bytes:
         style = self._style
-        if style.prompt_alone or (not delta.text and not self._every_token):
+        if style.prompt_alone:
             return b""
+        if not self._every_token:
+            return self._text(number, delta.index, delta.text) if delta.text else b""
         choice = CompletionChoice(index=0, text=delta.text)
         if self._logprobs:
             writer = self._logprobs[number, delta.index]
@@ -234,6 +238,13 @@ class _Writer:
         if style.request.return_token_ids:
             choice.token_ids = delta.token_ids
         return self._chunk(number, delta.index, choice)
+
+    def _text(self, number: int, index: int, text: str) -> bytes:
+        made = self._text_events.get((number, index))
+        if made is None:
+            marked = CompletionChoice(index=0, text=TextEvent.MARK)
+            made = self._text_events[number, index] = TextEvent(self._chunk(number, index, marked))
+        return made.filled(text)
 
     def _finish(self, number: int, event: Finished) -> bytes:
         chunks = []

@@ -111,7 +111,7 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
     if request.tool_choice is not None and request.tool_choice not in ("none", "auto"):
         why = 'this server does not read tool calls yet; use "none"'
         raise invalid(f"tool_choice={shown(request.tool_choice)} is not supported: {why}", "tool_choice")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
 
     limits = {request.max_tokens, request.max_completion_tokens} - {None}

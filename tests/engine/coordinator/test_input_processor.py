@@ -10,7 +10,7 @@ import pytest
 from phalanx import CheckpointError, EngineConfig, InvalidRequest, SamplingParams
 from phalanx.engine.coordinator.input_processor import InputProcessor, sampling_defaults
 from phalanx.engine.models.spec import ModelSpec, RopeSpec
-from phalanx.engine.protocol.messages import Prompt, Submit
+from phalanx.engine.protocol.messages import Detokenize, Detokenized, Prompt, Submit, Tokenize, Tokenized
 from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart, StepPlan, encode
 
 SPEC = ModelSpec(
@@ -35,6 +35,13 @@ class _Words:
     def encode_conversation(self, prompt: Prompt, limit: int | None = None) -> tuple[str, list[int]]:
         tokens = self.encode_messages(prompt.messages or [], limit)
         return " ".join(map(str, tokens)), tokens
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        return [str(token).encode() for token in range(100)]
 
     def encode_messages(self, messages: list[dict[str, Any]], limit: int | None = None) -> list[int]:
         return [3, *(token for message in messages for token in self.encode(message["content"])), 4]
@@ -195,3 +202,67 @@ def test_every_accepted_value_fits_the_plan_that_carries_it(fields: dict[str, An
     start = SlotStart(0, 1, [5], _sampling(_processor(), **fields))
     plan = StepPlan(0, [start], [], [], [], [], [], [], [], [], 0, [])
     assert msgspec.msgpack.decode(encode(plan), type=StepPlan).starts == [start]
+
+
+def test_bad_words_are_meant_with_and_without_a_space_before_them() -> None:
+    class Letters(_Words):
+        def encode(self, text: str, limit: int | None = None, special: bool = True) -> list[int]:
+            assert not special
+            return [{"a": 1, " a": 2}[text]]
+
+    config = EngineConfig.from_dict({"model": "m", "max_num_seqs": 4, "max_num_batched_tokens": 8})
+    processor = InputProcessor(config, SPEC, Letters(), {}, 32)  # type: ignore[arg-type]
+    assert _sampling(processor, bad_words=("a",)).bad_words == ((1,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"allowed_token_ids": (100,)},
+            "allowed_token_ids holds 100, which is outside the model's vocabulary: 0 to 99",
+        ),
+        ({"allowed_token_ids": (7,), "min_tokens": 2}, "no token is left to choose from"),
+        ({"bad_words": ("5",), "allowed_token_ids": (5, 9)}, "no token is left to choose from"),
+        ({"bad_words": ("100",)}, "bad_words holds '100', which is no token of the model"),
+    ],
+)
+def test_a_choice_of_no_token_is_refused(fields: dict[str, Any], words: str) -> None:
+    class Plain(_Words):
+        def encode(self, text: str, limit: int | None = None, special: bool = True) -> list[int]:
+            return [int(text) if text[0] != " " else 9]
+
+    config = EngineConfig.from_dict({"model": "m", "max_num_seqs": 4, "max_num_batched_tokens": 8})
+    with pytest.raises(InvalidRequest, match=words):
+        _sampling(InputProcessor(config, SPEC, Plain(), {}, 32), **fields)  # type: ignore[arg-type]
+
+
+def test_text_is_tokenized_and_tokens_are_text_again() -> None:
+    processor = _processor()
+    tokenized = processor.answer(Tokenize(id="a", prompt="5 6"))
+    assert tokenized == Tokenized(id="a", token_ids=[5, 6], text="5 6", token_bytes=[b"5", b"6"])
+    assert processor.answer(Tokenize(id="a", prompt="5", add_special_tokens=False)).token_ids == [5, 9]  # type: ignore[union-attr]
+    chat = processor.answer(Tokenize(id="a", messages=[{"role": "user", "content": "5"}]))
+    assert chat == Tokenized(id="a", token_ids=[3, 5, 4], text="3 5 4", token_bytes=[b"3", b"5", b"4"])
+    assert processor.answer(Tokenize(id="a", token_ids=[8])).text is None  # type: ignore[union-attr]
+    assert processor.answer(Tokenize(id="a", prompt="")).token_ids == []  # type: ignore[union-attr]
+    assert processor.answer(Detokenize(id="a", token_ids=[5, 6])) == Detokenized(id="a", text="5 6")
+    for question in (
+        Tokenize(id="a"),
+        Tokenize(id="a", prompt="5", token_ids=[5]),
+        Tokenize(id="a", token_ids=[100]),
+        Detokenize(id="a", token_ids=[-1]),
+        Detokenize(id="a", token_ids=["5"]),  # type: ignore[list-item]
+    ):
+        with pytest.raises(InvalidRequest):
+            processor.answer(question)
+
+
+def test_priorities_that_clients_may_not_choose_are_ignored_and_the_log_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = EngineConfig.from_dict({"model": "m", "max_num_seqs": 4, "max_num_batched_tokens": 8})
+    processor = InputProcessor(config, SPEC, _Words(), {}, 32, keeps_priorities=False)  # type: ignore[arg-type]
+    assert [_process(processor, priority=priority).priority for priority in (0, -3, 5)] == [0, 0, 0]
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["a request's priority=-3 is ignored"]
+    assert _process(_processor(), priority=-3).priority == -3

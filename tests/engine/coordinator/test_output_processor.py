@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from phalanx import LLM, InvalidRequest, SamplingParams
 from phalanx.engine.client.outputs import CompletionOutput
 from phalanx.engine.coordinator.output_processor import OutputProcessor, StopStrings
-from phalanx.engine.coordinator.text.token_text import IncrementalDetokenizer
+from phalanx.engine.coordinator.text.token_text import IncrementalDetokenizer, TokenBytes
 from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.protocol.logprobs import TokenLogprobs
-from phalanx.engine.protocol.messages import Delta, Event, Finished, Submit
+from phalanx.engine.protocol.messages import Accepted, Delta, Event, Finished, Submit
 from phalanx.engine.scheduling.request import Request, SequenceUpdate
 from phalanx.engine.scheduling.step_plan import SlotSampling
 
@@ -393,6 +393,89 @@ def test_an_unfinished_character_is_delivered_when_the_request_is_aborted(tokeni
     harness.bring(0, tokenizer.encode("🙂")[:2])
     harness.bring(0, [], "abort", last=True)
     assert harness.text(0) == "\ufffd"
+
+
+def test_the_first_event_says_that_the_request_was_accepted_and_with_what(tokenizer: Tokenizer) -> None:
+    harness = _Harness(tokenizer, SamplingParams())
+    assert harness.events == [Accepted(id="outer", prompt_tokens=2, seed=0, max_tokens=99)]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_the_stop_string_is_shown_where_it_is_wanted(tokenizer: Tokenizer, include: bool) -> None:
+    harness = _Harness(tokenizer, SamplingParams(stop=("END", "more"), include_stop_str_in_output=include))
+    for token in tokenizer.encode("hi END more"):
+        harness.bring(0, [token])
+    assert harness.text(0) == ("hi END" if include else "hi ")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    text=st.text(alphabet="ENDab 🙂é你", max_size=30),
+    stops=st.lists(st.sampled_from(["END", "E🙂", "aab", "你"]), max_size=2),
+    steps=st.lists(st.integers(1, 4), min_size=1, max_size=20),
+    ends=st.booleans(),
+)
+def test_a_deltas_text_is_that_of_its_tokens(
+    tokenizer: Tokenizer, text: str, stops: list[str], steps: list[int], ends: bool
+) -> None:
+    harness = _Harness(tokenizer, SamplingParams(stop=tuple(stops)))
+    tokens = tokenizer.encode(text)
+    place = 0
+    for count in itertools.cycle(steps):
+        if place >= len(tokens) or harness.stops:
+            break
+        harness.bring(0, tokens[place : place + count])
+        place += count
+    if ends and not harness.stops:
+        harness.bring(0, [], "length", last=True)
+
+    deltas = [event for event in harness.events if isinstance(event, Delta)]
+    position, sent = 0, ""
+    for number, delta in enumerate(deltas):
+        assert (delta.position, len(delta.logprobs or [])) == (position, len(delta.token_ids))
+        position += len(delta.token_ids)
+        sent += delta.text
+        decoded = tokenizer.decode(tokens[:position])
+        if harness.stops and number == len(deltas) - 1:
+            assert decoded.startswith(sent)  # cut at the stop string
+        else:
+            assert decoded == sent
+    if ends and not harness.stops:
+        assert (position, sent) == (len(tokens), text)
+
+
+def test_log_probabilities_bear_the_bytes_of_their_tokens(tokenizer: Tokenizer) -> None:
+    harness = _Harness(tokenizer, SamplingParams())
+    harness.request.prompt_logprobs = [TokenLogprobs(tokenizer.encode("b")[0], -1.0, 1, [], [])]
+    smile = tokenizer.encode("🙂")
+    for token in smile:
+        harness.bring(0, [token])
+    harness.bring(0, [], "length", last=True)
+    [delta] = [event for event in harness.events if isinstance(event, Delta)]
+    assert b"".join(entry.token_bytes for entry in delta.logprobs or []) == "🙂".encode()
+    assert (delta.logprobs or [])[1].token_bytes == "🙂".encode()[1:2]
+    finished = harness.events[-1]
+    assert isinstance(finished, Finished)
+    assert [entry.token_bytes for entry in finished.prompt_logprobs or []] == [b"b"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(tokens=st.lists(st.integers(0, 49151), max_size=60))
+def test_the_bytes_of_tokens_join_to_their_text(smollm2_tokenizers: tuple[Tokenizer, Any], tokens: list[int]) -> None:
+    ours, _ = smollm2_tokenizers
+    joined = b"".join(ours.token_bytes[token] for token in tokens)
+    assert joined.decode(errors="replace") == ours.decode(tokens)
+
+
+def test_a_token_of_byte_fallback_stands_for_its_byte_and_an_unknown_one_for_nothing() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁a": 257, "<0xZZ>": 258}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    known = TokenBytes(backend, 300)
+    assert [known[token] for token in (1 + 0xF0, 257, 258, 299, 300, -1)] == [b"\xf0", b" a", b"<0xZZ>", b"", b"", b""]
 
 
 # ---- through the engine

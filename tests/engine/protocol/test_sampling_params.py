@@ -33,7 +33,7 @@ from phalanx import InvalidRequest, SamplingParams
         ("presence_penalty", 2.1, "[-2, 2]"),
         ("frequency_penalty", math.nan, "[-2, 2]"),
         ("seed", 2**63, "[-9.22337e+18, 9.22337e+18]"),
-        ("n", 0, "[1, inf)"),
+        ("n", 0, "[1, 16384]"),
         ("logprobs", 21, "[0, 20]"),
         ("prompt_logprobs", -1, "[0, 20]"),
     ],
@@ -152,3 +152,33 @@ def test_numbers_beyond_64_bits_mean_no_limit_and_travel() -> None:
     given = SamplingParams(max_tokens=10**30, min_tokens=10**25, top_k=10**40)
     assert (given.max_tokens, given.min_tokens, given.top_k) == (2**63 - 1,) * 3
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(given), type=SamplingParams) == given
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stop": ["a"] * 65}, "stop holds 65 strings; it may hold at most 64"),
+        ({"stop": "a" * 1025}, "stop holds a string of 1025 characters; each may have at most 1024"),
+        ({"bad_words": ["a"] * 129}, "bad_words holds 129 strings; it may hold at most 128"),
+        ({"bad_words": ["a", ""]}, r"bad_words=\('a', ''\) must be a string or a list of non-empty strings"),
+        ({"allowed_token_ids": []}, r"allowed_token_ids=\(\) must be a list of token ids that is not empty"),
+        ({"allowed_token_ids": [-1]}, r"allowed_token_ids=-1 is out of range"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias holds 1025 token ids; it may hold at most 1024"),
+        ({"stop_token_ids": list(range(1025))}, "stop_token_ids holds 1025 token ids; it may hold at most 1024"),
+        ({"n": 16385}, r"n=16385 is out of range: it must be in \[1, 16384\]"),
+    ],
+)
+def test_lists_and_texts_are_bounded_and_the_bound_is_named(values: dict[str, Any], words: str) -> None:
+    for make in (SamplingParams.from_dict, lambda given: SamplingParams(**given)):
+        with pytest.raises(InvalidRequest, match=words):
+            make(values)
+
+
+def test_what_may_not_or_alone_may_be_sampled_is_a_list_and_a_bad_word_may_be_one_string() -> None:
+    expected = SamplingParams(bad_words=("no",), allowed_token_ids=(3, 4), include_stop_str_in_output=True)
+    given = {"bad_words": "no", "allowed_token_ids": [3, 4], "include_stop_str_in_output": True}
+    assert SamplingParams.from_dict(given) == expected
+    assert SamplingParams(**given) == expected  # type: ignore[arg-type]
+    assert SamplingParams(allowed_token_ids=range(3, 5)).allowed_token_ids == (3, 4)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="include_stop_str_in_output=1 must be true or false"):
+        SamplingParams(include_stop_str_in_output=1)  # type: ignore[arg-type]

@@ -205,7 +205,7 @@ def test_two_clients_with_equal_ids_get_each_its_own_answer(served: str) -> None
     alone = [_Answer(clients[0], Submit(id=str(i), token_ids=prompt, sampling=GREEDY)).whole()
              for i, prompt in enumerate(prompts)]  # fmt: skip
     answers = [
-        _Answer(client, Submit(id="same", token_ids=prompt, sampling=GREEDY))
+        _Answer(client, Submit(id="same", token_ids=prompt, sampling=GREEDY, return_prompt_token_ids=True))
         for client, prompt in zip(clients, prompts, strict=True)
     ]
     for answer, expected, prompt in zip(answers, alone, prompts, strict=True):

@@ -270,3 +270,37 @@ def test_shards_with_gaps_or_out_of_order_are_refused(shards: list[range]) -> No
         return str(caught.value)
 
     assert all("vocab_size=10" in message for message in run_threads(Exchange(2), work))
+
+
+@pytest.mark.parametrize("sizes", [[60], [20, 40], [1, 1, 58]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bad_words_and_allowed_tokens_hold_on_any_cut_of_the_vocabulary(sizes: list[int], temperature: float) -> None:
+    logits = torch.randn(3, 60, generator=torch.Generator().manual_seed(5)) * 3
+    best = logits.argmax(dim=1).tolist()
+    output = np.array([1, 2, 7, 8], dtype=np.int32)
+    samplings = [
+        SlotSampling(temperature=temperature, seed=3, bad_words=((7, 8, best[0]), (9, best[0] - 1))),
+        SlotSampling(temperature=temperature, seed=3, allowed_token_ids=(0, 59), logprobs=2),
+        SlotSampling(temperature=temperature, seed=3, top_k=2, bad_words=((best[2],),)),
+    ]
+    rows = [SampleRow(sampling, output, 2, 4) for sampling in samplings]
+
+    def work(collectives: Collectives) -> Any:
+        start = sum(sizes[: collectives.rank])
+        vocab = range(start, start + sizes[collectives.rank])
+        sampler = Sampler(collectives, vocab, 60)
+        return sampler.sample(logits[:, vocab.start : vocab.stop].clone(), rows)
+
+    result = run_threads(Exchange(len(sizes)), work)[0]
+    assert result is not None
+    tokens, entries = result
+    assert tokens[0] != best[0]
+    assert tokens[1] in (0, 59)
+    assert tokens[2] != best[2]
+    assert (
+        tokens == run_threads(Exchange(1), lambda one: Sampler(one, range(60), 60).sample(logits.clone(), rows))[0][0]
+    )
+
+    # Log-probabilities stay those of the model.
+    assert entries[1].logprob == pytest.approx(float(logits[1].log_softmax(0)[tokens[1]]), abs=1e-5)
+    assert entries[1].top_token_ids == logits[1].topk(2).indices.tolist()

@@ -85,3 +85,48 @@ def test_without_a_penalty_nothing_is_kept_or_counted() -> None:
     token_counts.penalize(logits, [0], [1], [SlotSampling(presence_penalty=1.0)])
     assert logits[0].nonzero().flatten().tolist() == [2, 3]
     assert logits.min() == pytest.approx(-1.0)
+
+
+word = st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)
+word_samplings = st.builds(
+    SlotSampling,
+    bad_words=st.lists(word, max_size=6).map(tuple),
+    allowed_token_ids=st.sampled_from([(), (0, 1, 3), (2, 39)]),
+)
+few_tokens = st.lists(st.integers(0, 5), min_size=1, max_size=8)
+
+
+def _allowed(sampling: SlotSampling, output: list[int]) -> set[int]:
+    """The tokens that may follow an output, by definition."""
+    allowed = set(sampling.allowed_token_ids or range(VOCABULARY))
+    return {t for t in allowed if not any(tuple([*output, t][-len(w) :]) == w for w in sampling.bad_words)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(word_samplings, few_tokens, few_tokens), min_size=1, max_size=SLOTS),
+    generated=st.integers(0, 3),
+    shard=st.sampled_from([(0, VOCABULARY), (0, 3), (3, VOCABULARY), (20, 20)]),
+)
+def test_bad_words_and_all_but_the_allowed_tokens_are_masked_whoever_knows_the_last_token(
+    sequences: list[tuple[SlotSampling, list[int], list[int]]], generated: int, shard: tuple[int, int]
+) -> None:
+    vocab = range(*shard)
+    token_counts = TokenCounts(SLOTS, vocab, CPU)
+    for slot, (sampling, prompt, output) in enumerate(sequences):
+        known = output[: len(output) - generated] if generated < len(output) else []
+        token_counts.start(SlotStart(slot, len(prompt), prompt + known, sampling))
+    for place in range(generated, 0, -1):
+        slots = [slot for slot, (_, _, output) in enumerate(sequences) if place <= len(output)]
+        token_ids = [sequences[slot][2][-place] for slot in slots]
+        token_counts.add(torch.tensor(slots, dtype=torch.int64), torch.tensor(token_ids, dtype=torch.int64))
+
+    rows = [_row(sampling, prompt, output, slot) for slot, (sampling, prompt, output) in enumerate(sequences)]
+    late = [SampleRow(r.sampling, r.token_ids[:-1], r.prompt_length, r.position, r.slot) for r in rows]
+    expected = [[token in _allowed(sampling, output) for token in vocab] for sampling, _, output in sequences]
+    for told, counts in ((rows, None), (rows, token_counts), (late if generated else rows, token_counts)):
+        logits = torch.randn(len(rows), len(vocab), generator=torch.Generator().manual_seed(1))
+        before = logits.clone()
+        edit_rows(logits, vocab, told, counts)
+        kept = torch.tensor(expected).view(len(rows), len(vocab))
+        assert torch.equal(logits, before.masked_fill(~kept.bool(), -torch.inf))

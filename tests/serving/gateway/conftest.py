@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -18,8 +19,8 @@ from phalanx.tests.serving.gateway.scripted_pool import ScriptedPool, wait_until
 class Server:
     """A gateway under test, its pool and its clients."""
 
-    def __init__(self, config: GatewayConfig | None = None) -> None:
-        self.pool = ScriptedPool()
+    def __init__(self, config: GatewayConfig | None = None, pool: Any = None) -> None:
+        self.pool = pool or ScriptedPool()
         self.app = create_app(self.pool, config)
         self._server: uvicorn.Server = make_server(self.app, GatewayConfig(port=0))
         self._thread = threading.Thread(target=self._server.run, daemon=True)

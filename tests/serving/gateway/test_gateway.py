@@ -18,10 +18,10 @@ from phalanx.tests.serving.gateway.conftest import Server
 ROOT = Path(__file__).resolve().parents[3]
 
 _IMPORTS = """
-import resource, sys
+import re, sys
 import phalanx.serving.gateway.app, phalanx.serving.gateway.http.server
 print(sorted({"torch", "transformers", "numpy", "tokenizers"} & sys.modules.keys()))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 

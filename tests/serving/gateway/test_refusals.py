@@ -199,9 +199,10 @@ def test_other_routes_name_the_field_too(server: Server, path: str, body: Any, p
         b'{"prompt": "a", "prompt": "b"}',
         b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"prompt": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b'{"prompt": "a", "metadata": ' + b"[" * 65 + b"]" * 65 + b"}",
         b'{"prompt": "a"} x',
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_what_is_no_json_object_is_refused(server: Server, body: bytes) -> None:
     error = refusal(server, COMPLETION, body)

@@ -279,3 +279,30 @@ def test_many_clients_that_leave_at_any_time_leave_nothing_behind(make_gateway: 
     wait_until(lambda: not server.open_requests)
     server.pool.join()
     assert server.http.post(CHAT, json={"messages": HELLO}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_thousand_connections_are_each_answered_refused_or_left(make_gateway: Make) -> None:
+    server = make_gateway(GatewayConfig(max_open_requests=600))
+    server.pool.token_s = 0.05
+    statuses: list[int] = []
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        body = {"messages": HELLO, "stream": number % 2 == 0}
+        with contextlib.suppress(asyncio.TimeoutError):
+            answer = await asyncio.wait_for(client.post(CHAT, json=body), 0.5 if number % 10 == 0 else 60)
+            statuses.append(answer.status_code)
+            if answer.status_code == 200:
+                assert "[DONE]" in answer.text or "Hello world" in answer.text
+            else:
+                assert int(answer.headers["retry-after"]) >= 1
+
+    async def run() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            await asyncio.gather(*(ask(client, number) for number in range(1000)))
+
+    asyncio.run(run())
+    assert set(statuses) <= {200, 429}
+    assert len(statuses) >= 900
+    wait_until(lambda: not server.open_requests)

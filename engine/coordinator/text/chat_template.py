@@ -1,0 +1,199 @@
+"""Conversations as a model's chat template renders them; what users wrote stays apart from what the template wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import InvalidRequest
+from .sandbox import RenderError, Sandbox
+
+Message = dict[str, Any]
+
+RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
+"""Variables of a template that chat_template_kwargs may not set."""
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers marks the end of the message that goes on
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which clients send it
+_ROLES = ("assistant", "developer", "function", "ipython", "system", "tool", "user")
+_TYPES = ("array", "boolean", "function", "integer", "null", "number", "object", "string", "text")
+_KNOWN_WORDS = frozenset((*_ROLES, *_TYPES))  # templates compare these, and make control tokens of roles
+_USERS_KEYS = ("arguments", "parameters", "properties")  # whose keys users choose
+_FIRST_MARK, _MARKS = 0x10F000, 0xFF0
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Characters that occur nowhere in what a request holds."""
+
+    begin: str
+    end: str
+    cut: str
+    stands_for: str
+
+    @classmethod
+    def unused_in(cls, texts: Iterable[str]) -> Marks:
+        """Choose them from the private use area. Raises InvalidRequest if nearly all of it is in use."""
+        used = {letter for text in texts if not text.isascii() for letter in text if ord(letter) >= _FIRST_MARK}
+        unused = (chr(_FIRST_MARK + number) for number in range(_MARKS) if chr(_FIRST_MARK + number) not in used)
+        try:
+            return cls(*(next(unused) for _ in range(4)))
+        except StopIteration:
+            raise InvalidRequest("the messages use every character of the private use area") from None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    In `text` a mark stands for each text of a special token that a user wrote, or for nothing, where a user's text and
+    what is next to it would make one; `plain` says for what.
+    """
+
+    text: str
+    mark: str
+    plain: list[str]
+
+    def expand(self, text: str, first: int = 0) -> str:
+        """A part of the text with what its marks stand for; `first` is the number of marks before it."""
+        pieces = text.split(self.mark)
+        return pieces[0] + "".join(plain + piece for plain, piece in zip(self.plain[first:], pieces[1:], strict=False))
+
+
+class ChatTemplate:
+    """One template. Used by any number of threads."""
+
+    def __init__(self, source: str, variables: dict[str, Any], special_tokens: Iterable[str]) -> None:
+        """`variables` are the tokenizer's own, such as bos_token; `special_tokens` the texts of its special tokens."""
+        self._source = source
+        self._variables = variables
+        special = sorted((text for text in special_tokens if text), key=len, reverse=True)
+        self._special = frozenset(special)
+        self._pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._joined = "\0".join(special)
+        self._beginnings = tuple({text[:size] for text in special for size in range(1, len(text))})
+        self._ends = tuple({text[size:] for text in special for size in range(1, len(text))})
+        self._sandbox = Sandbox()
+
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Rendered:
+        """Render a conversation as transformers' apply_chat_template does.
+
+        Raises InvalidRequest if the template refuses it or exceeds its bounds, and for variables of reserved names.
+        """
+        for name in RESERVED:
+            if name in (variables or {}):
+                raise InvalidRequest(f"chat_template_kwargs holds {name!r}, which it may not set")
+        marks = Marks.unused_in(_texts([messages, tools, variables]))
+        chat = _with_reasoning([_without_nulls(message) for message in self._mark(messages, marks, False)])
+        if continue_final_message:
+            _tag_last(chat)
+
+        given = {
+            **self._variables,
+            "documents": None,
+            **(self._mark(variables, marks, False) or {}),
+            "messages": chat,
+            "tools": self._mark(tools, marks, False),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        try:
+            text = self._sandbox.render(self._source, given)
+        except RenderError as error:
+            raise InvalidRequest(f"the chat template refused the messages: {error}") from error
+        return self._collect(_cut_at_tag(text) if continue_final_message else text, marks)
+
+    def _mark(self, value: Any, marks: Marks, users_keys: bool) -> Any:
+        """A copy in which special tokens are marked, within values and within keys that users choose."""
+        if isinstance(value, str):
+            return self._mark_text(value, marks)
+        if isinstance(value, list | tuple):
+            return [self._mark(item, marks, users_keys) for item in value]
+        if not isinstance(value, dict):
+            return value
+
+        copy = {}
+        for key, item in value.items():
+            inside = users_keys or key in _USERS_KEYS
+            known = key in ("role", "type") and isinstance(item, str) and item in _KNOWN_WORDS
+            name = self._mark_text(key, marks) if users_keys and isinstance(key, str) else key
+            copy[name] = item if known else self._mark(item, marks, inside)
+        return copy
+
+    def _mark_text(self, text: str, marks: Marks) -> str:
+        marked = self._pattern.sub(f"{marks.begin}\\g<0>{marks.end}", text)
+        # A user's text may also be a part of a special token that the text beside it completes.
+        if text and text in self._joined:
+            return f"{marks.cut}{marked}{marks.cut}" if text not in self._special else marked
+        begins = text.startswith(self._ends)
+        ends = text.endswith(self._beginnings)
+        return f"{marks.cut if begins else ''}{marked}{marks.cut if ends else ''}"
+
+    def _collect(self, text: str, marks: Marks) -> Rendered:
+        plain: list[str] = []
+
+        def stand_for(match: re.Match[str]) -> str:
+            plain.append(match[1] or "")
+            return marks.stands_for
+
+        marked = f"{marks.begin}({self._pattern.pattern}){marks.end}|[{marks.begin}{marks.end}{marks.cut}]"
+        return Rendered(re.sub(marked, stand_for, text), marks.stands_for, plain)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            pending += item.keys()
+            pending += item.values()
+        elif isinstance(item, list | tuple):
+            pending += item
+
+
+def _without_nulls(message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"a message must be an object with a role and a content, not {message!r}")
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _with_reasoning(chat: list[Message]) -> list[Message]:
+    """Give an answer's reasoning under each name that templates know it by."""
+    result = []
+    for message in chat:
+        reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+        named = {} if reasoning is None else {"thinking": reasoning}
+        last = {} if reasoning is None else {"reasoning_content": reasoning}
+        result.append({**named, **message, **last})
+    return result
+
+
+def _tag_last(chat: list[Message]) -> None:
+    """Mark the end of the last message's text. Raises InvalidRequest if it has none."""
+    content = chat[-1].get("content") if chat else None
+    if isinstance(content, str):
+        chat[-1]["content"] = content + _CONTINUED
+        return
+    for part in reversed(content if isinstance(content, list) else []):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            part["text"] += _CONTINUED
+            return
+    raise InvalidRequest("continue_final_message is set, but the last message has no text that could go on")
+
+
+def _cut_at_tag(text: str) -> str:
+    """What comes before the tag. Where the template strips a message's end, that of the text is stripped too."""
+    place = text.rfind(_CONTINUED.strip())
+    if place < 0:
+        raise InvalidRequest("continue_final_message is set, but the chat template leaves the last message out")
+    return text[:place] if text.startswith(_CONTINUED, place) else text[:place].rstrip()
