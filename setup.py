@@ -96,6 +96,7 @@ setup(
         "torch>=2.11,<2.14",
         "transformers>=4.51",
         "tokenizers>=0.21.1",
+        "jinja2>=3.1.6",
         "safetensors>=0.5",
         "hydra-core>=1.3",
         "msgspec>=0.19",

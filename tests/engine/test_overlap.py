@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.engine.client.outputs import RequestOutput
+from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.execution.worker import Worker
 from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.tests.engine import programs
@@ -108,3 +109,29 @@ def test_overlapping_steps_change_no_answer_of_several_ranks(run_ranks: Callable
     )
     for ahead, in_turn in zip(with_, without, strict=True):
         assert _contents(ahead[2][0]) == _contents(in_turn[2][0])
+
+
+def test_bad_words_and_allowed_tokens_hold_at_any_number_of_ranks_whether_or_not_steps_overlap(
+    run_ranks: Callable[..., list[Any]], tiny: Path
+) -> None:
+    letters = tuple(Tokenizer(tiny).encode("abcdef"))
+    words = ("ab", "cde", "f", "abba", "ee")
+    each = [
+        SamplingParams(temperature=1.5, seed=seed, allowed_token_ids=letters, bad_words=bad, max_tokens=40, top_k=top_k)
+        for seed, top_k in ((1, 0), (2, 4))
+        for bad in (words, ())
+    ]
+    calls = [([[5, 6, 7]] * len(each), each)]
+    runs = [
+        run_ranks(3, programs.generate_at_each_size, str(tiny), [1, 2, 3], calls, {**CONFIG, "overlap": overlap})[0]
+        for overlap in (False, True)
+    ]
+    expected = _contents(runs[0][1][0])
+    for run in runs:
+        for size in (1, 2, 3):
+            assert _contents(run[size][0]) == expected
+
+    texts = [output.outputs[0].text for output in runs[0][1][0]]
+    assert all(len(text) == 40 and set(text) <= set("abcdef") for text in texts)
+    for number, text in enumerate(texts):
+        assert any(word in text for word in words) == (number % 2 == 1)

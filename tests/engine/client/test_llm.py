@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import queue
 import random
 import shutil
 import threading
@@ -19,7 +20,7 @@ from phalanx import LLM, AsyncLLM, EngineStopped, InvalidRequest, SamplingParams
 from phalanx.engine.client.client import RequestHandle
 from phalanx.engine.client.outputs import RequestOutput
 from phalanx.engine.execution.worker import Worker
-from phalanx.engine.protocol.messages import Delta, Finished, Submit
+from phalanx.engine.protocol.messages import Accepted, Delta, Event, Finished, Submit
 from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.parallel.topology.placement import place
 from phalanx.parallel.topology.topology import read_topology
@@ -480,3 +481,56 @@ def test_a_checkpoint_that_is_computed_with_in_another_dtype_says_so(tiny: Path,
         assert any(line.startswith(words) for line in llm.status().report)
     with LLM(str(folder), max_model_len=64, dtype="float32") as llm:
         assert not any("the checkpoint is in" in line for line in llm.status().report)
+
+
+# ---- what is told of a request and of the engine
+
+
+def test_a_step_that_hangs_is_told_by_a_status_that_does_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    launch: Callable[..., Any] = Worker.launch
+
+    def slow(self: Worker, plan: StepPlan) -> Any:
+        assert go_on.wait(PATIENCE_S)
+        return launch(self, plan)
+
+    with LLM(str(tiny), **CONFIG) as llm:
+        assert llm.status().stalled_s == 0.0
+        monkeypatch.setattr(Worker, "launch", slow)
+        handle = llm.stream([5, 6, 7], sampling=msgspec.structs.replace(GREEDY, max_tokens=2))
+        deadline = time.monotonic() + PATIENCE_S
+        while llm.status(PATIENCE_S).stalled_s < 0.3:
+            assert time.monotonic() < deadline
+        go_on.set()
+        assert isinstance(list(handle)[-1], Finished)
+        status = llm.status()
+        assert (status.stalled_s, status.prompt_tokens, status.generation_tokens) == (0.0, 3, 2)
+        assert (status.prefix_queries, status.waiting_tokens) == (3, 0)
+        assert status.phase_seconds["launch"] >= 0.3
+
+
+def test_log_probabilities_bear_bytes_and_the_prompts_tokens_come_back_only_if_asked_for(llm: LLM) -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    output = llm.generate(["abc"], sampling)[0]
+    assert output.prompt_logprobs is not None
+    assert [entry.token_bytes for entry in output.prompt_logprobs] == [b"b", b"c"]
+    assert [len(entry.top_bytes) for entry in output.outputs[0].logprobs or []] == [2] * 4
+
+    handle = llm.submit(Submit(id="silent", token_ids=[5, 6], sampling=sampling))
+    assert handle is not None
+    last = list(handle)[-1]
+    assert isinstance(last, Finished)
+    assert last.prompt_token_ids is None
+
+
+def test_a_receiver_hears_first_that_its_request_was_accepted(llm: LLM) -> None:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, seed=-4)
+    llm.submit(Submit(id="heard", token_ids=[5, 6], sampling=sampling), events.put)
+    first = events.get(timeout=PATIENCE_S)
+    assert first == Accepted(id="heard", prompt_tokens=2, seed=-4, max_tokens=3)
+    positions = []
+    while not isinstance(event := events.get(timeout=PATIENCE_S), Finished):
+        assert isinstance(event, Delta)
+        positions.append((event.position, len(event.token_ids)))
+    assert [place for place, _ in positions] == [sum(n for _, n in positions[:i]) for i in range(len(positions))]

@@ -20,17 +20,24 @@ from phalanx.engine.engine import Engine, EngineThread
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import (
     Abort,
+    Accepted,
     Command,
     Completion,
     Delta,
+    Detokenize,
+    Detokenized,
     Event,
     Failed,
     Finished,
+    ModelInfo,
+    ModelInfoRequest,
     Shutdown,
     Status,
     StatusRequest,
     Submit,
     Timings,
+    Tokenize,
+    Tokenized,
     Usage,
 )
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
@@ -52,11 +59,18 @@ COMMANDS: list[Command] = [
     ),
     Submit(id="b", token_ids=[0, 2**31 - 1]),
     Submit(id="c", messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}], "n": 1, "x": None}]),
+    Submit(id="d", prompt="x", sampling=SamplingParams(bad_words=("no",), allowed_token_ids=(1, 2)), tools=[{"a": 1}]),
+    Tokenize(id="e", messages=[], chat_template_kwargs={"enable_thinking": False}, continue_final_message=True),
+    Detokenize(id="f", token_ids=[1]),
     Abort("a"),
     StatusRequest(),
+    ModelInfoRequest(),
     Shutdown(),
 ]
 EVENTS: list[Event] = [
+    Accepted(id="a", prompt_tokens=3, seed=-(2**63), max_tokens=9),
+    Tokenized(id="a", token_ids=[1], text=None, token_bytes=[b"\xf0"]),
+    Detokenized(id="a", text="é"),
     Delta("a", 1, "text 🙂", [1, 2], LOGPROBS),
     Delta("a", 0, "", []),
     Finished(
@@ -314,3 +328,29 @@ def test_many_clients_at_once_get_each_its_own_answer(served: str) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert {number: output.prompt_token_ids for number, output in outputs.items()} == {i: [5 + i] for i in range(12)}
+
+
+def test_questions_beside_requests_are_answered(served: str) -> None:
+    connection = ZmqConnection(served)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    connection.start(events.put, lambda error: None)
+    try:
+        for question in (
+            ModelInfoRequest(),
+            Tokenize(id="t", prompt="ab"),
+            Detokenize(id="d", token_ids=[]),
+            Tokenize(id="bad", token_ids=[10**6]),
+        ):
+            connection.send(question)
+        answers = {type(event): event for event in (events.get(timeout=60) for _ in range(4))}
+    finally:
+        connection.close()
+    info, tokenized = answers[ModelInfo], answers[Tokenized]
+    assert isinstance(info, ModelInfo)
+    assert isinstance(tokenized, Tokenized)
+    assert (info.ranks, info.chat_template is not None, info.max_model_len) == (1, True, 512)
+    assert (tokenized.id, tokenized.token_bytes) == ("t", [b"a", b"b"])
+    assert answers[Detokenized] == Detokenized(id="d", text="")
+    failed = answers[Failed]
+    assert isinstance(failed, Failed)
+    assert (failed.id, failed.error) == ("bad", "InvalidRequest")
