@@ -17,7 +17,7 @@ import msgspec
 
 from ...engine.client.client import Client
 from ...engine.errors import CapacityExceeded, EngineStopped, InvalidRequest, PhalanxError
-from ...engine.protocol.messages import Event, Failed, Finished, ModelInfo, Status, Submit
+from ...engine.protocol.messages import Accepted, Event, Failed, Finished, ModelInfo, Status, Submit
 from ..gateway.engine_pool import OnEvent, PoolState, Question
 from ..gateway.metrics import EngineSample, GatewayMetrics, RequestMetrics
 from .config import PoolConfig
@@ -226,7 +226,8 @@ class PoolTicket:
         self._tried: tuple[PooledEngine, ...] = ()
         self._client: Client | None = None
         self._metrics: RequestMetrics | None = None
-        self._delivered = False
+        self._accepted = False
+        self._delivered = False  # anything of the answer
         self._aborted = False
 
     def send(self, engine: PooledEngine) -> None:
@@ -241,7 +242,12 @@ class PoolTicket:
             if isinstance(event, Failed) and not self._delivered and event.error in _MOVABLE:
                 self._pool.soon(self, engine, event)
                 return
-            self._delivered = True
+            if isinstance(event, Accepted):
+                if self._accepted:  # by an engine before this one
+                    return
+                self._accepted = True
+            else:
+                self._delivered = True
             last = isinstance(event, Finished | Failed)
             try:
                 self._on_event(event)

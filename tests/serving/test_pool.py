@@ -12,6 +12,7 @@ from phalanx import EngineStopped, InvalidRequest, SamplingParams
 from phalanx.engine.client.client import Client
 from phalanx.engine.errors import CapacityExceeded, ConfigError, PhalanxError, Timeout
 from phalanx.engine.protocol.messages import (
+    Accepted,
     Delta,
     Detokenize,
     Detokenized,
@@ -251,6 +252,22 @@ def test_a_request_that_got_nothing_goes_on_at_another_engine(
             engines[1].answer = engines[0].answer
             assert await Caller(pool, "last").end() == Failed("last", error.__name__, "not here")
             await until(lambda: pool.open_requests == 0)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_waits_at_an_engine_that_stops_goes_on_at_another(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].answer = lambda submit: [
+            Accepted(id=submit.id, prompt_tokens=3, seed=1, max_tokens=2),
+            Failed(submit.id, EngineStopped.__name__, "rank 1 failed"),
+        ]
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            for number in range(2):
+                caller = Caller(pool, str(number))
+                events = [await caller.next() for _ in range(4)]
+                assert [type(event) for event in events] == [Accepted, Delta, Delta, Finished]
+            assert len(engines[1].requests) == 2
 
     asyncio.run(main())
 
