@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import socket
@@ -15,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 from phalanx.engine.protocol.messages import Delta, Event, Submit
+from phalanx.launch.cli.schema import field_docs
+from phalanx.launch.cli.server import server_settings
 from phalanx.tests.launch.programs import run
 from phalanx.tests.serving.fake_engine import FakeEngine, address, finished, status
 from phalanx.tests.serving.servers import running, wait_for_port
@@ -182,6 +185,19 @@ def test_a_setting_that_cannot_be_ends_it_with_code_2(arguments: tuple[str, ...]
     assert (ended.returncode, ended.stdout) == (2, "")
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("kind", server_settings())
+def test_every_setting_of_the_server_is_explained(kind: type) -> None:
+    docs = field_docs(kind)
+    assert [field.name for field in dataclasses.fields(kind) if not docs.get(field.name)] == []
+
+
+def test_help_lists_the_settings_of_the_server() -> None:
+    shown = run("gateway", "--help").stdout
+    assert "engines=[...]" in shown
+    for name in ("engines", "port", "api_key", "drain_timeout_s", "stall_timeout_s", "max_open_requests"):
+        assert f"\n  {name} [" in shown
 
 
 def test_a_port_in_use_is_named() -> None:
