@@ -55,10 +55,13 @@ class Generation:
         self._error: Exception | None = None
         self._closed = False
 
-    def start(self, submits: Sequence[Submit], tokens: int, affinity: bytes = b"") -> None:
-        """Send the requests, of about so many prompt tokens. Raises ApiError or PhalanxError; none is open then."""
-        self._admission.enter(len(submits), tokens)
-        self._admitted = (len(submits), tokens)
+    def admit(self, requests: int, tokens: int) -> None:
+        """Let in so many requests, of about so many prompt tokens together. Raises ApiError where there is no room."""
+        self._admission.enter(requests, tokens)
+        self._admitted = (requests, tokens)
+
+    def start(self, submits: Sequence[Submit], affinity: bytes = b"") -> None:
+        """Send the requests that were let in. Raises PhalanxError; none is open then."""
         try:
             for number, submit in enumerate(submits):
                 self._tickets.append(None)

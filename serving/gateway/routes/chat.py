@@ -40,7 +40,8 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     async with gateway.generation(
         exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
     ) as generation:
-        generation.start([submit], tokens, affinity)
+        generation.admit(1, tokens)
+        generation.start([submit], affinity)
         if request.stream:
             await stream(gateway, exchange, generation, _Writer(style))
         else:

@@ -45,20 +45,21 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
 
     # Checked before anything is asked of an engine.
     submits = _to_submits(gateway, exchange, request, prompts)
-    echoes: list[_Echo] = []
-    if request.echo:
-        tokenized = await asyncio.gather(*(_tokenized(gateway, request, prompt) for prompt in prompts))
-        echoes = [_echo(prompt, answer) for prompt, answer in zip(prompts, tokenized, strict=True)]
-        # The same tokens for the answer as for the echo.
-        submits = _to_submits(gateway, exchange, request, [answer.token_ids for answer in tokenized])
-
-    style = _Style(request, f"cmpl-{exchange.request_id}", name, echoes)
     tokens = sum(tokens_in(prompt) if isinstance(prompt, str) else len(prompt) for prompt in prompts)
     affinity = affinity_of(submits[0].cache_salt, request.prompt_cache_key or prompts[0])
     async with gateway.generation(
         exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
     ) as generation:
-        generation.start(submits, tokens, affinity)
+        generation.admit(len(prompts), tokens)
+        echoes: list[_Echo] = []
+        if request.echo:
+            tokenized = await asyncio.gather(*(_tokenized(gateway, request, prompt) for prompt in prompts))
+            echoes = [_echo(prompt, answer) for prompt, answer in zip(prompts, tokenized, strict=True)]
+            # The same tokens for the answer as for the echo.
+            submits = _to_submits(gateway, exchange, request, [answer.token_ids for answer in tokenized])
+        generation.start(submits, affinity)
+
+        style = _Style(request, f"cmpl-{exchange.request_id}", name, echoes)
         if request.stream:
             await stream(gateway, exchange, generation, _Writer(style, len(prompts)))
         else:

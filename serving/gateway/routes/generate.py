@@ -43,7 +43,8 @@ async def generate(gateway: Gateway, exchange: Exchange) -> None:
     async with gateway.generation(
         exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
     ) as generation:
-        generation.start([submit], len(request.token_ids), affinity)
+        generation.admit(1, len(request.token_ids))
+        generation.start([submit], affinity)
         if request.stream:
             await stream(gateway, exchange, generation, _Writer(request, exchange.request_id))
             return

@@ -50,6 +50,14 @@ def test_a_stream_is_a_role_then_text_then_the_end(server: Server) -> None:
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
 
 
+def test_any_text_comes_through_a_stream_as_it_is(server: Server) -> None:
+    server.pool.answer = 'a "b"\n\\ data: [DONE] \x00 é 漢字 🎉 \ue000text\ue000'
+    chunks = list(ask(server, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == server.pool.answer
+    pieces = server.openai.completions.create(model="demo", prompt="x", max_tokens=99, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == server.pool.answer
+
+
 def test_the_usage_comes_last_without_choices(server: Server) -> None:
     chunks = list(ask(server, stream=True, stream_options={"include_usage": True}))
     assert all(chunk.usage is None for chunk in chunks[:-1])

@@ -200,7 +200,8 @@ def _generation(pool: _Pool, pending_bytes: int) -> Generation:
     bridge, admission = EventBridge(asyncio.get_running_loop()), Admission(GatewayConfig())
     limits = Limits(pending_bytes, "read faster", 10.0)
     generation = Generation(pool, bridge, admission, limits, "a")  # type: ignore[arg-type]
-    generation.start([Submit(id="a", prompt="x")], 1)
+    generation.admit(1, 1)
+    generation.start([Submit(id="a", prompt="x")])
     return generation
 
 
