@@ -113,7 +113,7 @@ class Load:
             time.sleep(max(0.0, due - time.monotonic()))
             self._slots.acquire()
             self._seen[submit.id] = Seen(time.monotonic())
-            self._llm.submit(submit, self._on_event)
+            self._llm.submit(submit, self._on_event, quick=True)
             if self._rate:
                 due += self._gaps.expovariate(self._rate)
         for _ in self._submits:

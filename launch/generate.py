@@ -104,7 +104,7 @@ class Batch:
             return
         self._under_way[item.submit.id] = _UnderWay(item.id, OutputBuilder(item.submit.sampling.n))
         self._display.submitted(item)
-        self._llm.submit(item.submit, self._events.put)
+        self._llm.submit(item.submit, self._events.put, quick=True)
 
     def _take(self, event: Event) -> None:
         assert not isinstance(event, Status | ModelInfo)

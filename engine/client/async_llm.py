@@ -52,7 +52,7 @@ class AsyncLLM:
             # A loop that is closed by then raises, and the client aborts the request.
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        client.submit(submit, on_event)
+        client.submit(submit, on_event, quick=True)
 
         ended = False
         try:

@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable
 
 from ..errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
 from ..protocol.messages import (
@@ -33,9 +32,12 @@ from ..protocol.messages import (
     Tokenized,
 )
 from ..protocol.transport import Connection
+from .callbacks import CallbackThreads, OnEvent, Receiver
 
-OnEvent = Callable[[Event], None]
 Question = Tokenize | Detokenize | StatusRequest | ModelInfoRequest
+
+CALLBACKS_CLOSE_S = 2.0
+"""Longest time that closing waits for receivers of events."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,26 +50,31 @@ class Client:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
+        self._callbacks = CallbackThreads()
         self._dropped: collections.deque[str] = collections.deque()
         self._waiting: dict[type[Event], list[OnEvent]] = {Status: [], ModelInfo: []}  # answers that have no id
         self._stopped: PhalanxError | None = None
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
-        connection.start(self._on_event, self._on_lost)
+        connection.start(self._on_event, self._on_lost, self.fail_all)
 
     def new_id(self) -> str:
         """A request id that this client has not used."""
         return f"{self._prefix}-{next(self._numbers)}"
 
-    def submit(self, submit: Submit, on_event: OnEvent) -> None:
+    def submit(self, submit: Submit, on_event: OnEvent, *, quick: bool = False) -> None:
         """Send a request; `on_event` gets its events on another thread, the last one a Finished or Failed.
+
+        However long it takes, it holds up its own request alone (callbacks.MOST_THREADS of them may run at once), and
+        it may call anything of this client, close() too. A `quick` one, which only puts the event into a queue, is
+        called without a change of threads; it must not wait for anything.
 
         A request that cannot be sent fails in the same way, at once. Raises InvalidRequest for an id in use, and
         EngineStopped if the engine has stopped.
         """
-        self._send_for(submit, on_event)
+        self._send_for(submit, on_event if quick else self._receiver(submit.id, on_event).put)
 
     def ask(self, question: Question, on_answer: OnEvent) -> None:
-        """Send a question; `on_answer` gets its answer, or a Failed, on another thread. Raises what submit() raises.
+        """Send a question; `on_answer`, a quick one, gets its answer or a Failed. Raises what submit() raises.
 
         The answer to a StatusRequest or a ModelInfoRequest goes to all who wait for one, so who gives up waiting calls
         forget().
@@ -146,15 +153,17 @@ class Client:
         self._stop(error)
 
     def close(self) -> None:
-        """End what is outstanding with EngineStopped, and the connection."""
+        """End what is outstanding with EngineStopped, and the connection. Receivers may close it too."""
         self.fail_all(EngineStopped("the engine was closed"))
         self._connection.close()
+        self._callbacks.close(CALLBACKS_CLOSE_S)
 
     def leave(self, error: PhalanxError) -> None:
         """End every request with `error`, also at the engine, which goes on, and the connection."""
         for request_id in self._stop(error):
             self.abort(request_id)
         self._connection.close()
+        self._callbacks.close(CALLBACKS_CLOSE_S)
 
     def _stop(self, error: PhalanxError) -> list[str]:
         """End every request with `error`, and refuse new ones. Returns the requests' ids."""
@@ -199,6 +208,16 @@ class Client:
         if sink is not None and not self._hand_on(sink, event) and not last:
             self._forget(event.id)
             self.abort(event.id)
+
+    def _receiver(self, request_id: str, on_event: OnEvent) -> Receiver:
+        def hand_on(event: Event) -> bool:
+            taken = self._hand_on(on_event, event)
+            if not taken and not isinstance(event, Finished | Failed):
+                self._forget(request_id)
+                self.abort(request_id)
+            return taken
+
+        return Receiver(self._callbacks, hand_on)
 
     def _hand_on(self, sink: OnEvent, event: Event) -> bool:
         """Whether the receiver took the event. One that raises, be it SystemExit, must not end the thread that serves
@@ -250,7 +269,7 @@ class RequestHandle:
         self._owner = owner
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = True
-        client.submit(submit, self._events.put)
+        client.submit(submit, self._events.put, quick=True)
         self._ended = False
 
     def abort(self) -> None:

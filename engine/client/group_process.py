@@ -91,7 +91,7 @@ class GroupProcess:
                 self._process.kill()
                 self._process.wait()
 
-        self._watch.join()
+        self._watch.join(STOP_TIMEOUT_S)
         self.client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

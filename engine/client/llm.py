@@ -21,7 +21,8 @@ from ..protocol.messages import Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.secret import read_secret
 from ..protocol.transport import InProcess, ZmqConnection
-from .client import Client, OnEvent, RequestHandle
+from .callbacks import OnEvent
+from .client import Client, RequestHandle
 from .inputs import Messages, Prompt, as_prompts, make_submit, spread_sampling
 from .lifetime import Lifetime
 from .outputs import OutputBuilder, RequestOutput
@@ -171,11 +172,14 @@ class LLM:
         submit = make_submit(self.client.new_id(), prompt=prompt, messages=messages, sampling=sampling)
         return RequestHandle(self.client, submit, owner=self)
 
-    def submit(self, submit: Submit, on_event: OnEvent | None = None) -> RequestHandle | None:
-        """Send one request of the protocol: to `on_event` (called on another thread), or else to an iterable handle."""
+    def submit(self, submit: Submit, on_event: OnEvent | None = None, *, quick: bool = False) -> RequestHandle | None:
+        """Send one request of the protocol: to `on_event` (called on another thread), or else to an iterable handle.
+
+        `on_event` may take long, raise or close this LLM; for a `quick` one see Client.submit().
+        """
         if on_event is None:
             return RequestHandle(self.client, submit, owner=self)
-        self.client.submit(submit, on_event)
+        self.client.submit(submit, on_event, quick=quick)
         return None
 
     def abort(self, request_id: str) -> None:
@@ -208,7 +212,7 @@ class LLM:
 
         try:
             for submit in submits:
-                self.client.submit(submit, events.put)
+                self.client.submit(submit, events.put, quick=True)
 
             while len(outputs) < len(submits):
                 event = _next_event(events, wait=len(outputs) + len(refused) < len(submits))
@@ -221,7 +225,7 @@ class LLM:
                 if output is not None:
                     outputs[output.id] = output
                 if refused and (output is not None or event is None):
-                    self.client.submit(refused.popleft(), events.put)
+                    self.client.submit(refused.popleft(), events.put, quick=True)
         finally:
             for submit in submits:
                 if submit.id not in outputs:

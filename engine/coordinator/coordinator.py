@@ -1,7 +1,7 @@
 """Rank 0's part that the other ranks lack: it alone decides. Requests in, plans out, tokens back, events out.
 
-Three threads share nothing but queues and the registry of requests: the intake thread (ingress.py) encodes text, the
-step loop (here) owns the scheduler, the output thread (egress.py) owns the text of every answer.
+Its threads share nothing but queues and the registry of requests: the intake threads (ingress.py) encode text, the step
+loop (here) owns the scheduler, the output thread (egress.py) owns the text of every answer.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Coordinator:
         """Begin to take in commands. Steps run in run()."""
         self._ingress.start()
         self._egress.start()
-        self._transport.start(self._ingress.receive)
+        self._transport.start(self._ingress.receive, self._ingress.abandon, self._ingress.fail)
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> None:
         """The step loop: plan, execute, commit, until stop() or a Shutdown command; then the ranks are told to stop.
@@ -99,9 +99,10 @@ class Coordinator:
                 self._commit_oldest()
             self._scheduler.check_integrity()
             self._control.send(encode(Stop(payload())))
+            self._progress.ended()
         except Exception as error:
             self.stopped = error
-            self._progress.ended()
+            self._progress.ended(failed=True)
             self._refuse_all(f"rank 0 failed: {type(error).__name__}: {error}")
             raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -42,7 +43,7 @@ class InputProcessor:
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
-        self._unseeded = 0
+        self._unseeded = itertools.count()
         self._told_of_priorities = False
 
     @property
@@ -53,8 +54,34 @@ class InputProcessor:
         values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
         return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
 
-    def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
-        """Resolve, encode and check one request. Raises InvalidRequest naming the value, the range and the setting."""
+    def next_seed(self, submit: Submit) -> int | None:
+        """Return the seed of a request that names none, by the order of the calls; None for one that does.
+
+        Requests are encoded side by side; called as they arrive, this makes their draws depend on that order alone.
+        """
+        if not isinstance(submit.sampling, SamplingParams) or submit.sampling.seed is not None:
+            return None
+        return derive_seed(self._config.seed, next(self._unseeded))
+
+    def check_bytes(self, submit: Submit, size: int) -> None:
+        """Raise InvalidRequest for `size` bytes of text that are too many for max_model_len, however they are encoded.
+
+        What is checked before it is encoded takes no time and no memory.
+        """
+        longest = None if self._tokenizer is None else self._tokenizer.longest_token_bytes
+        if longest is None or submit.token_ids is not None or size <= self._max_model_len * longest:
+            return
+        raise InvalidRequest(
+            f"the request begins with more than {self._max_model_len * longest} bytes of text; with "
+            f"max_model_len={self._max_model_len} more can never fit, as no token has more than {longest}: shorten it "
+            f"or raise max_model_len"
+        )
+
+    def process(self, submit: Submit, request_id: str, arrived_at: float, seed: int | None = None) -> Request:
+        """Resolve, encode and check one request; without a seed of its own it gets `seed`, or else the next.
+
+        Any thread may call it. Raises InvalidRequest naming the value, the range and the setting.
+        """
         _check_types(submit)
         params = submit.sampling
         if params.n > self._config.max_num_seqs:
@@ -77,9 +104,9 @@ class InputProcessor:
         bad_words = self._bad_words(params.bad_words)
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
-        seed = params.seed
+        seed = params.seed if params.seed is not None else seed
         if seed is None:
-            seed, self._unseeded = derive_seed(self._config.seed, self._unseeded), self._unseeded + 1
+            seed = derive_seed(self._config.seed, next(self._unseeded))
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
         return Request(

@@ -58,10 +58,11 @@ class Progress:
 
     # ---- the step loop
 
-    def went_on(self) -> None:
+    def went_on(self) -> Status:
         """Note that the loop lives, and publish what it has done."""
         self._latest = self._status()
         self._went_on_at = self._clock()
+        return self._latest
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -97,9 +98,9 @@ class Progress:
         """Count the tokens that a step brought."""
         self._generation_tokens += sum(len(update.token_ids) for update in updates)
 
-    def ended(self) -> None:
-        """Note that the loop takes no more steps."""
-        self._ready = False
+    def ended(self, failed: bool = False) -> None:
+        """Note that the loop has returned; if it has not failed, it may be run again."""
+        self._ready = not failed
         self._resting = True
         self.went_on()
 
@@ -160,8 +161,7 @@ class StatusAnswers:
             if not self._asked:
                 self._forget_timer()
         if client is not None:
-            self._progress.went_on()
-            self._send(client, self._progress.status())
+            self._send(client, self._progress.went_on())
 
     def _answer_all(self) -> None:
         with self._lock:

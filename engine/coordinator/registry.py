@@ -20,10 +20,15 @@ class Owner(NamedTuple):
         return f"{self.client.hex()}:{self.external_id}"
 
 
+def id_in_use(owner: Owner) -> InvalidRequest:
+    """The error of a request whose client has another of the same id."""
+    return InvalidRequest(f"id={owner.external_id!r} is in use by a request that is not finished; choose another")
+
+
 class RequestRegistry:
     """Knows each request from its acceptance to its last event, and why the engine accepts no more once it stops.
 
-    Three threads use it: the intake thread adds, the output thread removes, and whoever stops the engine closes it.
+    Intake threads add, the output thread removes, and whoever stops the engine closes it.
     The lock makes add() and close() exclude each other. So every request is either refused, or in unfinished() by the
     time close() returns, where the output thread finds it and fails it: none is left without a last event.
     """
@@ -34,17 +39,17 @@ class RequestRegistry:
         self._refusal: str | None = None
 
     def check_unused(self, owner: Owner) -> None:
-        """Raise InvalidRequest if the client has an unfinished request of this id. The intake thread calls it."""
+        """Raise InvalidRequest if the client has an unfinished request of this id. An intake thread calls it."""
         with self._lock:
             if owner.request_id in self._owners:
-                raise InvalidRequest(
-                    f"id={owner.external_id!r} is in use by a request that is not finished; choose another"
-                )
+                raise id_in_use(owner)
 
     def add(self, owner: Owner) -> None:
-        """Accept a request. Raises EngineStopped after close(). The intake thread calls it."""
+        """Accept a request. Raises EngineStopped after close(), InvalidRequest as check_unused()."""
         with self._lock:
             self._check_open()
+            if owner.request_id in self._owners:
+                raise id_in_use(owner)
             self._owners[owner.request_id] = owner
 
     def remove(self, request_id: str) -> Owner | None:
@@ -56,6 +61,11 @@ class RequestRegistry:
         """The ids of the accepted requests, the oldest first. The output thread calls it."""
         with self._lock:
             return list(self._owners)
+
+    def of_client(self, client: bytes) -> list[str]:
+        """The ids of a client's accepted requests. Any thread may call it."""
+        with self._lock:
+            return [request_id for request_id, owner in self._owners.items() if owner.client == client]
 
     def check_open(self) -> None:
         """Raise EngineStopped if close() was called. Any thread may call it."""

@@ -1,15 +1,23 @@
-"""How the coordinator's three threads work together: each of them empties a queue that the others fill."""
+"""How the coordinator's threads work together: each of them empties a queue that the others fill."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
 from ..protocol.messages import Submit
 from ..scheduling.request import Request
 from .registry import Owner
+
+OUTPUT_CLOSE_S = 10.0
+"""Longest time that closing waits for events that are due."""
+
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,18 +67,103 @@ class QueueThread(Generic[T]):
         """Begin to handle what is in the queue."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Handle what is in the queue, then end the thread."""
+    def close(self, timeout_s: float = OUTPUT_CLOSE_S) -> None:
+        """Handle what is in the queue, then end the thread. Waits `timeout_s` seconds at most."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            _log.warning("%s has not ended within %g s; it is left behind", self._thread.name, timeout_s)
 
     def _run(self) -> None:
         try:
             while (item := self._queue.get()) is not None:
                 self._handle(item)
         except Exception as error:
-            self._loop.call_soon(_raise, error)
+            self._loop.call_soon(raise_in_loop, error)
 
 
-def _raise(error: Exception) -> None:
+class FairThreads(Generic[T]):
+    """Several threads that share what others put in: each client's items begin in order, the clients take turns.
+
+    One client never has all threads, however long its items take. The threads start when they are first needed.
+    """
+
+    def __init__(self, name: str, handle: Callable[[T], None], loop: StepLoop, threads: int) -> None:
+        self._name = name
+        self._handle = handle
+        self._loop = loop
+        self._most_of_a_client = max(1, threads - 1)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._items: dict[bytes, deque[T]] = {}  # by client; whose turn is next comes first
+        self._busy: Counter[bytes] = Counter()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"phalanx-{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        self._started = False
+
+    def put(self, client: bytes, item: T) -> None:
+        """Have a client's item handled. Any thread may call it; after close() it is dropped."""
+        with self._lock:
+            if self._closed:
+                return
+            if not self._started:
+                self._started = True
+                for thread in self._threads:
+                    thread.start()
+            self._items.setdefault(client, deque()).append(item)
+            self._changed.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """Handle what was put in, then end the threads. Waits `timeout_s` seconds at most."""
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads if self._started else []:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            self._items.clear()  # nobody waits for what was not begun by now
+        if self._started and any(thread.is_alive() for thread in self._threads):
+            _log.warning("a request's text still keeps a thread of %s busy; it is left behind", self._name)
+
+    def _run(self) -> None:
+        try:
+            while (taken := self._take()) is not None:
+                client, item = taken
+                try:
+                    self._handle(item)
+                finally:
+                    self._give_back(client)
+        except Exception as error:
+            self._loop.call_soon(raise_in_loop, error)
+
+    def _take(self) -> tuple[bytes, T] | None:
+        """Wait for an item of the client whose turn it is; None at the end."""
+        with self._lock:
+            while True:
+                for client, items in self._items.items():
+                    if self._busy[client] < self._most_of_a_client:
+                        self._busy[client] += 1
+                        del self._items[client]
+                        item = items.popleft()
+                        if items:
+                            self._items[client] = items  # the others come first
+                        return client, item
+                if self._closed and not self._items:
+                    return None
+                self._changed.wait()
+
+    def _give_back(self, client: bytes) -> None:
+        with self._lock:
+            self._busy[client] -= 1
+            if not self._busy[client]:
+                del self._busy[client]
+            self._changed.notify_all()
+
+
+def raise_in_loop(error: Exception) -> None:
+    """Raise `error`: for StepLoop.call_soon, which it ends the loop with."""
     raise error

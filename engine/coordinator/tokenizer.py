@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,22 @@ class Tokenizer:
         self._plain_text = PlainText(self._tokenizer, self._special)
         self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer, self.size)
         """The bytes of each token by its id."""
+
+    @functools.cached_property
+    def longest_token_bytes(self) -> int | None:
+        """Bytes of text that one token may stand for at most; None if this cannot be said of the tokenizer.
+
+        Where a normalizer may shorten text, as NFC does, four times the longest token's.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        model = json.loads(backend.to_str())["model"]
+        decoder = str(backend.decoder)
+        # Other models have one token for an unknown word of any length.
+        if model["type"] != "BPE" or not (model.get("byte_fallback") or "ByteLevel" in decoder):
+            return None
+        # A byte-level token has a character for each byte; others have UTF-8, and a mark of 3 bytes for a space.
+        longest = max(len(token.encode()) for token in backend.get_vocab())
+        return longest if backend.normalizer is None else 4 * longest
 
     def encode(self, text: str, limit: int | None = None, special: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens the model's tokenizer adds by itself unless not `special`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from .messages import Pong
+from .messages import PROTOCOL_VERSION, Pong
 
 PING_S = 1.0
 """Seconds from an answer to the next Ping."""
@@ -65,3 +65,13 @@ class EngineWatch:
             return None
         self._silent = True
         return f"the engine at {self._address} has not answered for {SILENCE_S:g} s"
+
+
+def version_mismatch(address: str, pong: Pong) -> str | None:
+    """Return why this client and the engine that answered cannot work together; None if they can."""
+    if pong.version == PROTOCOL_VERSION:
+        return None
+    return (
+        f"the engine at {address} speaks version {pong.version} of the protocol, this client version "
+        f"{PROTOCOL_VERSION}: use the same version of phalanx on both sides"
+    )

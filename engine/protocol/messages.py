@@ -102,7 +102,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
     """New text and tokens of one completion (`index` of n).
 
-    Text is kept back while it may be part of an unfinished character or stop string.
+    `text` is exactly what `token_ids` add to the text: a token is kept back while its text is an unfinished character,
+    or while any of it may be the beginning of a stop string. The last Delta of a completion has all that is left, cut
+    at the stop string. Bytes that are no UTF-8 are the exception: their U+FFFD come with these tokens or the next.
     """
 
     id: str

@@ -29,8 +29,9 @@ ALLOWED_LIMIT = 1 << 20
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to choose and when to stop. A field left at None takes the model's generation_config value, if it has one.
 
-    The order of the sampler is fixed: logit_bias, repetition, presence and frequency penalties, min_tokens mask,
-    temperature, top_k, top_p (over what top_k kept, renormalised), min_p, then one draw.
+    The order of the sampler is fixed: logit_bias, repetition, presence and frequency penalties, the masks of
+    min_tokens, allowed_token_ids and bad_words, temperature, top_k, top_p (over what top_k kept, renormalised), min_p,
+    then one draw.
     """
 
     max_tokens: int | None = None
@@ -58,13 +59,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     n: int = 1
     """Completions of the same prompt, 1 to max_num_seqs."""
     stop: tuple[str, ...] = ()
-    """Text at which to stop; it is not returned."""
+    """Text at which to stop: at most 64 strings of at most 1,024 characters. It is not returned unless
+    include_stop_str_in_output says so."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids at which to stop, besides the model's end-of-sequence."""
     include_stop_str_in_output: bool = False
     """Return the stop string that ended the text, too."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose tokens may not be sampled in this order; each is meant with and without a space before it."""
+    """Texts whose tokens may not be sampled in this order, at most 128; each is meant with and without a space before
+    it."""
     allowed_token_ids: tuple[int, ...] | None = None
     """The only token ids that may be sampled; None allows all."""
     ignore_eos: bool = False

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 
 import msgspec
 import zmq
 
 from ..errors import ConfigError, EngineStopped, InvalidRequest
-from .liveness import EngineWatch
-from .messages import Abort, Accepted, Command, Delta, Event, Failed, Ping, Pong, Shutdown
+from .liveness import EngineWatch, version_mismatch
+from .messages import PROTOCOL_VERSION, Command, Event, Failed, Ping, Pong, Shutdown
+from .outbox import Outboxes
 from .secret import check_address, curve_keys
+from .wire import MESSAGE_BYTES, Wire
 
 OnCommand = Callable[[bytes, Command], None]
 OnEvent = Callable[[Event], None]
+OnGone = Callable[[bytes], None]
+OnBroken = Callable[[EngineStopped], None]
 OnLost = Callable[[EngineStopped], None]
-_OnFrames = Callable[[list[bytes]], None]
 
 _log = logging.getLogger(__name__)
 
-TICK_MS = 500
-"""Longest time between two looks at whether the engine lives."""
-
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises for bytes that are no message; RecursionError for lists nested a thousand deep."""
+
+
+def _ignore(_: object) -> None:
+    return
 
 
 class Transport(ABC):
@@ -39,12 +41,16 @@ class Transport(ABC):
     """Whether every client runs on this host, as this user."""
 
     @abstractmethod
-    def start(self, on_command: OnCommand) -> None:
-        """Begin to deliver (client, command)."""
+    def start(self, on_command: OnCommand, on_gone: OnGone = _ignore, on_broken: OnBroken = _ignore) -> None:
+        """Begin to deliver (client, command).
+
+        `on_gone` hears of a client that has disconnected or was dropped, whose requests are of no use any more;
+        `on_broken` of an error after which nothing is delivered any more, to anybody.
+        """
 
     @abstractmethod
     def send(self, client: bytes, *events: Event) -> None:
-        """Deliver events to a client, in order; one that has gone loses them, and their requests are aborted."""
+        """Deliver events to a client, in order; one that has gone loses them."""
 
     @abstractmethod
     def close(self) -> None:
@@ -55,8 +61,12 @@ class Connection(ABC):
     """The client's side. send() may be called from any thread; events arrive on a thread of the transport."""
 
     @abstractmethod
-    def start(self, on_event: OnEvent, on_lost: OnLost) -> None:
-        """Begin to deliver events. `on_lost` hears of requests that the engine does not have any more, and why."""
+    def start(self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore) -> None:
+        """Begin to deliver events.
+
+        `on_lost` hears of requests that the engine does not have any more, and why; `on_broken` of what keeps this
+        connection from ever being of use again.
+        """
 
     @abstractmethod
     def send(self, command: Command) -> None:
@@ -81,7 +91,7 @@ class _InProcessTransport(Transport):
     def __init__(self, link: InProcess) -> None:
         self._link = link
 
-    def start(self, on_command: OnCommand) -> None:
+    def start(self, on_command: OnCommand, on_gone: OnGone = _ignore, on_broken: OnBroken = _ignore) -> None:
         self._link.on_command = on_command
 
     def send(self, client: bytes, *events: Event) -> None:
@@ -97,7 +107,7 @@ class _InProcessConnection(Connection):
     def __init__(self, link: InProcess) -> None:
         self._link = link
 
-    def start(self, on_event: OnEvent, on_lost: OnLost) -> None:
+    def start(self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore) -> None:
         self._link.on_event = on_event
 
     def send(self, command: Command) -> None:
@@ -108,130 +118,30 @@ class _InProcessConnection(Connection):
         self._link.on_event = None
 
 
-class _Wire:
-    """A thread that owns one ZeroMQ socket: hands on what arrives, sends what other threads queue.
-
-    Every queue is unbounded: a full one would block the thread that empties it, or lose a part of an answer.
-    """
-
-    def __init__(self, kind: int, name: str) -> None:
-        self._context = context = zmq.Context()
-        self.socket = _unbounded(context, kind)
-
-        # A ZeroMQ socket belongs to one thread: other threads queue frames here, which the poll sees too.
-        wake = f"inproc://wake-{id(self)}"
-        self._pull = _unbounded(context, zmq.PULL)
-        self._pull.bind(wake)
-        self._push = _unbounded(context, zmq.PUSH)
-        self._push.connect(wake)
-
-        self._lock = threading.Lock()
-        self._closed = False
-        self._ended = False  # the thread, which alone empties what others queue
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._on_frames: _OnFrames = lambda frames: None
-        self._on_lost: _OnFrames = lambda frames: None
-        self._tick: Callable[[], None] | None = None
-
-    def start(
-        self,
-        on_frames: _OnFrames,
-        on_lost: _OnFrames = lambda frames: None,
-        tick: Callable[[], None] | None = None,
-    ) -> None:
-        """Start the thread. `on_lost` gets what a router socket could not send, because its receiver has gone.
-
-        `tick` is called on the wire's thread every TICK_MS milliseconds or more often; it may use the socket.
-        """
-        self._on_frames = on_frames
-        self._on_lost = on_lost
-        self._tick = tick
-        self._thread.start()
-
-    def send(self, frames: list[bytes]) -> None:
-        with self._lock:
-            if not self._closed and not self._ended:
-                self._push.send_multipart(frames)
-
-    def close(self) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if not self._ended:
-                self._push.send(b"")
-        if self._thread.ident is None:
-            self._thread.start()  # it closes the sockets, also of a wire that nobody used
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        self._push.close(linger=0)
-        self._context.term()
-
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self.socket, zmq.POLLIN)
-        poller.register(self._pull, zmq.POLLIN)
-        try:
-            running = True
-            while running:
-                ready = dict(poller.poll(None if self._tick is None else TICK_MS))
-                if self._tick is not None:
-                    self._guard(self._tick)
-
-                # Messages that other threads queued, and the empty one of close().
-                if self._pull in ready:
-                    frames = self._pull.recv_multipart()
-                    if frames == [b""]:
-                        running = False
-                    else:
-                        self._send(frames)
-
-                if self.socket in ready:
-                    self._guard(partial(self._on_frames, self.socket.recv_multipart()))
-        finally:
-            with self._lock:
-                self._ended = True
-            self._pull.close(linger=0)
-            # What was sent last, often the end of a stream, still reaches a client that is there.
-            self.socket.close(linger=1000)
-
-    def _guard(self, handle: Callable[[], None]) -> None:
-        """Call `handle`, whose failure, by one message, must not end the thread that serves all others."""
-        try:
-            handle()
-        except Exception:
-            _log.exception("a message could not be handled; it was dropped")
-
-    def _send(self, frames: list[bytes]) -> None:
-        try:
-            self.socket.send_multipart(frames)
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self._guard(partial(self._on_lost, frames))
-
-
-def _unbounded(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.set_hwm(0)
-    return socket
-
-
 class ZmqTransport(Transport):
     """Serves any number of clients at an address such as ipc:///run/engine or tcp://10.0.0.1:5555.
 
     An ipc:// socket is its owner's alone. Over tcp:// clients need the secret (secret.py), and none of them may end the
     engine. A frame is one command or one event; a message to a client may have several frames.
+
+    A command has at most MESSAGE_BYTES. A client that leaves more than UNREAD_BYTES of events unread is dropped: its
+    requests are aborted, and it gets a new name, by which it learns that they are lost if it ever reads again.
     """
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
         """Bind the socket. Raises ConfigError for an address that others could use, or that cannot be bound."""
         check_address(address, secret)
         self.is_local = self._may_shut_down = address.startswith("ipc://")
-        self._wire = _Wire(zmq.ROUTER, "phalanx-transport")
+        self._epoch = uuid.uuid4().hex
+        self._times_dropped: dict[bytes, int] = {}
+        self._warned: set[bytes] = set()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Command | Ping] = msgspec.msgpack.Decoder(Command | Ping)
+        self._on_gone: OnGone = _ignore
+
+        self._wire = Wire(zmq.ROUTER, "phalanx-transport")
+        self._outboxes = self._wire.outboxes = Outboxes(self._wire.socket, self._gone, self._renamed)
         try:
-            # A router drops what it sends to a client that has gone; this makes it say so.
-            self._wire.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             if secret is not None:
                 self._wire.socket.curve_server = True
                 self._wire.socket.curve_secretkey = curve_keys(secret).server_secret
@@ -239,12 +149,10 @@ class ZmqTransport(Transport):
         except BaseException:
             self._wire.close()
             raise
-        self._epoch = uuid.uuid4().hex
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Command | Ping] = msgspec.msgpack.Decoder(Command | Ping)
 
-    def start(self, on_command: OnCommand) -> None:
-        """Begin to deliver (client, command) on the transport's thread; a client that has gone aborts its requests."""
+    def start(self, on_command: OnCommand, on_gone: OnGone = _ignore, on_broken: OnBroken = _ignore) -> None:
+        """Begin to deliver, on the transport's thread."""
+        self._on_gone = on_gone
 
         def on_frames(frames: list[bytes]) -> None:
             client = frames[0]
@@ -255,23 +163,16 @@ class ZmqTransport(Transport):
                 self._refuse(client, data, error)
                 return
             if isinstance(command, Ping):
-                self._wire.send([client, self._encoder.encode(Pong(self._epoch, client.hex()))])
+                self._outboxes.send([client, self._pong(client)])
                 return
             if isinstance(command, Shutdown) and not self._may_shut_down:
                 _log.warning("a client asked over tcp to end the engine; it was ignored: stop its processes instead")
                 return
             on_command(client, command)
 
-        # What comes back was sent by this transport itself: an answer to a client that had gone.
-        decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)
-
-        def on_lost(frames: list[bytes]) -> None:
-            client, *lost = frames
-            events = [decoder.decode(data) for data in lost]
-            for request_id in {event.id: None for event in events if isinstance(event, Accepted | Delta)}:
-                on_command(client, Abort(request_id))
-
-        self._wire.start(on_frames, on_lost)
+        self._wire.start(
+            on_frames, on_broken=lambda error: on_broken(EngineStopped(f"the transport's thread ended: {error!r}"))
+        )
 
     def send(self, client: bytes, *events: Event) -> None:
         """Queue events for a client; the transport's thread sends them."""
@@ -282,14 +183,34 @@ class ZmqTransport(Transport):
         """Send what is queued, waiting at most a second for a slow client, then close the socket."""
         self._wire.close()
 
+    def _gone(self, client: bytes) -> None:
+        self._on_gone(client)
+
+    def _renamed(self, client: bytes) -> list[bytes]:
+        """Give a dropped client another name. Returns the frames that tell it."""
+        self._times_dropped[client] = self._times_dropped.get(client, 0) + 1
+        return [self._pong(client)]
+
+    def _pong(self, client: bytes) -> bytes:
+        times = self._times_dropped.get(client, 0)
+        name = f"{client.hex()}.{times}" if times else client.hex()
+        return self._encoder.encode(Pong(self._epoch, name, PROTOCOL_VERSION))
+
     def _refuse(self, client: bytes, data: bytes, error: Exception) -> None:
         """Answer an ill-formed Submit, whose client waits; other undecodable messages are only logged."""
         try:
             addressed = msgspec.msgpack.decode(data, type=_Addressed)
         except UNDECODABLE:
-            _log.warning("a client sent what is no command (%s); it was ignored", error)
+            if client not in self._warned:
+                self._warned.add(client)
+                _log.warning(
+                    "client %s sent what is no command (%s); it is ignored, and what else of the kind it sends",
+                    client.hex(),
+                    error,
+                )
             return
-        self.send(client, Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}"))
+        failed = Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}")
+        self._outboxes.send([client, self._encoder.encode(failed)])
 
 
 def _bind(socket: zmq.Socket[bytes], address: str) -> None:
@@ -315,7 +236,8 @@ class ZmqConnection(Connection):
     def __init__(self, address: str, secret: bytes | None = None) -> None:
         """Connect to `address`. Raises ConfigError for an address that needs the engine's `secret` and has none."""
         check_address(address, secret)
-        self._wire = _Wire(zmq.DEALER, "phalanx-connection")
+        self._address = address
+        self._wire = Wire(zmq.DEALER, "phalanx-connection")
         if secret is not None:
             keys = curve_keys(secret)
             self._wire.socket.curve_serverkey = keys.server_public
@@ -326,7 +248,9 @@ class ZmqConnection(Connection):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)
 
-    def start(self, on_event: OnEvent, on_lost: OnLost) -> None:
+    def start(self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore) -> None:
+        """Begin to deliver events, on the connection's thread. An engine of another protocol version breaks it."""
+
         def on_frames(frames: list[bytes]) -> None:
             for data in frames:
                 try:
@@ -334,6 +258,9 @@ class ZmqConnection(Connection):
                 except UNDECODABLE as error:
                     event = _unreadable(data, error)
                 if isinstance(event, Pong):
+                    mismatch = version_mismatch(self._address, event)
+                    if mismatch is not None:
+                        on_broken(EngineStopped(mismatch))
                     tell(self._watch.heard(event))
                 else:
                     on_event(event)
@@ -348,14 +275,24 @@ class ZmqConnection(Connection):
             if why is not None:
                 on_lost(EngineStopped(why))
 
-        self._wire.start(on_frames, tick=tick)
+        def broken(error: BaseException) -> None:
+            on_broken(EngineStopped(f"the thread of the connection to {self._address} ended: {error!r}"))
+
+        self._wire.start(on_frames, tick=tick, on_broken=broken)
 
     def send(self, command: Command) -> None:
-        """Queue a command, which the connection's thread sends. Raises InvalidRequest for what cannot be encoded."""
+        """Queue a command, which the connection's thread sends.
+
+        Raises InvalidRequest for what cannot be encoded or has more than MESSAGE_BYTES.
+        """
         try:
             data = self._encoder.encode(command)
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidRequest(f"the request holds a value that cannot be sent: {error}") from error
+        if len(data) > MESSAGE_BYTES:
+            raise InvalidRequest(
+                f"the request has {len(data)} bytes; a message may have at most {MESSAGE_BYTES}: shorten it"
+            )
         self._wire.send([data])
 
     def close(self) -> None:

@@ -261,7 +261,7 @@ class PoolTicket:
         engine.open_requests += 1
         engine.sent += 1
         try:
-            client.submit(self._submit, on_event)
+            client.submit(self._submit, on_event, quick=True)
         except PhalanxError:
             engine.open_requests -= 1
             raise

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.client.in_group import GroupLLM
 from phalanx.engine.client.outputs import RequestOutput
-from phalanx.engine.errors import PhalanxError
+from phalanx.engine.errors import CheckpointError, PhalanxError
+from phalanx.engine.execution.launched_step import LaunchedStep
 from phalanx.engine.protocol.messages import Timings
 from phalanx.engine.protocol.sampling_params import SamplingParams
 from phalanx.engine.scheduling.step_plan import StepPlan
@@ -103,10 +104,55 @@ def fail_in_a_group(rank: int, count: int, folder: str, config: dict[str, Any]) 
     return errors
 
 
-def _error(call: Callable[[], Any]) -> tuple[str, str]:
+def fail_on_rank_0(rank: int, count: int, folder: str, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """What every rank raises when rank 0 alone meets an error: in its settings, its model, a call, and a step."""
+    from phalanx.engine import engine as assembly
+
+    group = dist.group.WORLD
+    assert group is not None
+    raised = {}
+    settings = {**config, "max_num_seqs": 0} if rank == 0 else config
+    raised["settings"] = _error(lambda: GroupLLM(group, folder, **settings))
+
+    read = assembly._tokenizer
+
+    def unreadable(*_: object) -> None:
+        raise CheckpointError("the tokenizer is damaged")
+
+    assembly._tokenizer = unreadable  # type: ignore[assignment]
+    raised["model"] = _error(lambda: GroupLLM(group, folder, **config))
+    assembly._tokenizer = read
+
+    llm = GroupLLM(group, folder, **config)
+    if llm._llm is not None:
+        generate = llm._llm.generate
+        llm._llm.generate = _interrupted  # type: ignore[method-assign]
+        raised["call"] = _error(lambda: llm.generate([[5]]), KeyboardInterrupt)
+        llm._llm.generate = generate  # type: ignore[method-assign]
+    else:
+        raised["call"] = _error(lambda: llm.generate([[5]]))
+    assert llm.generate([[5]], SamplingParams(max_tokens=2, ignore_eos=True))[0].usage.completion_tokens == 2
+
+    if rank == 0:
+        llm._engine.worker.launch = _broken  # type: ignore[method-assign]
+    raised["step"] = _error(lambda: llm.generate([[5], [6]]))
+    raised["afterwards"] = _error(lambda: llm.generate([[5]]))
+    llm.close()
+    return raised
+
+
+def _interrupted(*_: object) -> list[RequestOutput]:
+    raise KeyboardInterrupt("Ctrl-C")
+
+
+def _broken(plan: StepPlan) -> LaunchedStep:
+    raise RuntimeError("a card fell out")
+
+
+def _error(call: Callable[[], Any], expected: type[BaseException] = PhalanxError) -> tuple[str, str]:
     try:
         call()
-    except PhalanxError as error:
+    except expected as error:
         return type(error).__name__, str(error)
     return "", ""
 

@@ -65,7 +65,7 @@ class _Traffic:
             stop=("e",) if rng.random() < 0.2 else (),
             logprobs=rng.choice([None, None, 2]),
         )
-        self._llm.submit(Submit(id=name, token_ids=prompt, sampling=sampling), self._events.put)
+        self._llm.submit(Submit(id=name, token_ids=prompt, sampling=sampling), self._events.put, quick=True)
         return name
 
 

@@ -134,7 +134,7 @@ class Batch:
         waits.wait(TIMEOUT_S)
         try:
             for submit in self._submits:
-                self._llm.submit(submit, on_event)
+                self._llm.submit(submit, on_event, quick=True)
             until = time.monotonic() + TIMEOUT_S
             while inbox.qsize() < len(self._submits) and not changed.is_set():
                 if time.monotonic() > until:

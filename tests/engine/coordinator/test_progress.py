@@ -86,9 +86,10 @@ def test_a_step_loop_with_work_that_does_not_go_on_is_stalled_and_one_that_rests
     progress.went_on()
     assert progress.status().stalled_s == 0.0
     assert progress.status().phase_seconds == {"schedule": 0.0, "launch": 0.0, "wait": 4.0, "commit": 0.0}
-    progress.ended()
-    clock.now += 9
-    assert (progress.status().ready, progress.status().stalled_s) == (False, 0.0)
+    for failed in (False, True):
+        progress.ended(failed)
+        clock.now += 9
+        assert (progress.status().ready, progress.status().stalled_s) == (not failed, 0.0)
 
 
 class _Loop:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 from phalanx import SamplingParams
+from phalanx.engine.coordinator import ingress as ingress_module
 from phalanx.engine.coordinator.egress import Egress
-from phalanx.engine.coordinator.ingress import Ingress
+from phalanx.engine.coordinator.ingress import CHAT_THREADS, LONG_BYTES, Ingress
 from phalanx.engine.coordinator.registry import Owner, RequestRegistry
 from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest
 from phalanx.engine.protocol.messages import (
@@ -31,6 +34,9 @@ from phalanx.engine.scheduling.request import Request, SequenceUpdate
 from phalanx.engine.scheduling.step_plan import SlotSampling
 
 PATIENCE_S = 20.0
+MOST_BYTES = 2**20
+LONG = "long" + " " * LONG_BYTES
+IN_USE = "id='a' is in use by a request that is not finished; choose another"
 ONE, OTHER = Owner(b"\x01", "a"), Owner(b"\x02", "a")
 
 
@@ -90,10 +96,22 @@ class _Processor:
     def __init__(self) -> None:
         self.busy, self.go_on = threading.Event(), threading.Event()
         self.processed: list[str] = []
+        self.seeds: dict[str, int | None] = {}
+        self._numbers = itertools.count()
+        self.busy_with: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def process(self, submit: Submit, request_id: str, arrived_at: float) -> Request:
+    def next_seed(self, submit: Submit) -> int | None:
+        return next(self._numbers)
+
+    def check_bytes(self, submit: Submit, size: int) -> None:
+        if size > MOST_BYTES:
+            raise InvalidRequest("too many bytes")
+
+    def process(self, submit: Submit, request_id: str, arrived_at: float, seed: int | None) -> Request:
         self.processed.append(submit.id)
-        if submit.prompt == "long":
+        self.seeds[request_id] = seed
+        if submit.messages or (submit.prompt or "").startswith("long"):
+            self.busy_with.put(submit.id)
             self.busy.set()
             assert self.go_on.wait(PATIENCE_S)
         if submit.prompt == "invalid":
@@ -259,14 +277,13 @@ def test_questions_for_the_state_are_answered_beside_intake_and_step_loop(ends: 
 def test_a_request_is_refused_first_for_its_id_then_for_its_fields_then_for_an_engine_that_stopped(ends: _Ends) -> None:
     ends.accept(ONE)
     ends.registry.close("the engine was closed")
-    for owner, prompt in ((ONE, "invalid"), (OTHER, "invalid"), (OTHER, "x")):
+    for owner, prompt, refusal in (
+        (ONE, "invalid", _failed(InvalidRequest, IN_USE)),
+        (OTHER, "invalid", _failed(InvalidRequest, "the prompt is invalid")),
+        (OTHER, "x", _failed(EngineStopped, "the engine was closed")),
+    ):
         ends.ingress.receive(owner.client, Submit(id="a", prompt=prompt))
-    in_use = "id='a' is in use by a request that is not finished; choose another"
-    assert [ends.transport.next() for _ in range(3)] == [
-        (ONE.client, [_failed(InvalidRequest, in_use)]),
-        (OTHER.client, [_failed(InvalidRequest, "the prompt is invalid")]),
-        (OTHER.client, [_failed(EngineStopped, "the engine was closed")]),
-    ]
+        assert ends.transport.next() == (owner.client, [refusal])
     assert ends.loop.idle
 
 
@@ -286,6 +303,112 @@ def test_closing_handles_what_was_received_and_drops_what_comes_later() -> None:
     assert [ends.loop.next()[1].external_id for _ in range(100)] == [str(number) for number in range(100)]
     assert ends.loop.idle
     ends.egress.close()
+
+
+@pytest.mark.parametrize("slow", [{"prompt": LONG}, {"messages": [{"role": "user", "content": "x"}]}])
+def test_long_texts_and_conversations_hold_up_no_short_prompt(ends: _Ends, slow: dict[str, Any]) -> None:
+    for number in range(20):
+        ends.ingress.receive(ONE.client, Submit(id=str(number), **slow))
+    ends.processor.busy_with.get(timeout=PATIENCE_S)
+    for number in range(20):
+        ends.accept(Owner(ONE.client, f"short {number}"))
+    ends.processor.go_on.set()
+    assert {ends.loop.next()[1].external_id for _ in range(20)} == set(map(str, range(20)))
+
+
+def test_one_client_cannot_keep_all_threads_for_conversations_busy(ends: _Ends) -> None:
+    conversation = [{"role": "user", "content": "x"}]
+    for number in range(3 * CHAT_THREADS):
+        ends.ingress.receive(ONE.client, Submit(id=str(number), messages=conversation))
+    begun = [ends.processor.busy_with.get(timeout=PATIENCE_S) for _ in range(CHAT_THREADS - 1)]
+    ends.ingress.receive(OTHER.client, Submit(id="other", messages=conversation))
+    assert ends.processor.busy_with.get(timeout=PATIENCE_S) == "other"
+    assert sorted(begun) == ["0", "1", "2"]
+    ends.processor.go_on.set()
+
+
+def test_seeds_follow_the_order_of_arrival_whichever_text_is_ready_first(ends: _Ends) -> None:
+    for name, prompt in (("a", LONG), ("b", "x"), ("c", LONG), ("d", "x")):
+        ends.ingress.receive(b"", Submit(id=name, prompt=prompt))
+    assert [ends.loop.next()[1].external_id for _ in range(2)] == ["b", "d"]
+    ends.processor.go_on.set()
+    assert {ends.loop.next()[1].external_id for _ in range(2)} == {"a", "c"}
+    assert ends.processor.seeds == {":a": 0, ":b": 1, ":c": 2, ":d": 3}
+
+
+def test_a_second_request_of_an_id_is_refused_while_the_first_is_encoded(ends: _Ends) -> None:
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt=LONG))
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="x"))
+    assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, IN_USE)])
+    ends.processor.go_on.set()
+    assert ends.loop.next()[0] == "add"
+    assert ends.loop.idle
+
+
+def test_too_many_bytes_are_refused_unseen(ends: _Ends) -> None:
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="x" * (MOST_BYTES + 1)))
+    assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "too many bytes")])
+    ends.ingress.receive(ONE.client, Submit(id="a", messages=[{"role": "user", "content": ["é" * (MOST_BYTES // 2)]}]))
+    assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "too many bytes")])
+    assert ends.processor.processed == []
+
+
+def test_what_one_client_has_waiting_is_bounded_and_the_others_notice_nothing(
+    ends: _Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingress_module, "WAITING_BYTES", 2 * len(LONG))
+    for name in "abc":
+        ends.ingress.receive(ONE.client, Submit(id=name, prompt=LONG))
+    client, [failed] = ends.transport.next()
+    assert isinstance(failed, Failed)
+    assert (client, failed.id, failed.error) == (ONE.client, "c", "CapacityExceeded")
+    assert f"{2 * len(LONG)} bytes of this client's requests wait" in failed.message
+    ends.accept(OTHER)
+    ends.processor.go_on.set()
+    for _ in range(2):
+        ends.loop.next()
+    ends.ingress.receive(ONE.client, Submit(id="c", prompt=LONG))  # there is room again
+    assert ends.loop.next()[1].external_id == "c"
+
+
+def test_everything_of_a_client_that_has_gone_is_aborted(ends: _Ends) -> None:
+    ends.accept(Owner(ONE.client, "accepted"))
+    ends.accept(OTHER)
+    ends.ingress.receive(ONE.client, Submit(id="begun", prompt=LONG))
+    assert ends.processor.busy.wait(PATIENCE_S)
+    ends.ingress.receive(ONE.client, Submit(id="waiting", prompt=LONG))
+    ends.ingress.abandon(ONE.client)
+    assert ends.loop.next() == ("abort", Owner(ONE.client, "accepted").request_id)
+    ends.processor.go_on.set()
+    assert ends.loop.next()[0] == "add"
+    assert ends.loop.next() == ("abort", Owner(ONE.client, "begun").request_id)
+    _, [event] = ends.transport.next()
+    assert isinstance(event, Finished)
+    assert event.id == "waiting"
+    assert ends.loop.idle
+
+
+@pytest.mark.parametrize("prompt", ["long", LONG])
+def test_closing_waits_a_bounded_time_for_a_text_and_leaves_no_request_unanswered(prompt: str) -> None:
+    ends = _Ends()
+    for name in "ab":
+        ends.ingress.receive(ONE.client, Submit(id=name, prompt=prompt))
+    assert ends.processor.busy.wait(PATIENCE_S)
+    began = time.monotonic()
+    ends.ingress.close()
+    assert time.monotonic() - began < 5
+    answers = [event for _ in "ab" for event in ends.transport.next()[1]]
+    assert answers == [Failed(name, "EngineStopped", "the engine was closed") for name in "ab"]
+    ends.processor.go_on.set()
+    ends.egress.close()
+    assert ends.loop.idle
+    assert ends.transport.messages.empty()
+
+
+def test_the_end_of_the_transport_ends_the_step_loop_with_its_reason(ends: _Ends) -> None:
+    ends.ingress.fail(EngineStopped("the transport's thread ended"))
+    with pytest.raises(EngineStopped, match="the transport's thread ended"):
+        ends.loop.next()
 
 
 # ---- what goes out

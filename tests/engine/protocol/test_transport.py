@@ -319,7 +319,8 @@ def test_many_clients_at_once_get_each_its_own_answer(served: str) -> None:
 
     def ask(number: int) -> None:
         client = Client(ZmqConnection(served))
-        outputs[number] = _Answer(client, Submit(id="x", token_ids=[5 + number], sampling=GREEDY)).whole()
+        submit = Submit(id="x", token_ids=[5 + number], sampling=GREEDY, return_prompt_token_ids=True)
+        outputs[number] = _Answer(client, submit).whole()
         client.close()
 
     threads = [threading.Thread(target=ask, args=[number], daemon=True) for number in range(12)]

@@ -40,7 +40,9 @@ class Phalanx:
                 elif isinstance(event, Finished | Failed):
                     ends.put(event)
 
-            self._llm.submit(Submit(id=f"{self._cases}:{number}", token_ids=prompt, sampling=sampling), on_event)
+            self._llm.submit(
+                Submit(id=f"{self._cases}:{number}", token_ids=prompt, sampling=sampling), on_event, quick=True
+            )
         for _ in everything:
             end = ends.get()
             if isinstance(end, Failed):
