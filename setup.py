@@ -30,6 +30,7 @@ PACKAGES = [
     "phalanx.kernels.cuda",
     "phalanx.kernels.weight_formats",
     "phalanx.serving",
+    "phalanx.serving.pool",
     "phalanx.serving.gateway",
     "phalanx.serving.gateway.generation",
     "phalanx.serving.gateway.http",

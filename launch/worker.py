@@ -18,6 +18,8 @@ class WorkerKeys(Keys):
 
     address: str | None = None
     """Where rank 0 serves clients: ipc:///run/engine for its owner on this host, tcp://HOST:5555 for others."""
+    endpoint: str | None = None
+    """Another name of address."""
     secret_file: str | None = None
     """A file whose secret clients over tcp:// need; chmod 600. ipc:// needs none."""
 
@@ -25,7 +27,10 @@ class WorkerKeys(Keys):
 def work(job: Job[WorkerKeys]) -> int:
     """Serve until a client or a signal ends the group."""
     config = job.engine_config()
-    address = job.keys.address
+    address, endpoint = job.keys.address, job.keys.endpoint
+    if address is not None and endpoint not in (None, address):
+        raise ConfigError(f"address={address!r} and endpoint={endpoint!r} are two names of one setting: give one")
+    address = address or endpoint
     if address is None:
         raise ConfigError("address is not set; it must be ipc://PATH or tcp://HOST:PORT")
     secret = None if job.keys.secret_file is None else read_secret(job.keys.secret_file)

@@ -100,5 +100,5 @@ def settings(options: Any) -> dict[str, Any]:
     """All options; a path is cut to its last part."""
     values = dataclasses.asdict(options)
     values.pop("out", None)
-    paths = {name: Path(values[name]).name for name in ("model", "input") if values.get(name) is not None}
+    paths = {name: Path(values[name]).name for name in ("model", "input", "plot") if values.get(name) is not None}
     return {**values, **paths}

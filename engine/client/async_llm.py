@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from ..protocol.messages import Delta, Event, Failed, Finished, Status
 from ..protocol.sampling_params import SamplingParams
 from .client import to_error
-from .llm import LLM
+from .llm import CONNECT_TIMEOUT_S, LLM
 from .requests import Messages, OutputBuilder, Prompt, RequestOutput, make_submit
 
 
@@ -18,6 +19,13 @@ class AsyncLLM:
 
     def __init__(self, model: str, *, ranks: int = 1, **config: Any) -> None:
         self._llm = LLM(model, ranks=ranks, **config)
+
+    @classmethod
+    def connect(
+        cls, address: str, *, secret_file: str | Path | None = None, timeout_s: float | None = CONNECT_TIMEOUT_S
+    ) -> AsyncLLM:
+        """A client of a group that runs elsewhere; see LLM.connect. It blocks until the engine answers."""
+        return cls.from_llm(LLM.connect(address, secret_file=secret_file, timeout_s=timeout_s))
 
     @classmethod
     def from_llm(cls, llm: LLM) -> AsyncLLM:

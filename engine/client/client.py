@@ -17,17 +17,24 @@ from ..protocol.messages import (
     Abort,
     Accepted,
     Command,
+    Detokenize,
+    Detokenized,
     Event,
     Failed,
     Finished,
     ModelInfo,
+    ModelInfoRequest,
     Shutdown,
     Status,
     StatusRequest,
     Submit,
+    Tokenize,
+    Tokenized,
 )
 from ..protocol.transport import Connection
 from .callbacks import CallbackThreads, OnEvent, Receiver
+
+Question = Tokenize | Detokenize | StatusRequest | ModelInfoRequest
 
 CALLBACKS_CLOSE_S = 2.0
 """Longest time that closing waits for receivers of events."""
@@ -45,8 +52,7 @@ class Client:
         self._sinks: dict[str, OnEvent] = {}
         self._callbacks = CallbackThreads()
         self._dropped: collections.deque[str] = collections.deque()
-        self._status: queue.SimpleQueue[Status | PhalanxError] = queue.SimpleQueue()
-        self._asking = threading.Lock()
+        self._waiting: dict[type[Event], list[OnEvent]] = {Status: [], ModelInfo: []}  # answers that have no id
         self._stopped: PhalanxError | None = None
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         connection.start(self._on_event, self._on_lost, self.fail_all)
@@ -65,19 +71,46 @@ class Client:
         A request that cannot be sent fails in the same way, at once. Raises InvalidRequest for an id in use, and
         EngineStopped if the engine has stopped.
         """
+        self._send_for(submit, on_event if quick else self._receiver(submit.id, on_event).put)
+
+    def ask(self, question: Question, on_answer: OnEvent) -> None:
+        """Send a question; `on_answer`, a quick one, gets its answer or a Failed. Raises what submit() raises.
+
+        The answer to a StatusRequest or a ModelInfoRequest goes to all who wait for one, so who gives up waiting calls
+        forget().
+        """
+        if isinstance(question, Tokenize | Detokenize):
+            self._send_for(question, on_answer)
+            return
+        self._check_process()
+        with self._lock:
+            self._check_stopped()
+            self._waiting[_answer_to(question)].append(on_answer)
+        self._connection.send(question)
+
+    def forget(self, question: Question, on_answer: OnEvent) -> None:
+        """Wait for the answer to a question no more."""
+        if isinstance(question, Tokenize | Detokenize):
+            self._forget(question.id)
+            return
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting[_answer_to(question)].remove(on_answer)
+
+    def _send_for(self, command: Submit | Tokenize | Detokenize, on_event: OnEvent) -> None:
+        """Send a command whose events bear its id."""
         self._check_process()
         self._abort_dropped()
         with self._lock:
             self._check_stopped()
-            if submit.id in self._sinks:
-                raise InvalidRequest(f"id={submit.id!r} is in use by a request that is not finished; choose another")
-            self._sinks[submit.id] = on_event if quick else self._receiver(submit.id, on_event).put
+            if command.id in self._sinks:
+                raise InvalidRequest(f"id={command.id!r} is in use by a request that is not finished; choose another")
+            self._sinks[command.id] = on_event
         try:
-            self._connection.send(submit)
+            self._connection.send(command)
         except InvalidRequest as error:
-            self._on_event(Failed(submit.id, type(error).__name__, str(error)))
+            self._on_event(Failed(command.id, type(error).__name__, str(error)))
         except BaseException:
-            self._forget(submit.id)
+            self._forget(command.id)
             raise
 
     def abort(self, request_id: str) -> None:
@@ -98,37 +131,47 @@ class Client:
 
     def status(self, timeout_s: float | None) -> Status:
         """The engine's Status; Timeout if none comes in time (None waits), EngineStopped if the engine has stopped."""
-        self._check_process()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._asking:
-            while not self._status.empty():  # one that came too late for who had asked
-                self._status.get()
-            while True:
-                self._check_stopped()
-                self._connection.send(StatusRequest())
-                try:
-                    status = self._status.get(
-                        timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
-                    )
-                except queue.Empty:
-                    raise Timeout(f"the engine sent no status within {timeout_s} s") from None
-                # The question may have been lost with the engine, or the connection, that it went to.
-                if not isinstance(status, PhalanxError):
-                    return status
+        answers: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        while True:
+            self.ask(StatusRequest(), answers.put)
+            try:
+                answer = answers.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                self.forget(StatusRequest(), answers.put)
+                raise Timeout(f"the engine sent no status within {timeout_s} s") from None
+            # The question may have been lost with the engine, or the connection, that it went to.
+            if isinstance(answer, Status):
+                return answer
+
+    def check_open(self) -> None:
+        """Raise the error with which this client refuses everything: it was closed, or its engine has stopped."""
+        self._check_stopped()
 
     def fail_all(self, error: PhalanxError) -> None:
         """The engine is gone: end every request with `error`, and refuse new ones."""
-        with self._lock:
-            if self._stopped is not None:
-                return
-            self._stopped = error
-        self._fail_outstanding(error)
+        self._stop(error)
 
     def close(self) -> None:
         """End what is outstanding with EngineStopped, and the connection. Receivers may close it too."""
         self.fail_all(EngineStopped("the engine was closed"))
         self._connection.close()
         self._callbacks.close(CALLBACKS_CLOSE_S)
+
+    def leave(self, error: PhalanxError) -> None:
+        """End every request with `error`, also at the engine, which goes on, and the connection."""
+        for request_id in self._stop(error):
+            self.abort(request_id)
+        self._connection.close()
+        self._callbacks.close(CALLBACKS_CLOSE_S)
+
+    def _stop(self, error: PhalanxError) -> list[str]:
+        """End every request with `error`, and refuse new ones. Returns the requests' ids."""
+        with self._lock:
+            if self._stopped is not None:
+                return []
+            self._stopped = error
+        return self._fail_outstanding(error)
 
     def _on_lost(self, error: EngineStopped) -> None:
         """The engine does not have this client's requests any more; another may answer at its address."""
@@ -140,8 +183,8 @@ class Client:
         """End every request, and a wait for a Status, with `error`. Returns the requests' ids."""
         with self._lock:
             sinks, self._sinks = self._sinks, {}
-        self._status.put(error)
-        for request_id, sink in sinks.items():
+            waiting = [sink for kind in self._waiting for sink in self._take_waiting(kind)]
+        for request_id, sink in [*sinks.items(), *(("", sink) for sink in waiting)]:
             self._hand_on(sink, Failed(request_id, type(error).__name__, str(error)))
         return list(sinks)
 
@@ -153,12 +196,14 @@ class Client:
 
     def _on_event(self, event: Event) -> None:
         self._abort_dropped()
-        if isinstance(event, Status):
-            self._status.put(event)
         if isinstance(event, Status | ModelInfo):
+            with self._lock:
+                waiting = self._take_waiting(type(event))
+            for answer_to in waiting:
+                self._hand_on(answer_to, event)
             return
         with self._lock:
-            last = isinstance(event, Finished | Failed)
+            last = isinstance(event, Finished | Failed | Tokenized | Detokenized)
             sink = self._sinks.pop(event.id, None) if last else self._sinks.get(event.id)
         if sink is not None and not self._hand_on(sink, event) and not last:
             self._forget(event.id)
@@ -184,6 +229,11 @@ class Client:
             return False
         return True
 
+    def _take_waiting(self, kind: type[Event]) -> list[OnEvent]:
+        """Return who waits for an answer of this kind, and let nobody wait any more. The lock is held."""
+        waiting, self._waiting[kind] = self._waiting[kind], []
+        return waiting
+
     def _forget(self, request_id: str) -> None:
         with self._lock:
             self._sinks.pop(request_id, None)
@@ -200,6 +250,10 @@ class Client:
         if self._stopped is not None:
             # A new exception each time: one that is raised again and again would grow its traceback.
             raise type(self._stopped)(*self._stopped.args)
+
+
+def _answer_to(question: StatusRequest | ModelInfoRequest) -> type[Event]:
+    return Status if isinstance(question, StatusRequest) else ModelInfo
 
 
 class RequestHandle:

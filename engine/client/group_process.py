@@ -27,14 +27,18 @@ STOP_TIMEOUT_S = 5.0
 
 
 class GroupProcess:
-    """Starts `config.ranks` ranks and waits until they are ready. A private folder holds what passes between them:
+    """Starts `config.ranks` ranks and, unless told not to, waits until they are ready.
 
+    A private folder holds what passes between them:
     config.json (the EngineConfig), store (by which the ranks meet), engine (the coordinator's ZeroMQ socket),
     failure.json (why a rank failed).
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Raises the error that kept a rank from starting: ConfigError, CheckpointError, or else EngineStopped."""
+    def __init__(self, config: EngineConfig, *, wait: bool = True) -> None:
+        """Raises the error that kept a rank from starting: ConfigError, CheckpointError, or else EngineStopped.
+
+        Without `wait` only what can be told at once is raised here; the client's requests fail with the rest.
+        """
         # What can be told without starting N processes is told at once.
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         partition_model(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
@@ -55,6 +59,10 @@ class GroupProcess:
         self._watch = threading.Thread(target=self._wait_for_end, name="phalanx-group-watch", daemon=True)
         self._watch.start()
 
+        if wait:
+            self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
         try:
             # However long loading takes: _wait_for_end ends the wait if the group does not get there.
             self.client.status(timeout_s=None)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
-from ..errors import CapacityExceeded, EngineStopped
+from ..errors import CapacityExceeded, EngineStopped, Timeout
 from ..protocol.messages import Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
-from ..protocol.transport import InProcess
+from ..protocol.secret import read_secret
+from ..protocol.transport import InProcess, ZmqConnection
 from .callbacks import OnEvent
 from .client import Client, RequestHandle
 from .lifetime import Lifetime
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 STATUS_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 60.0
+"""Seconds that a client of a group elsewhere waits for its first answer."""
 RETRY_S = 0.05
 """Seconds until a request that the engine had no room for is sent again, if none of the same call ends before."""
 
@@ -53,6 +58,30 @@ class LLM:
         """The same from a configuration that is already made."""
         llm = cls.__new__(cls)
         llm._start(config, on_progress)
+        return llm
+
+    @classmethod
+    def connect(
+        cls, address: str, *, secret_file: str | Path | None = None, timeout_s: float | None = CONNECT_TIMEOUT_S
+    ) -> LLM:
+        """A client of a group that runs elsewhere (`launch.worker`): at ipc://PATH, or tcp://HOST:PORT with its secret.
+
+        Waits until the engine answers. close() ends this client's requests, not the group. Raises ConfigError for an
+        address or a secret that cannot be used, and Timeout if no engine answers within `timeout_s` seconds (None
+        waits).
+        """
+        llm = cls.__new__(cls)
+        secret = None if secret_file is None else read_secret(secret_file)
+        llm.client = client = Client(ZmqConnection(address, secret))
+        llm._lifetime = Lifetime(llm, partial(client.leave, EngineStopped("the connection was closed")))
+        try:
+            client.status(timeout_s)
+        except Timeout:
+            llm.close()
+            raise Timeout(f"no engine answered at {address} within {timeout_s:g} s: see whether it runs") from None
+        except BaseException:
+            llm.close()
+            raise
         return llm
 
     @classmethod

@@ -29,10 +29,15 @@ CONFIG_NAME = "config"
 HYDRA_VERSION_BASE = "1.3"
 GROUPS = ("engine", "runtime", "models", "bench")
 # Values of these keys are taken literally, whatever characters they hold.
-_TEXT = ("prompt", "system")
-_PATHS = ("model", "tokenizer", "input", "output", "address", "out")
+_TEXT = ("prompt", "system", "api_key", "admin_key")
+_PATHS = ("model", "tokenizer", "input", "output", "address", "endpoint", "secret_file", "out")
+
+# What these keys hold is shown nowhere.
+SECRETS = ("api_key", "admin_key")
+REDACTED = "[redacted]"
 
 K = TypeVar("K", bound=Keys)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Job(Generic[K]):
     keys: K
     values: dict[str, Any]
     """Every key of the configuration, EngineConfig's too, as plain data."""
+
+    def settings(self, kind: type[S]) -> S:
+        """Return one of the settings that the keys include. Raises ConfigError for a value that cannot be."""
+        values = {field.name: self.values[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def engine_config(self) -> EngineConfig:
         """Return the engine's configuration. Raises ConfigError, or InvalidRequest for sampling.*, naming the key."""
@@ -121,6 +131,13 @@ def compose(arguments: Sequence[str], keys: type[K], rank_info: RankInfo) -> Job
         return job_of(config, keys, rank_info)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, keys)) from error
+
+
+def redact(arguments: Sequence[str], job: Job[K]) -> list[str]:
+    """Return the arguments for a command that prints the configuration: without the secrets that are set."""
+    hidden = [f"{name}={_quote(REDACTED)}" for name in SECRETS if job.values.get(name) is not None]
+    shown = [argument for argument in arguments if argument.partition("=")[0] not in SECRETS]
+    return [*shown, *hidden]
 
 
 def job_of(config: DictConfig, keys: type[K], rank_info: RankInfo) -> Job[K]:

@@ -19,7 +19,8 @@ def help_text(keys: type[Keys], program: str, about: str) -> str:
     defaults: Any = OmegaConf.structured(schema_of(keys))
     docs = key_docs(keys)
     presets_only = {name: docs.pop(name) for name in ("shape", "bench")}
-    lines = [f"{program}: {about}", "", f"usage: python -m {program} model=... [key=value ...]", ""]
+    needed = "engines=[...]" if "engines" in docs else "model=..."
+    lines = [f"{program}: {about}", "", f"usage: python -m {program} {needed} [key=value ...]", ""]
 
     for name, meaning in (docs | presets_only).items():
         if name in ("model", "sampling.max_tokens", "shape"):

@@ -14,7 +14,7 @@ from ...engine.errors import ConfigError
 from ..ranks.failure import report_failure
 from ..ranks.process import STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
 from ..ranks.rank_info import read_rank_info
-from .compose import CONFIG_NAME, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments
+from .compose import CONFIG_NAME, HYDRA_VERSION_BASE, Job, compose, job_of, parse_arguments, prepare_arguments, redact
 from .help import help_text
 from .presets import CONFIGS
 from .schema import Keys
@@ -44,10 +44,13 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
 
     try:
         arguments = prepare_arguments(sys.argv[1:], keys, rank_info)
-        if parse_arguments(arguments).help:
+        parsed = parse_arguments(arguments)
+        if parsed.help:
             print(help_text(keys, program, about))
             sys.exit(0)
-        compose(arguments, keys, rank_info)  # first, because Hydra's own message for a mistake is long
+        composed = compose(arguments, keys, rank_info)  # first, because Hydra's own message for a mistake is long
+        if parsed.cfg:
+            arguments = redact(arguments, composed)
         job = _through_hydra(arguments, keys)
         code = 0 if job is None else body(job)
     except (Exception, Signalled) as error:

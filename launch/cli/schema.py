@@ -37,6 +37,11 @@ class Keys:
     bench: dict[str, Any] | None = None
     """The load of a benchmark, as the presets of configs/bench state it."""
 
+    @classmethod
+    def included(cls) -> tuple[type, ...]:
+        """Dataclasses of settings whose fields are keys of the program too; Job.settings() makes them."""
+        return ()
+
 
 def field_docs(owner: type) -> dict[str, str]:
     """Return the meaning of every field of a class, inherited ones included: the string literal that follows it."""
@@ -59,7 +64,10 @@ def field_docs(owner: type) -> dict[str, str]:
 
 def key_docs(keys: type[Keys]) -> dict[str, str]:
     """Return every dotted key of a program's configuration with its meaning, the program's own keys first."""
-    docs = field_docs(keys) | {name: text for name, text in field_docs(EngineConfig).items() if name != "sampling"}
+    docs = field_docs(keys)
+    for included in keys.included():
+        docs |= field_docs(included)
+    docs |= {name: text for name, text in field_docs(EngineConfig).items() if name != "sampling"}
     return docs | {f"sampling.{name}": text for name, text in field_docs(SamplingParams).items()}
 
 
@@ -77,10 +85,21 @@ def schema_of(keys: type[Keys]) -> type:
         else:
             fields.append((field.name, _omegaconf_type(hints[field.name]), field.default))
 
-    hints = typing.get_type_hints(keys)
-    for field in dataclasses.fields(keys):
-        fields.append((field.name, hints[field.name], field.default))
+    for owner in (keys, *keys.included()):
+        hints = typing.get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            fields.append((field.name, _omegaconf_type(hints[field.name]), _default_of(field)))
     return dataclasses.make_dataclass("Configuration", fields)
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default in a form that dataclasses take."""
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    if isinstance(field.default, tuple):
+        default = list(field.default)
+        return dataclasses.field(default_factory=lambda: list(default))
+    return field.default
 
 
 @functools.lru_cache

@@ -1,6 +1,6 @@
 """What a step costs the coordinator before and after the ranks compute it: schedule, encode the plan, commit. No torch.
 
-    python -m phalanx.benchmarks.scheduler [--running 256 4096] [--steps 400]
+    python -m phalanx.benchmarks.parts.scheduler [--running 256 4096] [--steps 400]
 
 All sequences decode; each step ends a few of them and admits as many new ones, whose prompts have to be computed.
 """

@@ -1,6 +1,6 @@
 """How long an all-reduce between processes of one host takes, as called from Python: shared memory against a peer.
 
-    python benchmarks/collectives.py ranks=2 sizes=2048,8192,65536,1048576 peer=gloo
+    python benchmarks/parts/collectives.py ranks=2 sizes=2048,8192,65536,1048576 peer=gloo
 
 The ranks are processes of their own, each with one thread. For every size they measure both in alternation, batch by
 batch: some calls that do not count, a barrier, and calls whose time is divided by their number. The figures are medians

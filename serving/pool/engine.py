@@ -1,0 +1,183 @@
+"""One engine behind the gateway: its client, what it says of itself, and whether it takes requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from ...engine.client.client import Client, Question, to_error
+from ...engine.errors import EngineStopped, PhalanxError, Timeout
+from ...engine.protocol.messages import Event, Failed, ModelInfo, ModelInfoRequest, Status, StatusRequest
+from .config import PoolConfig
+
+Phase = Literal["loading", "ready", "draining", "stopped"]
+
+_log = logging.getLogger(__name__)
+
+
+class PooledEngine:
+    """One engine. Everything here runs on the event loop; the client's own threads only bring its events there."""
+
+    def __init__(self, label: str, name: str, config: PoolConfig) -> None:
+        """`label` is its number, from 0; `name` is what people call it: its address."""
+        self.label = label
+        self.name = name
+        self.status: Status | None = None
+        self.info: ModelInfo | None = None
+        self.failure: PhalanxError | None = None
+        """Why its client is closed for good."""
+        self.open_requests = 0
+        self.sent = 0
+        """Requests sent since the start."""
+        self.draining = False
+
+        self._config = config
+        self._client: Client | None = None
+        self._why_stopped: str | None = None
+        self._unfit: str | None = None
+        self._answered_at = 0.0
+        self._others = 0  # requests of other clients, when it answered last
+        self._wake = asyncio.Event()
+        self._polling: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def client(self) -> Client:
+        """Its client. Raises EngineStopped while there is none."""
+        if self._client is None:
+            raise EngineStopped(f"engine {self.name} is loading")
+        return self._client
+
+    @property
+    def phase(self) -> Phase:
+        """What it does now."""
+        if self._why_stopped is not None or self._unfit is not None:
+            return "stopped"
+        if self.info is None:
+            return "loading"
+        return "draining" if self.draining else "ready"
+
+    @property
+    def trouble(self) -> str:
+        """A sentence: why it is stopped, or why nothing sent to it would be computed now. Empty while all is well."""
+        why = self._unfit or self._why_stopped
+        if why is not None:
+            return why
+        if self.status is None or self.info is None:
+            return f"engine {self.name} is loading"
+        silent = time.monotonic() - self._answered_at
+        if silent > self._config.answer_timeout_s + self._config.poll_interval_s:
+            return f"engine {self.name} has not answered for {silent:.0f} s"
+        if self.status.stalled_s > self._config.stall_timeout_s:
+            return f"engine {self.name} has work, but has finished no step for {self.status.stalled_s:.0f} s"
+        return ""
+
+    @property
+    def load(self) -> float:
+        """Requests that it has, as a share of those that it computes at once; above 1 some wait."""
+        rows = self.status.max_num_seqs if self.status is not None else 1
+        return (self.open_requests + self._others) / max(1, rows)
+
+    def start(self, client: Client, on_change: Callable[[PooledEngine], None]) -> None:
+        """Begin to watch the engine at the other end of `client`; `on_change` hears of it when its phase changes."""
+        self._client = client
+        self._polling = asyncio.get_running_loop().create_task(self._poll(on_change), name=f"poll {self.name}")
+
+    def fail(self, error: PhalanxError) -> None:
+        """Count it out for good: it could not be started."""
+        self.failure = error
+        self._why_stopped = str(error)
+
+    def refuse(self, why: str) -> None:
+        """Count it out, whatever it answers: it is not the engine that the gateway needs."""
+        self._unfit = why
+
+    def lost(self, why: str) -> None:
+        """Count it out until it answers again: a request of it ended with EngineStopped."""
+        if self._why_stopped is None:
+            self._why_stopped = why
+        self._wake.set()
+
+    async def ask(self, question: Question, timeout_s: float) -> Event:
+        """Return the answer. Raises Timeout, or the error of a Failed, or EngineStopped."""
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Event] = loop.create_future()
+
+        def settle(event: Event) -> None:
+            if not answered.done():
+                answered.set_result(event)
+
+        def on_answer(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(settle, event)
+
+        client = self.client
+        client.ask(question, on_answer)
+        try:
+            event = await asyncio.wait_for(answered, timeout_s)
+        except asyncio.TimeoutError:
+            raise Timeout(f"engine {self.name} has not answered within {timeout_s:g} s") from None
+        finally:
+            client.forget(question, on_answer)
+        if isinstance(event, Failed):
+            raise to_error(event)
+        return event
+
+    async def stop(self) -> None:
+        """End the polling and the client."""
+        # wait_for() may miss a cancellation that comes with its result (github.com/python/cpython/issues/86296).
+        self._stopping = True
+        self._wake.set()
+        if self._polling is not None:
+            self._polling.cancel()
+            await asyncio.wait([self._polling])
+        if self._client is not None:
+            error = EngineStopped("the server was stopped before the request had finished")
+            await asyncio.to_thread(self._client.leave, error)
+
+    async def _poll(self, on_change: Callable[[PooledEngine], None]) -> None:
+        """Ask for its Status again and again, until its client is closed for good."""
+        while self.failure is None and not self._stopping:
+            phase = self.phase
+            self._wake.clear()
+            try:
+                await self._ask_how_it_is()
+            except Timeout:
+                if self.info is not None and self._why_stopped is None:
+                    self._why_stopped = self.trouble or f"engine {self.name} does not answer"
+            except PhalanxError as error:
+                self._why_stopped = str(error)
+                self.failure = _closed_for_good(self.client)
+            if self.phase != phase:
+                _log.info("engine %s is %s%s", self.name, self.phase, f": {self.trouble}" if self.trouble else "")
+            on_change(self)
+
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._config.poll_interval_s)
+
+    async def _ask_how_it_is(self) -> None:
+        status = await self.ask(StatusRequest(), self._config.answer_timeout_s)
+        assert isinstance(status, Status)
+        # Whoever answers after a stop may be another engine at the same address, with another model.
+        if self.info is None or self._why_stopped is not None:
+            info = await self.ask(ModelInfoRequest(), self._config.answer_timeout_s)
+            assert isinstance(info, ModelInfo)
+            self.info = info
+            self._unfit = None
+        self.status = status
+        self._why_stopped = None
+        self._answered_at = time.monotonic()
+        self._others = max(0, status.running + status.waiting - self.open_requests)
+
+
+def _closed_for_good(client: Client) -> PhalanxError | None:
+    """Return the error with which a client refuses everything, as one of our own group does once that has ended."""
+    try:
+        client.check_open()
+    except PhalanxError as error:
+        return error
+    return None

@@ -1,0 +1,351 @@
+"""The pool of engines: where requests go, which engines take some, and what happens when one stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from phalanx import EngineStopped, InvalidRequest, SamplingParams
+from phalanx.engine.client.client import Client
+from phalanx.engine.errors import CapacityExceeded, ConfigError, PhalanxError, Timeout
+from phalanx.engine.protocol.messages import (
+    Accepted,
+    Delta,
+    Detokenize,
+    Detokenized,
+    Event,
+    Failed,
+    Finished,
+    ModelInfo,
+    ModelInfoRequest,
+    Status,
+    StatusRequest,
+    Submit,
+    Tokenize,
+    Tokenized,
+)
+from phalanx.engine.protocol.transport import ZmqConnection
+from phalanx.serving.pool.config import PoolConfig
+from phalanx.serving.pool.pool import Engines, PoolTicket
+from phalanx.tests.serving.fake_engine import FakeEngine, address, finished, model_info, status, two_tokens
+
+PATIENCE_S = 20.0
+CONFIG = PoolConfig(poll_interval_s=0.05, answer_timeout_s=0.4, stall_timeout_s=5.0)
+
+
+class Caller:
+    """Who waits for the events of one request."""
+
+    def __init__(self, pool: Engines, request_id: str, affinity: bytes = b"") -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        submit = Submit(id=request_id, token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=2))
+        self.ticket: PoolTicket = pool.submit(submit, self._on_event, affinity=affinity)
+
+    def _on_event(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    async def next(self) -> Event:
+        """The next event."""
+        return await asyncio.wait_for(self._queue.get(), PATIENCE_S)
+
+    async def end(self) -> Finished | Failed:
+        """The last event."""
+        while True:
+            event = await self.next()
+            if isinstance(event, Finished | Failed):
+                return event
+
+
+@contextlib.asynccontextmanager
+async def open_pool(*addresses: str, config: PoolConfig = CONFIG, ready: bool = True) -> AsyncIterator[Engines]:
+    pool = Engines(config)
+    for each in addresses:
+        pool.add(each, Client(ZmqConnection(each)))
+    try:
+        if ready:
+            await until(lambda: all(engine.phase == "ready" for engine in pool.engines))
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(int(PATIENCE_S / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come about in time")
+
+
+def endless(submit: Submit) -> list[Event]:
+    """The first token, and no more."""
+    return [Delta(submit.id, 0, "one", [1])]
+
+
+def silent(submit: Submit) -> list[Event]:
+    """Nothing: the request waits."""
+    return []
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> object:
+    with contextlib.ExitStack() as stack:
+        made = [FakeEngine(address(tmp_path, number)) for number in range(2)]
+        for engine in made:
+            stack.callback(engine.close)
+        yield made
+
+
+def test_a_request_gets_its_events_in_order_and_questions_their_answers(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        async with open_pool(engines[0].address) as pool:
+            caller = Caller(pool, "a")
+            events = [await caller.next() for _ in range(4)]
+            assert events == two_tokens(engines[0].requests[0])
+            await until(lambda: pool.open_requests == 0)
+
+            assert isinstance(await pool.ask(Tokenize(id="t", prompt="a")), Tokenized)
+            assert await pool.ask(Detokenize(id="d", token_ids=[1])) == Detokenized(id="d", text="a")
+            assert isinstance(await pool.ask(StatusRequest()), Status)
+            assert isinstance(await pool.ask(ModelInfoRequest()), ModelInfo)
+            with pytest.raises(InvalidRequest, match="token_ids is empty"):
+                await pool.ask(Detokenize(id="d", token_ids=[]))
+
+    asyncio.run(main())
+
+
+def test_an_engine_is_loading_until_it_answers_and_its_model_is_known_by_its_names(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_pool(address(tmp_path), ready=False) as pool:
+            assert (pool.state.phase, pool.ready(), pool.models()) == ("loading", False, {})
+            with pytest.raises(EngineStopped, match="loading"):
+                Caller(pool, "a")
+            with contextlib.closing(FakeEngine(address(tmp_path))):
+                await asyncio.wait_for(pool.wait_until_ready(), PATIENCE_S)
+                assert pool.ready()
+                assert list(pool.models()) == ["organisation/fake", "fake"]
+
+    asyncio.run(main())
+
+
+def test_load_goes_to_the_less_loaded(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        for engine in engines:
+            engine.answer = endless
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            for number in range(10):
+                await Caller(pool, str(number)).next()
+            assert [len(engine.requests) for engine in engines] == [5, 5]
+
+    asyncio.run(main())
+
+
+def test_requests_of_other_clients_count_as_load_too(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].status = status(running=8, waiting=40)
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            for number in range(6):
+                await Caller(pool, str(number)).end()
+            assert [len(engine.requests) for engine in engines] == [0, 6]
+
+    asyncio.run(main())
+
+
+def test_a_shared_beginning_stays_with_its_engine_unless_that_is_much_fuller(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            for number in range(6):  # one at a time: loads are equal, and would alternate without affinity
+                await Caller(pool, str(number), b"same").end()
+                await until(lambda: pool.open_requests == 0)
+            assert sorted(len(engine.requests) for engine in engines) == [0, 6]
+
+            home = max(engines, key=lambda engine: len(engine.requests))
+            for engine in engines:
+                engine.answer = endless
+            for number in range(12):
+                await Caller(pool, f"more {number}", b"same").next()
+            other = next(engine for engine in engines if engine is not home)
+            assert len(other.requests) >= 4
+
+    asyncio.run(main())
+
+
+def test_a_drained_engine_gets_nothing_new_and_finishes_what_it_has(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        first, second = engines
+        first.answer = endless
+        async with open_pool(first.address, second.address) as pool:
+            pool.drain("1")
+            caller = Caller(pool, "a", b"same")
+            await caller.next()
+            pool.resume("1")
+            pool.drain(first.address)
+            assert pool.engines[0].phase == "draining"
+            for number in range(5):
+                assert isinstance(await Caller(pool, str(number), b"same").end(), Finished)
+            assert (len(first.requests), len(second.requests)) == (1, 5)
+
+            first.send(finished("a"))
+            assert await caller.end() == finished("a")
+            pool.drain("1")
+            assert (pool.state.phase, pool.ready()) == ("draining", False)
+            with pytest.raises(EngineStopped, match="drained"):
+                Caller(pool, "b")
+            with pytest.raises(InvalidRequest, match="2"):
+                pool.drain("2")
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_silent_is_out_until_it_answers_again(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            engines[0].status = None
+            await until(lambda: pool.engines[0].phase == "stopped")
+            assert "has not answered" in pool.engines[0].trouble
+            assert pool.ready()
+            for number in range(4):
+                await Caller(pool, str(number)).end()
+            assert [len(engine.requests) for engine in engines] == [0, 4]
+            with pytest.raises(Timeout):
+                await pool.engines[0].ask(StatusRequest(), 0.05)
+
+            engines[1].status = None
+            await until(lambda: pool.state.phase == "stopped")
+            assert not pool.ready()
+            engines[0].status = status()
+            await until(pool.ready)
+
+    asyncio.run(main())
+
+
+def test_readiness_is_progress_not_a_living_process(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        async with open_pool(engines[0].address) as pool:
+            engines[0].status = status(stalled_s=1.0)
+            await asyncio.sleep(0.3)
+            assert pool.ready()
+            engines[0].status = status(stalled_s=6.0)
+            await until(lambda: not pool.ready())
+            assert pool.state.phase == "ready"
+            assert "no step for 6 s" in pool.state.reason
+            engines[0].status = status()
+            await until(pool.ready)
+            assert pool.state.reason == ""
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [EngineStopped, CapacityExceeded])
+def test_a_request_that_got_nothing_goes_on_at_another_engine(
+    engines: list[FakeEngine], error: type[PhalanxError]
+) -> None:
+    async def main() -> None:
+        engines[0].answer = lambda submit: [Failed(submit.id, error.__name__, "not here")]
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            for number in range(4):
+                assert isinstance(await Caller(pool, str(number), b"same").end(), Finished)
+            engines[1].answer = engines[0].answer
+            assert await Caller(pool, "last").end() == Failed("last", error.__name__, "not here")
+            await until(lambda: pool.open_requests == 0)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_waits_at_an_engine_that_stops_goes_on_at_another(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].answer = lambda submit: [
+            Accepted(id=submit.id, prompt_tokens=3, seed=1, max_tokens=2),
+            Failed(submit.id, EngineStopped.__name__, "rank 1 failed"),
+        ]
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            for number in range(2):
+                caller = Caller(pool, str(number))
+                events = [await caller.next() for _ in range(4)]
+                assert [type(event) for event in events] == [Accepted, Delta, Delta, Finished]
+            assert len(engines[1].requests) == 2
+
+    asyncio.run(main())
+
+
+def test_a_request_whose_answer_has_begun_fails_with_its_engine(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].answer = engines[1].answer = endless
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            caller = Caller(pool, "a")
+            await caller.next()
+            served = next(engine for engine in engines if engine.requests)
+            served.send(Failed("a", EngineStopped.__name__, "rank 1 failed"))
+            assert await caller.end() == Failed("a", EngineStopped.__name__, "rank 1 failed")
+            assert sum(len(engine.requests) for engine in engines) == 1
+
+    asyncio.run(main())
+
+
+def test_an_aborted_request_ends_and_is_no_load_any_more(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].answer = silent
+        async with open_pool(engines[0].address) as pool:
+            caller = Caller(pool, "a")
+            assert pool.open_requests == 1
+            for _ in range(3):
+                caller.ticket.abort()
+            end = await caller.end()
+            assert isinstance(end, Finished)
+            assert end.completions[0].finish_reason == "abort"
+            await until(lambda: pool.open_requests == 0)
+            caller.ticket.abort()
+
+    asyncio.run(main())
+
+
+def test_an_engine_of_another_model_is_refused(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[1].info = model_info(model="organisation/other")
+        async with open_pool(*(engine.address for engine in engines), ready=False) as pool:
+            await until(lambda: sorted(engine.phase for engine in pool.engines) == ["ready", "stopped"])
+            refused = next(engine for engine in pool.engines if engine.phase == "stopped")
+            assert "one gateway has engines of one model" in refused.trouble
+
+    asyncio.run(main())
+
+
+def test_draining_waits_for_what_runs_and_takes_nothing_new(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].answer = endless
+        async with open_pool(engines[0].address) as pool:
+            caller = Caller(pool, "a")
+            await caller.next()
+            assert not await pool.drain_all(0.1)
+            with pytest.raises(EngineStopped, match="shutting down"):
+                Caller(pool, "b")
+            drained = asyncio.ensure_future(pool.drain_all(PATIENCE_S))
+            await asyncio.sleep(0.05)
+            engines[0].send(finished("a"))
+            assert await drained
+            assert await caller.end() == finished("a")
+
+    asyncio.run(main())
+
+
+def test_a_receiver_that_raises_leaves_no_request_behind(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        async with open_pool(engines[0].address) as pool:
+
+            def broken(event: Event) -> None:
+                raise ValueError("broken")
+
+            pool.submit(Submit(id="a", token_ids=[1]), broken)
+            await until(lambda: pool.open_requests == 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("name", "value"), [("poll_interval_s", 0), ("affinity_slack", -1), ("stall_timeout_s", -0.5)])
+def test_a_setting_that_cannot_be_is_named(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=name):
+        PoolConfig(**{name: value})  # type: ignore[arg-type]
