@@ -35,7 +35,7 @@ def edit_rows(
     Returns the unedited logits of the rows whose raw log-probabilities are wanted, by row. Penalties, and bad words for
     the last token, use `token_counts`, if there are any, instead of the rows' token ids.
     """
-    edited = [i for i, row in enumerate(rows) if changes_logits(row.sampling, row.position - row.prompt_length)]
+    edited = [i for i, row in enumerate(rows) if row.sampling.changes_logits(row.position - row.prompt_length)]
     wanted = [i for i in edited if rows[i].sampling.logprobs >= 0 and not rows[i].sampling.processed_logprobs]
     originals = {i: logits[i].clone() for i in wanted}
 
@@ -62,19 +62,6 @@ def edit_rows(
         else:
             mask_words(logits[i], vocab, row.sampling, row.token_ids[row.prompt_length : row.position])
     return originals
-
-
-def changes_logits(sampling: SlotSampling, output_length: int) -> bool:
-    """Whether `edit_logits` would do anything after `output_length` output tokens."""
-    return (
-        bool(sampling.bias_token_ids)
-        or sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-        or (output_length < sampling.min_tokens and bool(sampling.end_token_ids))
-        or bool(sampling.bad_words)
-        or bool(sampling.allowed_token_ids)
-    )
 
 
 def edit_logits(

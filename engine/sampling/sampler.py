@@ -91,7 +91,7 @@ class Sampler:
         """
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
-        originals = edit_rows(logits, self._vocab, rows, self._token_counts)
+        originals = self._edit(logits, rows)
         if all(_is_plain_greedy(row.sampling) for row in rows):
             tokens = self._argmax(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
@@ -110,7 +110,7 @@ class Sampler:
         Nothing waits for the device, unless log-probabilities are asked for, or top-p or min-p without a top-k that the
         candidates hold. The log-probabilities are None but on rank 0.
         """
-        originals = edit_rows(logits, self._vocab, rows, self._token_counts)
+        originals = self._edit(logits, rows)
         if self._collectives.size == 1 and all(_is_plain_greedy(row.sampling) for row in rows):
             most, indices = argmax(logits)
             return torch.where(most.isfinite(), indices, INVALID_TOKEN), [None] * len(rows)
@@ -158,6 +158,12 @@ class Sampler:
         counts = [count] * len(token_ids)
         temperature = logits.new_ones(len(token_ids), 1)
         return gather_logprobs(self._collectives, self._vocab, logits, chosen, counts, temperature=temperature)
+
+    def _edit(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, torch.Tensor]:
+        """As edit_rows(): most steps have no row that asks for it."""
+        if not any(row.sampling.changes_logits(row.position - row.prompt_length) for row in rows):
+            return {}
+        return edit_rows(logits, self._vocab, rows, self._token_counts)
 
     def _argmax(self, logits: torch.Tensor) -> list[int] | None:
         """Return each row's token of the largest logit, on rank 0, in few operations. One gather."""

@@ -36,6 +36,14 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
         """Whether the ids of the tokens so far change the next token's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    def changes_logits(self, output_length: int) -> bool:
+        """Whether logits are edited, by a bias, a penalty or a mask, after `output_length` output tokens."""
+        return (
+            self.needs_token_counts
+            or bool(self.bias_token_ids or self.bad_words or self.allowed_token_ids)
+            or (output_length < self.min_tokens and bool(self.end_token_ids))
+        )
+
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True):
     """What the ranks need to know of a sequence that takes a slot, first admitted or again after a preemption."""
