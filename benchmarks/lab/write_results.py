@@ -36,6 +36,11 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         "`throughput.py`: requests that are all there at once, or come by rate.",
         single.plain,
     ),
+    "serve": (
+        "A server under load",
+        "`serve.py`: servers of OpenAI's API over real connections, in turns. Figures are the median round's.",
+        single.serve,
+    ),
     "latency": ("Latency", "`latency.py`: by requests at once and by ranks.", single.latency),
     "step": ("Where a step's time goes", "`step.py`: the parts of a decode step and of a prompt.", single.steps),
     "linear": ("One linear layer", "`linear.py`: by weight format, rows and instruction set.", single.linear),
@@ -45,13 +50,17 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         single.quantization,
     ),
     "startup": ("Startup", "`startup.py`: from the start of the process to the first token.", single.startup),
-    "collectives": ("Collectives", "`collectives.py`: all-reduce between ranks, in microseconds.", single.collectives),
+    "collectives": (
+        "Collectives",
+        "`parts/collectives.py`: all-reduce of ranks, in microseconds.",
+        single.collectives,
+    ),
     "prefix_cache": (
         "Prefix cache",
         "`prefix_cache.py`: what it gains, and costs where nothing is shared.",
         single.plain,
     ),
-    "scheduler": ("Scheduler", "`scheduler.py`: scheduling, encoding and committing a step.", single.scheduler),
+    "scheduler": ("Scheduler", "`parts/scheduler.py`: scheduling, encoding and committing a step.", single.scheduler),
     "limits": ("Limits of the machine", "`limits.py`: rates of memory and of arithmetic.", single.plain),
     "gpu": ("On one GPU", "`gpu.py`: each section beside what the same run measured of the card.", gpu),
 }

@@ -97,8 +97,29 @@ def test_linear_layers_and_latencies_have_tables(tmp_path: Path) -> None:
     assert "| `ready_s` | 3.25 |" in page
 
 
+def test_servers_under_load_have_tables(tmp_path: Path) -> None:
+    latency = {"p50": 12.5, "p95": 30.25}
+    figures = {
+        "output_tokens_per_s": 812.4,
+        "goodput_requests_per_s": 3.5,
+        "failed": 0,
+        "client_cpu_share": 0.031,
+        "ttft_ms": latency,
+        "tpot_ms": latency,
+    }
+    results = [
+        {"server": "one", "mode": "closed", "level": 8, **figures},
+        {"server": "two", "mode": "open", "level": 2.5, **figures},
+    ]
+    ratios = [{"of": "one", "to": "two", "level": "concurrency 8", "output_tokens_per_s": 1.31, "ttft_p95": 0.72}]
+    page = _page(tmp_path, serve={"benchmark": "serve", "results": results, "ratios": ratios, "models": {"one": "m"}})
+    assert "| one, 8 under way | 812.4 | 3.5 | 0 | 0.031 | 12.5 / 30.25 | 12.5 / 30.25 |" in page
+    assert "| two, 2.5 requests a second | 812.4 |" in page
+    assert "| one / two, concurrency 8 | 1.31 | 0.72 |" in page
+
+
 def test_every_benchmark_has_a_table() -> None:
-    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    programs = {path.stem for folder in ("", "parts") for path in (ROOT / "benchmarks" / folder).glob("*.py")}
     assert programs == set(KINDS)
 
 

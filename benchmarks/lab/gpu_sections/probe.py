@@ -16,7 +16,7 @@ from phalanx.engine.client.client import to_error
 from phalanx.engine.engine import Engine
 from phalanx.engine.errors import EngineStopped
 from phalanx.engine.execution.rank_worker import LaunchedStep, Worker
-from phalanx.engine.protocol.messages import Delta, Event, Failed, Finished, Submit
+from phalanx.engine.protocol.messages import Event, Failed, Finished, Submit
 from phalanx.engine.scheduling.step_plan import StepPlan
 
 from .device import Mark, synchronize
@@ -116,7 +116,7 @@ class Batch:
         def on_event(event: Event) -> None:
             if isinstance(event, Failed):
                 self.failure = event
-            if not isinstance(event, Delta):
+            if isinstance(event, Finished | Failed):
                 changed.set()
                 self._events.put(event)
 
@@ -149,8 +149,7 @@ class Batch:
         until = time.monotonic() + TIMEOUT_S
         while self._left:
             event = self._events.get(timeout=max(0.1, until - time.monotonic()))
-            if isinstance(event, Finished | Failed):
-                self._left.discard(event.id)
+            self._left.discard(event.id)
 
 
 def time_decode(llm: LLM, engine: Engine, rows: int, context: int, steps: int, warm_steps: int) -> dict[str, Any]:
