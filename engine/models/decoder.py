@@ -13,19 +13,19 @@ from torch import nn
 from ...kernels.attention import AttentionBackend, AttentionMetadata, HeadNorms
 from ...kernels.rope import RotaryEmbedding
 from ...parallel.collectives.base import Collectives
-from ...parallel.layers import VocabParallelEmbedding
 from ...parallel.fused_decoder import FusedDecoder, LogitsIndices, PackedLayer
 from ...parallel.layers import (
     ColumnParallelLinear,
     GatedLinear,
     LogitsLinear,
     ReplicatedNorm,
+    Residual,
     RowParallelLinear,
     ShardedWeight,
+    VocabParallelEmbedding,
 )
 from ...parallel.loading.checkpoint import WeightSlice
 from ...parallel.partition import RankShard
-from ...parallel.layers import Residual
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
 from .spec import ModelSpec

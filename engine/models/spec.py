@@ -274,7 +274,9 @@ def _rope(fields: _Fields) -> RopeSpec:
     rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"{rope.path}: rope type {shown(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise ConfigError(
+            f"{rope.path}: rope type {shown(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}"
+        )
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError(f"{fields.path}: partial_rotary_factor must be 1.0, others are not supported")
 

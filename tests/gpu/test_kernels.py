@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from phalanx.kernels import activation, argmax, norm
+from phalanx.kernels import activation, norm, sampling
 from phalanx.kernels.attention import HeadNorms, TorchAttention
 from phalanx.kernels.cuda.attention import CudaAttention, TritonDecode, TritonPrefill
 from phalanx.kernels.rope import RotaryEmbedding
@@ -112,12 +112,12 @@ def _columns(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_largest_and_the_noisy_largest_are_those_of_a_cpu(rows: int) -> None:
     values = 3 * normal(rows, VOCABULARY)
     values[0, VOCABULARY // 2 :] = values[0, 0]  # equals: the first counts
-    most, places = argmax.argmax(values)
+    most, places = sampling.argmax(values)
     columns = _columns(rows)
-    noisy = argmax.gumbel_argmax(values, *columns)
+    noisy = sampling.gumbel_argmax(values, *columns)
     with torch_alone():
         expected = values.cpu().max(dim=1)
-        drawn = argmax.gumbel_argmax(values.cpu(), *(column.cpu() for column in columns))
+        drawn = sampling.gumbel_argmax(values.cpu(), *(column.cpu() for column in columns))
     assert torch.equal(most.cpu(), expected.values)
     assert torch.equal(values.gather(1, places.unsqueeze(1)).squeeze(1), most)
     assert not any((values[row, : places[row]] == most[row]).any() for row in range(rows))
@@ -129,13 +129,13 @@ def test_the_largest_and_the_noisy_largest_are_those_of_a_cpu(rows: int) -> None
 def test_block_maxima(block: int) -> None:
     values = normal(3, VOCABULARY - 5)
     padded = torch.nn.functional.pad(values.cpu(), (0, -values.shape[1] % block), value=-torch.inf)
-    assert torch.equal(argmax.block_maxima(values, block).cpu(), padded.view(3, -1, block).amax(dim=2))
+    assert torch.equal(sampling.block_maxima(values, block).cpu(), padded.view(3, -1, block).amax(dim=2))
 
 
 def test_nan_is_the_largest() -> None:
     values = normal(2, VOCABULARY)
     values[1, 77] = torch.nan
-    most, places = argmax.argmax(values)
+    most, places = sampling.argmax(values)
     assert np.isnan(float(most[1]))
     assert int(places[1]) == 77
     assert bool(most[0].isfinite())

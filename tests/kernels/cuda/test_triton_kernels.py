@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phalanx.kernels import activation, argmax, cpu, cuda, noise, norm
+from phalanx.kernels import activation, cpu, cuda, norm, sampling
 from phalanx.kernels.attention import HeadNorms
 from phalanx.kernels.rope import RotaryEmbedding, apply_rope
 
@@ -342,9 +342,9 @@ def test_noise_has_the_bits_that_it_has_elsewhere() -> None:
     counters[0] = -1  # of seed 0: the smallest number
     uniform, gumbel = torch.empty(65_536), torch.empty(65_536)
     _draw[(1,)](seeds, counters, uniform, gumbel, 65_536)
-    assert torch.equal(uniform, noise.uniform(seeds, counters))
+    assert torch.equal(uniform, sampling.uniform(seeds, counters))
     assert float(uniform[0]) == 2.0**-41
-    torch.testing.assert_close(gumbel, noise.gumbel(seeds, counters), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gumbel, sampling.gumbel(seeds, counters), rtol=1e-6, atol=1e-6)
 
 
 @triton.jit
@@ -366,7 +366,7 @@ def test_the_noisiest_is_the_largest_of_value_and_gumbel_noise(rows: int, column
     temperature = torch.linspace(0.3, 2.0, rows).unsqueeze(1)
     seed = torch.arange(rows).unsqueeze(1) * 2**40 - 17
     counter = (torch.arange(rows).unsqueeze(1) << 32) | 5
-    scores = values / temperature + noise.gumbel(seed, counter + torch.arange(columns))
+    scores = values / temperature + sampling.gumbel(seed, counter + torch.arange(columns))
     most, places = triton_sampling.gumbel_argmax(values, temperature, seed, counter)
     torch.testing.assert_close(most, scores.amax(dim=1), rtol=1e-6, atol=1e-6)
     # Another logarithm may be an ulp off, and decide between equals.
@@ -393,9 +393,9 @@ SERVED: list[tuple[Any, str, Any, tuple[Any, ...]]] = [
     (norm, "rms_norm", triton_norm, (ROWS, torch.ones(32), 1e-6, torch.float32)),
     (norm, "add_rms_norm", triton_norm, (ROWS, ROWS, None, torch.ones(32), 1e-6, torch.float32)),
     (activation, "silu_mul", triton_activation, (ROWS,)),
-    (argmax, "argmax", triton_sampling, (ROWS,)),
-    (argmax, "gumbel_argmax", triton_sampling, (ROWS, ONES.float(), ONES, ONES)),
-    (argmax, "block_maxima", triton_sampling, (ROWS, 16)),
+    (sampling, "argmax", triton_sampling, (ROWS,)),
+    (sampling, "gumbel_argmax", triton_sampling, (ROWS, ONES.float(), ONES, ONES)),
+    (sampling, "block_maxima", triton_sampling, (ROWS, 16)),
 ]
 
 
@@ -412,7 +412,7 @@ def test_triton_serves_where_it_is_usable_and_torch_elsewhere(
 
 
 def test_no_columns_have_no_largest() -> None:
-    most, places = argmax.gumbel_argmax(torch.empty(2, 0), ONES.float(), ONES, ONES)
+    most, places = sampling.gumbel_argmax(torch.empty(2, 0), ONES.float(), ONES, ONES)
     assert most.tolist() == [-torch.inf] * 2
     assert places.tolist() == [0, 0]
-    assert argmax.argmax(torch.empty(2, 0))[0].tolist() == [-torch.inf] * 2
+    assert sampling.argmax(torch.empty(2, 0))[0].tolist() == [-torch.inf] * 2
