@@ -17,8 +17,6 @@ from phalanx.tests.serving.servers import running
 PARIS: Any = [{"role": "user", "content": "What is the capital of France?"}]
 OPEN: Any = [{"role": "user", "content": "Count to five."}, {"role": "assistant", "content": "One, two,"}]
 ONCE, FRANCE = "Once upon a time", "The capital of France is"
-OF = 314
-"""The token " of"'s neighbour in many texts: " is"."""
 
 
 class Client:
@@ -47,9 +45,7 @@ class Client:
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
         lines = self.http.get("/metrics").text.splitlines()
-        found = [
-            float(line.rpartition(" ")[2]) for line in lines if line.startswith(("vllm:" + name + "{", name + "{"))
-        ]
+        found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{")]
         assert found, name
         return sum(found)
 
@@ -124,14 +120,15 @@ def test_n_answers_and_seeds(client: Client) -> None:
 
 
 def test_logprobs_have_bytes_and_the_likeliest(client: Client) -> None:
-    (choice,) = client.chat(logprobs=True, top_logprobs=3).choices
+    wanted: Any = {"logprobs": True, "top_logprobs": 3, "max_tokens": 6}  # before its end, which has no text
+    (choice,) = client.chat(**wanted).choices
     items = choice.logprobs.content
     assert b"".join(bytes(item.bytes) for item in items).decode() == choice.message.content
     for item in items:
         assert [item.token, item.logprob] == [item.top_logprobs[0].token, item.top_logprobs[0].logprob]
         assert len(item.top_logprobs) == 3
         assert item.top_logprobs[0].logprob >= item.top_logprobs[1].logprob >= item.top_logprobs[2].logprob
-    chunks = list(client.chat(logprobs=True, top_logprobs=3, stream=True))
+    chunks = list(client.chat(stream=True, **wanted))
     streamed = [item for chunk in chunks if chunk.choices[0].logprobs for item in chunk.choices[0].logprobs.content]
     assert [item.token for item in streamed] == [item.token for item in items]
     assert [item.logprob for item in streamed] == pytest.approx([item.logprob for item in items], abs=1e-3)
@@ -140,9 +137,8 @@ def test_logprobs_have_bytes_and_the_likeliest(client: Client) -> None:
     assert "".join(made.logprobs.tokens) == made.text
     assert made.logprobs.text_offset == list(itertools.accumulate(map(len, made.logprobs.tokens[:-1]), initial=0))
     assert all(len(top) == 2 for top in made.logprobs.top_logprobs)
-    named = client.text(logprobs=1, extra_body={"return_tokens_as_token_ids": True, "return_token_ids": True}).choices[
-        0
-    ]
+    as_ids = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+    named = client.text(logprobs=1, extra_body=as_ids).choices[0]
     assert named.logprobs.tokens == [f"token_id:{token}" for token in named.token_ids]
 
 
@@ -176,15 +172,15 @@ def test_choices_are_shaped(client: Client) -> None:
     banned = client.text(FRANCE, extra_body={"bad_words": [" Paris"]}).choices[0].text
     assert " Paris" in plain.text
     assert " Paris" not in banned
-    long = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    long: Any = {"max_tokens": 32, "extra_body": {"ignore_eos": True}}
     repeated = ids(**long)
     penalised = ids(presence_penalty=2.0, frequency_penalty=2.0, **long)
     assert len(set(penalised)) > len(set(repeated))
-    again = ids(max_tokens=60, extra_body={"ignore_eos": True, "repetition_penalty": 2.0})
+    again = ids(max_tokens=32, extra_body={"ignore_eos": True, "repetition_penalty": 2.0})
     assert len(set(again)) > len(set(repeated))
-    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
-        fields = {"extra_body": narrow} if "top_p" not in narrow else narrow
-        assert ids(temperature=1.0, **fields) == plain.token_ids
+    narrow: Any
+    for narrow in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-9}, {"extra_body": {"min_p": 1.0}}):
+        assert ids(temperature=1.0, max_tokens=4, **narrow) == plain.token_ids[:4]
 
 
 def test_answers_stop(client: Client) -> None:
@@ -201,10 +197,10 @@ def test_answers_stop(client: Client) -> None:
     later = client.text(FRANCE, extra_body={"stop_token_ids": [token], "min_tokens": 4, "return_token_ids": True})
     assert len(later.choices[0].token_ids) >= 4
 
-    ended = client.chat(max_tokens=100)
+    ended = client.chat(max_tokens=32)
     assert ended.choices[0].finish_reason == "stop"
-    going = client.chat(max_tokens=100, extra_body={"ignore_eos": True})
-    assert (going.choices[0].finish_reason, going.usage.completion_tokens) == ("length", 100)
+    going = client.chat(max_tokens=32, extra_body={"ignore_eos": True})
+    assert (going.choices[0].finish_reason, going.usage.completion_tokens) == ("length", 32)
 
 
 def test_a_last_message_is_continued(client: Client) -> None:
@@ -220,12 +216,10 @@ def test_tokens_and_texts_go_both_ways(client: Client) -> None:
         tokens = client.http.post("/tokenize", json={"prompt": text}).json()
         assert tokens["count"] == len(tokens["tokens"])
         assert client.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"] == text
-    # Variables of the template reach it: its own system message can be replaced by a message, not by a variable.
     body = {"messages": PARIS, "chat_template_kwargs": {"enable_thinking": False}}
     tokens = client.http.post("/tokenize", json=body).json()["tokens"]
-    assert client.chat(extra_body={"chat_template_kwargs": {"enable_thinking": False}}).usage.prompt_tokens == len(
-        tokens
-    )
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert client.chat(max_tokens=1, extra_body=variables).usage.prompt_tokens == len(tokens)
     without = client.http.post("/tokenize", json={**body, "add_generation_prompt": False}).json()["tokens"]
     assert tokens[: len(without)] == without
     assert len(without) < len(tokens)
