@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from lab.server_questions import KNOWN, QUESTIONS
+from phalanx.benchmarks.lab.server_questions import KNOWN, QUESTIONS
 
 TOLERANCE = 1e-3
 """Most difference of two log-probabilities."""
