@@ -98,13 +98,25 @@ QUESTIONS: list[tuple[str, str, dict[str, Any]]] = [
     _text("max_tokens=0", max_tokens=0),
 ]
 
-_EQUAL = "vLLM refuses n > 1 with temperature=0; here, as in OpenAI's API, the answers are then equal"
-_NAMED = "vLLM's bytes and offsets are those of the names token_id:...; here they are those of the tokens"
-_UNASKED = "vLLM adds prompt_logprobs to an echo, although nobody asked for them"
-_ALONE = f"vLLM counts the token that it samples and leaves out; and {_UNASKED}"
-_PIECES = "a token that ends within a character is U+FFFD here, with its bytes in a chat; vLLM gives it an empty text"
+_EQUAL = (
+    r"\.(choices|status|usage)$",
+    "vLLM refuses n > 1 with temperature=0; here, as in OpenAI's API, the answers are then equal",
+)
+_NAMED = (
+    r"\.(bytes(\[\d+\])?|text_offset\[\d+\])$",
+    "vLLM's bytes and offsets are those of the names token_id:...; here they are those of the tokens",
+)
+_UNASKED = (r"\.prompt_logprobs$", "vLLM adds prompt_logprobs to an echo, although nobody asked for them")
+_ALONE = (
+    r"\.(prompt_logprobs|completion_tokens|total_tokens)$",
+    f"vLLM counts the token that it samples and leaves out; and {_UNASKED[1]}",
+)
+_PIECES = (
+    r"\.logprobs\.(tokens|text_offset|top_logprobs)\[\d+\]",
+    "a token that ends within a character is U+FFFD here, with its bytes in a chat; vLLM gives it an empty text",
+)
 
-KNOWN: dict[str, str] = {
+KNOWN: dict[str, tuple[str, str]] = {
     "chat: n": _EQUAL,
     "text: n": _EQUAL,
     "text: list and n": _EQUAL,
@@ -116,4 +128,4 @@ KNOWN: dict[str, str] = {
     "text: echo of ids alone": _ALONE,
     "text: characters of several tokens": _PIECES,
 }
-"""By the question's name: why the two answers differ on purpose."""
+"""By the question's name: (the paths that differ on purpose, a regular expression; why)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,14 +122,17 @@ def compare(ours: Answers, theirs: Answers) -> dict[str, Any]:
     same, known, other = 0, {}, []
     for name, _, _ in QUESTIONS:
         found = list(differences(ours[name], theirs[name]))
+        meant, why = KNOWN.get(name, ("", ""))
+        is_known = bool(meant) and all(re.search(meant, path) for path, _ in found)
         if not found:
             same += 1
             continue
-        if name in KNOWN:
-            known[name] = KNOWN[name]
+        if is_known:
+            known[name] = why
         else:
             other.append(name)
-        print(f"{name}{' (known: ' + KNOWN[name] + ')' if name in KNOWN else ''}")
+
+        print(f"{name}{f' (known: {why})' if is_known else ''}")
         for path, what in found[:4]:
             print(f"    {path}: {what}")
         if len(found) > 4:

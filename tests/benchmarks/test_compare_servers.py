@@ -51,8 +51,11 @@ def test_questions_have_names_of_their_own_and_known_differences_are_theirs(caps
     names = [name for name, _, _ in QUESTIONS]
     assert len(set(names)) == len(names) >= 50
     assert KNOWN.keys() <= set(names)
-    same = {name: {"status": 200} for name in names}
-    known, unknown = next(iter(KNOWN)), "chat: short"
-    verdict = compare({**same, known: {"status": 400}, unknown: {"status": 500}}, same)
-    assert (verdict["same"], list(verdict["known"]), verdict["other"]) == (len(names) - 2, [known], [unknown])
-    assert f"{known} (known: {KNOWN[known]})" in capsys.readouterr().out
+    same = {name: {"status": 200, "text": "a"} for name in names}
+    known, half, unknown = "chat: n", "text: n", "chat: short"
+    changed = {known: {"status": 400, "text": "a"}, half: {"status": 400, "text": "b"}, unknown: {"status": 500}}
+    verdict = compare({**same, **changed}, same)
+    # What differs beside the known paths is not known.
+    assert (verdict["same"], list(verdict["known"])) == (len(names) - 3, [known])
+    assert sorted(verdict["other"]) == [unknown, half]
+    assert f"{known} (known: {KNOWN[known][1]})" in capsys.readouterr().out
