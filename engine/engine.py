@@ -132,6 +132,7 @@ class Engine:
             chat_template=tokenizer.chat_template if tokenizer else None,
             prefix_cache=scheduler.prefix_cache,
             report=[*self._report(), *self._surprises(spec), input_processor.defaults_report],
+            sampling_defaults=input_processor.server_defaults,
         )
         return Coordinator(
             worker=self.worker,

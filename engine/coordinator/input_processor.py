@@ -43,6 +43,7 @@ class InputProcessor:
         self._config, self._spec, self._tokenizer = config, spec, tokenizer
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
+        self._stated = stated_defaults(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
         self._unseeded = itertools.count()
         self._told_of_priorities = False
@@ -54,6 +55,16 @@ class InputProcessor:
             return "generation_config gives no sampling defaults: requests are greedy unless they say otherwise"
         values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
         return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
+
+    @property
+    def server_defaults(self) -> dict[str, float]:
+        """What a server gives to requests that leave a field of INHERITED unset; without an entry the field's default.
+
+        As in vLLM's server, generation_config counts whatever its do_sample says: who sends no temperature over HTTP
+        expects an answer that is sampled.
+        """
+        values = {name: _first(getattr(self._config.sampling, name), self._stated.get(name)) for name in INHERITED}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     def next_seed(self, submit: Submit) -> int | None:
         """Return the seed of a request that names none, by the order of the calls; None for one that does.
@@ -289,14 +300,28 @@ def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
         defaults["temperature"] = 1.0
 
     for name, value in defaults.items():
-        try:
-            SamplingParams.from_dict({name: value})
-        except InvalidRequest as error:
-            raise _bad_generation_config(names[name], value, str(error)) from error
-
+        _check_default(name, names[name], value)
     if defaults["repetition_penalty"] == 1.0:
         del defaults["repetition_penalty"]
     return {name: value for name, value in defaults.items() if value is not None}
+
+
+def stated_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """What a generation_config says of the fields in INHERITED, whether or not it samples.
+
+    Raises CheckpointError naming the field for what no request may ask either.
+    """
+    stated = {name: value for name in INHERITED if (value := generation_config.get(name)) is not None}
+    for name, value in stated.items():
+        _check_default(name, name, value)
+    return stated
+
+
+def _check_default(name: str, field: str, value: object) -> None:
+    try:
+        SamplingParams.from_dict({name: value})
+    except InvalidRequest as error:
+        raise _bad_generation_config(field, value, str(error)) from error
 
 
 def _bad_generation_config(field: str, value: object, why: str) -> CheckpointError:

@@ -188,6 +188,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag="model_info"):
     prefix_cache: bool
     report: list[str]
     """What was chosen at the start, in words."""
+    sampling_defaults: dict[str, float] = {}
+    """What the settings sampling.*, or else generation_config, say of temperature, top_k, top_p, min_p and
+    repetition_penalty, do_sample left aside: what a server gives to requests that leave them unset."""
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status_request"):

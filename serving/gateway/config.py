@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 
 from ...engine.errors import ConfigError
+
+VERSION = str(sys.modules[__name__.partition(".")[0]].__version__)
+"""phalanx's."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class GatewayConfig:
     keep_alive_s: float = 15.0
     """Seconds of silence in a stream after which a comment is sent; 0 sends none."""
 
+    require_model: bool = False
+    """Refuse requests that name no model, as OpenAI's API does; otherwise they get the only one."""
     default_temperature: float | None = None
-    """Temperature of a request that has none; null takes the model's generation_config, or else greedy choice."""
+    """Temperature of a request that has none; null takes the model's generation_config, or else 1."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -28,8 +28,8 @@ that names it: nothing is silently ignored. A null is as good as no value. Error
 
 _DIFFERENCES = """## What differs from vLLM's server
 
-* A request without `temperature` takes the setting `default_temperature`; by default that is empty, and the model's
-  generation_config decides, or else the choice is greedy. vLLM samples at 1.0 there.
+* The setting `default_temperature` is this server's own. While it is empty, a request without `temperature` gets what
+  vLLM gives it: the value of the engine's settings or of generation_config, or else 1.
 * The role `developer` reaches the chat template as `system`, which every template knows.
 * `echo` with `logprobs`, and `prompt_logprobs`, cannot be streamed.
 * `finish_reason` comes in a chunk of its own, after the last text, as in OpenAI's API; chunks without text are sent

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,11 +16,8 @@ from .engine_pool import EnginePool, Question
 from .generation.admission import Admission
 from .generation.bridge import EventBridge
 from .generation.generation import Generation, Limits
-from .http.errors import ApiError, unavailable
+from .http.errors import ApiError, invalid, unavailable
 from .http.exchange import Exchange
-
-VERSION = str(sys.modules[__name__.partition(".")[0]].__version__)
-"""phalanx's."""
 
 _AFFINITY_CHARS = 2048
 
@@ -54,12 +50,18 @@ class Gateway:
             raise unavailable(reason, code)
 
     def model(self, name: str | None) -> tuple[str, ModelInfo]:
-        """The name that answers give, and the model. Raises ApiError: 503 while it is loaded, 404 for another."""
+        """The name that answers give, and the model.
+
+        Raises ApiError: 503 while it is loaded, 404 for another, 400 without a name where one is required.
+        """
         models = self.pool.models()
         if not models:
             self.check_open()
             raise unavailable("the model is being loaded; try again soon", "loading")
         if name is None:
+            if self.config.require_model:
+                known = ", ".join(models)
+                raise invalid(f"model is required: name one of {known}", "model", "missing_required_parameter")
             name = next(iter(models))
         if name not in models:
             known = ", ".join(models)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from .gateway import VERSION
+from .config import VERSION
 from .http.errors import ErrorBody
 from .routes.table import OPERATIONS, Operation
 from .schemas.responses import HealthInfo

@@ -6,7 +6,7 @@ import time
 
 from msgspec import UNSET
 
-from ....engine.protocol.messages import Delta, Event, Finished, Submit
+from ....engine.protocol.messages import Delta, Event, Finished, ModelInfo, Submit
 from ..gateway import Gateway, affinity_of, tokens_in
 from ..http.exchange import Exchange
 from ..http.sse import TextEvent
@@ -30,8 +30,8 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     """Continue a conversation."""
     request = await exchange.read(ChatRequest, REFUSED_CHAT)
     exchange.take_request_id(request.request_id)
-    submit, messages = to_submit(gateway, exchange, request)
-    name, _ = gateway.model(request.model)
+    name, info = gateway.model(request.model)
+    submit, messages = to_submit(gateway, exchange, request, info)
     style = _Style(request, f"chatcmpl-{exchange.request_id}", name, messages)
 
     tokens = sum(tokens_in(str(message.get("content", ""))) + 4 for message in messages)
@@ -49,7 +49,9 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
             await exchange.respond_json(answer)
 
 
-def to_submit(gateway: Gateway, exchange: Exchange, request: ChatRequest) -> tuple[Submit, list[dict[str, object]]]:
+def to_submit(
+    gateway: Gateway, exchange: Exchange, request: ChatRequest, info: ModelInfo
+) -> tuple[Submit, list[dict[str, object]]]:
     """The protocol's request, and its messages. Raises ApiError for what the server does not do."""
     check_chat(request, gateway.config)
     check_store(request)
@@ -59,6 +61,7 @@ def to_submit(gateway: Gateway, exchange: Exchange, request: ChatRequest) -> tup
     sampling = to_sampling(
         request,
         gateway.config,
+        info,
         max_tokens=request.max_completion_tokens if newer else request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
@@ -106,6 +109,7 @@ class _Style:
             model=self.model,
             choices=choices,
             usage=usage([finished]),
+            service_tier="default" if self.request.service_tier else UNSET,
             timings=timings([finished], self.request.return_timings),
         )
         if self.request.prompt_logprobs is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from msgspec import UNSET
 
 from ....engine.errors import EngineFault
-from ....engine.protocol.messages import Delta, Event, Finished, Submit, Tokenize, Tokenized
+from ....engine.protocol.messages import Delta, Event, Finished, ModelInfo, Submit, Tokenize, Tokenized
 from ..gateway import Gateway, affinity_of, tokens_in
 from ..http.exchange import Exchange
 from ..http.sse import TextEvent
@@ -41,10 +41,10 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
     check_stream(request.stream, request.stream_options, request.prompt_logprobs)
     check_completion(request)
     prompts = prompts_of(request, gateway.config)
-    name, _ = gateway.model(request.model)
+    name, info = gateway.model(request.model)
 
     # Checked before anything is asked of an engine.
-    submits = _to_submits(gateway, exchange, request, prompts)
+    submits = _to_submits(gateway, exchange, request, info, prompts)
     tokens = sum(tokens_in(prompt) if isinstance(prompt, str) else len(prompt) for prompt in prompts)
     affinity = affinity_of(submits[0].cache_salt, request.prompt_cache_key or prompts[0])
     async with gateway.generation(
@@ -56,7 +56,7 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
             tokenized = await asyncio.gather(*(_tokenized(gateway, request, prompt) for prompt in prompts))
             echoes = [_echo(prompt, answer) for prompt, answer in zip(prompts, tokenized, strict=True)]
             # The same tokens for the answer as for the echo.
-            submits = _to_submits(gateway, exchange, request, [answer.token_ids for answer in tokenized])
+            submits = _to_submits(gateway, exchange, request, info, [answer.token_ids for answer in tokenized])
         generation.start(submits, affinity)
 
         style = _Style(request, f"cmpl-{exchange.request_id}", name, echoes)
@@ -68,7 +68,11 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
 
 
 def _to_submits(
-    gateway: Gateway, exchange: Exchange, request: CompletionRequest, prompts: list[Prompt] | list[list[int]]
+    gateway: Gateway,
+    exchange: Exchange,
+    request: CompletionRequest,
+    info: ModelInfo,
+    prompts: list[Prompt] | list[list[int]],
 ) -> list[Submit]:
     wanted = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     # Log-probabilities of an echoed prompt are the engine's prompt_logprobs.
@@ -76,6 +80,7 @@ def _to_submits(
     sampling = to_sampling(
         request,
         gateway.config,
+        info,
         # No engine computes a prompt alone: one token is sampled, and left out of the answer.
         max_tokens=max(1, wanted),
         logprobs=request.logprobs,

@@ -22,10 +22,11 @@ async def generate(gateway: Gateway, exchange: Exchange) -> None:
     exchange.take_request_id(request.request_id)
     given = request.sampling_params or GenerateSampling()
     check_stream(request.stream, request.stream_options, given.prompt_logprobs)
-    gateway.model(request.model)
+    _, info = gateway.model(request.model)
     sampling = to_sampling(
         given,
         gateway.config,
+        info,
         max_tokens=given.max_tokens,
         logprobs=given.logprobs,
         prompt_logprobs=given.prompt_logprobs,

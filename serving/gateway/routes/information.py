@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ....engine.protocol.messages import ModelInfo
-from ..gateway import VERSION, Gateway
+from ..config import VERSION
+from ..gateway import Gateway
 from ..http.exchange import Exchange
 from ..schemas.responses import HealthInfo, LoadInfo, ModelCard, ModelList, VersionInfo
 

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from ....engine.errors import InvalidRequest
+from ....engine.protocol.messages import ModelInfo
 from ....engine.protocol.sampling_params import LOGPROBS_LIMIT, SamplingParams
 from ..config import GatewayConfig
 from ..http.errors import ApiError, from_engine, invalid
@@ -36,7 +37,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     temperature: (
         Annotated[
             float,
-            Meta(ge=0, description="0 is greedy. Absent: the server's default_temperature, or else the model's own."),
+            Meta(ge=0, description="0 is greedy. Absent: default_temperature, the model's own, or else 1."),
         ]
         | None
     ) = None
@@ -144,6 +145,7 @@ class OpenAIFields(CommonFields, kw_only=True):
 def to_sampling(
     fields: SamplingFields,
     config: GatewayConfig,
+    info: ModelInfo,
     *,
     max_tokens: int | None,
     logprobs: int | None,
@@ -166,8 +168,11 @@ def to_sampling(
         values["stop"] = (values["stop"],)
     for name in _TUPLES & values.keys():
         values[name] = tuple(values[name])
-    if "temperature" not in values and config.default_temperature is not None:
-        values["temperature"] = config.default_temperature
+    values = {**_defaults(config, info), **values}
+    if max_tokens is not None and max_tokens > info.max_model_len:
+        field = prefix + max_tokens_field
+        bound = f"it must be in [1, {info.max_model_len}] (max_model_len)"
+        raise invalid(f"{field}={max_tokens} is out of range: {bound}", field)
     try:
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **values)
     except InvalidRequest as error:
@@ -175,6 +180,16 @@ def to_sampling(
         raise from_engine(
             error, {**own, "max_tokens": prefix + max_tokens_field, "logprobs": prefix + logprobs_field}
         ) from None
+
+
+def _defaults(config: GatewayConfig, info: ModelInfo) -> dict[str, float | int]:
+    """What a request gets that leaves a field unset: the model's own defaults, and OpenAI's temperature of 1."""
+    values: dict[str, float | int] = {"temperature": 1.0, **info.sampling_defaults}
+    if config.default_temperature is not None:
+        values["temperature"] = config.default_temperature
+    if "top_k" in values:
+        values["top_k"] = int(values["top_k"])
+    return values
 
 
 _OWN = {"max_tokens", "logprobs", "prompt_logprobs"}

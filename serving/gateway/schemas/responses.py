@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
+
+from ..config import VERSION
+
+FINGERPRINT = f"phalanx-{VERSION}"
+"""What `system_fingerprint` says: answers to equal seeds may differ between two versions."""
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -81,6 +86,7 @@ class AnswerMessage(msgspec.Struct, kw_only=True):
     role: str
     content: str | None
     refusal: None = None
+    annotations: Annotated[list[str], Meta(max_length=0)] = []
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -103,8 +109,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: UsageInfo
-    system_fingerprint: str | None = None
-    service_tier: str | None = None
+    system_fingerprint: str = FINGERPRINT
+    service_tier: Literal["default"] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     timings: list[TimingInfo] | UnsetType = UNSET
@@ -136,7 +142,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    system_fingerprint: str | None = None
+    system_fingerprint: str = FINGERPRINT
     usage: UsageInfo | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     timings: list[TimingInfo] | UnsetType = UNSET
@@ -164,7 +170,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: UsageInfo | UnsetType | None = UNSET
-    system_fingerprint: str | None = None
+    system_fingerprint: str = FINGERPRINT
     timings: list[TimingInfo] | UnsetType = UNSET
 
 

@@ -85,6 +85,14 @@ def test_generation_config_is_greedy_unless_it_samples() -> None:
     assert sampling_defaults({"max_new_tokens": 9, "repetition_penalty": 1.0}) == {"max_tokens": 9}
 
 
+def test_a_server_gives_what_generation_config_states_even_where_that_does_not_sample() -> None:
+    assert _processor().server_defaults == {}
+    assert _processor({"temperature": 0.7, "top_k": 20}).server_defaults == {"temperature": 0.7, "top_k": 20.0}
+    assert _processor({"temperature": 0.7}, sampling={"temperature": 0}).server_defaults == {"temperature": 0.0}
+    with pytest.raises(CheckpointError, match=r"^generation_config.json: top_p=0"):
+        _processor({"top_p": 0})
+
+
 def test_max_tokens_falls_back_to_generation_config_and_then_to_the_context() -> None:
     assert _process(_processor({"max_new_tokens": 9})).max_tokens == 9
     assert _process(_processor({"max_new_tokens": 9}, sampling={"max_tokens": 5})).max_tokens == 5

@@ -59,6 +59,7 @@ class ScriptedPool:
 
     def __init__(self, answer: str = "Hello world") -> None:
         self.answer = answer
+        self.model = MODEL
         self.phase: PoolState = PoolState("ready")
         self.progress = True
         self.token_s = 0.0
@@ -85,7 +86,7 @@ class ScriptedPool:
         return self.phase.phase == "ready" and self.progress
 
     def models(self) -> Mapping[str, ModelInfo]:
-        return {} if self.phase.phase == "loading" else {"demo": MODEL, "org/alias": MODEL}
+        return {} if self.phase.phase == "loading" else {"demo": self.model, "org/alias": self.model}
 
     def submit(self, submit: Submit, on_event: OnEvent, *, affinity: bytes = b"") -> ScriptedTicket:
         if self.refuse is not None:

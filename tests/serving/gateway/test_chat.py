@@ -36,6 +36,19 @@ def test_an_answer_has_its_text_its_end_and_its_usage(server: Server) -> None:
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
 
+def test_what_openais_schema_knows_is_there_in_its_type_or_left_out(server: Server) -> None:
+    body = {"messages": HELLO}
+    answer = server.http.post("/v1/chat/completions", json=body).json()
+    assert answer["system_fingerprint"].startswith("phalanx-")
+    assert "service_tier" not in answer
+    assert answer["choices"][0]["message"]["annotations"] == []
+    tier = server.http.post("/v1/chat/completions", json={**body, "service_tier": "auto"}).json()
+    assert tier["service_tier"] == "default"
+    # A message goes back as it came.
+    again = server.http.post("/v1/chat/completions", json={"messages": [*HELLO, answer["choices"][0]["message"]]})
+    assert again.status_code == 200
+
+
 def test_a_stream_is_a_role_then_text_then_the_end(server: Server) -> None:
     text = server.http.post("/v1/chat/completions", json={"messages": HELLO, "stream": True, "max_tokens": 5}).text
     *chunks, done = events(text)
@@ -148,11 +161,11 @@ def test_every_field_of_sampling_reaches_the_engine(server: Server) -> None:
     assert submit.chat_template_kwargs == {"enable_thinking": False}
 
 
-def test_a_request_that_says_nothing_leaves_everything_to_the_engine(server: Server) -> None:
+def test_a_request_that_says_nothing_leaves_all_but_the_temperature_to_the_engine(server: Server) -> None:
     nothing = dict.fromkeys(["temperature", "top_p", "n", "stop", "seed", "max_tokens", "logprobs", "user", "tools"])
     assert server.http.post("/v1/chat/completions", json={"messages": HELLO, **nothing}).status_code == 200
     sampling = server.pool.submits[-1].sampling
-    assert (sampling.temperature, sampling.max_tokens, sampling.n) == (None, None, 1)
+    assert (sampling.temperature, sampling.max_tokens, sampling.n) == (1.0, None, 1)
 
 
 def test_histories_reach_the_template(server: Server) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from phalanx.engine.errors import ConfigError
 from phalanx.serving.gateway.config import GatewayConfig
@@ -66,13 +68,57 @@ def test_a_setting_out_of_its_range_is_named(field: str, value: object) -> None:
         dataclasses.replace(GatewayConfig(), **{field: value})  # type: ignore[arg-type]
 
 
-def test_the_default_temperature_is_a_setting(server: Server) -> None:
-    gateway = server.app.state.gateway
-    before, gateway.config = gateway.config, dataclasses.replace(gateway.config, default_temperature=1.0)
-    try:
-        body = {"messages": [{"role": "user", "content": "Hi"}]}
-        server.http.post("/v1/chat/completions", json=body)
-        server.http.post("/v1/chat/completions", json={**body, "temperature": 0})
-    finally:
-        gateway.config = before
-    assert [submit.sampling.temperature for submit in server.pool.submits] == [1.0, 0.0]
+ROUTES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
+}
+
+
+def test_the_default_temperature_is_a_setting(make_gateway: Callable[[GatewayConfig], Server]) -> None:
+    server = make_gateway(GatewayConfig(default_temperature=0.5))
+    server.pool.model = msgspec.structs.replace(server.pool.model, sampling_defaults={"temperature": 0.7})
+    for path, body in ROUTES.items():
+        server.http.post(path, json=body)
+        server.http.post(path, json={**body, "temperature": 0})
+    assert [submit.sampling.temperature for submit in server.pool.submits] == [0.5, 0.0, 0.5, 0.0]
+
+
+def test_what_a_request_leaves_unset_is_the_models_or_else_openais(server: Server) -> None:
+    for path, body in ROUTES.items():
+        server.http.post(path, json=body)
+    defaults = {"temperature": 0.7, "top_k": 20.0, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05}
+    server.pool.model = msgspec.structs.replace(server.pool.model, sampling_defaults=defaults)
+    for path, body in ROUTES.items():
+        server.http.post(path, json={**body, "top_p": 0.5})
+
+    taken = [submit.sampling for submit in server.pool.submits]
+    assert [(each.temperature, each.top_k, each.top_p) for each in taken] == [(1.0, None, None)] * 2 + [
+        (0.7, 20, 0.5)
+    ] * 2
+    assert [(each.min_p, each.repetition_penalty) for each in taken[2:]] == [(0.1, 1.05)] * 2
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_new_tokens_than_the_context_are_refused_by_name(server: Server, field: str) -> None:
+    for path, body in ROUTES.items():
+        if path == "/v1/completions" and field == "max_completion_tokens":
+            continue
+        assert server.http.post(path, json={**body, field: 4096}).status_code == 200
+        refused = server.http.post(path, json={**body, field: 4097})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == field
+        assert "[1, 4096] (max_model_len)" in refused.json()["error"]["message"]
+    body = {"token_ids": [1], "sampling_params": {"max_tokens": 4097}}
+    assert server.http.post("/inference/v1/generate", json=body).json()["error"]["param"] == (
+        "sampling_params.max_tokens"
+    )
+
+
+def test_a_model_may_be_required(make_gateway: Callable[[GatewayConfig], Server], server: Server) -> None:
+    strict = make_gateway(GatewayConfig(require_model=True))
+    for path, body in ROUTES.items():
+        assert server.http.post(path, json=body).status_code == 200
+        refused = strict.http.post(path, json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "model"
+        assert strict.http.post(path, json={**body, "model": "demo"}).status_code == 200
