@@ -182,6 +182,7 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
     )
     admission = app.state.gateway.admission
     pool.metrics.refused = lambda: int(admission.refused)
+    pool.metrics.tasks = lambda: len(asyncio.all_tasks())
     return app
 
 

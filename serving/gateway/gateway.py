@@ -18,7 +18,7 @@ from .generation.admission import Admission
 from .generation.bridge import EventBridge
 from .generation.generation import Generation, Limits
 from .http.errors import ApiError, unavailable
-from .http.exchange import Exchange
+from .http.exchange import BodyBudget, Exchange
 
 VERSION = str(sys.modules[__name__.partition(".")[0]].__version__)
 """phalanx's."""
@@ -32,6 +32,7 @@ class Gateway:
     def __init__(self, pool: EnginePool, config: GatewayConfig) -> None:
         self.pool, self.config = pool, config
         self.admission = Admission(config)
+        self.bodies = BodyBudget(config.max_open_body_bytes)
         self.created = int(time.time())
         self._bridge: EventBridge | None = None
         # The engines' names of requests are the gateway's own: two callers may choose the same request_id.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -66,8 +66,11 @@ class GatewayMetrics:
         """The label of every metric; set once it is known, before the first request."""
         self.refused: Callable[[], int] = int
         """Requests that the gateway has refused, since it was full."""
+        self.tasks: Callable[[], int] = int
+        """Tasks on the gateway's event loop; called at each scrape."""
         self.registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(_Engines(self, engines))
+        ProcessCollector(registry=registry)  # memory, file descriptors and processor time of the gateway itself
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry)
@@ -207,7 +210,9 @@ class _Engines(Collector):
             "phalanx:requests_refused", "Requests answered 429, since the gateway was full.", labels=("model_name",)
         )
         refused.add_metric((name,), self._metrics.refused())
-        yield from (phases, requests, refused)
+        tasks = GaugeMetricFamily("phalanx:gateway_tasks", "Tasks on the gateway's event loop.", labels=("model_name",))
+        tasks.add_metric((name,), self._metrics.tasks())
+        yield from (phases, requests, refused, tasks)
 
         yield _cache_config(name, samples)
         yield from _from_status(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import gc
+import itertools
 import json
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,11 +26,37 @@ _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(\w+)`")
 _SHOWN_CHARS = 100
+_SHOWN_DEPTH = 2
 _MAX_DEPTH = 64
 
+LONG_BODY_BYTES = 256 * 1024
+"""Length of a body from which it is parsed on a thread: a shorter one takes a few milliseconds."""
+# One at a time: what parsing takes beside the bodies themselves, which are counted, is bounded so.
+_long_bodies = ThreadPoolExecutor(1, "phalanx-long-bodies")
 
-def parse_json(body: bytes) -> dict[str, Any]:
+
+async def read_struct(body: bytes, kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
+    """The request in a body, as parse_json() and to_struct() make it; a long one is parsed beside the event loop."""
+    if len(body) < LONG_BODY_BYTES:
+        return to_struct(parse_json(body), kind, refused)
+    return await asyncio.get_running_loop().run_in_executor(_long_bodies, _parse_long, body, kind, refused)
+
+
+def _parse_long(body: bytes, kind: type[Request], refused: Mapping[str, str] | None) -> Request:
+    # Millions of new objects would have the garbage collector look at all of them again and again, and each time
+    # nothing else of this process would run.
+    gc.disable()
+    try:
+        return to_struct(parse_json(body, yielding=True), kind, refused)
+    finally:
+        gc.enable()
+
+
+def parse_json(body: bytes, yielding: bool = False) -> dict[str, Any]:
     """The JSON object of a body.
+
+    json's scanner keeps every other thread waiting while it makes lists of numbers; with `yielding` it calls Python for
+    each number, so that others get their turn, and takes longer.
 
     Raises ApiError (400) for bytes that are no UTF-8, for text that is no JSON object, and for what JSON leaves open or
     forbids: a name that occurs twice, NaN, Infinity, a lone half of a surrogate pair, a number that no field can hold,
@@ -39,7 +69,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
             f"the body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
         ) from None
 
-    hooks: dict[str, Any] = {"parse_int": _bounded_int} if _LONG_NUMBER.search(text) else {}
+    hooks: dict[str, Any] = {"parse_int": _bounded_int} if yielding or _LONG_NUMBER.search(text) else {}
     try:
         value = json.loads(
             text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite_float, **hooks
@@ -53,7 +83,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise invalid(f"the body must be a JSON object; got {_kind(value)}", code="invalid_json")
     if text.count("{") + text.count("[") > _MAX_DEPTH:
         _check_depth(value)
-    if _SURROGATE.search(text):
+    if "\\u" in text and _SURROGATE.search(text):
         _refuse_surrogates(value, "")
     return value
 
@@ -76,8 +106,27 @@ def to_struct(values: dict[str, Any], kind: type[Request], refused: Mapping[str,
 
 def shown(value: object) -> str:
     """A value as an error message quotes it: at most 100 characters."""
+    # Of a value of megabytes only the beginning is turned into text.
+    if isinstance(value, str | bytes):
+        value = value[: _SHOWN_CHARS + 1]
+    elif isinstance(value, list | dict | tuple):
+        value = _beginning(value, _SHOWN_DEPTH)
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+
+
+def _beginning(value: Any, depth: int) -> Any:
+    """A value with so few of its items that a text of _SHOWN_CHARS characters still shows no difference."""
+    if isinstance(value, str | bytes):
+        return value[: _SHOWN_CHARS + 1]
+    if not isinstance(value, list | dict | tuple):
+        return value
+    if not depth:
+        return ...
+    if isinstance(value, dict):
+        few = itertools.islice(value.items(), _SHOWN_CHARS)
+        return {name: _beginning(item, depth - 1) for name, item in few}
+    return [_beginning(item, depth - 1) for item in value[:_SHOWN_CHARS]]
 
 
 def _explained(message: str, values: dict[str, Any], kind: type[msgspec.Struct]) -> ApiError:
@@ -136,6 +185,8 @@ def _finite_float(text: str) -> float | int:
 
 
 def _bounded_int(text: str) -> int:
+    if len(text) < 19:
+        return int(text)
     if len(text) > 20 or not _INT_LOW <= int(text) <= _INT_HIGH:
         raise ValueError(f"the number {text[:_SHOWN_CHARS]} is out of range: it must be in [{_INT_LOW}, {_INT_HIGH}]")
     return int(text)
