@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -70,7 +70,6 @@ class GatewayMetrics:
         """Tasks on the gateway's event loop; called at each scrape."""
         self.registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(_Engines(self, engines))
-        ProcessCollector(registry=registry)  # memory, file descriptors and processor time of the gateway itself
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry)

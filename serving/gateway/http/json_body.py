@@ -26,7 +26,6 @@ _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(\w+)`")
 _SHOWN_CHARS = 100
-_SHOWN_DEPTH = 2
 _MAX_DEPTH = 64
 
 LONG_BODY_BYTES = 256 * 1024
@@ -106,27 +105,22 @@ def to_struct(values: dict[str, Any], kind: type[Request], refused: Mapping[str,
 
 def shown(value: object) -> str:
     """A value as an error message quotes it: at most 100 characters."""
-    # Of a value of megabytes only the beginning is turned into text.
-    if isinstance(value, str | bytes):
-        value = value[: _SHOWN_CHARS + 1]
-    elif isinstance(value, list | dict | tuple):
-        value = _beginning(value, _SHOWN_DEPTH)
-    text = repr(value)
+    # A value of megabytes is not turned into text to be cut: each of its items has a character at least.
+    text = repr(_beginning(value, [_SHOWN_CHARS + 1]))
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
 
 
-def _beginning(value: Any, depth: int) -> Any:
-    """A value with so few of its items that a text of _SHOWN_CHARS characters still shows no difference."""
+def _beginning(value: Any, left: list[int]) -> Any:
+    """The value with no more than left[0] of its items, which is counted down."""
+    left[0] -= 1
     if isinstance(value, str | bytes):
         return value[: _SHOWN_CHARS + 1]
-    if not isinstance(value, list | dict | tuple):
-        return value
-    if not depth:
-        return ...
     if isinstance(value, dict):
-        few = itertools.islice(value.items(), _SHOWN_CHARS)
-        return {name: _beginning(item, depth - 1) for name, item in few}
-    return [_beginning(item, depth - 1) for item in value[:_SHOWN_CHARS]]
+        items = itertools.takewhile(lambda _: left[0] > 0, value.items())
+        return {_beginning(name, left): _beginning(item, left) for name, item in items}
+    if isinstance(value, list):
+        return [_beginning(item, left) for item in itertools.takewhile(lambda _: left[0] > 0, value)]
+    return value
 
 
 def _explained(message: str, values: dict[str, Any], kind: type[msgspec.Struct]) -> ApiError:

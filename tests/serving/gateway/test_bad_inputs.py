@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import socket
 import threading
@@ -14,6 +16,8 @@ import httpx
 import pytest
 from msgspec import inspect
 from phalanx.serving.gateway.config import GatewayConfig
+from phalanx.serving.gateway.http.json_body import read_struct, shown
+from phalanx.serving.gateway.schemas.completions import CompletionRequest
 from phalanx.tests.serving.gateway.bad_inputs import (
     RAW,
     Case,
@@ -224,6 +228,37 @@ def test_a_long_body_of_anything_is_answered_beside_other_requests(
     assert answer.status_code in (200, 400)
     if answer.status_code == 400:
         assert len(answer.json()["error"]["message"]) < 400
+
+
+def test_the_loop_goes_on_while_a_long_body_is_parsed() -> None:
+    body = b'{"prompt": [' + b",".join([b"12345"] * 400_000) + b"]}"
+    turns = 0
+
+    async def main() -> CompletionRequest:
+        nonlocal turns
+        reading = asyncio.ensure_future(read_struct(body, CompletionRequest))
+        while not reading.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return await reading
+
+    request = asyncio.run(main())
+    assert request.prompt == [12345] * 400_000
+    assert turns > 3  # parsed on the loop: one turn until it begins, and one for the result
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1, None, "x" * 99, "x" * 1000, [], [1, [2, [3, {"a": {"b": [None]}}]]], {"a": 1, "b": [1.5]}, [0] * 1_000_000,
+        {str(number): [] for number in range(1000)}, [["a" * 1000] * 3] * 1000, [[[]] * 100] * 100,
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_a_value_is_shown_up_to_a_bound(value: object) -> None:
+    whole = repr(value)
+    assert shown(value) == (whole if len(whole) <= 100 else whole[:100] + "...")
 
 
 @pytest.mark.slow
