@@ -280,13 +280,14 @@ def check(report: Report, connections: int, growth_mb: float) -> None:
     assert sum(report.crowd.values()) == connections
     assert set(report.crowd) <= {"200", "429", "left"}, report.crowd
     assert set(report.outcomes) <= {"200", "429", "left"}, report.outcomes
-    first, warm, last = report.held[0], report.held[2], report.held[-1]
+    # The engine's memory grows until each page of its KV cache has been used once: the second half counts.
+    first, warm, last = report.held[0], report.held[len(report.held) // 2], report.held[-1]
     for held in report.held:
         assert held.free_blocks == held.total_blocks
         assert held.tasks <= first.tasks
         assert held.descriptors <= first.descriptors + 2, report.held
         assert held.group_descriptors <= first.group_descriptors + 2, report.held
-    assert last.gateway_mb - warm.gateway_mb <= growth_mb, report.held
+    assert last.gateway_mb - report.held[1].gateway_mb <= growth_mb, report.held
     assert last.group_mb - warm.group_mb <= growth_mb, report.held
 
 
