@@ -39,3 +39,11 @@ ERRORS_BY_NAME: dict[str, type[PhalanxError]] = {
     error.__name__: error
     for error in (InvalidRequest, ConfigError, CheckpointError, CapacityExceeded, EngineStopped, EngineFault, Timeout)
 }
+
+
+def prompt_too_long(tokens: int, max_model_len: int) -> InvalidRequest:
+    """The refusal of a prompt that leaves no room for an answer."""
+    return InvalidRequest(
+        f"the prompt has {tokens} tokens; with max_model_len={max_model_len} it may have at most {max_model_len - 1} "
+        f"(one place is for the answer): shorten it or raise max_model_len"
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from prometheus_client import ProcessCollector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -182,6 +183,8 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
     )
     admission = app.state.gateway.admission
     pool.metrics.refused = lambda: int(admission.refused)
+    pool.metrics.tasks = lambda: len(asyncio.all_tasks())
+    ProcessCollector(registry=pool.metrics.registry)  # the gateway's own memory, file descriptors, processor time
     return app
 
 

@@ -11,7 +11,7 @@ import msgspec
 from ...kernels.sampling import derive_seed
 from ...parallel.loading.json_files import shortened, shown
 from ..config import EngineConfig
-from ..errors import CheckpointError, InvalidRequest
+from ..errors import CheckpointError, InvalidRequest, prompt_too_long
 from ..models.spec import ModelSpec
 from ..protocol.messages import Detokenize, Detokenized, Prompt, Submit, Tokenize, Tokenized
 from ..protocol.sampling_params import SamplingParams
@@ -108,10 +108,7 @@ class InputProcessor:
         if not prompt:
             raise InvalidRequest(f"the {_given(submit)} is empty: it must hold at least 1 token")
         if len(prompt) > limit:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens; with max_model_len={self._max_model_len} it may have at most "
-                f"{limit} (one place is for the answer): shorten it or raise max_model_len"
-            )
+            raise prompt_too_long(len(prompt), self._max_model_len)
 
         bad_words = self._bad_words(params.bad_words)
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)

@@ -69,7 +69,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        exchange = Exchange(scope, receive, send, self._gateway.config)
+        exchange = Exchange(scope, receive, send, self._gateway.config, self._gateway.bodies)
         try:
             try:
                 await self._handler(self._gateway, exchange)

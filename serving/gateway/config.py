@@ -23,8 +23,13 @@ class GatewayConfig:
     served_model_names: tuple[str, ...] = ()
     """Names under which requests may ask for the model, the first one in answers; none takes the model's own."""
 
-    max_body_bytes: int = 32 * 1024 * 1024
-    """Longest request body in bytes; a longer one is answered 413 and not read on."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Longest request body in bytes; a longer one is answered 413 and not read on. Other requests wait while the lists
+    of a long body are made, some 20 ms for a megabyte."""
+    max_open_body_bytes: int = 256 * 1024 * 1024
+    """Bytes of request bodies that are held until they are parsed, one long body at a time; more are answered 429."""
+    head_timeout_s: float = 30.0
+    """Longest time in seconds for a request's head to arrive; a slower one is answered 408."""
     body_timeout_s: float = 30.0
     """Longest time in seconds for a request's body to arrive; a slower one is answered 408."""
     max_prompts: int = 1024
@@ -45,7 +50,7 @@ class GatewayConfig:
     max_open_tokens: int = 16 * 1024 * 1024
     """Prompt tokens (estimated from bytes for text) that the gateway holds at once; more are answered 429."""
     max_connections: int = 4096
-    """Connections at once; more are answered 503."""
+    """Connections at once; more are answered 503, but for probes of /health."""
     request_timeout_s: float = 600.0
     """Longest time in seconds from a request's arrival to the end of its answer; 0 sets no limit."""
     max_stream_bytes: int = 1024 * 1024
@@ -72,7 +77,13 @@ class GatewayConfig:
         if self.default_temperature is not None and not 0 <= self.default_temperature < float("inf"):
             value = self.default_temperature
             raise ConfigError(f"default_temperature={value!r} is out of range: it must be in [0, inf)")
-        if self.body_timeout_s == 0:
-            raise ConfigError("body_timeout_s=0 is out of range: it must be above 0")
+        for name in ("head_timeout_s", "body_timeout_s"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"{name}=0 is out of range: it must be above 0")
+        if self.max_open_body_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"max_open_body_bytes={self.max_open_body_bytes} is below max_body_bytes={self.max_body_bytes}: raise "
+                f"it, or lower that"
+            )
         if len(set(self.served_model_names)) != len(self.served_model_names) or "" in self.served_model_names:
             raise ConfigError(f"served_model_names={self.served_model_names!r} must be non-empty and differ")

@@ -17,7 +17,7 @@ from .generation.admission import Admission
 from .generation.bridge import EventBridge
 from .generation.generation import Generation, Limits
 from .http.errors import ApiError, invalid, unavailable
-from .http.exchange import Exchange
+from .http.exchange import BodyBudget, Exchange
 
 _AFFINITY_CHARS = 2048
 
@@ -28,6 +28,7 @@ class Gateway:
     def __init__(self, pool: EnginePool, config: GatewayConfig) -> None:
         self.pool, self.config = pool, config
         self.admission = Admission(config)
+        self.bodies = BodyBudget(config.max_open_body_bytes)
         self.created = int(time.time())
         self._bridge: EventBridge | None = None
         # The engines' names of requests are the gateway's own: two callers may choose the same request_id.

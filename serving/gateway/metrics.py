@@ -66,6 +66,8 @@ class GatewayMetrics:
         """The label of every metric; set once it is known, before the first request."""
         self.refused: Callable[[], int] = int
         """Requests that the gateway has refused, since it was full."""
+        self.tasks: Callable[[], int] = int
+        """Tasks on the gateway's event loop; called at each scrape."""
         self.registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(_Engines(self, engines))
 
@@ -207,7 +209,9 @@ class _Engines(Collector):
             "phalanx:requests_refused", "Requests answered 429, since the gateway was full.", labels=("model_name",)
         )
         refused.add_metric((name,), self._metrics.refused())
-        yield from (phases, requests, refused)
+        tasks = GaugeMetricFamily("phalanx:gateway_tasks", "Tasks on the gateway's event loop.", labels=("model_name",))
+        tasks.add_metric((name,), self._metrics.tasks())
+        yield from (phases, requests, refused, tasks)
 
         yield _cache_config(name, samples)
         yield from _from_status(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from ...engine.client.client import Client
-from ...engine.errors import CapacityExceeded, EngineStopped, InvalidRequest, PhalanxError
+from ...engine.errors import CapacityExceeded, EngineStopped, InvalidRequest, PhalanxError, prompt_too_long
 from ...engine.protocol.messages import Accepted, Event, Failed, Finished, ModelInfo, Status, Submit
 from ..gateway.engine_pool import OnEvent, PoolState, Question
 from ..gateway.metrics import EngineSample, GatewayMetrics, RequestMetrics
@@ -232,6 +232,11 @@ class PoolTicket:
 
     def send(self, engine: PooledEngine) -> None:
         """Send it to an engine, on the event loop. Raises EngineStopped or InvalidRequest."""
+        token_ids, info = self._submit.token_ids, engine.info
+        if token_ids is not None and info is not None and len(token_ids) >= info.max_model_len:
+            # Megabytes would be sent, and read beside the engine's steps, only to be refused.
+            raise prompt_too_long(len(token_ids), info.max_model_len)
+
         self._tried = (*self._tried, engine)
         self._client = client = engine.client
         self._metrics = metrics = self._pool.metrics.request(engine.label, self._submit)

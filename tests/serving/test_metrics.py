@@ -39,7 +39,9 @@ def test_what_an_engine_says_of_itself_is_under_vllms_names() -> None:
     )  # fmt: skip
     metrics = _metrics(one, None)
     metrics.refused = lambda: 5
+    metrics.tasks = lambda: 6
     found = values(metrics)
+    assert found["phalanx:gateway_tasks"] == {(): 6}
     assert found["phalanx:requests_refused_total"] == {(): 5}
     zero = ("0",)
     assert found["vllm:num_requests_running"] == {zero: 3}

@@ -303,6 +303,22 @@ def test_an_aborted_request_ends_and_is_no_load_any_more(engines: list[FakeEngin
     asyncio.run(main())
 
 
+def test_token_ids_beyond_the_models_length_are_not_sent(engines: list[FakeEngine]) -> None:
+    async def check() -> None:
+        async with open_pool(engines[0].address) as pool:
+            for count, sent in ((127, True), (128, False), (1_000_000, False)):
+                submit = Submit(id=str(count), token_ids=[1] * count, sampling=SamplingParams(max_tokens=1))
+                if sent:
+                    pool.submit(submit, lambda event: None)
+                    continue
+                with pytest.raises(InvalidRequest, match=f"the prompt has {count} tokens; with max_model_len=128"):
+                    pool.submit(submit, lambda event: None)
+            await until(lambda: pool.open_requests == 0)
+        assert [len(request.token_ids or ()) for request in engines[0].requests] == [127]
+
+    asyncio.run(check())
+
+
 def test_an_engine_of_another_model_is_refused(engines: list[FakeEngine]) -> None:
     async def main() -> None:
         engines[1].info = model_info(model="organisation/other")

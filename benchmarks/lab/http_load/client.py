@@ -74,6 +74,7 @@ class Target:
         head = f"{method} {self._path}{path} HTTP/1.1\r\n"
         fields = {**self._headers, "Content-Length": str(len(body))}
         data = (head + _lines(fields) + "\r\n").encode() + body
+        connection: _Connection | None = None
         try:
             connection = self._idle.pop() if self._idle else await self._open()
             if connection.closed:
@@ -82,9 +83,14 @@ class Target:
             reusable = await asyncio.wait_for(connection.send(exchange, data), self._timeout_s)
         except asyncio.TimeoutError:
             exchange.error = f"no whole answer within {self._timeout_s:g} s"
-            connection.close()
+            if connection is not None:
+                connection.close()
         except OSError as error:
             exchange.error = f"{type(error).__name__}: {error}"
+        except asyncio.CancelledError:
+            if connection is not None:
+                connection.close()
+            raise
         else:
             if reusable:
                 self._idle.append(connection)

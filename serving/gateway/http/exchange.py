@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import uuid
@@ -13,13 +14,16 @@ import msgspec
 
 from ..config import GatewayConfig
 from .errors import ApiError, invalid
-from .json_body import parse_json, to_struct
+from .json_body import read_struct
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Request = TypeVar("Request", bound=msgspec.Struct)
+
+LINGER_S = 2.0
+"""Seconds in which the rest of a refused request is read and thrown away."""
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
@@ -29,11 +33,54 @@ class ClientGone(Exception):
     """The client has closed the connection; nobody waits for an answer."""
 
 
+class BodyBudget:
+    """Bytes of request bodies that the gateway holds until they are parsed; more than `most` are refused."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+
+
+class HeldBytes:
+    """One request's part of a BodyBudget."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._size = 0
+
+    def grow_to(self, size: int) -> None:
+        """Hold `size` bytes in all. Raises ApiError (429) where there is no room for more."""
+        more = size - self._size
+        if more <= 0:
+            return
+        budget = self._budget
+        if budget.held + more > budget.most:
+            raise ApiError(
+                429,
+                f"the server holds {budget.held} bytes of request bodies, and may hold {budget.most} "
+                f"(max_open_body_bytes); try again later",
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
+        budget.held += more
+        self._size = size
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._budget.held -= self._size
+        self._size = 0
+
+
 class Exchange:
     """Reads the request's body, bounded in bytes and time, and sends the answer. Belongs to one task."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, config: GatewayConfig) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, config: GatewayConfig, budget: BodyBudget | None = None
+    ) -> None:
+        """`budget` is what the bodies of all exchanges have together; without one this body has it alone."""
         self.scope, self._receive, self._send, self._config = scope, receive, send, config
+        self._budget = budget or BodyBudget(config.max_open_body_bytes)
         self.started = False
         """Whether the answer's status has been sent."""
         self.request_id = uuid.uuid4().hex
@@ -72,13 +119,18 @@ class Exchange:
             raise ApiError(415, f"content-type={content_type!r} is not supported: send application/json")
         if encoding := self.header(b"content-encoding"):
             raise ApiError(415, f"content-encoding={encoding!r} is not supported: send the body as it is")
-        return to_struct(parse_json(await self._read_body()), kind, refused)
+        held = HeldBytes(self._budget)
+        try:
+            return await read_struct(await self._read_body(held), kind, refused)
+        finally:
+            held.release()
 
-    async def _read_body(self) -> bytes:
+    async def _read_body(self, held: HeldBytes) -> bytes:
         limit = self._config.max_body_bytes
         declared = self.header(b"content-length") or ""
         if declared.isdigit() and int(declared) > limit:
             raise self._too_long()
+        held.grow_to(int(declared) if declared.isdigit() else 0)
         chunks: list[bytes] = []
         size = 0
         try:
@@ -93,6 +145,7 @@ class Exchange:
                 size += len(chunks[-1])
                 if size > limit:
                     raise self._too_long()
+                held.grow_to(size)
                 if not message.get("more_body"):
                     return b"".join(chunks)
         except asyncio.TimeoutError:
@@ -147,8 +200,24 @@ class Exchange:
         """Answer with an error; in mid-stream as an event, after which the stream ends."""
         if self.started:
             await self.write(b"data: " + error.body + b"\n\ndata: [DONE]\n\n", last=True)
+        elif "Connection" in error.headers:
+            await self._respond_and_discard(error)
         else:
             await self.respond(error.body, error.status, headers=error.headers)
+
+    async def _respond_and_discard(self, error: ApiError) -> None:
+        """Answer, and read what the client still sends, for a while: closing with unread bytes resets the connection,
+        and the client would not see the answer."""
+        body = error.body
+        await self._start(error.status, "application/json", {"content-length": str(len(body)), **error.headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._discard(), LINGER_S)
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _discard(self) -> None:
+        while (message := await self._receive())["type"] == "http.request" and message.get("more_body"):
+            pass
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         self.started, self.status = True, status

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import gc
+import itertools
 import json
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,9 +28,34 @@ _MISSING = re.compile(r"^Object missing required field `(\w+)`")
 _SHOWN_CHARS = 100
 _MAX_DEPTH = 64
 
+LONG_BODY_BYTES = 256 * 1024
+"""Length of a body from which it is parsed on a thread: a shorter one takes a few milliseconds."""
+# One at a time: what parsing takes beside the bodies themselves, which are counted, is bounded so.
+_long_bodies = ThreadPoolExecutor(1, "phalanx-long-bodies")
 
-def parse_json(body: bytes) -> dict[str, Any]:
+
+async def read_struct(body: bytes, kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
+    """The request in a body, as parse_json() and to_struct() make it; a long one is parsed beside the event loop."""
+    if len(body) < LONG_BODY_BYTES:
+        return to_struct(parse_json(body), kind, refused)
+    return await asyncio.get_running_loop().run_in_executor(_long_bodies, _parse_long, body, kind, refused)
+
+
+def _parse_long(body: bytes, kind: type[Request], refused: Mapping[str, str] | None) -> Request:
+    # Millions of new objects would have the garbage collector look at all of them again and again, and each time
+    # nothing else of this process would run.
+    gc.disable()
+    try:
+        return to_struct(parse_json(body, yielding=True), kind, refused)
+    finally:
+        gc.enable()
+
+
+def parse_json(body: bytes, yielding: bool = False) -> dict[str, Any]:
     """The JSON object of a body.
+
+    json's scanner keeps every other thread waiting while it makes lists of numbers; with `yielding` it calls Python for
+    each number, so that others get their turn, and takes longer.
 
     Raises ApiError (400) for bytes that are no UTF-8, for text that is no JSON object, and for what JSON leaves open or
     forbids: a name that occurs twice, NaN, Infinity, a lone half of a surrogate pair, a number that no field can hold,
@@ -39,7 +68,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
             f"the body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
         ) from None
 
-    hooks: dict[str, Any] = {"parse_int": _bounded_int} if _LONG_NUMBER.search(text) else {}
+    hooks: dict[str, Any] = {"parse_int": _bounded_int} if yielding or _LONG_NUMBER.search(text) else {}
     try:
         value = json.loads(
             text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite_float, **hooks
@@ -53,7 +82,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise invalid(f"the body must be a JSON object; got {_kind(value)}", code="invalid_json")
     if text.count("{") + text.count("[") > _MAX_DEPTH:
         _check_depth(value)
-    if _SURROGATE.search(text):
+    if "\\u" in text and _SURROGATE.search(text):
         _refuse_surrogates(value, "")
     return value
 
@@ -76,8 +105,22 @@ def to_struct(values: dict[str, Any], kind: type[Request], refused: Mapping[str,
 
 def shown(value: object) -> str:
     """A value as an error message quotes it: at most 100 characters."""
-    text = repr(value)
+    # A value of megabytes is not turned into text to be cut: each of its items has a character at least.
+    text = repr(_beginning(value, [_SHOWN_CHARS + 1]))
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+
+
+def _beginning(value: Any, left: list[int]) -> Any:
+    """The value with no more than left[0] of its items, which is counted down."""
+    left[0] -= 1
+    if isinstance(value, str | bytes):
+        return value[: _SHOWN_CHARS + 1]
+    if isinstance(value, dict):
+        items = itertools.takewhile(lambda _: left[0] > 0, value.items())
+        return {_beginning(name, left): _beginning(item, left) for name, item in items}
+    if isinstance(value, list):
+        return [_beginning(item, left) for item in itertools.takewhile(lambda _: left[0] > 0, value)]
+    return value
 
 
 def _explained(message: str, values: dict[str, Any], kind: type[msgspec.Struct]) -> ApiError:
@@ -136,6 +179,8 @@ def _finite_float(text: str) -> float | int:
 
 
 def _bounded_int(text: str) -> int:
+    if len(text) < 19:
+        return int(text)
     if len(text) > 20 or not _INT_LOW <= int(text) <= _INT_HIGH:
         raise ValueError(f"the number {text[:_SHOWN_CHARS]} is out of range: it must be in [{_INT_LOW}, {_INT_HIGH}]")
     return int(text)

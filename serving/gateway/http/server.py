@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..config import GatewayConfig
-from .errors import ApiError
+from .errors import ApiError, unavailable
+from .exchange import LINGER_S, Exchange
 
 MAX_HEAD_BYTES = 64 * 1024
-HEAD_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
+MAX_PIPELINED = 64
+"""Requests of one connection that wait for the answer to the one before them."""
+RESERVED_CONNECTIONS = 64
+"""Connections above max_connections that are let in, so that probes of /health are answered."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 to a head of more than MAX_HEAD_BYTES and 408 to one that takes longer than HEAD_TIMEOUT_S.
+    """Answers 431 to a head of more than MAX_HEAD_BYTES and 408 to one that takes longer than head_timeout_s.
+
+    With max_connections open it answers 503 to whatever is no probe.
 
     A client that has read nothing for WRITE_TIMEOUT_S while an answer waits for it loses its connection.
     """
 
+    _gateway = GatewayConfig()
     _head_bytes = 0
     _in_head = True  # a new connection's first bytes are a head's
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None
+    _refused = False
+
+    @classmethod
+    def bounded_by(cls, config: GatewayConfig) -> type[BoundedHttpProtocol]:
+        """The same with the bounds of `config`."""
+        return type(cls.__name__, (cls,), {"_gateway": config})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a head."""
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+        if len(self.connections) > self._gateway.max_connections + RESERVED_CONNECTIONS:
+            self._refuse(self._full())
+            return
+        self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Expect nothing any more."""
         self._stop_timer()
         self._stop_write_timer()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -51,6 +71,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head; the parser takes the rest."""
+        if self._refused:
+            return
         if self._in_head:
             # A piece may end the head and hold a part of the body: only what is surely head counts.
             end = data.find(b"\r\n\r\n")
@@ -66,13 +88,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """A head begins."""
         self._in_head = True
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+            self._expect_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """A head ends, and a body begins."""
         self._in_head, self._head_bytes = False, 0
         self._stop_timer()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError(f"more than {MAX_PIPELINED} requests of one connection wait for their answers")
+        full = len(self.connections) > self._gateway.max_connections and not self.url.startswith(b"/health")
+        self.app = self._answer_full if full else self.config.loaded_app
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -84,10 +110,26 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Answer bytes that are no HTTP as every other error is answered."""
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
+    def _full(self) -> ApiError:
+        most = self._gateway.max_connections
+        return unavailable(
+            f"the server has {most} connections (max_connections); try again later", "too_many_connections"
+        )
+
+    async def _answer_full(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer in place of the app, in the order of the connection's requests."""
+        error = self._full()
+        error.headers["Connection"] = "close"
+        await Exchange(scope, receive, send, self._gateway).fail(error)
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._gateway.head_timeout_s, self._head_is_late)
+
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self._head_bytes or self.cycle is None:
-            self._refuse(ApiError(408, f"the request's head did not arrive within {HEAD_TIMEOUT_S:g} s"))
+            limit = f"{self._gateway.head_timeout_s:g} s (head_timeout_s)"
+            self._refuse(ApiError(408, f"the request's head did not arrive within {limit}", code="head_timeout"))
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -100,12 +142,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        if self.transport.is_closing():
+        """Answer what the app never sees, and close the connection."""
+        if self._refused or self.transport.is_closing():
             return
+        self._refused = True
+        self._stop_timer()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            # The app waits for the rest of a request that will not come.
+            answered = cycle.response_started or bool(self.pipeline)
+            self.pipeline.clear()
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if answered:  # this answer would be read as a part of another one
+                self.transport.close()
+                return
+
         body = error.body
-        head = f"HTTP/1.1 {error.status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        fields = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items())
+        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n{lines}connection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        # Closing with unread bytes resets the connection, and a client that still sends would not see the answer.
+        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
 
 def make_server(app: Any, config: GatewayConfig, **options: Any) -> uvicorn.Server:
@@ -113,7 +172,7 @@ def make_server(app: Any, config: GatewayConfig, **options: Any) -> uvicorn.Serv
     settings: dict[str, Any] = {
         "host": config.host,
         "port": config.port,
-        "http": BoundedHttpProtocol,
+        "http": BoundedHttpProtocol.bounded_by(config),
         "ws": "none",
         "loop": "uvloop",
         "lifespan": "on",
@@ -121,7 +180,6 @@ def make_server(app: Any, config: GatewayConfig, **options: Any) -> uvicorn.Serv
         "access_log": False,
         "server_header": False,
         "date_header": False,
-        "limit_concurrency": config.max_connections,
         "timeout_keep_alive": 65,
         "timeout_graceful_shutdown": 30,
     }

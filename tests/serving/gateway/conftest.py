@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ class Server:
     def __init__(self, config: GatewayConfig | None = None, pool: Any = None) -> None:
         self.pool = pool or ScriptedPool()
         self.app = create_app(self.pool, config)
-        self._server: uvicorn.Server = make_server(self.app, GatewayConfig(port=0))
+        self._server: uvicorn.Server = make_server(self.app, dataclasses.replace(config or GatewayConfig(), port=0))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         wait_until(lambda: self._server.started)
