@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...parallel.loading.json_files import LoadError, read_json_object
-from ..errors import CheckpointError, ConfigError, InvalidRequest
+from ..errors import CheckpointError, InvalidRequest
 from ..protocol.messages import Prompt
 from .text.chat_template import ChatTemplate
 from .text.plain_text import PlainText
 from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
-from .tokenizer_files import check_tokenizer_files, explain_unreadable
+from .tokenizer_files import check_tokenizer_files, check_tokens, explain_unreadable
 
 Message = dict[str, Any]
 USUAL_CHARACTERS = 8
@@ -36,14 +36,7 @@ class Tokenizer:
                 str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
             )
             # What fails with every text fails here.
-            self._tokenizer("Probe 1")["input_ids"]
-        except KeyError as error:
-            import transformers
-
-            raise ConfigError(
-                f"transformers {transformers.__version__} does not know {error} of {folder}; a newer one is needed "
-                f"(Qwen2 needs 4.37, Qwen3 4.51)"
-            ) from error
+            probe = list(self._tokenizer("Probe 1")["input_ids"])
         except BaseException as error:
             # tokenizers are written in Rust, whose panic is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -55,8 +48,10 @@ class Tokenizer:
                 f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
 
-        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        backend = self._tokenizer.backend_tokenizer
+        added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        check_tokens(folder, probe, self._special_ids)
         self._special = frozenset(self._special_ids.values())
         self._takes_parts: bool | None = None
         self._template = None
@@ -64,7 +59,7 @@ class Tokenizer:
             variables = dict(self._tokenizer.special_tokens_map)
             self._template = ChatTemplate(self.chat_template, variables, self._special_ids)
         self._plain_text = PlainText(self._tokenizer, self._special)
-        self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer, self.size)
+        self.token_bytes = TokenBytes(backend, self.size)
         """The bytes of each token by its id."""
 
     @functools.cached_property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,15 +26,21 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json")
 _TEXT = ("chat_template.jinja", "merges.txt", "config.json")
 
-_TokenId = Annotated[str, msgspec.Meta(pattern=r"^\d{1,9}$")]
+MAX_SPECIAL_CHARACTERS = 1024
+"""The longest text of a special token. Its beginnings are looked for in every message, and take memory by its square.
+"""
+
+_TokenId = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$")]
+_StoredId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+_TokenText = Annotated[str, msgspec.Meta(max_length=MAX_SPECIAL_CHARACTERS)]
 _Side = Literal["left", "right"]
 
 
 class _AddedToken(msgspec.Struct):
-    content: str
+    content: _TokenText
     lstrip: bool = False
     rstrip: bool = False
-    normalized: bool | None = None
+    normalized: bool = False
     single_word: bool = False
     special: bool = False
 
@@ -42,7 +50,7 @@ class _Template(msgspec.Struct):
     template: str
 
 
-_Token = str | _AddedToken
+_Token = _TokenText | _AddedToken
 
 
 class _TokenizerConfig(msgspec.Struct):
@@ -75,6 +83,29 @@ class _TokenizerConfig(msgspec.Struct):
     tokenizer_object: None = None
 
 
+class _SpecialTokensMap(_TokenizerConfig):
+    additional_special_tokens: list[_Token] | None = None
+
+
+class _StoredToken(_AddedToken, kw_only=True):
+    id: _StoredId
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The fields of tokenizer.json that transformers reads by itself."""
+
+    added_tokens: list[_StoredToken] = []
+    model: dict[str, Any] = {}
+
+
+_KINDS: dict[str, Any] = {
+    "tokenizer_config.json": _TokenizerConfig,
+    "special_tokens_map.json": _SpecialTokensMap,
+    "added_tokens.json": dict[str, _StoredId],
+}
+"""What transformers reads by itself, and would fail at without naming file and field."""
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Raise CheckpointError naming file and field for what no tokenizer can be made of.
 
@@ -90,9 +121,27 @@ def check_tokenizer_files(folder: Path) -> None:
             f"{folder} holds no tokenizer (tokenizer.json); copy it there, or set tokenizer= to a folder with one"
         )
 
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        _check_config(config)
+    for name, kind in _KINDS.items():
+        file = folder / name
+        if file.is_file():
+            values = _read(file)
+            _check_fields(file, values, kind)
+            _check_input_names(file, values)
+
+
+def check_tokens(folder: Path, probe: list[int], special: Iterable[str]) -> None:
+    """Raise CheckpointError if `probe`, the token ids of some text, are none, or for a special token too long."""
+    if not probe:
+        raise CheckpointError(
+            f"the tokenizer in {folder} makes no token of text: tokenizer.json holds no usable model.vocab; copy that "
+            f"file again"
+        )
+    for text in special:
+        if len(text) > MAX_SPECIAL_CHARACTERS:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: added_tokens: the special token {shown(text)} may have at most "
+                f"{MAX_SPECIAL_CHARACTERS} characters"
+            )
 
 
 def explain_unreadable(folder: Path, error: BaseException) -> CheckpointError:
@@ -100,30 +149,36 @@ def explain_unreadable(folder: Path, error: BaseException) -> CheckpointError:
     for file in map(folder.joinpath, _JSON):
         try:
             if file.is_file():
-                _read(file)
+                _check_fields(file, _read(file), _TokenizerFile if file.name == "tokenizer.json" else dict)
         except CheckpointError as found:
             return found
+
+    reason = shortened(f"{type(error).__name__}: {error}")
     return CheckpointError(
-        f"the tokenizer in {folder} (tokenizer.json, tokenizer_config.json) cannot be read: {shortened(str(error))}"
+        f"the tokenizer in {folder} (tokenizer.json, tokenizer_config.json) cannot be read ({reason}): copy its files "
+        f"again, or install a newer transformers"
     )
 
 
-def _check_config(file: Path) -> None:
-    values = _read(file)
+def _check_fields(file: Path, values: dict[str, Any], kind: Any) -> None:
+    """Raise CheckpointError naming the first field that is not of the type which `kind` gives it, or no Unicode."""
     for name, value in values.items():
         try:
-            msgspec.json.encode({name: value})
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise CheckpointError(f"{file}: {name}={shown(value)}: {shortened(str(error))}") from error
-        except OverflowError:
-            pass  # transformers makes no use of a number of more than 64 bits, or compares with it
-        try:
-            msgspec.convert({name: value}, _TokenizerConfig)
-        except (msgspec.ValidationError, RecursionError) as error:
-            raise CheckpointError(f"{file}: {name}={shown(value)}: {shortened(str(error))}") from error
+            _check_unicode({name: value})
+            msgspec.convert({name: value}, kind)
+        except (UnicodeEncodeError, msgspec.ValidationError, RecursionError) as error:
+            raise CheckpointError(f"{file}: {shortened(name)}={shown(value)}: {shortened(str(error))}") from error
 
+
+def _check_unicode(value: Any) -> None:
+    # transformers makes no use of a number of more than 64 bits, or compares with it.
+    with contextlib.suppress(OverflowError):
+        msgspec.json.encode(value)
+
+
+def _check_input_names(file: Path, values: dict[str, Any]) -> None:
     names = values.get("model_input_names", ["input_ids"])
-    if "input_ids" not in names:
+    if file.name == "tokenizer_config.json" and "input_ids" not in names:
         raise CheckpointError(f"{file}: model_input_names={shown(names)} must hold input_ids")
 
 

@@ -1,7 +1,8 @@
-"""What a checkpoint's headers say of a model, read before memory is taken for what config.json says."""
+"""What the weights' headers say of a model: compared with config.json before memory is taken for what that says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...parallel.loading.json_files import LoadError
@@ -11,47 +12,37 @@ from .spec import ModelSpec
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_LAYER = "model.layers.{}.{}.weight"
 
 
 def read_stored(spec: ModelSpec, folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a model folder by name, from their headers.
 
-    Raises CheckpointError if they cannot be read, or if config.json gives the model sizes that its tensors do not have:
-    a size made up would take memory that no host has.
+    Every size that config.json gives is compared with the tensors that have it, in every layer: a size that was made up
+    would take memory that no host has. What else the tensors must be is checked when they are loaded
+    (parallel/loading/checkpoint.py). Raises CheckpointError naming the file and the fields.
     """
     try:
         stored = locate_tensors(folder)
     except LoadError as error:
         raise CheckpointError(str(error)) from error
 
-    hidden = spec.hidden_size
-    query = spec.num_query_heads * spec.head_dim
-    expected = {_EMBEDDINGS: ((spec.vocab_size, hidden), "vocab_size and hidden_size")}
-    for layer in {0, spec.num_layers - 1}:
-        shapes = {
-            "self_attn.q_proj": ((query, hidden), "num_attention_heads, head_dim and hidden_size"),
-            "self_attn.k_proj": (
-                (spec.num_kv_heads * spec.head_dim, hidden),
-                "num_key_value_heads, head_dim and hidden_size",
-            ),
-            "mlp.down_proj": ((hidden, spec.intermediate_size), "hidden_size and intermediate_size"),
-        }
-        expected |= {_LAYER.format(layer, part): shape for part, shape in shapes.items()}
-
-    for name, (shape, fields) in expected.items():
-        if name in stored and stored[name].shape != shape:
+    config = folder / "config.json"
+    for name, shape, fields in _sized_tensors(spec):
+        if name not in stored:
             raise CheckpointError(
-                f"{folder / 'config.json'}: {fields} make {name} {shape}, but {stored[name].file} holds it as "
-                f"{stored[name].shape}; use the config.json that belongs to the weights"
+                f"{folder}: its safetensors files lack tensor {name}, which the model needs by {config}: {fields}; "
+                f"copy the files that are missing, or use the config.json that belongs to the weights"
+            )
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but by {config} it must "
+                f"have {list(shape)}: {fields}; use the config.json that belongs to the weights"
             )
 
-    # Layers that are missing are found while loading, but a number of them that was made up is not built first.
-    last = _LAYER.format(spec.num_layers - 1, "mlp.down_proj")
-    if last not in stored and _LAYER.format(0, "mlp.down_proj") in stored:
+    if any(name in stored for name, _, _ in _layer_tensors(spec, spec.num_layers)):
         raise CheckpointError(
-            f"{folder / 'config.json'}: num_hidden_layers={spec.num_layers}, but the weights hold no {last}; "
-            f"use the config.json that belongs to the weights, or copy the files that are missing"
+            f"{config}: num_hidden_layers={spec.num_layers}, but the weights in {folder} have more layers; use the "
+            f"config.json that belongs to the weights"
         )
     return stored
 
@@ -62,3 +53,37 @@ def has_own_head(spec: ModelSpec, stored: dict[str, StoredTensor]) -> bool:
         return False
     embeddings, head = stored.get(_EMBEDDINGS), stored.get(_HEAD)
     return embeddings is not None and head is not None and not hold_the_same(embeddings, head)
+
+
+_Sized = tuple[str, tuple[int, ...], str]
+"""A tensor's name, its shape, and the fields of config.json that make it so."""
+
+
+def _sized_tensors(spec: ModelSpec) -> Iterator[_Sized]:
+    """Yield the tensors that have the model's sizes: no more than are asked for, as there may be millions of layers."""
+    vocabulary = (spec.vocab_size, spec.hidden_size)
+    fields = f"vocab_size={spec.vocab_size}, hidden_size={spec.hidden_size}"
+    yield _EMBEDDINGS, vocabulary, fields
+    if not spec.tied_embeddings:
+        yield _HEAD, vocabulary, f"{fields}, tie_word_embeddings=false"
+    for layer in range(spec.num_layers):
+        yield from _layer_tensors(spec, layer)
+
+
+def _layer_tensors(spec: ModelSpec, layer: int) -> Iterator[_Sized]:
+    hidden = spec.hidden_size
+    prefix = f"model.layers.{layer}"
+    common = f"num_hidden_layers={spec.num_layers}, hidden_size={hidden}"
+    heads = f"{common}, num_attention_heads={spec.num_query_heads}, head_dim={spec.head_dim}"
+
+    yield f"{prefix}.self_attn.q_proj.weight", (spec.num_query_heads * spec.head_dim, hidden), heads
+    yield (
+        f"{prefix}.self_attn.k_proj.weight",
+        (spec.num_kv_heads * spec.head_dim, hidden),
+        f"{heads}, num_key_value_heads={spec.num_kv_heads}",
+    )
+    yield (
+        f"{prefix}.mlp.down_proj.weight",
+        (hidden, spec.intermediate_size),
+        f"{common}, intermediate_size={spec.intermediate_size}",
+    )

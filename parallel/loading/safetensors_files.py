@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from .json_files import LoadError, is_lfs_pointer, lfs_advice, read_json_object, shown
+from .json_files import LoadError, is_lfs_pointer, lfs_advice, read_json_object, shortened, shown
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes that weights may have, as safetensors names them, and their bytes."""
@@ -64,16 +64,20 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
         file = folder / file_name
         if not file.is_file():
             tensor = next(name for name, home in weight_map.items() if home == file_name)
-            raise LoadError(f"{file} is missing, but {index} says that it holds {tensor}; copy it to the folder")
+            raise LoadError(
+                f"{file} is missing, but {index} says that it holds {shortened(tensor)}; copy it to the folder"
+            )
         for name, stored in read_header(file).items():
             if name in located:
-                raise LoadError(f"tensor {name} is in both {located[name].file} and {file}; it must be in one")
+                raise LoadError(
+                    f"tensor {shortened(name)} is in both {located[name].file} and {file}; it must be in one"
+                )
             located[name] = stored
 
     # The headers must hold what the index promises.
     for name, file_name in weight_map.items():
         if name not in located or located[name].file != folder / file_name:
-            raise LoadError(f"{folder / file_name} lacks tensor {name}, which {index} says is there")
+            raise LoadError(f"{folder / file_name} lacks tensor {shortened(name)}, which {index} says is there")
     return located
 
 
@@ -122,18 +126,18 @@ def _stored_tensor(file: Path, name: str, entry: _Entry, data: int, size: int) -
     begin, end = entry.data_offsets
     if entry.dtype not in FLOATS:
         raise LoadError(
-            f"{file}: tensor {name} is {shown(entry.dtype)}; only {', '.join(FLOATS)} are supported. "
+            f"{file}: tensor {shortened(name)} is {shown(entry.dtype)}; only {', '.join(FLOATS)} are supported. "
             f"Quantized checkpoints are not: use the model's bfloat16, float16 or float32 original"
         )
     itemsize = FLOATS[entry.dtype]
     if end - begin != math.prod(entry.shape) * itemsize:
         raise LoadError(
-            f"{file}: tensor {name} of shape {shown(entry.shape)} in {entry.dtype} cannot have {end - begin} bytes "
-            f"from byte {begin} on; copy it again"
+            f"{file}: tensor {shortened(name)} of shape {shown(entry.shape)} in {entry.dtype} cannot have "
+            f"{end - begin} bytes from byte {begin} on; copy it again"
         )
     if data + end > size:
         raise LoadError(
-            f"{file} is cut off: tensor {name} ends at byte {data + end}, the file has {size}; copy it again"
+            f"{file} is cut off: tensor {shortened(name)} ends at byte {data + end}, the file has {size}; copy it again"
         )
     return StoredTensor(file, tuple(entry.shape), entry.dtype, itemsize, offset=data + begin)
 
@@ -144,7 +148,7 @@ def _check_order(file: Path, stored: dict[str, StoredTensor]) -> None:
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
         nbytes = math.prod(tensor.shape) * tensor.itemsize
         if nbytes and tensor.offset < end:
-            raise LoadError(f"{file}: tensors {before} and {name} overlap; copy it again")
+            raise LoadError(f"{file}: tensors {shortened(before)} and {shortened(name)} overlap; copy it again")
         if nbytes:
             before, end = name, tensor.offset + nbytes
 
@@ -166,9 +170,9 @@ def hold_the_same(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def name_some(names: Iterable[str]) -> str:
-    """The first name, and how many more there are."""
+    """The first name, shortened, and how many more there are."""
     first, *others = names
-    return f"{first} (and {len(others)} more)" if others else first
+    return f"{shortened(first)} (and {len(others)} more)" if others else shortened(first)
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -187,7 +191,7 @@ def _is_file_name(name: object) -> bool:
     """Whether it names a file of a folder itself, not one elsewhere."""
     if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > MAX_FILE_NAME_BYTES:
         return False
-    return name != ".." and Path(name).name == name
+    return name not in ("", "..") and Path(name).name == name
 
 
 def _no_weights(folder: Path) -> str:

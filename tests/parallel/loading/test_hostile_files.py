@@ -86,6 +86,16 @@ def test_a_header_of_another_length_than_stated_is_refused(tmp_path: Path, lengt
         locate_tensors(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "entry", [{**GOOD, "dtype": "I8"}, {**GOOD, "shape": [3]}, {**GOOD, "data_offsets": [10**6, 10**6 + 16]}]
+)
+def test_a_long_name_is_shortened_in_what_is_said_of_its_tensor(tmp_path: Path, entry: Any) -> None:
+    _write(tmp_path, json.dumps({"y" * 100_000: entry}).encode())
+    with pytest.raises(LoadError, match=r"model\.safetensors.*yyy\.\.\. \(100000 characters\)") as caught:
+        locate_tensors(tmp_path)
+    assert len(str(caught.value)) < 1500
+
+
 def test_tensors_that_share_bytes_are_refused_by_name(tmp_path: Path) -> None:
     for offsets in ([0, 16], [8, 24], [15, 31]):
         _write(tmp_path, json.dumps({"a": GOOD, "b": {**GOOD, "data_offsets": offsets}}).encode())
