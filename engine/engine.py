@@ -171,6 +171,7 @@ class Engine:
             settings.backend.reason,
             f"{settings.graphs_reason}; steps overlap: {'yes' if settings.overlap else 'no'}",
             _of_ranks(self._bindings),
+            *filter(None, [group.words]),
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",
