@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import ATTENTION_BACKENDS, weight_formats
 from .errors import ConfigError
-from .protocol.sampling_params import SEED_LIMIT, SamplingParams
+from .protocol.sampling_params import SEED_LIMIT, SamplingParams, plain
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -102,6 +103,10 @@ class EngineConfig:
     launch programs take the other fields too, as the defaults of every request."""
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = plain(getattr(self, each.name))
+            is_path = each.name in ("model", "tokenizer") and isinstance(value, os.PathLike)
+            object.__setattr__(self, each.name, os.fspath(value) if is_path else value)
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model={self.model!r} must be a folder or a hub name")
 

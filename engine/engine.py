@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from .protocol.transport import Transport, ZmqTransport
 from .scheduling.scheduler import Scheduler
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -172,6 +174,7 @@ class Engine:
             settings.backend.reason,
             f"{settings.graphs_reason}; steps overlap: {'yes' if settings.overlap else 'no'}",
             _of_ranks(self._bindings),
+            *filter(None, [group.words]),
             f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",
@@ -184,7 +187,7 @@ class EngineThread:
     def __init__(
         self,
         engine: Engine,
-        on_stopped: Callable[[Exception], None],
+        on_stopped: Callable[[BaseException], None],
         payload: Callable[[], bytes] = lambda: b"",
     ) -> None:
         self._engine = engine
@@ -193,16 +196,24 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="phalanx-steps", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the loop after the step under way, and wait for it."""
+    def stop(self) -> bool:
+        """End the loop after the step under way, and wait for it, for the configuration's timeout_s at most.
+
+        Returns whether it has ended: a step that hangs is left behind with the memory that it may be using.
+        """
         assert self._engine.coordinator is not None
         self._engine.coordinator.stop()
-        self._thread.join()
+        timeout_s = self._engine.config.timeout_s
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            _log.error("a step has not ended within timeout_s=%g s; it is left behind with its memory", timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._engine.run(self._payload)
-        except Exception as error:
+        except BaseException as error:
+            # Whatever ends this thread, be it SystemExit, nobody may wait for it any longer.
             self._on_stopped(error)
 
 

@@ -60,11 +60,12 @@ def load_shape(name: str) -> dict[str, Any]:
     return dict(load_preset(name)["shape"])
 
 
-def get_demo(folder: Path, dtype: str = "bfloat16", force: bool = False) -> bool:
+def get_demo(folder: str | Path, dtype: str = "bfloat16", force: bool = False) -> bool:
     """Fetch and convert the demo model. Returns False if it is there already. Raises ConfigError without a network."""
     from .model_files.gguf_model import convert_gguf
     from .model_files.model_folder import is_made
 
+    folder = Path(folder)
     if not force and is_made(folder, {"made": "gguf", **DEMO_FILE, "dtype": dtype}):
         return False
     with tempfile.TemporaryDirectory() as temporary:

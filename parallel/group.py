@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from .collectives.base import Collectives, CollectivesUnavailable
 from .collectives.file_store import FileStoreCollectives
-from .collectives.host_staged import HostStagedCollectives
+from .collectives.host_staged import DeviceStagedCollectives, HostStagedCollectives
 from .collectives.local import LocalCollectives
 from .collectives.peer_memory import SymmetricMemoryUnavailable, connect, gpu_identity
 from .collectives.process_group import ProcessGroupCollectives
@@ -28,6 +28,7 @@ from .control import BroadcastControl, ControlChannel, LocalControl
 _log = logging.getLogger("phalanx")
 _CPU = torch.device("cpu")
 _BY_HOST = ("gloo", "shared_memory")
+_TRAVEL = "plans and CPU tensors travel"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Group:
     collectives: Collectives
     host: Collectives
     control: ControlChannel
+    words: str = ""
+    """How plans and CPU tensors travel, for the report; empty if there is one rank."""
     _destroy: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def close(self) -> None:
@@ -104,9 +107,9 @@ def join_group(
     if meeting is not None:
         host = FileStoreCollectives(meeting, rank, size, timeout_s)
         if device == "cpu" and collectives in ("auto", "shared_memory"):
-            control, shared = _within_host(host, True, collectives, timeout_s)
-            if shared is not None:
-                return Group(rank, size, local_size, where, shared, shared, control)
+            control, shared, words = _within_host(host, collectives, timeout_s)
+            if control is not None and shared is not None:
+                return Group(rank, size, local_size, where, shared, shared, control, words)
             collectives = "gloo"  # rank 0 has logged why
         store = torch._C._distributed_c10d.PrefixStore("torch", host.store)
 
@@ -139,7 +142,9 @@ def adopt_group(
 ) -> Group:
     """Make a group over somebody else's process group. All its ranks call it.
 
-    Only gloo groups of its own are added, and shared memory as in join_group. Raises CollectivesUnavailable as that.
+    Ranks of one host share memory, set up over the group itself, and open no socket. Where they cannot, or
+    collectives=gloo is set, gloo groups of the same ranks are added, which listen as the caller's own does. Raises
+    CollectivesUnavailable as join_group.
     """
     if dist.get_world_size(process_group) == 1:
         return local_group(device)
@@ -157,9 +162,11 @@ def _group_of(
     if collectives == "nccl" and device.type == "cpu":
         raise CollectivesUnavailable("NCCL carries tensors of GPUs only, and these ranks compute on the CPU")
 
-    host = _gloo(process_group, timeout_s)
-    by_host = device.type == "cpu" or collectives in _BY_HOST or _not_by_nccl(process_group, host, device, collectives)
-    control, shared = _within_host(host, by_host, collectives, timeout_s)
+    first = _over(process_group)
+    by_host = device.type == "cpu" or collectives in _BY_HOST or _not_by_nccl(process_group, first, device, collectives)
+    control, shared, words = _within_host(first, collectives, timeout_s)
+    host = shared or _gloo(process_group, timeout_s)
+    control = control or BroadcastControl(host)
 
     carrier: Collectives = ProcessGroupCollectives(process_group, device)
     if by_host:
@@ -167,7 +174,7 @@ def _group_of(
         carrier = carrier if device.type == "cpu" else HostStagedCollectives(carrier, device)
     if collectives == "symmetric_memory" or (collectives == "auto" and not by_host):
         carrier = _with_symmetric_memory(process_group, carrier, host, collectives, timeout_s)
-    return Group(host.rank, host.size, local_size, device, carrier, host, control, destroy or (lambda: None))
+    return Group(host.rank, host.size, local_size, device, carrier, host, control, words, destroy or (lambda: None))
 
 
 def has_nccl(process_group: dist.ProcessGroup) -> bool:
@@ -194,22 +201,37 @@ def _gloo(process_group: dist.ProcessGroup, timeout_s: float) -> Collectives:
     return collectives
 
 
+def _over(process_group: dist.ProcessGroup) -> Collectives:
+    """Return collectives of CPU tensors over the group itself, by way of a GPU where it carries no others."""
+    if _CPU in process_group._device_types:
+        return ProcessGroupCollectives(process_group, _CPU)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return DeviceStagedCollectives(ProcessGroupCollectives(process_group, device))
+
+
 def _within_host(
-    host: Collectives, by_host: bool, collectives: str, timeout_s: float
-) -> tuple[ControlChannel, Collectives | None]:
-    """The control channel, and collectives in shared memory if tensors travel by way of the host and it can be had."""
-    control: ControlChannel = BroadcastControl(host)
+    host: Collectives, collectives: str, timeout_s: float
+) -> tuple[ControlChannel | None, Collectives | None, str]:
+    """The control channel and collectives of CPU tensors in shared memory, set up over `host`; None if not to be had.
+
+    The text says, for the report, how they travel and why. Raises SharedMemoryUnavailable if asked for them by name.
+    """
+    control: ControlChannel | None = None
     shared: Collectives | None = None
-    if collectives != "gloo":
+    words = f"{_TRAVEL} in memory that the ranks share"
+    if collectives == "gloo":
+        words = f"{_TRAVEL} over gloo, whose sockets listen: collectives=gloo asks for it"
+    else:
         try:
             control = SharedMemoryControl.connect(host, timeout_s)
-            shared = SharedMemoryCollectives.connect(host, timeout_s) if by_host else None
+            shared = SharedMemoryCollectives.connect(host, timeout_s)
         except SharedMemoryUnavailable as reason:
             if collectives == "shared_memory":
                 raise
             if host.rank == 0:
                 _log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
-    return control, shared
+            words = f"{_TRAVEL} over gloo, whose sockets listen: {reason}"
+    return control, shared, words
 
 
 def _not_by_nccl(process_group: dist.ProcessGroup, host: Collectives, device: torch.device, collectives: str) -> bool:

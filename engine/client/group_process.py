@@ -89,7 +89,8 @@ class GroupProcess:
                 self._process.wait(STOP_TIMEOUT_S / 2)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one that the system itself holds up
+                    self._process.wait(STOP_TIMEOUT_S)
 
         self._watch.join(STOP_TIMEOUT_S)
         self.client.close()

@@ -115,7 +115,7 @@ class GroupLLM:
 
     def _lead(self, llm: LLM, call: Callable[[LLM], list[RequestOutput]]) -> _Outcome:
         outcome: _Outcome = Failed("", EngineStopped.__name__, "the engine stopped before it answered")
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
         thread = EngineThread(self._engine, failures.append, lambda: msgspec.msgpack.encode(outcome))
         try:
             outcome = call(llm)
@@ -126,7 +126,8 @@ class GroupLLM:
             outcome = Failed("", EngineStopped.__name__, f"rank 0 was interrupted by {type(error).__name__}: {error}")
             raise
         finally:
-            thread.stop()
+            if not thread.stop():
+                failures.append(EngineStopped("a step has not ended within timeout_s"))
         if failures:
             raise EngineStopped(self._give_up(failures[0]).message) from failures[0]
         return outcome

@@ -144,8 +144,8 @@ class LLM:
         )
 
         def close() -> None:
-            thread.stop()
-            engine.close()
+            if thread.stop():
+                engine.close()
             client.close()
 
         self._lifetime = Lifetime(self, close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,25 +23,34 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     Any iterable does, arrays of numpy and tensors of torch too. Raises InvalidRequest naming a prompt that is neither
     text nor token ids.
     """
+    prompts = plain(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    try:
-        each = [plain(prompt) for prompt in plain(prompts)]
-    except TypeError:
-        raise InvalidRequest(f"prompt={prompts!r} must be text or a list of token ids") from None
+    if not _is_iterable(prompts):
+        raise InvalidRequest(f"prompt={prompts!r} must be text or a list of token ids")
+    each = [plain(prompt) for prompt in prompts]
     if each and isinstance(each[0], int):
-        return [each]
+        return [as_prompt(prompts if isinstance(prompts, set | frozenset) else each)]
     return [as_prompt(prompt) for prompt in each]
 
 
 def as_prompt(prompt: Any) -> Prompt:
-    """Return a prompt as text or a list of token ids; raises InvalidRequest, naming it, for anything else."""
+    """Return a prompt as text or a list of token ids; raises InvalidRequest, naming it, for anything else.
+
+    Token ids may come in any iterable that has an order.
+    """
     prompt = plain(prompt)
     if isinstance(prompt, str):
         return prompt
-    if not isinstance(prompt, list | tuple | range):
+    if isinstance(prompt, set | frozenset):
+        raise InvalidRequest(f"prompt={prompt!r} is a set, which has no order: give token ids as a list")
+    if not _is_iterable(prompt):
         raise InvalidRequest(f"prompt={prompt!r} must be text or a list of token ids")
     return [plain(token) for token in prompt]
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
 
 
 def spread_sampling(
@@ -49,11 +58,14 @@ def spread_sampling(
 ) -> list[SamplingParams | None]:
     """The parameters of each of `prompts` prompts, from one for all or one for each. None stands for the defaults.
 
-    Raises InvalidRequest if their number differs from that of the prompts.
+    Raises InvalidRequest if their number differs from that of the prompts, or if they are no SamplingParams.
     """
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling] * prompts
-    each: list[SamplingParams | None] = list(sampling)
+    each: list[Any] = list(sampling) if _is_iterable(sampling) else [sampling]
+    for params in each:
+        if not isinstance(params, SamplingParams | None):
+            raise InvalidRequest(f"sampling={params!r} must be SamplingParams; SamplingParams.from_dict makes them")
     if len(each) != prompts:
         raise InvalidRequest(
             f"{len(each)} sampling parameters were given for {prompts} prompts: give one for all, or one for each"
@@ -73,7 +85,7 @@ def make_submit(
         id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
         token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
-        messages=messages,
+        messages=list(messages) if _is_iterable(messages) else messages,  # type: ignore[arg-type]
         sampling=sampling or SamplingParams(),
         return_prompt_token_ids=True,
     )

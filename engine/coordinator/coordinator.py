@@ -25,6 +25,7 @@ from .ingress import Ingress
 from .input_processor import InputProcessor
 from .progress import Progress, StatusAnswers
 from .registry import Owner, RequestRegistry
+from .threads import as_exception
 from .tokenizer import Tokenizer
 
 P = ParamSpec("P")
@@ -99,8 +100,8 @@ class Coordinator:
             self._scheduler.check_integrity()
             self._control.send(encode(Stop(payload())))
             self._progress.ended()
-        except Exception as error:
-            self.stopped = error
+        except BaseException as error:
+            self.stopped = as_exception(error)
             self._progress.ended(failed=True)
             self._refuse_all(f"rank 0 failed: {type(error).__name__}: {error}")
             raise

@@ -195,7 +195,7 @@ class Ingress:
                 self._forget(received)  # before the client can have its answer, and use the id again
         except PhalanxError as error:
             self._refuse(received, error)
-        except Exception as error:
+        except BaseException as error:  # a panic of the tokenizer's Rust is no Exception
             # Whatever a request brings about while it is taken in, it brings about for itself alone.
             _log.exception("a request could not be taken in")
             self._refuse(received, InvalidRequest(f"the request was refused: {error!r}"))
@@ -205,7 +205,7 @@ class Ingress:
             answer = self._processor.answer(question)
         except PhalanxError as error:
             self._refuse(received, error)
-        except Exception as error:
+        except BaseException as error:
             _log.exception("a question could not be answered")
             self._refuse(received, InvalidRequest(f"the question was refused: {error!r}"))
         else:

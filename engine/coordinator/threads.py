@@ -78,8 +78,8 @@ class QueueThread(Generic[T]):
         try:
             while (item := self._queue.get()) is not None:
                 self._handle(item)
-        except Exception as error:
-            self._loop.call_soon(raise_in_loop, error)
+        except BaseException as error:
+            self._loop.call_soon(raise_in_loop, as_exception(error))
 
 
 class FairThreads(Generic[T]):
@@ -137,8 +137,8 @@ class FairThreads(Generic[T]):
                     self._handle(item)
                 finally:
                     self._give_back(client)
-        except Exception as error:
-            self._loop.call_soon(raise_in_loop, error)
+        except BaseException as error:
+            self._loop.call_soon(raise_in_loop, as_exception(error))
 
     def _take(self) -> tuple[bytes, T] | None:
         """Wait for an item of the client whose turn it is; None at the end."""
@@ -162,6 +162,14 @@ class FairThreads(Generic[T]):
             if not self._busy[client]:
                 del self._busy[client]
             self._changed.notify_all()
+
+
+def as_exception(error: BaseException) -> Exception:
+    """Return `error`, or an Exception for what is none, as a panic of Rust code and SystemExit are.
+
+    What ends a thread of the engine must end nothing else, and must leave nobody waiting for that thread.
+    """
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def raise_in_loop(error: Exception) -> None:

@@ -15,6 +15,7 @@ MINIMUM_TRANSFORMERS = {"Qwen2ForCausalLM": "4.37", "Qwen3ForCausalLM": "4.51", 
 """The supported architectures, and the first transformers that knows each."""
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("float32", "float16", "bfloat16")
 
 MAX_SIZE = 2**24
@@ -115,7 +116,7 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
         dtype=_dtype(fields),
         eos_token_ids=fields.token_ids("eos_token_id"),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
-        attention_window=_attention_window(fields),
+        attention_window=None if llama else _attention_window(fields),  # Llama's attention never slides
     )
 
     if spec.num_query_heads % spec.num_kv_heads:
@@ -249,29 +250,35 @@ def _refuse_unsupported(fields: _Fields) -> None:
 
 
 def _attention_window(fields: _Fields) -> int | None:
-    slides = fields.flag("use_sliding_window") and "sliding_attention" in _layer_types(fields)
+    slides = "sliding_attention" in _layer_types(fields) and fields.flag("use_sliding_window")
     return fields.size("sliding_window", 4096, MAX_POSITIONS) if slides else None
 
 
 def _layer_types(fields: _Fields) -> set[str]:
     """Kinds of attention, as transformers infers them for Qwen where the config does not list them by layer."""
+    layers = fields.size("num_hidden_layers")
     listed = fields.values.get("layer_types")
     if listed is not None:
-        if not isinstance(listed, list):
-            raise fields.error("layer_types", listed, "a list")
-        return set(map(str, listed))
+        if not isinstance(listed, list) or len(listed) != layers or not all(kind in LAYER_TYPES for kind in listed):
+            raise fields.error(
+                "layer_types", listed, f"a list of {layers}, one for each layer, of {' and '.join(LAYER_TYPES)}"
+            )
+        return set(listed)
 
+    # An explicit null turns the window off; without the field there is one of 4096 tokens.
+    if not fields.flag("use_sliding_window") or fields.values.get("sliding_window", 4096) is None:
+        return {"full_attention"}
     full_layers = fields.values.get("max_window_layers", 28)
     if not isinstance(full_layers, int):
         raise fields.error("max_window_layers", full_layers, "an integer")
-    # An explicit null turns the window off; without the field there is one of 4096 tokens.
-    slides = fields.values.get("sliding_window", 4096) is not None and full_layers < fields.size("num_hidden_layers")
-    return {"sliding_attention"} if slides else {"full_attention"}
+    return {LAYER_TYPES[layer >= full_layers] for layer in range(layers)}
 
 
 def _rope(fields: _Fields) -> RopeSpec:
     # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may be inside or beside it.
     rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
+    if any(isinstance(value, dict) for value in rope.values.values()):
+        rope = _rope_of_layers(rope, _layer_types(fields))
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ConfigError(
@@ -313,6 +320,23 @@ def _rope(fields: _Fields) -> RopeSpec:
         mscale_all_dim=rope.optional_number("mscale_all_dim"),
         truncate=rope.flag("truncate", True),
     )
+
+
+def _rope_of_layers(rope: _Fields, layer_types: set[str]) -> _Fields:
+    """The parameters of all layers, of those that transformers 5 nests by the layers' kind of attention.
+
+    Raises ConfigError if there are none for a kind of layer, or if two kinds that the model has differ.
+    """
+    groups = []
+    for kind in sorted(layer_types):
+        group = rope.group(kind)
+        if group is None:
+            raise rope.error(kind, rope.values.get(kind), f"an object: some layers have {kind}")
+        groups.append(group)
+
+    if any(group.values != groups[0].values for group in groups):
+        raise ConfigError(f"{rope.path}: layers of {' and '.join(sorted(layer_types))} must have equal parameters")
+    return groups[0]
 
 
 def _dtype(fields: _Fields) -> str:

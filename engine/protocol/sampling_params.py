@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -24,6 +26,12 @@ IDS_LIMIT = 1024
 """Entries of logit_bias, and of stop_token_ids, at most."""
 ALLOWED_LIMIT = 1 << 20
 """Entries of allowed_token_ids at most."""
+_LISTS = {
+    "stop": STOP_LIMIT,
+    "bad_words": BAD_WORDS_LIMIT,
+    "stop_token_ids": IDS_LIMIT,
+    "allowed_token_ids": ALLOWED_LIMIT,
+}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -95,20 +103,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if isinstance(value, int) and value > SEED_LIMIT:
                 msgspec.structs.force_setattr(self, name, SEED_LIMIT)
 
-        # A list from JSON or a single stop string is what users write; the stored form is always a tuple.
-        for name in ("stop", "bad_words"):
-            texts = getattr(self, name)
-            if isinstance(texts, str):
-                msgspec.structs.force_setattr(self, name, (texts,))
-            elif isinstance(texts, list):
-                msgspec.structs.force_setattr(self, name, tuple(texts))
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            ids = getattr(self, name)
-            if isinstance(ids, list | range | set | frozenset):
-                msgspec.structs.force_setattr(self, name, tuple(map(plain, ids)))
-        if isinstance(self.logit_bias, dict):
-            bias = {plain(token): plain(value) for token, value in self.logit_bias.items()}
-            msgspec.structs.force_setattr(self, "logit_bias", bias)
+        # A list from JSON, any other collection or a single stop string is what users write; a tuple is stored.
+        for name, limit in _LISTS.items():
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) and name in ("stop", "bad_words") else listed(value, limit + 1)
+            msgspec.structs.force_setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        msgspec.structs.force_setattr(self, "logit_bias", _bias(self.logit_bias))
         self._validate()
 
     def _validate(self) -> None:
@@ -187,7 +187,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(
                 f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
             )
-        values = {name: _plain_within(value) for name, value in values.items() if value is not None}
+        values = {
+            name: _plain_within(listed(value, _LISTS[name] + 1) if name in _LISTS else value)
+            for name, value in values.items()
+            if value is not None
+        }
         for name in ("stop", "bad_words"):
             if isinstance(values.get(name), str):
                 values[name] = [values[name]]
@@ -204,6 +208,35 @@ def plain(value: Any) -> Any:
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
     return value
+
+
+def listed(value: Any, most: int) -> Any:
+    """Return what a collection or an iterator holds as a list or tuple of plain values; anything else as it is.
+
+    Of an iterator, which may not end, `most` are taken. A set, whose order is by chance, is sorted. Texts, bytes and
+    mappings are no lists.
+    """
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        return value
+    if isinstance(value, tuple) and set(map(type, value)) <= {int, str}:
+        return value  # as it is stored: there may be a million, and each passage of the wire comes by here
+    items = [plain(each) for each in (value if hasattr(value, "__len__") else itertools.islice(value, most))]
+    return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
+
+
+def _bias(value: Any) -> Any:
+    """Return a logit_bias with plain numbers, whose keys may be the text of numbers, as in JSON."""
+    if not isinstance(value, Mapping):
+        return value
+    bias: dict[Any, Any] = {}
+    for key, number in value.items():
+        token = plain(key)
+        if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
+            token = int(token)
+        if token in bias:
+            raise InvalidRequest(f"logit_bias holds token id {token} twice, as a number and as text")
+        bias[token] = plain(number)
+    return bias
 
 
 def _short(value: object) -> str:

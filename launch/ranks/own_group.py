@@ -100,7 +100,8 @@ def _stop(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that the system itself holds up
+                process.wait(GRACE_S)
 
 
 def end_with_client() -> threading.Event:

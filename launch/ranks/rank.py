@@ -12,7 +12,7 @@ import msgspec
 
 from ...engine.config import EngineConfig
 from .failure import report_failure
-from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_within, stop_on_signals
+from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_now, stop_on_signals
 from .rank_info import RankInfo, read_rank_info
 
 
@@ -65,8 +65,10 @@ def main() -> None:
         code = serve_rank(config, rank_info, f"ipc://{folder}/engine")
     except (Exception, Signalled) as error:
         code = report_failure(error, rank_info, raised_by_client=True)
-    exit_within(RANK_STOP_TIMEOUT_S, code)
-    sys.exit(code)
+    # To tear down torch and its threads takes a second that nobody has any use for, and may hang.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    exit_now(code)
 
 
 if __name__ == "__main__":

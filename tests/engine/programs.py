@@ -141,6 +141,35 @@ def fail_on_rank_0(rank: int, count: int, folder: str, config: dict[str, Any]) -
     return raised
 
 
+def report(rank: int, count: int, folder: str, config: dict[str, Any]) -> list[str]:
+    """The report of an engine on the ranks' group; nothing from the ranks that have none."""
+    group = dist.group.WORLD
+    assert group is not None
+    llm = GroupLLM(group, folder, **config)
+    lines = [] if llm._llm is None else llm._llm.status().report
+    llm.close()
+    return lines
+
+
+def out_of_memory(rank: int, count: int, folder: str, config: dict[str, Any], broken: int) -> tuple[str, str]:
+    """What every rank raises once the kernels' scratch memory cannot be had on rank `broken`."""
+    from phalanx.engine.models.decoder import CausalLM
+
+    group = dist.group.WORLD
+    assert group is not None
+    llm = GroupLLM(group, folder, **config)
+    if rank == broken:
+        CausalLM.forward = no_memory  # type: ignore[method-assign]
+    raised = _error(lambda: llm.generate([[5], [6]]))
+    llm.close()
+    return raised
+
+
+def no_memory(*_: object, **__: object) -> torch.Tensor:
+    """Stands for a kernel whose threads get no memory."""
+    raise MemoryError("the CPU kernels cannot allocate 40 bytes of scratch memory")
+
+
 def _interrupted(*_: object) -> list[RequestOutput]:
     raise KeyboardInterrupt("Ctrl-C")
 

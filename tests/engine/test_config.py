@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from phalanx import ConfigError, EngineConfig, SamplingParams
 
@@ -67,6 +69,12 @@ def test_rank_weights_must_be_one_for_each_rank() -> None:
     with pytest.raises(ConfigError, match=r"rank_weights=\(1, 2\) must be 3 positive numbers, one for each of ranks=3"):
         EngineConfig(model="m", ranks=3, rank_weights=(1, 2))
     assert EngineConfig.from_dict({"model": "m", "ranks": 2, "rank_weights": [1, 2]}).rank_weights == (1.0, 2.0)
+
+
+def test_paths_and_numpys_numbers_are_taken_as_text_and_numbers(tmp_path: Path) -> None:
+    config = EngineConfig(model=tmp_path, tokenizer=tmp_path, ranks=np.int64(2), rank_weights=np.array([1, 2]))  # type: ignore[arg-type]
+    assert (config.model, config.tokenizer) == (str(tmp_path), str(tmp_path))
+    assert (type(config.ranks), config.rank_weights) == (int, (1.0, 2.0))
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_known_one() -> None:

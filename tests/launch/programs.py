@@ -84,7 +84,7 @@ def nothing_left_behind() -> Iterator[None]:
 def _traces() -> set[Path]:
     # torchrun keeps its error files on purpose.
     temporary = {path for path in TEMPORARY.iterdir() if not path.name.startswith("torchelastic_")}
-    return temporary | set(Path("/dev/shm").iterdir())
+    return temporary | set(Path("/dev/shm").glob("phalanx-*"))  # other programs of this host have theirs there
 
 
 class InTerminal:

@@ -237,6 +237,10 @@ def test_the_makers_sampling_advice_comes_with_qwq_32b_alone() -> None:
         ({"hidden_act": "gelu"}, "gelu.*silu"),
         ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, "sliding_window=0"),
         ({"layer_types": "all", "use_sliding_window": True}, "layer_types='all'"),
+        ({"layer_types": ["chunked_attention"] * 64}, "layer_types=.*of full_attention and sliding_attention"),
+        ({"layer_types": [{}] * 64}, "layer_types="),
+        ({"layer_types": ["full_attention"] * 63}, "layer_types=.*a list of 64"),
+        ({"use_sliding_window": True, "max_window_layers": "all"}, "max_window_layers='all'"),
         ({"rope_scaling": {"type": "longrope"}}, r"longrope.*default, linear, dynamic, yarn, llama3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor=None"),
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling: factor='2'"),
@@ -257,6 +261,45 @@ def test_a_qwen_without_its_kv_heads_is_refused() -> None:
     fields = {name: value for name, value in QWQ.items() if name != "num_key_value_heads"}
     with pytest.raises(ConfigError, match="num_key_value_heads=None"):
         spec_from_config(fields, "folder")
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_rope_parameters_nested_by_the_layers_kind_are_those_of_the_kinds_that_there_are(name: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 7.0}
+    nested = {"full_attention": yarn, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    plain = spec_from_config({**QWQ, name: yarn}, "folder")
+    assert spec_from_config({**QWQ, name: nested}, "folder") == plain
+    assert spec_from_config({**QWQ, name: {"full_attention": yarn}}, "folder") == plain
+
+    both = {"use_sliding_window": True, "layer_types": [*["full_attention"] * 63, "sliding_attention"]}
+    with pytest.raises(ConfigError, match=rf"{name}: layers of full_attention and sliding_attention must have equal"):
+        spec_from_config({**QWQ, **both, name: nested}, "folder")
+    same = spec_from_config({**QWQ, **both, name: dict.fromkeys(nested, yarn)}, "folder")
+    assert same.rope == plain.rope
+    for missing in ({"sliding_attention": yarn}, {**nested, "full_attention": None}, {**nested, "full_attention": 3}):
+        with pytest.raises(ConfigError, match=rf"{name}: full_attention="):
+            spec_from_config({**QWQ, name: missing}, "folder")
+
+
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"max_window_layers": 0}, 100),
+        ({"max_window_layers": 63}, 100),
+        ({"max_window_layers": 64}, None),
+        ({"max_window_layers": 10**6}, None),
+        ({"layer_types": [*["full_attention"] * 63, "sliding_attention"]}, 100),
+        ({"layer_types": ["full_attention"] * 64, "max_window_layers": 0}, None),
+        ({"layer_types": ["sliding_attention"] * 64, "use_sliding_window": False}, None),
+        ({"layer_types": ["sliding_attention"] * 64, "max_window_layers": "none"}, 100),
+        ({"architectures": ["LlamaForCausalLM"], "layer_types": ["sliding_attention"] * 64}, None),
+    ],
+)
+def test_each_form_of_a_sliding_window_means_what_it_means_to_transformers(
+    change: dict[str, Any], window: int | None
+) -> None:
+    fields = {**QWQ, "use_sliding_window": True, "sliding_window": 100, **change}
+    assert spec_from_config(fields, "folder").attention_window == window
 
 
 def test_where_attention_slides_a_sequence_ends_with_the_window() -> None:

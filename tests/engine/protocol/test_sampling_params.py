@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -146,6 +147,38 @@ def test_numbers_of_numpy_and_torch_are_pythons_numbers() -> None:
         SamplingParams(top_k=np.array([7, 8]))
     with pytest.raises(InvalidRequest, match="temperature=nan is out of range"):
         SamplingParams(temperature=np.float32("nan"))
+
+
+@pytest.mark.parametrize("make", [SamplingParams, lambda **f: SamplingParams.from_dict(f)])
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset, iter, dict.fromkeys, lambda values: (v for v in values)])
+def test_lists_may_come_in_any_collection_that_is_no_mapping(make: Any, kind: Any) -> None:
+    lists = {"stop": ["a", "b"], "bad_words": ["a"], "stop_token_ids": [1, 2], "allowed_token_ids": [3]}
+    for name, values in lists.items():
+        given = kind(values)
+        if isinstance(given, dict):
+            with pytest.raises(InvalidRequest, match=name):
+                make(**{name: given})
+            given = given.keys()
+        assert getattr(make(**{name: given}), name) == tuple(values)
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "allowed_token_ids"])
+def test_an_iterator_that_does_not_end_is_refused(name: str) -> None:
+    endless = itertools.repeat("a" if name in ("stop", "bad_words") else 1)
+    with pytest.raises(InvalidRequest, match=f"{name} holds .* it may hold at most"):
+        SamplingParams(**{name: endless})
+
+
+def test_token_ids_of_a_bias_may_be_text_as_in_json() -> None:
+    assert SamplingParams(logit_bias={"5": 1, 6: 2}).logit_bias == {5: 1, 6: 2}
+    for bias, words in (
+        ({"5": 1, 5: 2}, "5 twice"),
+        ({"x": 1}, "key='x'"),
+        ({"-1": 1}, "'-1'"),
+        ({"\u0663": 1}, "key="),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            SamplingParams(logit_bias=bias)
 
 
 def test_numbers_beyond_64_bits_mean_no_limit_and_travel() -> None:

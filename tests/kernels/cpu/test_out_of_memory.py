@@ -54,6 +54,23 @@ assert torch.equal(backend.attend(q, *caches, plan), heads.repeat_interleave(GRO
 print(*messages, sep="\\n")
 """
 
+NO_THREADS = """
+import torch
+from phalanx.kernels import cpu
+from phalanx.tests.kernels.packing import pack
+
+cpu.set_threads(1)  # packing starts none
+weight, x = pack(torch.ones(512, 64), 512), torch.ones(4, 64)
+cpu.set_threads(2)
+allow(1 << 20)  # less than a thread's stack
+try:
+    weight.linear(x, None)
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert weight.linear(x, None).sum() == 4 * 512 * 64
+"""
+
 
 def _run(program: str) -> list[str]:
     """The lines that a process of its own prints."""
@@ -71,3 +88,9 @@ def test_memory_that_a_thread_of_the_pool_does_not_get_is_the_callers_error(kern
     [message] = _run(PROGRAM.format(kernels=kernels))
     assert message.startswith("the CPU kernels cannot allocate ")
     assert "bytes of scratch memory for attention's scores and sums: free memory on this host, or set" in message
+
+
+@pytest.mark.skipif(cpu.native is None, reason="phalanx is built without its kernels for CPUs")
+def test_a_thread_that_the_system_does_not_start_is_an_error_that_says_so() -> None:
+    [message] = _run(NO_THREADS)
+    assert message.startswith("the system does not start thread 1 of 2 of the CPU kernels (")

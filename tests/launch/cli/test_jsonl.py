@@ -230,6 +230,23 @@ def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_line() 
     assert [item.id for item in read(data) if isinstance(item, LineRequest)] == ["a", "b", 3]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        r'"messages": [{"role": "system", "content": "\ud800"}, {"role": "user", "content": "a"}]',
+        r'"prompt": "\udc00"',
+        r'"prompt": "a", "sampling": {"stop": "\ud83d"}',
+        r'"prompt": "a", "sampling": {"bad_words": ["\ud83d"]}',
+    ],
+)
+def test_half_of_a_surrogate_pair_fails_its_line_alone(fields: str) -> None:
+    file = io.BytesIO(f'{{"id": "bad", {fields}}}\n{{"id": "good", "prompt": "a"}}\n'.encode())
+    bad, good = read_requests(file, SamplingParams())
+    assert isinstance(bad, BadLine)
+    assert "line 1" in bad.error
+    assert isinstance(good, LineRequest)
+
+
 def test_a_null_in_a_lines_sampling_leaves_the_default() -> None:
     item = read('{"id": 1, "prompt": "x", "sampling": {"n": null, "top_k": null}}', SamplingParams(n=2, top_k=7))[0]
     assert isinstance(item, LineRequest)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
+from phalanx.parallel.collectives import shared_memory
 from phalanx.parallel.collectives.base import CollectiveError, Collectives
-from phalanx.parallel.collectives.host_staged import HostStagedCollectives
+from phalanx.parallel.collectives.host_staged import DeviceStagedCollectives, HostStagedCollectives
 from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
 from phalanx.parallel.control import BroadcastControl
 from phalanx.parallel.group import Group, adopt_group
@@ -62,17 +63,43 @@ def _add_norm(collectives: Collectives) -> None:
             torch.testing.assert_close(normed, torch.nn.functional.rms_norm(expected, (64,), weight, 1e-6).to(dtype))
 
 
-def hosts(rank: int, size: int, way: str) -> list[str]:
-    """What carries a group's plans and small CPU tensors."""
+def hosts(rank: int, size: int, way: str) -> tuple[str, str, str]:
+    """What carries a group's small CPU tensors and plans, and what is said of it."""
     group = _group(size, way)
-    assert isinstance(group.host, ProcessGroupCollectives)
     assert group.host.device == torch.device("cpu")
-    assert group.host._group is not dist.group.WORLD
+    assert group.host.all_reduce(torch.ones(3)).tolist() == [size] * 3
+    kind = type(group.host).__name__
+    if isinstance(group.host, ProcessGroupCollectives):
+        assert group.host._group is not dist.group.WORLD
+        kind = group.host._group.name()
     if isinstance(group.control, BroadcastControl):
         assert group.control._collectives is group.host
-    names = [group.host._group.name(), type(group.control).__name__]
+    names = (kind, type(group.control).__name__, group.words)
     group.close()
     return names
+
+
+def hosts_where_memory_cannot_be_shared(rank: int, size: int) -> tuple[str, str, str]:
+    """The same where a rank misses the extension."""
+    if rank == size - 1:
+        shared_memory._native = None
+        shared_memory._missing = "no such file"
+    return hosts(rank, size, "auto")
+
+
+def by_way_of_a_device(rank: int, size: int) -> list[object]:
+    """Every operation as for a process group that carries tensors of a device alone, which is a CPU here."""
+    world = dist.group.WORLD
+    assert world is not None
+    collectives = DeviceStagedCollectives(ProcessGroupCollectives(world, torch.device("cpu")))
+    collectives.barrier()
+    x = torch.tensor([rank, 2**40])
+    gathered = collectives.gather(x, dst=1)
+    return [
+        collectives.all_reduce(x.clone()).tolist(),
+        collectives.broadcast(x.clone(), src=1).tolist(),
+        gathered and [part.tolist() for part in gathered],
+    ]
 
 
 def control(rank: int, size: int, messages: list[bytes], way: str) -> list[bytes]:

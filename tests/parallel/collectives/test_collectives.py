@@ -55,11 +55,31 @@ def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_p
         assert f"rank {rank} of 3: all_reduce failed" in (tmp_path / str(rank)).read_text()
 
 
-@pytest.mark.parametrize(("way", "control"), [("gloo", "BroadcastControl"), ("auto", "SharedMemoryControl")])
+@pytest.mark.parametrize(
+    ("way", "host", "control", "words"),
+    [
+        ("gloo", "gloo", "BroadcastControl", "over gloo, whose sockets listen: collectives=gloo asks for it"),
+        ("auto", "SharedMemoryCollectives", "SharedMemoryControl", "in memory that the ranks share"),
+    ],
+)
 def test_plans_and_small_cpu_tensors_go_over_gloo_or_in_shared_memory(
-    run_ranks: RunRanks, way: str, control: str
+    run_ranks: RunRanks, way: str, host: str, control: str, words: str
 ) -> None:
-    assert run_ranks(2, programs.hosts, way) == [["gloo", control]] * 2
+    assert run_ranks(2, programs.hosts, way) == [(host, control, f"plans and CPU tensors travel {words}")] * 2
+
+
+def test_ranks_that_cannot_share_memory_say_why_they_need_sockets(run_ranks: RunRanks) -> None:
+    for host, control, words in run_ranks(2, programs.hosts_where_memory_cannot_be_shared):
+        assert (host, control) == ("gloo", "BroadcastControl")
+        assert "over gloo, whose sockets listen: rank 1 of 2: the extension" in words
+
+
+def test_a_group_of_gpus_alone_carries_small_cpu_tensors_too(run_ranks: RunRanks) -> None:
+    sums, theirs = [1, 2**41], [1, 2**40]
+    assert run_ranks(2, programs.by_way_of_a_device) == [
+        [sums, theirs, None],
+        [sums, theirs, [[0, 2**40], theirs]],
+    ]
 
 
 def test_ranks_on_a_cpu_cannot_ask_for_nccl(run_ranks: RunRanks) -> None:
