@@ -112,8 +112,9 @@ _ALONE = (
     f"vLLM counts the token that it samples and leaves out; and {_UNASKED[1]}",
 )
 _PIECES = (
-    r"\.logprobs\.(tokens|text_offset|top_logprobs)\[\d+\]",
-    "a token that ends within a character is U+FFFD here, with its bytes in a chat; vLLM gives it an empty text",
+    r"\.logprobs\.(tokens|text_offset|top_logprobs)\[\d+\]|\.prompt_logprobs$",
+    "a token that ends within a character is U+FFFD here, with its bytes in a chat; vLLM gives it an empty text; and "
+    f"{_UNASKED[1]}",
 )
 
 KNOWN: dict[str, tuple[str, str]] = {

@@ -16,6 +16,8 @@ from phalanx.tests.serving.servers import running
 
 PARIS: Any = [{"role": "user", "content": "What is the capital of France?"}]
 OPEN: Any = [{"role": "user", "content": "Count to five."}, {"role": "assistant", "content": "One, two,"}]
+SEEDED: dict[str, list[str]] = {}
+"""What the first server of this module gave for a seed; every other one, of more ranks, gives the same."""
 ONCE, FRANCE = "Once upon a time", "The capital of France is"
 
 
@@ -110,6 +112,7 @@ def test_n_answers_and_seeds(client: Client) -> None:
     three = sampled(n=3, seed=7)
     assert len(set(three)) > 1
     assert sampled(n=3, seed=7) == three
+    assert SEEDED.setdefault("three", three) == three  # by whatever number of ranks
     # A seed's first answer does not depend on how many there are.
     assert sampled(seed=7) == three[:1]
     assert sampled(seed=8) != three[:1]
