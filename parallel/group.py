@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,11 +73,13 @@ def join_group(
     collectives: str,
     timeout_s: float,
     store_file: Path | None = None,
+    agent_store: bool = False,
 ) -> Group:
     """Join the ranks that torchrun started (its env:// rendezvous), or those of one host that share `store_file`.
 
     `device` is cpu or cuda. With a `store_file`, in a folder that only the ranks' user may enter, no rendezvous listens
-    anywhere. CPU ranks of one host that can share memory open no socket besides; torchrun's store is one of its own.
+    anywhere. With `agent_store`, CPU ranks of one host meet over the store that torchrun's agent serves; if they can share
+    memory, they open no socket of their own.
 
     `collectives` is how tensors of the model travel; plans and small CPU tensors never go over NCCL:
     * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
@@ -101,8 +102,7 @@ def join_group(
     # A store is enough for ranks that can share memory; otherwise torch's process group meets over it.
     store: Any = None
     meeting: Any = store_file
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 would have to serve the store
-    if meeting is None and by_torchrun and device == "cpu" and size == local_size:
+    if meeting is None and agent_store and device == "cpu" and size == local_size:
         meeting = _torchrun_store(rank, size, timeout_s)
     if meeting is not None:
         host = FileStoreCollectives(meeting, rank, size, timeout_s)

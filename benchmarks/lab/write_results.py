@@ -41,6 +41,16 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         "`serve.py`: servers of OpenAI's API over real connections, in turns. Figures are the median round's.",
         single.serve,
     ),
+    "gateway": (
+        "What the gateway costs",
+        "`gateway.py`: beside AsyncLLM in the same run; from a token to its bytes; memory; time until it is ready.",
+        single.plain,
+    ),
+    "compare_servers": (
+        "The same questions to two servers",
+        "`parts/compare_servers.py`: text, finish reasons, usage and log-probabilities of both, question by question.",
+        single.plain,
+    ),
     "latency": ("Latency", "`latency.py`: by requests at once and by ranks.", single.latency),
     "step": ("Where a step's time goes", "`step.py`: the parts of a decode step and of a prompt.", single.steps),
     "linear": ("One linear layer", "`linear.py`: by weight format, rows and instruction set.", single.linear),

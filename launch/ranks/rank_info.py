@@ -19,6 +19,8 @@ class RankInfo:
     local_size: int = 1
     launched: bool = False
     """Started by torchrun or another launcher, which watches this process's end."""
+    agent_store: bool = False
+    """torchrun's agent serves the store by which the ranks meet; otherwise rank 0 would have to."""
     folder: Path | None = None
     """The private folder of a client's own group, through whose files its ranks meet (see own_group.py)."""
 
@@ -47,5 +49,6 @@ def read_rank_info(folder: Path | None = None) -> RankInfo:
         local_rank=values["LOCAL_RANK"],
         local_size=values["LOCAL_WORLD_SIZE"],
         launched=True,
+        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         folder=folder,
     )
