@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,8 +100,7 @@ def join_group(
     # A store is enough for ranks that can share memory; otherwise torch's process group meets over it.
     store: Any = None
     meeting: Any = store_file
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 would have to serve the store
-    if meeting is None and by_torchrun and device == "cpu" and size == local_size:
+    if meeting is None and device == "cpu" and size == local_size:
         meeting = _torchrun_store(rank, size, timeout_s)
     if meeting is not None:
         host = FileStoreCollectives(meeting, rank, size, timeout_s)
@@ -124,9 +122,11 @@ def join_group(
 
 
 def _torchrun_store(rank: int, size: int, timeout_s: float) -> Any:
-    """Return the store that torchrun names in the environment."""
-    from torch.distributed.rendezvous import rendezvous
+    """Return the store that torchrun keeps for its ranks; None where rank 0 would have to serve one."""
+    from torch.distributed.rendezvous import _torchelastic_use_agent_store, rendezvous
 
+    if not _torchelastic_use_agent_store():
+        return None
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
     return torch._C._distributed_c10d.PrefixStore("phalanx", store)
