@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit, Timings, Usage
+from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request, SequenceUpdate
 from .text.token_text import INCOMPLETE_BYTES, IncrementalDetokenizer
 from .tokenizer import Tokenizer
@@ -169,8 +170,19 @@ class OutputProcessor:
             if not finished:
                 self._stop_found(request.id, index, stop)
         elif finished:
-            completion.completion = Completion(index, str(update.finish_reason), update.stop_reason)
+            sampling = state.submit.sampling
+            named = self._named_stop(sampling, update.stop_reason)
+            if named is not None and sampling.include_stop_str_in_output:
+                completion.ready += named
+            reason = update.stop_reason if named is None else named
+            completion.completion = Completion(index, str(update.finish_reason), reason)
         self._send_ready(state, completion, index)
+
+    def _named_stop(self, sampling: SamplingParams, stop_reason: str | int | None) -> str | None:
+        """The stop string that the token which ended an answer is, if the request named it by its text alone."""
+        if self._tokenizer is None or not isinstance(stop_reason, int) or stop_reason in sampling.stop_token_ids:
+            return None
+        return next((text for text in sampling.stop if self._tokenizer.special_token_id(text) == stop_reason), None)
 
     def _take(
         self,

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-STOP_TIMEOUT_S = 4.5
+STOP_TIMEOUT_S = 4.0
 """A clean stop that takes longer is cut short, so that everything has ended within 5 s of a signal."""
-RANK_STOP_TIMEOUT_S = 2.0
+RANK_STOP_TIMEOUT_S = 1.5
 """The same for a rank that serves clients: its client may have waited before it passed the signal on."""
 PARENT_POLL_S = 0.25
 
