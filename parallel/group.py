@@ -78,8 +78,8 @@ def join_group(
     """Join the ranks that torchrun started (its env:// rendezvous), or those of one host that share `store_file`.
 
     `device` is cpu or cuda. With a `store_file`, in a folder that only the ranks' user may enter, no rendezvous listens
-    anywhere. With `agent_store` CPU ranks of one host meet over the store of torchrun's agent, and open no socket of their
-    own if they can share memory.
+    anywhere. With `agent_store` CPU ranks of one host meet over the store of torchrun's agent, and open no socket of
+    their own if they can share memory.
 
     `collectives` is how tensors of the model travel; plans and small CPU tensors never go over NCCL:
     * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
