@@ -277,7 +277,7 @@ def _layer_types(fields: _Fields) -> set[str]:
 def _rope(fields: _Fields) -> RopeSpec:
     # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may be inside or beside it.
     rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
-    if any(isinstance(value, dict) for value in rope.values.values()):
+    if any(kind in rope.values for kind in LAYER_TYPES):
         rope = _rope_of_layers(rope, _layer_types(fields))
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
