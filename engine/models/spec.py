@@ -277,7 +277,7 @@ def _layer_types(fields: _Fields) -> set[str]:
 def _rope(fields: _Fields) -> RopeSpec:
     # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may be inside or beside it.
     rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
-    if any(kind in rope.values for kind in LAYER_TYPES):
+    if any(name.endswith("_attention") for name in rope.values):  # kinds of layers, also those that are unknown here
         rope = _rope_of_layers(rope, _layer_types(fields))
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ROPE_KINDS:
