@@ -127,7 +127,11 @@ class Generation:
 
     def _receiver(self, number: int) -> Callable[[Event], None]:
         def push(event: Event) -> None:
-            self._push(number, event)
+            try:
+                self._push(number, event)
+            except Exception as error:
+                # What cannot be taken in ends the request: its taker would wait for an end that was lost.
+                self._fail(error)
 
         deliver = self._bridge.deliver
         return lambda event: deliver(push, event)

@@ -221,6 +221,22 @@ def test_deltas_that_nobody_has_taken_become_one() -> None:
     asyncio.run(run())
 
 
+def test_an_event_that_cannot_be_taken_in_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a fault of the gateway's own")
+
+    async def run() -> None:
+        pool = _Pool()
+        generation = _generation(pool, 10_000)
+        monkeypatch.setattr(Generation, "_push", broken)
+        pool.sinks[0](_delta(0))
+        with pytest.raises(ZeroDivisionError):
+            await generation.take()
+        assert pool.tickets[0].aborted.is_set()
+
+    asyncio.run(run())
+
+
 def test_a_slow_reader_is_ended_before_its_answer_fills_the_memory() -> None:
     async def run() -> None:
         pool = _Pool()
