@@ -11,9 +11,20 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from ..errors import ConfigError, EngineStopped, InvalidRequest
+from ..errors import ConfigError, EngineFault, EngineStopped, InvalidRequest
 from .liveness import EngineWatch, version_mismatch
-from .messages import PROTOCOL_VERSION, Command, Event, Failed, Ping, Pong, Shutdown
+from .messages import (
+    PROTOCOL_VERSION,
+    Command,
+    Detokenize,
+    Event,
+    Failed,
+    Ping,
+    Pong,
+    Shutdown,
+    Submit,
+    Tokenize,
+)
 from .outbox import Outboxes
 from .secret import check_address, curve_keys
 from .wire import MESSAGE_BYTES, Wire
@@ -168,7 +179,13 @@ class ZmqTransport(Transport):
             if isinstance(command, Shutdown) and not self._may_shut_down:
                 _log.warning("a client asked over tcp to end the engine; it was ignored: stop its processes instead")
                 return
-            on_command(client, command)
+            try:
+                on_command(client, command)
+            except Exception as error:
+                # Who sent it waits for an answer; the thread serves all others too.
+                _log.exception("a command could not be handled")
+                if isinstance(command, Submit | Tokenize | Detokenize):
+                    self.send(client, Failed(command.id, EngineFault.__name__, f"the engine failed: {error!r}"))
 
         self._wire.start(
             on_frames, on_broken=lambda error: on_broken(EngineStopped(f"the transport's thread ended: {error!r}"))

@@ -94,6 +94,30 @@ def address(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/engine"
 
 
+def test_a_request_whose_taking_in_fails_is_answered_and_the_next_command_is_served(address: str) -> None:
+    transport, connection = ZmqTransport(address), ZmqConnection(address)
+    served: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def on_command(client: bytes, command: Command) -> None:
+        if isinstance(command, Abort):
+            served.put(command)
+            return
+        raise ZeroDivisionError("a fault of the engine's own")
+
+    transport.start(on_command)
+    connection.start(events.put, _lost)
+    for command in (Submit(id="a", token_ids=[1]), Tokenize(id="b", prompt="x"), Detokenize(id="c", token_ids=[1])):
+        connection.send(command)
+        failed = events.get(timeout=PATIENCE_S)
+        assert isinstance(failed, Failed)
+        assert (failed.id, failed.error) == (command.id, "EngineFault")
+    connection.send(Abort("a"))
+    assert served.get(timeout=PATIENCE_S) == Abort("a")
+    connection.close()
+    transport.close()
+
+
 def test_every_command_and_every_event_survives_the_way(address: str) -> None:
     transport, connection = ZmqTransport(address), ZmqConnection(address)
     commands: queue.SimpleQueue[tuple[bytes, Command]] = queue.SimpleQueue()
