@@ -7,7 +7,7 @@ import msgspec
 from .logprobs import TokenLogprobs
 from .sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Both sides of a wire must have the same one; a Ping tells a client which one the engine has."""
 
 
@@ -41,6 +41,9 @@ class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
     """Requests share cached prefixes only with requests of the same salt."""
     return_prompt_token_ids: bool = False
     """Whether Finished holds the prompt's token ids."""
+    split_reasoning: bool = False
+    """Whether a model's thinking (<think>...</think>) comes as `Delta.reasoning`, without its tags, apart from the
+    answer's text. Without it both are text, tags included."""
 
 
 class Tokenize(Prompt, frozen=True, kw_only=True, tag="tokenize"):
@@ -73,6 +76,8 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
+    reasoning_tokens: int = 0
+    """Completion tokens of thinking, its tags included; 0 unless the request splits it off."""
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -114,6 +119,8 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     logprobs: list[TokenLogprobs] | None = None
     position: int = 0
     """Output tokens of the completion before the first of `token_ids`."""
+    reasoning: str = ""
+    """New text of thinking, of a request that splits it off. It comes before `text`."""
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -124,6 +131,8 @@ class Completion(msgspec.Struct, frozen=True):
     """"stop" (end-of-sequence, stop token or stop string), "length" or "abort"."""
     stop_reason: str | int | None = None
     """The stop string, or the id of the stop token if it is not the model's own end-of-sequence."""
+    thinking: bool = False
+    """Whether it ended within thinking, so that there is no answer."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
