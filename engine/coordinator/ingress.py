@@ -234,8 +234,8 @@ class Ingress:
 
 def _bytes_of(prompt: Prompt, most: int) -> int:
     """The bytes of what a request begins with, token ids at 8 each; above `most` it may be any number above that."""
-    size = 0
-    left: list[object] = [prompt.prompt, prompt.messages, prompt.token_ids, prompt.tools, prompt.chat_template_kwargs]
+    size = 8 * len(prompt.token_ids or ())
+    left: list[object] = [prompt.prompt, prompt.messages, prompt.tools, prompt.chat_template_kwargs]
     while left and size <= most:
         value = left.pop()
         if isinstance(value, str):
@@ -243,8 +243,6 @@ def _bytes_of(prompt: Prompt, most: int) -> int:
         elif isinstance(value, dict):
             left += [*value.keys(), *value.values()]
             size += 8
-        elif isinstance(value, list) and value and isinstance(value[0], int):
-            size += 8 * len(value)
         elif isinstance(value, list):
             left += value
             size += 8

@@ -368,6 +368,9 @@ def test_too_many_bytes_are_refused_unseen(ends: _Ends) -> None:
     assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "too many bytes")])
     ends.ingress.receive(ONE.client, Submit(id="a", messages=[{"role": "user", "content": ["é" * (MOST_BYTES // 2)]}]))
     assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "too many bytes")])
+    behind_a_number = {"x": [1, "x" * MOST_BYTES]}
+    ends.ingress.receive(ONE.client, Submit(id="a", messages=[], chat_template_kwargs=behind_a_number))
+    assert ends.transport.next() == (ONE.client, [_failed(InvalidRequest, "too many bytes")])
     assert ends.processor.processed == []
 
 
