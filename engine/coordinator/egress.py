@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
-from ..errors import EngineStopped, PhalanxError
+from ..errors import EngineFault, EngineStopped, PhalanxError
 from ..protocol.messages import Event, Failed, Submit
 from ..protocol.transport import Transport
 from ..scheduling.request import Request, SequenceUpdate
@@ -13,6 +14,8 @@ from .output_processor import OutputProcessor
 from .registry import Owner, RequestRegistry
 from .threads import QueueThread, StepLoop
 from .tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Egress:
@@ -38,7 +41,7 @@ class Egress:
 
     def begin(self, owner: Owner, submit: Submit, request: Request) -> None:
         """Tell the client that the scheduler took its request, and expect updates of it."""
-        self._thread.put(partial(self._processor.start, owner.client, submit, request))
+        self._thread.put(partial(self._begin, owner, submit, request))
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Send what a step, an abort or a stop string brought."""
@@ -76,11 +79,26 @@ class Egress:
         for client, events in outgoing.items():
             self._transport.send(client, *events)
 
+    def _begin(self, owner: Owner, submit: Submit, request: Request) -> None:
+        try:
+            self._processor.start(owner.client, submit, request)
+        except Exception as error:
+            self._give_up(request.id, error)
+
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
-            self._processor.update(update)
+            try:
+                self._processor.update(update)
+            except Exception as error:
+                self._give_up(update.request.id, error)
             if update.request_finished:
                 self._registry.remove(update.request.id)
+
+    def _give_up(self, request_id: str, error: Exception) -> None:
+        """Fail the request whose text could not be made, which is no other request's trouble."""
+        _log.exception("the text of request %s could not be made", request_id)
+        self._fail(request_id, EngineFault(f"the text of the answer could not be made: {error!r}"))
+        self._loop.call_soon(self._loop.abort, request_id)
 
     def _stop_found(self, request_id: str, index: int, stop: str) -> None:
         self._loop.call_soon(self._loop.finish, request_id, index, stop)

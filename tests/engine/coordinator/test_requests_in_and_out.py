@@ -15,8 +15,9 @@ from phalanx import SamplingParams
 from phalanx.engine.coordinator import ingress as ingress_module
 from phalanx.engine.coordinator.egress import Egress
 from phalanx.engine.coordinator.ingress import CHAT_THREADS, LONG_BYTES, Ingress
+from phalanx.engine.coordinator.output_processor import OutputProcessor
 from phalanx.engine.coordinator.registry import Owner, RequestRegistry
-from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest
+from phalanx.engine.errors import CapacityExceeded, EngineFault, EngineStopped, InvalidRequest
 from phalanx.engine.protocol.messages import (
     Abort,
     Accepted,
@@ -485,6 +486,38 @@ def test_when_the_engine_stops_every_accepted_request_fails_after_what_is_due(en
     assert (client, isinstance(events[-1], Finished)) == (ONE.client, True)
     assert ends.transport.next() == (OTHER.client, [_failed(EngineStopped, "rank 0 failed")])
     assert ends.registry.unfinished() == []
+
+
+@pytest.mark.parametrize("stage", ["start", "update"])
+def test_an_answer_whose_text_cannot_be_made_fails_alone(
+    ends: _Ends, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neighbour = ends.accept(OTHER)
+    made = getattr(OutputProcessor, stage)
+
+    def broken(self: OutputProcessor, *args: Any) -> None:
+        made(self, *args)
+        if any(getattr(arg, "id", None) == ONE.request_id or getattr(arg, "request", None) is request for arg in args):
+            raise KeyError("a defect")
+
+    request: Request | None = None
+    monkeypatch.setattr(OutputProcessor, stage, broken)
+    ends.ingress.receive(ONE.client, Submit(id="a", prompt="x"))
+    _, owner, request, submit = ends.loop.next()
+    ends.egress.begin(owner, submit, request)
+    ends.egress.deliver([_update(request, 5)])
+
+    events: list[Event] = []
+    while not any(isinstance(event, Failed) for event in events):
+        client, sent = ends.transport.next()
+        assert client == ONE.client
+        events += sent
+    assert events[-1] == _failed(EngineFault, "the text of the answer could not be made: KeyError('a defect')")
+    assert ends.loop.next() == ("abort", ONE.request_id)
+
+    ends.egress.deliver([_update(request, 6), _update(neighbour, 5)])
+    assert ends.transport.next() == (OTHER.client, [Delta("a", 0, "", [5])])
+    assert ends.registry.unfinished() == [OTHER.request_id]
 
 
 def test_a_defect_of_either_thread_is_raised_in_the_step_loop(ends: _Ends, monkeypatch: pytest.MonkeyPatch) -> None:
