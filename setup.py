@@ -13,6 +13,7 @@ PACKAGES = [
     "phalanx",
     "phalanx.engine",
     "phalanx.engine.client",
+    "phalanx.engine.client.resume",
     "phalanx.engine.coordinator",
     "phalanx.engine.coordinator.text",
     "phalanx.engine.execution",

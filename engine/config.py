@@ -98,6 +98,14 @@ class EngineConfig:
     """Seed of the requests that bring none, and of dummy weights."""
     timeout_s: float = 300.0
     """Seconds a rank waits for another inside one operation before it gives up."""
+    max_restarts: int = 5
+    """How often a group of its own processes (ranks above 1, or launch.serve) is started again within restart_window_s
+    when a rank dies or hangs; its requests go on where they were. 0: the group's end is that of the engine."""
+    restart_window_s: float = 600.0
+    """Seconds in which max_restarts is counted."""
+    step_timeout_s: float = 30.0
+    """Seconds without any progress within a step after which such a group counts as hung; more, up to timeout_s, where
+    its steps are seen to take long. Its ranks' stacks are written to standard error, and it is started again."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """max_tokens, temperature, top_k, top_p, min_p and repetition_penalty of requests that leave them unset (None). The
     launch programs take the other fields too, as the defaults of every request."""
@@ -127,6 +135,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("threads", self.threads, 0)
+        _at_least("max_restarts", self.max_restarts, 0)
 
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
@@ -141,6 +150,10 @@ class EngineConfig:
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be a number of seconds above 0")
         if self.timeout_s > MAX_TIMEOUT_S:
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be at most {MAX_TIMEOUT_S} seconds, a week")
+
+        for name in ("restart_window_s", "step_timeout_s"):
+            if not _is_positive(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number of seconds above 0")
 
         if not isinstance(self.overlap, bool | None):
             raise ConfigError(f"overlap={self.overlap!r} must be true, false or null (on a GPU)")

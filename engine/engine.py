@@ -25,6 +25,7 @@ from .coordinator.input_processor import InputProcessor
 from .coordinator.tokenizer import Tokenizer, read_generation_config
 from .errors import ERRORS_BY_NAME, CheckpointError, ConfigError, EngineStopped
 from .execution.cpu_binding import Binding
+from .execution.heartbeat import Heartbeat
 from .execution.worker_factory import build_worker
 from .models.hub import resolve_model
 from .models.resolve import resolve_max_model_len
@@ -41,7 +42,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """One rank of an engine. Every rank of the group makes one at the same time; rank 0 gives a transport.
 
-    A process that is this rank's alone gives its `binding` (engine/execution/cpu_binding.py).
+    A process that is this rank's alone gives its `binding` (engine/execution/cpu_binding.py), and one that somebody
+    supervises a `heartbeat`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         transport: Transport | None,
         on_progress: Progress | None = None,
         binding: Binding | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.config = config
         self.group = group
@@ -63,6 +66,9 @@ class Engine:
         # What rank 0 alone reads is read before the weights, and refused on every rank: none waits for one that left.
         tokenizer, inputs = raise_on_all(group.host, lambda: _inputs(config, folder, spec, transport)) or (None, None)
         self.worker = build_worker(config, spec, folder, group, on_progress, binding)
+        if heartbeat is not None:
+            heartbeat.shares(group.collectives.segment)
+            self.worker.heartbeat = heartbeat
 
         # What each rank chose, for rank 0's report.
         self._threads = [threads for [threads] in all_gather_ints(group.host, [self.worker.settings.binding.threads])]
@@ -225,6 +231,7 @@ def run_rank(
     on_progress: Progress | None = None,
     on_ready: Callable[[Engine], None] | None = None,
     secret: bytes | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> None:
     """Run a rank in a process of its own, from start to end; rank 0 serves clients over ZeroMQ at `address`.
 
@@ -234,7 +241,7 @@ def run_rank(
     """
     transport = ZmqTransport(address, secret) if group.rank == 0 and address is not None else None
     try:
-        engine = Engine(config, group, transport, on_progress, binding)
+        engine = Engine(config, group, transport, on_progress, binding, heartbeat)
     except BaseException:
         if transport is not None:
             transport.close()

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..engine.client.client import Client
+from ..engine.client.resume.connection import ResumingConnection
 from ..engine.errors import ConfigError
 from ..engine.protocol.secret import check_address, read_secret
-from ..engine.protocol.transport import ZmqConnection
+from ..engine.protocol.transport import Connection, ZmqConnection
 from ..serving.pool.pool import Engines
 from .cli.compose import Job
 from .cli.program import run_program
@@ -46,7 +47,10 @@ def gateway(job: Job[GatewayKeys]) -> int:
 
     async def attach(pool: Engines) -> None:
         for address in addresses:
-            pool.add(address, Client(ZmqConnection(address, secret if address.startswith("tcp://") else None)))
+            connection: Connection = ZmqConnection(address, secret if address.startswith("tcp://") else None)
+            if len(addresses) == 1:  # several take over from one another
+                connection = ResumingConnection(connection, pool.config.restart_wait_s)
+            pool.add(address, Client(connection))
 
     return run_server(read_settings(job), attach)
 

@@ -38,8 +38,8 @@ class OwnGroup:
         """Start the group; the pool watches it. Raises ConfigError or CheckpointError for what is seen at once."""
         engine = pool.add(OWN_GROUP)
         # A model that is not on this machine yet is fetched here.
-        self._process = await asyncio.to_thread(GroupProcess, self._config, wait=False)
-        engine.start(self._process.client, pool.on_change)
+        process = self._process = await asyncio.to_thread(GroupProcess, self._config, wait=False)
+        engine.start(process.client, pool.on_change, lambda: process.state.why)
 
     def close(self) -> None:
         """End every rank."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..protocol.messages import Delta, Event, Failed, Finished, Status
 from ..protocol.sampling_params import SamplingParams
 from .client import to_error
-from .llm import CONNECT_TIMEOUT_S, LLM
+from .llm import CONNECT_TIMEOUT_S, LLM, RESTART_WAIT_S
 from .requests import Messages, OutputBuilder, Prompt, RequestOutput, make_submit
 
 
@@ -22,10 +22,17 @@ class AsyncLLM:
 
     @classmethod
     def connect(
-        cls, address: str, *, secret_file: str | Path | None = None, timeout_s: float | None = CONNECT_TIMEOUT_S
+        cls,
+        address: str,
+        *,
+        secret_file: str | Path | None = None,
+        timeout_s: float | None = CONNECT_TIMEOUT_S,
+        restart_wait_s: float = RESTART_WAIT_S,
     ) -> AsyncLLM:
         """A client of a group that runs elsewhere; see LLM.connect. It blocks until the engine answers."""
-        return cls.from_llm(LLM.connect(address, secret_file=secret_file, timeout_s=timeout_s))
+        return cls.from_llm(
+            LLM.connect(address, secret_file=secret_file, timeout_s=timeout_s, restart_wait_s=restart_wait_s)
+        )
 
     @classmethod
     def from_llm(cls, llm: LLM) -> AsyncLLM:

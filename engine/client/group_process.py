@@ -4,6 +4,7 @@ noticed."""
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from ..errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
 from ..models.hub import resolve_model
 from ..models.resolve import partition_model
 from ..models.spec import read_config, spec_from_config
-from ..protocol.transport import ZmqConnection
+from ..protocol.transport import Connection, ZmqConnection
 from .client import Client
-from .group_failure import read_failure
+from .group_failure import FAILURE_FILE, STATE_FILE, GroupState, read_failure, read_state
+from .resume.connection import ResumingConnection
 
 STOP_TIMEOUT_S = 5.0
 
@@ -30,8 +32,11 @@ class GroupProcess:
     """Starts `config.ranks` ranks and, unless told not to, waits until they are ready.
 
     A private folder holds what passes between them:
-    config.json (the EngineConfig), store (by which the ranks meet), engine (the coordinator's ZeroMQ socket),
-    failure.json (why a rank failed).
+    config.json (the EngineConfig), store (by which the ranks meet), engine (the coordinator's ZeroMQ socket), ready
+    (made once it takes requests), state.json (how the group is), failure.json (why a rank failed last).
+
+    When a rank dies the supervisor starts the group again, up to config.max_restarts times, and the client goes on with
+    what it had not finished (resume/connection.py).
     """
 
     def __init__(self, config: EngineConfig, *, wait: bool = True) -> None:
@@ -53,8 +58,11 @@ class GroupProcess:
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        self.client = Client(ZmqConnection(f"ipc://{self._folder}/engine"))
+        connection: Connection = ZmqConnection(f"ipc://{self._folder}/engine")
+        self.client = Client(ResumingConnection(connection) if config.max_restarts else connection)
 
+        self._state = GroupState("starting")
+        self._state_written = 0
         self._closing = self._ready = False
         self._watch = threading.Thread(target=self._wait_for_end, name="phalanx-group-watch", daemon=True)
         self._watch.start()
@@ -70,6 +78,16 @@ class GroupProcess:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def state(self) -> GroupState:
+        """What its supervisor said last: whether the group runs, or why it does not."""
+        with contextlib.suppress(OSError):  # there is none yet
+            written = os.stat(self._folder / STATE_FILE).st_mtime_ns
+            if written != self._state_written:
+                self._state = read_state(self._folder) or self._state
+                self._state_written = written
+        return self._state
 
     def close(self) -> None:
         """End every rank, within STOP_TIMEOUT_S, and remove the folder."""
@@ -101,13 +119,12 @@ class GroupProcess:
         if self._closing:
             return
 
-        path = self._folder / "failure.json"
         error: PhalanxError = EngineStopped(f"the engine's group ended by itself with exit code {code}")
-        failure = read_failure(path)
+        failure = read_failure(self._folder / FAILURE_FILE) if code else None
         if failure is not None:
             kind = ERRORS_BY_NAME.get(failure.error)
             if kind is not None and kind is not EngineStopped:
                 error = kind(failure.message)
             else:
-                error = EngineStopped(f"rank {failure.rank} failed: {failure.error}: {failure.message}")
+                error = EngineStopped(str(failure))
         self.client.fail_all(error)

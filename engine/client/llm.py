@@ -24,6 +24,7 @@ from .callbacks import OnEvent
 from .client import Client, RequestHandle
 from .lifetime import Lifetime
 from .requests import Messages, OutputBuilder, Prompt, RequestOutput, as_prompts, make_submit, spread_sampling
+from .resume.connection import ResumingConnection
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 STATUS_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 60.0
 """Seconds that a client of a group elsewhere waits for its first answer."""
+RESTART_WAIT_S = 60.0
+"""Seconds for which it waits for another engine at the address of one that has fallen silent."""
 RETRY_S = 0.05
 """Seconds until a request that the engine had no room for is sent again, if none of the same call ends before."""
 
@@ -62,17 +65,23 @@ class LLM:
 
     @classmethod
     def connect(
-        cls, address: str, *, secret_file: str | Path | None = None, timeout_s: float | None = CONNECT_TIMEOUT_S
+        cls,
+        address: str,
+        *,
+        secret_file: str | Path | None = None,
+        timeout_s: float | None = CONNECT_TIMEOUT_S,
+        restart_wait_s: float = RESTART_WAIT_S,
     ) -> LLM:
         """A client of a group that runs elsewhere (`launch.worker`): at ipc://PATH, or tcp://HOST:PORT with its secret.
 
-        Waits until the engine answers. close() ends this client's requests, not the group. Raises ConfigError for an
-        address or a secret that cannot be used, and Timeout if no engine answers within `timeout_s` seconds (None
-        waits).
+        Waits until the engine answers. close() ends this client's requests, not the group. When the group is started
+        again at the address, as torchrun does, requests go on where they were; they fail with EngineStopped once it has
+        been silent for `restart_wait_s` seconds more than it takes to notice. Raises ConfigError for an address or a
+        secret that cannot be used, and Timeout if no engine answers within `timeout_s` seconds (None waits).
         """
         llm = cls.__new__(cls)
         secret = None if secret_file is None else read_secret(secret_file)
-        llm.client = client = Client(ZmqConnection(address, secret))
+        llm.client = client = Client(ResumingConnection(ZmqConnection(address, secret), restart_wait_s))
         llm._lifetime = Lifetime(llm, partial(client.leave, EngineStopped("the connection was closed")))
         try:
             client.status(timeout_s)

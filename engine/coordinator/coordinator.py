@@ -63,7 +63,7 @@ class Coordinator:
         self._transport = transport
         self._info = info
         self._heartbeat_s = heartbeat_s
-        self._progress = Progress(scheduler, info, list(worker.capacity.peak_memory))
+        self._progress = Progress(scheduler, info, list(worker.capacity.peak_memory), heartbeat=worker.heartbeat)
 
         self._registry = RequestRegistry()
         self._egress = Egress(transport, tokenizer, self._registry, self)
@@ -190,11 +190,12 @@ class Coordinator:
     def add(self, owner: Owner, request: Request, submit: Submit) -> None:
         """Schedule an accepted request, or fail it if the queue has no room."""
         try:
-            self._scheduler.add(request)
+            updates = self._scheduler.add(request)
         except PhalanxError as error:
             self._egress.fail(request.id, error)
         else:
             self._egress.begin(owner, submit, request)
+            self._deliver(updates)
 
     def abort(self, request_id: str) -> None:
         """End a request early; an unknown one is ignored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from ...parallel.loading.json_files import shortened, shown
 from ..config import EngineConfig
 from ..errors import CheckpointError, InvalidRequest, prompt_too_long
 from ..models.spec import ModelSpec
-from ..protocol.messages import Detokenize, Detokenized, Prompt, Submit, Tokenize, Tokenized
+from ..protocol.messages import Detokenize, Detokenized, Prompt, Resume, Submit, Tokenize, Tokenized
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request
 from ..scheduling.step_plan import SlotSampling
@@ -118,6 +119,10 @@ class InputProcessor:
             seed = derive_seed(self._config.seed, next(self._unseeded))
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
+        outputs = self._outputs(submit, len(prompt))
+        resume = submit.resume or Resume(completions=[])
+        arrived_at -= resume.age_s
+
         return Request(
             id=request_id,
             prompt=prompt,
@@ -129,6 +134,8 @@ class InputProcessor:
             cache_salt=submit.cache_salt,
             seed=seed,
             arrived_at=arrived_at,
+            outputs=outputs,
+            first_token_at=None if resume.ttft_s is None else arrived_at + resume.ttft_s,
         )
 
     def answer(self, question: Tokenize | Detokenize) -> Tokenized | Detokenized:
@@ -143,6 +150,26 @@ class InputProcessor:
         text, tokens = self._encode(question, TOKENIZE_LIMIT)
         token_bytes = [self._tokenizer.token_bytes[token] if self._tokenizer else b"" for token in tokens]
         return Tokenized(id=question.id, token_ids=tokens, text=text, token_bytes=token_bytes)
+
+    def _outputs(self, submit: Submit, prompt_length: int) -> list[list[int]]:
+        """The output tokens of each completion that another engine has delivered; none of a request that is new."""
+        if submit.resume is None:
+            return []
+        outputs = [each.token_ids for each in submit.resume.completions]
+        if len(outputs) != submit.sampling.n:
+            n = submit.sampling.n
+            raise InvalidRequest(f"resume has {len(outputs)} completions; it must have as many as n={n}")
+        for tokens in outputs:
+            self._check_tokens("resume.token_ids", tokens)
+            if prompt_length + len(tokens) > self._max_model_len:
+                raise InvalidRequest(
+                    f"the prompt's {prompt_length} tokens and {len(tokens)} of resume are more than "
+                    f"max_model_len={self._max_model_len}: the engine before this one had a larger one"
+                )
+        times = [submit.resume.age_s, submit.resume.ttft_s or 0.0]
+        if not all(0 <= seconds < math.inf for seconds in times):
+            raise InvalidRequest(f"resume has age_s and ttft_s of {times}; they must be seconds of at least 0")
+        return outputs
 
     def _priority(self, submit: Submit) -> int:
         if self._keeps_priorities or not submit.priority:

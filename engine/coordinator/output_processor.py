@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.logprobs import TokenLogprobs
-from ..protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit, Timings, Usage
+from ..protocol.messages import (
+    Accepted,
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    ResumedCompletion,
+    Submit,
+    Timings,
+    Usage,
+)
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request, SequenceUpdate
 from .text.token_text import INCOMPLETE_BYTES, IncrementalDetokenizer
@@ -74,6 +84,8 @@ class _CompletionState:
     """Text that may go out, with the rest of its token's text."""
     held: deque[_HeldToken] = field(default_factory=deque)
     """Tokens that wait for their text."""
+    delivered: ResumedCompletion = field(default_factory=ResumedCompletion)
+    """What the client has from an engine before this one: it is computed like the rest, and not sent again."""
 
 
 @dataclass(slots=True)
@@ -114,12 +126,13 @@ class OutputProcessor:
         """Tell the client that its request was accepted, and expect updates for it. The scheduler has taken it on."""
         state = _RequestState(client, submit.id, submit)
         sampling = submit.sampling
-        for _ in range(sampling.n):
+        delivered = [ResumedCompletion()] * sampling.n if submit.resume is None else submit.resume.completions
+        for each in delivered:
             decoder = None
             if self._tokenizer is not None:
                 decoder = self._tokenizer.decoder(sampling.skip_special_tokens, request.prompt)
             stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-            state.completions.append(_CompletionState(decoder, stops))
+            state.completions.append(_CompletionState(decoder, stops, delivered=each))
 
         self._requests[request.id] = state
         first = request.sequences[0]
@@ -238,11 +251,14 @@ class OutputProcessor:
         size = len(completion.ready) if completion.completion is not None else end - completion.sent
         text, completion.ready = completion.ready[:size], completion.ready[size:]
         completion.sent += size
+        position = completion.tokens
+        completion.tokens += len(token_ids)
+        # The client of a resumed request has the beginning, and its log-probabilities.
+        token_ids = token_ids[max(0, len(completion.delivered.token_ids) - position) :]
+        text = text[max(0, completion.delivered.characters - completion.sent + size) :]
         if token_ids or text:
-            position = completion.tokens
-            completion.tokens += len(token_ids)
-            delta = Delta(state.id, index, text, token_ids, logprobs or None, position)
-            self._emit(state.client, delta)
+            position = completion.tokens - len(token_ids)
+            self._emit(state.client, Delta(state.id, index, text, token_ids, logprobs or None, position))
 
     def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
         if logprobs is None or self._tokenizer is None:

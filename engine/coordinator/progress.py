@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from ..execution.heartbeat import Heartbeat
 from ..protocol.messages import Event, ModelInfo, Status
 from ..scheduling.request import SequenceUpdate
 from ..scheduling.scheduler import Scheduler
@@ -34,7 +35,9 @@ class Progress:
         info: ModelInfo,
         peak_memory: list[int],
         clock: Callable[[], float] = time.monotonic,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
+        self._heartbeat = heartbeat or Heartbeat()
         self._scheduler = scheduler
         self._info = info
         self._peak_memory = peak_memory
@@ -69,9 +72,11 @@ class Progress:
         """The time in which the loop waits for work."""
         self.went_on()
         self._resting = True
+        self._heartbeat.phase("waiting")
         try:
             yield
         finally:
+            self._heartbeat.phase("schedule")
             self._went_on_at = self._clock()
             self._resting = False
 
@@ -79,6 +84,7 @@ class Progress:
     def phase(self, name: str) -> Iterator[None]:
         """The time of one phase of a step."""
         start = self._clock()
+        self._heartbeat.phase(name)
         try:
             yield
         finally:
@@ -86,6 +92,7 @@ class Progress:
 
     def planned(self, plan: StepPlan) -> None:
         """Count what a step computes."""
+        self._heartbeat.step(plan.step, plan.num_tokens)
         for start in plan.starts:
             self._prompt_lengths[start.slot] = start.prompt_length
         # The last token of a prompt may be a decode row, too.
@@ -102,6 +109,7 @@ class Progress:
         """Note that the loop has returned; if it has not failed, it may be run again."""
         self._ready = not failed
         self._resting = True
+        self._heartbeat.phase("waiting")
         self.went_on()
 
     def _status(self) -> Status:

@@ -18,6 +18,7 @@ from ..protocol.logprobs import TokenLogprobs
 from ..sampling.sampler import Sampler
 from ..scheduling.step_plan import Capture, Idle, StepPlan, StepResult, Stop, decode
 from .cuda_graphs import DecodeGraphs
+from .heartbeat import Heartbeat
 from .resolved_settings import ResolvedSettings
 from .slot_table import SlotTable
 
@@ -84,6 +85,8 @@ class Worker:
         self.sampler, self.slot_table = sampler, slot_table
         self.cache, self.capacity = cache, capacity
         self._graphs = graphs
+        self.heartbeat = Heartbeat()
+        """Set before the first step, where somebody supervises this rank."""
 
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Compute one step and wait for it. The tokens and log-probabilities on rank 0, None on the others."""
@@ -139,8 +142,11 @@ class Worker:
     def follow_plans(self, control: ControlChannel) -> bytes:
         """The life of a rank other than 0: do what rank 0 sends, until it says stop. Returns the stop's payload."""
         while True:
+            self.heartbeat.phase("waiting")
             message = decode(control.receive())
             if isinstance(message, StepPlan):
+                self.heartbeat.step(message.step, message.num_tokens)
+                self.heartbeat.phase("compute")
                 self.launch(message)
             elif isinstance(message, Capture):
                 self.capture(message.rows)

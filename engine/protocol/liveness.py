@@ -14,7 +14,7 @@ from .messages import PROTOCOL_VERSION, Pong
 PING_S = 1.0
 """Seconds from an answer to the next Ping."""
 SILENCE_S = 15.0
-"""An engine that has answered before and does not for so long is taken for gone; so often it is asked meanwhile."""
+"""An engine that has answered before and does not for so long is taken for gone; so often it is asked from then on."""
 
 
 class EngineWatch:
@@ -34,11 +34,18 @@ class EngineWatch:
         self._heard_at = clock()
 
     @property
+    def epoch(self) -> str:
+        """The epoch of the engine that answered last; empty before one has."""
+        return self._known.epoch if self._known is not None else ""
+
+    @property
     def should_ask(self) -> bool:
         """Whether it is time for a Ping; whoever sends it calls asked()."""
         now = self._clock()
         if self._asked_at is not None:
-            return now - self._asked_at >= SILENCE_S
+            # A Ping may be lost with its engine. One that is sent while there is none reaches the next at once.
+            silent = self._known is None or now - self._heard_at >= SILENCE_S
+            return now - self._asked_at >= (SILENCE_S if silent else PING_S)
         return self._known is None or now - self._heard_at >= PING_S
 
     def asked(self) -> None:

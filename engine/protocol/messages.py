@@ -30,6 +30,31 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the answer continues the last message; add_generation_prompt is false then."""
 
 
+class ResumedCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client has of one completion, from the Deltas of an engine that has gone."""
+
+    token_ids: list[int] = []
+    characters: int = 0
+    """Characters of `Delta.text` that it has."""
+    reasoning_characters: int = 0
+    """Characters of `Delta.reasoning` that it has."""
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True):
+    """Go on with a request that another engine had accepted: the Deltas begin where those of that engine ended.
+
+    The Submit is the same otherwise, with the seed that Accepted told. Log-probabilities and timings count what was
+    before, and a completion that has all its tokens ends as it did there.
+    """
+
+    completions: list[ResumedCompletion]
+    """One for each of the n completions, by index."""
+    age_s: float = 0.0
+    """Seconds since the request was first sent."""
+    ttft_s: float | None = None
+    """Seconds from then to its first output token; None if there is none yet."""
+
+
 class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
     """One request."""
 
@@ -44,6 +69,8 @@ class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
     split_reasoning: bool = False
     """Whether a model's thinking (<think>...</think>) comes as `Delta.reasoning`, without its tags, apart from the
     answer's text. Without it both are text, tags included."""
+    resume: Resume | None = None
+    """What the client has of the answer already, from an engine that has gone."""
 
 
 class Tokenize(Prompt, frozen=True, kw_only=True, tag="tokenize"):

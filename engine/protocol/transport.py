@@ -71,12 +71,20 @@ class Transport(ABC):
 class Connection(ABC):
     """The client's side. send() may be called from any thread; events arrive on a thread of the transport."""
 
+    @property
+    def epoch(self) -> str:
+        """That of the engine that answered last (see Pong); empty before one has, and within one process."""
+        return ""
+
     @abstractmethod
-    def start(self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore) -> None:
+    def start(
+        self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
+    ) -> None:
         """Begin to deliver events.
 
         `on_lost` hears of requests that the engine does not have any more, and why; `on_broken` of what keeps this
-        connection from ever being of use again.
+        connection from ever being of use again. An engine that falls silent may have gone with its requests:
+        `on_silent` hears of that, or else `on_lost`.
         """
 
     @abstractmethod
@@ -118,7 +126,9 @@ class _InProcessConnection(Connection):
     def __init__(self, link: InProcess) -> None:
         self._link = link
 
-    def start(self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore) -> None:
+    def start(
+        self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
+    ) -> None:
         self._link.on_event = on_event
 
     def send(self, command: Command) -> None:
@@ -265,7 +275,14 @@ class ZmqConnection(Connection):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)
 
-    def start(self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore) -> None:
+    @property
+    def epoch(self) -> str:
+        """That of the engine that answered last."""
+        return self._watch.epoch
+
+    def start(
+        self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
+    ) -> None:
         """Begin to deliver events, on the connection's thread. An engine of another protocol version breaks it."""
 
         def on_frames(frames: list[bytes]) -> None:
@@ -278,7 +295,8 @@ class ZmqConnection(Connection):
                     mismatch = version_mismatch(self._address, event)
                     if mismatch is not None:
                         on_broken(EngineStopped(mismatch))
-                    tell(self._watch.heard(event))
+                    lost = self._watch.heard(event)
+                    tell(lost, on_lost)
                 else:
                     on_event(event)
 
@@ -286,11 +304,11 @@ class ZmqConnection(Connection):
             if self._watch.should_ask:
                 self._wire.socket.send(self._encoder.encode(Ping()))
                 self._watch.asked()
-            tell(self._watch.silence())
+            tell(self._watch.silence(), on_silent or on_lost)
 
-        def tell(why: str | None) -> None:
+        def tell(why: str | None, hears: OnLost) -> None:
             if why is not None:
-                on_lost(EngineStopped(why))
+                hears(EngineStopped(why))
 
         def broken(error: BaseException) -> None:
             on_broken(EngineStopped(f"the thread of the connection to {self._address} ended: {error!r}"))

@@ -45,3 +45,10 @@ def check_scheduler(
         raise IntegrityError(f"{unfinished} sequences are unfinished, {len(running)} run and {len(waiting)} wait")
     if any(sequence.status is not SequenceStatus.RUNNING for sequence in computing.values()):
         raise IntegrityError("a block is promised by a sequence that does not run")
+
+
+def check_slots(free: Collection[int], running: Ordered[Sequence], max_num_seqs: int) -> None:
+    """Raise IntegrityError unless each slot is either free or some running sequence's."""
+    slots = sorted([*free, *(sequence.slot for sequence in running)])
+    if slots != list(range(max_num_seqs)):
+        raise IntegrityError(f"free slots {free} and those in use do not add up to {max_num_seqs}")

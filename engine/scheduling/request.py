@@ -7,6 +7,7 @@ from enum import Enum
 
 import msgspec
 
+from ..errors import InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
 from .block_pool import IntegrityError, PrefixChain
 from .step_plan import SlotSampling, SlotStart
@@ -41,11 +42,27 @@ class Request:
     """What the seeds of its completions follow from."""
     arrived_at: float | None = None
     """Seconds on the scheduler's clock; None lets `Scheduler.add` set it. So are all times below."""
+    outputs: list[list[int]] = field(default_factory=list)
+    """With a resumed request: the output tokens of each completion that are known already."""
+    first_token_at: float | None = None
+    """With a resumed request: when its first output token was known, if one is."""
 
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
     """For prompt tokens 1, 2, ... as far as they are computed; None if not asked for."""
+
+    def check(self, max_num_seqs: int, max_model_len: int) -> None:
+        """Raise InvalidRequest if it can never run: it has too many completions, or too long a prompt."""
+        n = len(self.samplings)
+        length = len(self.prompt)
+        if not 1 <= n <= max_num_seqs:
+            raise InvalidRequest(
+                f"n={n} is out of range: it must be in [1, {max_num_seqs}]; raise max_num_seqs={max_num_seqs}"
+            )
+        if not 1 <= length < max_model_len:
+            allowed = f"1 to {max_model_len - 1}, so that one more fits max_model_len={max_model_len}"
+            raise InvalidRequest(f"the prompt has {length} tokens; it must have {allowed}")
 
     def take_on(self, arrival: int, max_model_len: int, chain: PrefixChain | None) -> None:
         """Make a sequence for each completion. `chain` covers the prompt's full blocks; each sequence gets a copy."""
@@ -58,7 +75,7 @@ class Request:
                 request=self,
                 index=index,
                 order=(self.priority, arrival, index),
-                tokens=list(self.prompt),
+                tokens=self.prompt + self.outputs[index] if self.outputs else list(self.prompt),
                 prompt_length=length,
                 length_limit=min(length + self.max_tokens, max_model_len),
                 end_token_ids=self.eos_token_ids | self.stop_token_ids,
@@ -67,6 +84,8 @@ class Request:
             )
             for index, sampling in enumerate(self.samplings)
         ]
+        for sequence in self.sequences if self.outputs else []:
+            sequence.take_up(self.first_token_at)
 
     @property
     def cached_tokens(self) -> int:
@@ -123,6 +142,9 @@ class Sequence:
     """Digest of the block that a running sequence was computing when this one last wanted it."""
     cached_tokens: int = 0
     preemptions: int = 0
+    ended: tuple[str, str | int | None] | None = None
+    """The finish_reason and stop_reason of a resumed sequence that has all its tokens: it is computed, if at all, for
+    the prompt's log-probabilities."""
     finish_reason: str | None = None
     """"stop", "length" or "abort"."""
     stop_reason: str | int | None = None
@@ -130,6 +152,25 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     finished_at: float | None = None
+
+    def take_up(self, first_token_at: float | None) -> None:
+        """Take in that its output so far comes from another engine, which may have computed all of it."""
+        if self.num_output == 0:
+            return
+        self.first_token_at = self.last_token_at = self.first_scheduled_at = first_token_at
+        token = self.tokens[-1]
+        if self.is_end(token, self.num_output - 1):
+            self.ended = ("stop", self.stop_reason_of(token))
+        elif len(self.tokens) >= self.length_limit:
+            self.ended = ("length", None)
+
+    def is_end(self, token: int, output_length: int) -> bool:
+        """Whether a token that follows `output_length` output tokens ends the sequence."""
+        return token in self.end_token_ids and output_length >= self.sampling.min_tokens
+
+    def stop_reason_of(self, token: int) -> int | None:
+        """The token that has ended the sequence, unless it is the model's own end-of-sequence."""
+        return None if token in self.request.eos_token_ids else token
 
     @property
     def name(self) -> str:
@@ -142,13 +183,18 @@ class Sequence:
         return len(self.tokens) + self.num_pending_tokens - self.num_scheduled_tokens
 
     @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether some of the prompt's log-probabilities are still to come from this sequence."""
+        return self.index == 0 and self.request.needs_prompt_logprobs
+
+    @property
     def cacheable(self) -> int:
         """Tokens that may come from the prefix cache.
 
         The last token's logits are needed for sampling, and prompt logprobs need those of each position not yet given.
         """
         logprobs = self.request.prompt_logprobs
-        if self.index == 0 and logprobs is not None and self.request.needs_prompt_logprobs:
+        if logprobs is not None and self.owes_prompt_logprobs:
             return len(logprobs)
         return len(self.tokens) - 1
 
@@ -185,3 +231,22 @@ class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):
     stop_reason: str | int | None = None
     request_finished: bool = False
     """Whether this ended the last unfinished sequence of the request."""
+
+
+def end_of(sequence: Sequence) -> SequenceUpdate:
+    """Return the update of a sequence that has ended without a new token."""
+    request = sequence.request
+    return SequenceUpdate(
+        request, sequence, [], None, sequence.finish_reason, sequence.stop_reason, request.unfinished == 0
+    )
+
+
+def taken_up(sequence: Sequence) -> SequenceUpdate:
+    """Return the update that tells the output tokens with which a resumed sequence begins, and its end if it has all.
+
+    Of several completions that are told one after the other, the last one alone ends the request.
+    """
+    request = sequence.request
+    reason, stop_reason = sequence.ended or (None, None)
+    last = request.unfinished == 0 and sequence is request.sequences[-1]
+    return SequenceUpdate(request, sequence, sequence.output, None, reason, stop_reason, last)

@@ -21,8 +21,8 @@ from operator import attrgetter
 from ..errors import CapacityExceeded, ConfigError, InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
 from .block_pool import BlockPool, IntegrityError, PrefixSharing
-from .integrity import check_scheduler
-from .request import Request, Sequence, SequenceStatus, SequenceUpdate
+from .integrity import check_scheduler, check_slots
+from .request import Request, Sequence, SequenceStatus, SequenceUpdate, end_of, taken_up
 from .step_builder import StepBuilder
 from .step_plan import StepPlan, StepResult
 
@@ -126,17 +126,12 @@ class Scheduler:
 
     # -- requests in and out
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises CapacityExceeded if max_queue of them wait, InvalidRequest if it can never run."""
-        n = len(request.samplings)
-        length = len(request.prompt)
-        if not 1 <= n <= self.max_num_seqs:
-            raise InvalidRequest(
-                f"n={n} is out of range: it must be in [1, {self.max_num_seqs}]; raise max_num_seqs={self.max_num_seqs}"
-            )
-        if not 1 <= length < self.max_model_len:
-            allowed = f"1 to {self.max_model_len - 1}, so that one more fits max_model_len={self.max_model_len}"
-            raise InvalidRequest(f"the prompt has {length} tokens; it must have {allowed}")
+    def add(self, request: Request) -> list[SequenceUpdate]:
+        """Queue a request. Returns an update for each completion that begins with outputs, of a resumed request.
+
+        Raises CapacityExceeded if max_queue of them wait, InvalidRequest if it can never run.
+        """
+        request.check(self.max_num_seqs, self.max_model_len)
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is in use by an unfinished request")
         if len(self._queued) >= self.max_queue:
@@ -148,10 +143,16 @@ class Scheduler:
         request.take_on(self._arrivals, self.max_model_len, self._sharing.chain_of(request, self._arrivals))
         self._arrivals += 1
         self._requests[request.id] = request
-        self._queued[request.id] = length
-        self.waiting_tokens += length
+        self._queued[request.id] = len(request.prompt)
+        self.waiting_tokens += len(request.prompt)
         for sequence in request.sequences:
             insort(self._waiting, sequence, key=_order)
+
+        resumed = [sequence for sequence in request.sequences if sequence.num_output]
+        for sequence in resumed:
+            if sequence.ended is not None and not sequence.owes_prompt_logprobs:
+                self._finish(sequence, *sequence.ended, self._clock())
+        return [taken_up(sequence) for sequence in resumed]
 
     def abort(self, request_id: str, forget: bool = False) -> list[SequenceUpdate]:
         """End a request, also between schedule and commit. Returns an update for each sequence that this ended.
@@ -166,8 +167,7 @@ class Scheduler:
                 if forget:
                     self._pool.forget(sequence.blocks)
                 self._finish(sequence, "abort", None, now)
-                last = sequence.request.unfinished == 0
-                updates.append(SequenceUpdate(sequence.request, sequence, [], None, "abort", None, last))
+                updates.append(end_of(sequence))
         return updates
 
     def finish(self, request_id: str, index: int, stop_reason: str | int | None) -> SequenceUpdate | None:
@@ -176,8 +176,11 @@ class Scheduler:
         if request is None or request.sequences[index].status is SequenceStatus.FINISHED:
             return None
         sequence = request.sequences[index]
+        if sequence.owes_prompt_logprobs:  # a resumed one, whose stop string was there when it came
+            sequence.ended = ("stop", stop_reason)
+            return None
         self._finish(sequence, "stop", stop_reason, self._clock())
-        return SequenceUpdate(request, sequence, [], None, "stop", stop_reason, request.unfinished == 0)
+        return end_of(sequence)
 
     def _finish(self, sequence: Sequence, reason: str, stop_reason: str | int | None, now: float) -> None:
         if sequence.status is SequenceStatus.RUNNING:
@@ -360,11 +363,15 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
         tokens = sequence.tokens
         request = sequence.request
+        if sequence.ended is not None:
+            self._finish(sequence, *sequence.ended, now)
+            return end_of(sequence)
+
         reason: str | None = None
         stop_reason: int | None = None
-        if token in sequence.end_token_ids and sequence.num_output >= sequence.sampling.min_tokens:
+        if sequence.is_end(token, sequence.num_output):
             reason = "stop"
-            stop_reason = None if token in request.eos_token_ids else token
+            stop_reason = sequence.stop_reason_of(token)
 
         tokens.append(token)
         sequence.num_pending_tokens -= 1
@@ -384,16 +391,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if state contradicts itself or is lost. Visits all of it: for idle moments and tests."""
-        check_scheduler(
-            self._requests,
-            self._queued,
-            self._waiting,
-            self._running,
-            self._sharing.computing,
-            self.block_size,
-            steps=len(self._in_flight),
-        )
-        slots = sorted(self._free_slots + [sequence.slot for sequence in self._running])
-        if slots != list(range(self.max_num_seqs)):
-            raise IntegrityError(f"free slots {self._free_slots} and those in use do not add up to {self.max_num_seqs}")
+        lists = self._requests, self._queued, self._waiting, self._running
+        check_scheduler(*lists, self._sharing.computing, self.block_size, steps=len(self._in_flight))
+        check_slots(self._free_slots, self._running, self.max_num_seqs)
         self._pool.check_integrity((s.name, s.blocks, s.chain) for s in self._running)

@@ -7,9 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
-import msgspec
-
-from ...engine.client.group_failure import GroupFailure
+from ...engine.client.group_failure import GroupFailure, write_whole
 from ...engine.errors import CheckpointError, ConfigError, InvalidRequest, PhalanxError
 from .process import Signalled, die_on_signals
 from .rank_info import RankInfo
@@ -68,11 +66,8 @@ def _record(error: BaseException, rank_info: RankInfo) -> None:
         # A message may quote text that is no valid Unicode, which JSON cannot carry.
         message = str(error).encode(errors="backslashreplace").decode()
         failure = GroupFailure(rank_info.rank, type(error).__name__, message)
-        path = failure_file(rank_info.folder, rank_info.rank)
         # Whole or not at all: the supervisor reads it once this process has ended, however it does.
-        unfinished = path.with_suffix(".part")
-        unfinished.write_bytes(msgspec.json.encode(failure))
-        unfinished.replace(path)
+        write_whole(failure_file(rank_info.folder, rank_info.rank), failure)
         return
 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler

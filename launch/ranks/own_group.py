@@ -22,40 +22,131 @@ from types import FrameType
 
 import msgspec
 
-from ...engine.client.group_failure import GroupFailure, read_failure
+from ...engine.client.group_failure import (
+    FAILURE_FILE,
+    READY_FILE,
+    STATE_FILE,
+    GroupFailure,
+    GroupState,
+    read_failure,
+    write_whole,
+)
 from ...engine.config import EngineConfig
+from ...engine.execution.heartbeat import BEATS_FILE, make_beats_file
 from .failure import failure_file
+from .hang_watch import HangWatch, RankSights, Stall, collect_stacks, stacks_file
 from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
+from .restarts import Restarts
 
 GRACE_S = 1.0
 """Seconds beyond RANK_STOP_TIMEOUT_S after which this process leaves; the ranks notice that it has."""
+TICK_S = 0.1
+"""Seconds between two looks at how the ranks are."""
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 """The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
 
 
 def supervise(folder: Path, config: EngineConfig) -> int:
-    """Run the group until it ends. Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal."""
-    ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]] = queue.SimpleQueue()
-    ranks: list[subprocess.Popen[bytes]] = []
-    number = signal.SIGTERM
-    try:
-        for rank in range(config.ranks):
-            process = _start(folder, rank, config.ranks)
-            ranks.append(process)
-            threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
+    """Run the group, and start it again when it dies, until it ends well or restarting does not help.
 
-        for _ in ranks:
-            rank, process = ended.get()
-            if process.returncode:
-                failure = first_failure(folder, rank, process)
-                (folder / "failure.json").write_bytes(msgspec.json.encode(failure))
+    Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal.
+    """
+    restarts = Restarts(config.max_restarts, config.restart_window_s)
+    try:
+        while True:
+            failure = _run_once(folder, config, restarts)
+            if failure is None:
+                return 0
+            if isinstance(failure, GroupFailure):
                 return 1
+            time.sleep(failure)
+            _clear(folder, config.ranks)
+    except Signalled as stopped:
+        return stopped.exit_code
+
+
+def _run_once(folder: Path, config: EngineConfig, restarts: Restarts) -> GroupFailure | float | None:
+    """Start the ranks and wait for the group's end.
+
+    Returns None if it ended well, the seconds until it is to be started again, or the failure that ended it for good.
+    """
+    ranks: list[subprocess.Popen[bytes]] = []
+    number: signal.Signals = signal.SIGTERM
+    try:
+        write_whole(folder / STATE_FILE, GroupState("starting", restarts=restarts.count))
+        make_beats_file(folder / BEATS_FILE, config.ranks)
+        start_ranks(folder, config.ranks, ranks)
+        failure = _watch(folder, config, ranks, restarts.count)
+        if failure is None:
+            return None
+
+        write_whole(folder / FAILURE_FILE, failure)
+        pause_s = restarts.pause_s(failure.error, (folder / READY_FILE).exists())
+        if pause_s is None:
+            return failure
+        # The other ranks have nothing left to do that anybody waits for.
+        number = signal.SIGKILL
+        write_whole(folder / STATE_FILE, GroupState("restarting", str(failure), restarts.count))
+        print(f"{failure}; the group is started again (restart {restarts.count})", file=sys.stderr, flush=True)
+        return pause_s
     except Signalled as stopped:
         number = signal.Signals(stopped.exit_code - 128)
-        return stopped.exit_code
+        raise
     finally:
         _stop(ranks, number)
-    return 0
+
+
+def _watch(
+    folder: Path, config: EngineConfig, ranks: list[subprocess.Popen[bytes]], restarts: int
+) -> GroupFailure | None:
+    """Wait until all ranks have ended well, or one has not: then return its failure."""
+    ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]] = queue.SimpleQueue()
+    for rank, process in enumerate(ranks):
+        threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
+
+    pids = [process.pid for process in ranks]
+    sights = RankSights(folder, pids)
+    hangs = HangWatch(config.step_timeout_s, config.timeout_s)
+    left = len(ranks)
+    ready = False
+    try:
+        while left:
+            try:
+                rank, process = ended.get(timeout=TICK_S)
+            except queue.Empty:
+                if not ready and (folder / READY_FILE).exists():
+                    ready = True
+                    write_whole(folder / STATE_FILE, GroupState("running", restarts=restarts))
+                stall = hangs.look(sights.look())
+                if stall is not None:
+                    return _report(folder, stall, pids, restarts)
+                continue
+            if process.returncode:
+                return first_failure(folder, rank, process)
+            left -= 1
+    finally:
+        sights.close()
+    return None
+
+
+def _report(folder: Path, stall: Stall, pids: list[int], restarts: int) -> GroupFailure:
+    """Tell the client and the log of a group that hangs."""
+    write_whole(folder / STATE_FILE, GroupState("stalled", stall.why, restarts))
+    print(f"{stall.why}; the ranks' stacks:\n{collect_stacks(folder, pids)}", file=sys.stderr, flush=True)
+    return GroupFailure(stall.rank, "Hung", stall.why)
+
+
+def _clear(folder: Path, size: int) -> None:
+    """Take away what ranks that have gone left in the folder, so that the next ones do not take it for their own."""
+    of_ranks = [path(folder, rank) for rank in range(size) for path in (failure_file, stacks_file)]
+    for path in (folder / "store", folder / READY_FILE, *of_ranks):
+        path.unlink(missing_ok=True)
+
+
+def start_ranks(folder: Path, size: int, ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Start a process for each rank, and append it to `ranks` at once: those are to be ended whatever happens."""
+    for rank in range(size):
+        ranks.append(_start(folder, rank, size))
 
 
 def _start(folder: Path, rank: int, size: int) -> subprocess.Popen[bytes]:

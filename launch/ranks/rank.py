@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 from pathlib import Path
 
 import msgspec
 
+from ...engine.client.group_failure import READY_FILE
 from ...engine.config import EngineConfig
+from ...engine.execution.heartbeat import BEATS_FILE, Heartbeat
 from .failure import report_failure
+from .hang_watch import STACKS_SIGNAL, stacks_file
 from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_parent, exit_now, stop_on_signals
 from .rank_info import RankInfo, read_rank_info
 
@@ -31,6 +36,8 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
     def on_ready(engine: Engine) -> None:
         coordinator = engine.coordinator
         if coordinator is not None:
+            if rank_info.folder is not None:
+                (rank_info.folder / READY_FILE).touch()
 
             def stop(number: int) -> None:
                 stopped_by.append(number)
@@ -38,10 +45,11 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
 
             stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
 
+    heartbeat = _heartbeat(rank_info)
     binding = bind(config, rank_info)
     group = join(config, rank_info)
     try:
-        run_rank(config, group, address, binding, loading_progress(rank_info), on_ready, secret)
+        run_rank(config, group, address, binding, loading_progress(rank_info), on_ready, secret, heartbeat)
     except CollectiveError:
         # The signal reached the other ranks too, which left at once: losing them is no failure of rank 0.
         if not stopped_by:
@@ -49,6 +57,17 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
     else:
         group.close()
     return 128 + stopped_by[0] if stopped_by else 0
+
+
+def _heartbeat(rank_info: RankInfo) -> Heartbeat | None:
+    """Return what the supervisor of a group in a folder looks at, and write stacks there when it asks for them."""
+    folder = rank_info.folder
+    if folder is None:
+        return None
+    # Open for as long as the process: the handler writes to the descriptor, whatever the interpreter does meanwhile.
+    stacks = os.open(stacks_file(folder, rank_info.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)
+    return Heartbeat(folder / BEATS_FILE, rank_info.rank)
 
 
 def main() -> None:

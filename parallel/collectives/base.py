@@ -60,6 +60,11 @@ class Collectives(ABC):
         """
         return None
 
+    @property
+    def segment(self) -> int | None:
+        """The file descriptor of memory in which each rank counts its operations; None if there is none."""
+        return None
+
     @abstractmethod
     def gather(self, x: torch.Tensor, dst: int = 0) -> list[torch.Tensor] | None:
         """Every rank's `x`, in rank order, on rank `dst`; None on the others."""

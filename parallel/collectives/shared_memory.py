@@ -62,10 +62,11 @@ class SharedMemoryCollectives(Collectives):
     One thread at a time may call. When a rank dies the others' operations raise CollectiveError naming it.
     """
 
-    def __init__(self, native: Any, rank: int, size: int) -> None:
+    def __init__(self, native: Any, rank: int, size: int, segment: int | None = None) -> None:
         self._native = native
         self.rank = rank
         self.size = size
+        self._segment = segment
 
     @classmethod
     def connect(cls, host: Collectives, timeout_s: float) -> SharedMemoryCollectives:
@@ -76,10 +77,19 @@ class SharedMemoryCollectives(Collectives):
         rank = host.rank
         size = host.size
 
-        def attach(fd: int, spin: int) -> Any:
-            return _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, spin)
+        def attach(fd: int, spin: int) -> SharedMemoryCollectives:
+            native = _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, spin)
+            return cls(native, rank, size, fd)
 
-        return cls(_connect(host, lambda: _native.Collectives.part_ends(size, _SLOT), attach), rank, size)
+        return _connect(host, lambda: _native.Collectives.part_ends(size, _SLOT), attach)
+
+    @property
+    def segment(self) -> int | None:
+        """The file descriptor of the segment: at FLAGS_AT in it are the ranks' flags (engine/execution/heartbeat.py).
+
+        Good until close().
+        """
+        return self._segment
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,9 @@ class PoolConfig:
     stall_timeout_s: float = 60.0
     """Seconds without a finished step, although there is work, after which an engine counts as not ready; above the
     longest step."""
+    restart_wait_s: float = 60.0
+    """With one engine elsewhere: seconds for which requests wait, once it is silent, for another to answer at its
+    address, where they go on. After that they fail."""
     affinity_slack: float = 0.25
     """With several engines: how much fuller an engine that has a request's beginning may be than the emptiest one, as a
     share of the requests that it computes at once."""

@@ -37,6 +37,7 @@ class PooledEngine:
 
         self._config = config
         self._client: Client | None = None
+        self._outlook: Callable[[], str] = str
         self._why_stopped: str | None = None
         self._unfit: str | None = None
         self._answered_at = 0.0
@@ -69,6 +70,8 @@ class PooledEngine:
             return why
         if self.status is None or self.info is None:
             return f"engine {self.name} is loading"
+        if outlook := self._outlook():
+            return f"engine {self.name}: {outlook}"
         silent = time.monotonic() - self._answered_at
         if silent > self._config.answer_timeout_s + self._config.poll_interval_s:
             return f"engine {self.name} has not answered for {silent:.0f} s"
@@ -82,9 +85,15 @@ class PooledEngine:
         rows = self.status.max_num_seqs if self.status is not None else 1
         return (self.open_requests + self._others) / max(1, rows)
 
-    def start(self, client: Client, on_change: Callable[[PooledEngine], None]) -> None:
-        """Begin to watch the engine at the other end of `client`; `on_change` hears of it when its phase changes."""
+    def start(
+        self, client: Client, on_change: Callable[[PooledEngine], None], outlook: Callable[[], str] = str
+    ) -> None:
+        """Begin to watch the engine at the other end of `client`; `on_change` hears of it when its phase changes.
+
+        `outlook` says what its supervisor, if it has one, knows of its trouble; nothing while all is well.
+        """
         self._client = client
+        self._outlook = outlook
         self._polling = asyncio.get_running_loop().create_task(self._poll(on_change), name=f"poll {self.name}")
 
     def fail(self, error: PhalanxError) -> None:

@@ -1,8 +1,8 @@
 """The pool of engines behind one gateway: sends each request to one of them, and says how they are.
 
 Requests go to the emptiest engine, but those whose prompts begin alike to the same one, whose prefix cache has the
-beginning, while it is not much fuller than the emptiest. A request whose engine stops, or has no room, before anything
-of its answer was delivered goes to another engine.
+beginning, while it is not much fuller than the emptiest. A request whose engine stops, or has no room, goes to another
+engine, and on there after what was delivered of its answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from ...engine.client.client import Client
+from ...engine.client.resume.delivered import Delivered
 from ...engine.errors import CapacityExceeded, EngineStopped, InvalidRequest, PhalanxError, prompt_too_long
-from ...engine.protocol.messages import Accepted, Event, Failed, Finished, ModelInfo, Status, Submit
+from ...engine.protocol.messages import Event, Failed, Finished, ModelInfo, Status, Submit
 from ..gateway.engine_pool import OnEvent, PoolState, Question
 from ..gateway.metrics import EngineSample, GatewayMetrics, RequestMetrics
 from .config import PoolConfig
@@ -226,8 +227,7 @@ class PoolTicket:
         self._tried: tuple[PooledEngine, ...] = ()
         self._client: Client | None = None
         self._metrics: RequestMetrics | None = None
-        self._accepted = False
-        self._delivered = False  # anything of the answer
+        self._delivered = Delivered(submit)
         self._aborted = False
 
     def send(self, engine: PooledEngine) -> None:
@@ -237,6 +237,7 @@ class PoolTicket:
             # Megabytes would be sent, and read beside the engine's steps, only to be refused.
             raise prompt_too_long(len(token_ids), info.max_model_len)
 
+        submit = self._delivered.resubmit(self._submit.id) if self._tried else self._submit
         self._tried = (*self._tried, engine)
         self._client = client = engine.client
         self._metrics = metrics = self._pool.metrics.request(engine.label, self._submit)
@@ -244,15 +245,11 @@ class PoolTicket:
         def on_event(event: Event) -> None:
             metrics.on_event(event)
             # What may still go to another engine is not handed on yet.
-            if isinstance(event, Failed) and not self._delivered and event.error in _MOVABLE:
+            if isinstance(event, Failed) and event.error in _MOVABLE:
                 self._pool.soon(self, engine, event)
                 return
-            if isinstance(event, Accepted):
-                if self._accepted:  # by an engine before this one
-                    return
-                self._accepted = True
-            else:
-                self._delivered = True
+            if not self._delivered.add(event):  # that it was accepted, by an engine before this one
+                return
             last = isinstance(event, Finished | Failed)
             try:
                 self._on_event(event)
@@ -266,7 +263,7 @@ class PoolTicket:
         engine.open_requests += 1
         engine.sent += 1
         try:
-            client.submit(self._submit, on_event, quick=True)
+            client.submit(submit, on_event, quick=True)
         except PhalanxError:
             engine.open_requests -= 1
             raise
@@ -281,7 +278,7 @@ class PoolTicket:
         """Take in its last event from an engine, on the event loop."""
         failed = event if isinstance(event, Failed) else None
         self._pool.ended(engine, failed)
-        if failed is None or self._delivered:
+        if failed is None or failed.error not in _MOVABLE:
             return
         if not self._aborted:
             try:
@@ -291,7 +288,6 @@ class PoolTicket:
             else:
                 _log.info("request %s goes on at %s: %s", self._submit.id, self._tried[-1].name, failed.message)
                 return
-        self._delivered = True
         self._on_event(failed)
 
 

@@ -62,7 +62,7 @@ def test_a_server_with_its_own_ranks_answers_as_the_engine_does(tiny: Path, rank
 
 @pytest.mark.slow
 def test_the_gateway_outlives_its_ranks_and_says_which_failed(tiny: Path) -> None:
-    with running("serve", f"model={tiny}", "ranks=2", *SETTINGS) as server:
+    with running("serve", f"model={tiny}", "ranks=2", "max_restarts=0", *SETTINGS) as server:
         url = server.url
         os.kill(rank_processes(server.process.pid)[1].pid, signal.SIGKILL)
         for _ in range(400):

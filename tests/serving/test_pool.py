@@ -272,16 +272,35 @@ def test_a_request_that_waits_at_an_engine_that_stops_goes_on_at_another(engines
     asyncio.run(main())
 
 
-def test_a_request_whose_answer_has_begun_fails_with_its_engine(engines: list[FakeEngine]) -> None:
+def test_a_request_whose_answer_has_begun_goes_on_at_another_engine(engines: list[FakeEngine]) -> None:
     async def main() -> None:
-        engines[0].answer = engines[1].answer = endless
+        begun: list[Event] = [
+            Accepted(id="a", prompt_tokens=3, seed=1, max_tokens=2),
+            Delta("a", 0, "one", [1]),
+            Failed("a", EngineStopped.__name__, "rank 1 failed"),
+        ]
+        engines[0].answer = lambda submit: begun
         async with open_pool(*(engine.address for engine in engines)) as pool:
             caller = Caller(pool, "a")
+            events = [await caller.next() for _ in range(4)]
+            assert [type(event) for event in events] == [Accepted, Delta, Delta, Finished]
+            assert [event.token_ids for event in events if isinstance(event, Delta)] == [[1], [2]]
+            [resumed] = engines[1].requests
+            assert resumed.resume is not None
+            assert [each.token_ids for each in resumed.resume.completions] == [[1]]
+            assert resumed.sampling.seed == 1
+
+    asyncio.run(main())
+
+
+def test_a_request_that_no_other_engine_takes_fails_with_its_own(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        engines[0].answer = endless
+        async with open_pool(engines[0].address) as pool:
+            caller = Caller(pool, "a")
             await caller.next()
-            served = next(engine for engine in engines if engine.requests)
-            served.send(Failed("a", EngineStopped.__name__, "rank 1 failed"))
+            engines[0].send(Failed("a", EngineStopped.__name__, "rank 1 failed"))
             assert await caller.end() == Failed("a", EngineStopped.__name__, "rank 1 failed")
-            assert sum(len(engine.requests) for engine in engines) == 1
 
     asyncio.run(main())
 

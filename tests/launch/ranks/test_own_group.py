@@ -48,7 +48,7 @@ def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> No
 
 
 def test_a_killed_rank_stops_the_engine_and_is_named(tiny: Path) -> None:
-    with LLM(str(tiny), ranks=2, max_model_len=256) as llm:
+    with LLM(str(tiny), ranks=2, max_model_len=256, max_restarts=0) as llm:
         stream = llm.stream("on and on", sampling=SamplingParams(max_tokens=200, ignore_eos=True))
         next(stream)
         os.kill(_ranks()[1].pid, signal.SIGKILL)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,11 +35,11 @@ def start_generating(
     model: Path,
     launcher: tuple[str, ...],
     ranks: int | None,
-    first: Callable[[subprocess.Popen[str]], None] | None = None,
+    *options: str,
 ) -> subprocess.Popen[str]:
     """A generate that has begun to compute and would go on for long."""
     count = [] if ranks is None else [f"ranks={ranks}"]
-    process = start("generate", f"model={model}", *ENDLESS, *count, launcher=launcher)
+    process = start("generate", f"model={model}", *ENDLESS, *count, *options, launcher=launcher)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("generation_config"):  # the last line of the report: the engine is ready
@@ -102,7 +101,7 @@ def test_no_rank_outlives_a_supervisor_that_was_killed(tiny: Path) -> None:
 
 def test_a_killed_rank_ends_its_group_and_is_named(tiny: Path) -> None:
     with nothing_left_behind():
-        process = start_generating(tiny, ALONE, 2)
+        process = start_generating(tiny, ALONE, 2, "max_restarts=0")
         everyone = family(process.pid)
         rank_1 = next(each for each in everyone if each.environ().get("RANK") == "1")
         rank_1.kill()

@@ -1,0 +1,1 @@
+"""What keeps a client's requests alive while its engine is replaced."""
