@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import (
@@ -20,6 +21,7 @@ from ..protocol.messages import (
 )
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request, SequenceUpdate
+from .text.reasoning import ReasoningSplitter
 from .text.token_text import INCOMPLETE_BYTES, IncrementalDetokenizer
 from .tokenizer import Tokenizer
 
@@ -73,11 +75,13 @@ class StopStrings:
 class _CompletionState:
     detokenizer: IncrementalDetokenizer | None
     stops: StopStrings
+    splitter: ReasoningSplitter | None = None
+    """None where thinking is text like any other."""
     completion: Completion | None = None
     tokens: int = 0
     """Tokens that went out."""
     decoded: int = 0
-    """Characters that the detokenizer gave: those that went out, those in `ready`, and those that `stops` holds."""
+    """Characters that the detokenizer gave: those that went out, those in `ready`, and those that are held back."""
     sent: int = 0
     """Characters that went out."""
     ready: str = ""
@@ -86,6 +90,16 @@ class _CompletionState:
     """Tokens that wait for their text."""
     delivered: ResumedCompletion = field(default_factory=ResumedCompletion)
     """What the client has from an engine before this one: it is computed like the rest, and not sent again."""
+    text_sent: int = 0
+    reasoning_sent: int = 0
+    """Characters of either that went out, or that the client had before."""
+    reasoning_tokens: int = 0
+    """Tokens of thinking that went out."""
+
+    @property
+    def ends_within_thinking(self) -> bool:
+        """Whether thinking is all that it has said so far."""
+        return self.splitter is not None and self.splitter.ends_within_thinking(self.sent + len(self.ready))
 
 
 @dataclass(slots=True)
@@ -104,6 +118,7 @@ class _RequestState:
     completions: list[_CompletionState] = field(default_factory=list)
 
 
+Items = TypeVar("Items", str, list[int])
 Emit = Callable[[bytes, Event], None]
 StopFound = Callable[[str, int, str], None]
 
@@ -113,7 +128,8 @@ class OutputProcessor:
 
     A Delta's text is exactly that of its token ids: a token waits for the other tokens of an unfinished character, and
     while any of its text is held back for a stop string. The last Delta of a completion holds all that is left, cut at
-    the stop string.
+    the stop string. Where a request splits thinking off, its tags are no text, and stop strings are looked for in the
+    answer alone.
 
     `emit(client, event)` delivers; `stop_found(request_id, index, stop)` asks the scheduler to finish a sequence.
     """
@@ -126,13 +142,18 @@ class OutputProcessor:
         """Tell the client that its request was accepted, and expect updates for it. The scheduler has taken it on."""
         state = _RequestState(client, submit.id, submit)
         sampling = submit.sampling
+        tokenizer, phase = self._tokenizer, None
+        if tokenizer is not None and submit.split_reasoning:
+            phase = tokenizer.reasoning_phase(request.prompt, submit.continue_final_message)
         delivered = [ResumedCompletion()] * sampling.n if submit.resume is None else submit.resume.completions
         for each in delivered:
             decoder = None
-            if self._tokenizer is not None:
-                decoder = self._tokenizer.decoder(sampling.skip_special_tokens, request.prompt)
+            if tokenizer is not None:
+                splits = phase is not None
+                decoder = tokenizer.decoder(sampling.skip_special_tokens, request.prompt, shows_reasoning_tags=splits)
             stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-            state.completions.append(_CompletionState(decoder, stops, delivered=each))
+            splitter = None if tokenizer is None or phase is None else tokenizer.reasoning_splitter(phase)
+            state.completions.append(_CompletionState(decoder, stops, splitter, delivered=each))
 
         self._requests[request.id] = state
         first = request.sequences[0]
@@ -168,18 +189,17 @@ class OutputProcessor:
         entries: Sequence[TokenLogprobs | None] = update.logprobs or [None] * len(update.token_ids)
         for token, logprobs in zip(update.token_ids, entries, strict=True):
             too_early = completion.tokens + len(completion.held) + 1 < min_tokens
-            stop = self._take(completion, token, logprobs, request, too_early)
+            stop = self._take(state, completion, token, logprobs, request, too_early)
             if stop is not None:
                 break
 
         finished = update.finish_reason is not None
         if stop is None and finished:
             rest = completion.detokenizer.flush() if completion.detokenizer else ""
-            shown, stop = completion.stops.feed(rest, last=True)
-            completion.ready += shown
+            stop = self._pass_on(state, completion, rest, last=True)
 
         if stop is not None:
-            completion.completion = Completion(index, "stop", stop)
+            completion.completion = Completion(index, "stop", stop, thinking=completion.ends_within_thinking)
             if not finished:
                 self._stop_found(request.id, index, stop)
         elif finished:
@@ -188,7 +208,8 @@ class OutputProcessor:
             if named is not None and sampling.include_stop_str_in_output:
                 completion.ready += named
             reason = update.stop_reason if named is None else named
-            completion.completion = Completion(index, str(update.finish_reason), reason)
+            thinking = completion.ends_within_thinking
+            completion.completion = Completion(index, str(update.finish_reason), reason, thinking)
         self._send_ready(state, completion, index)
 
     def _named_stop(self, sampling: SamplingParams, stop_reason: str | int | None) -> str | None:
@@ -199,6 +220,7 @@ class OutputProcessor:
 
     def _take(
         self,
+        state: _RequestState,
         completion: _CompletionState,
         token: int,
         logprobs: TokenLogprobs | None,
@@ -227,7 +249,25 @@ class OutputProcessor:
                 break
             completion.held[place].end = completion.decoded
 
-        shown, stop = completion.stops.feed(text, too_early=too_early)
+        return self._pass_on(state, completion, text, token, too_early)
+
+    def _pass_on(
+        self,
+        state: _RequestState,
+        completion: _CompletionState,
+        text: str,
+        token: int | None = None,
+        too_early: bool = False,
+        last: bool = False,
+    ) -> str | None:
+        """Add to the text that may go out. Returns the stop string that was reached."""
+        if completion.splitter is not None:
+            thinking, text = completion.splitter.feed(text, token, last)
+            if state.submit.stop_in_reasoning:
+                text = thinking + text
+            else:
+                completion.ready += thinking
+        shown, stop = completion.stops.feed(text, last, too_early)
         completion.ready += shown
         return stop
 
@@ -235,13 +275,16 @@ class OutputProcessor:
         """Send the tokens whose text is whole and may be shown; at the end all that is left."""
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        splitter = completion.splitter
         shown = completion.sent + len(completion.ready)
         end = completion.sent
         while completion.held:
             held = completion.held[0]
-            if completion.completion is None:
-                if held.end is None or held.end > shown:
-                    break
+            if completion.completion is None and (held.end is None or held.end > shown):
+                break
+            if splitter is not None:
+                completion.reasoning_tokens += splitter.is_thinking(end)
+            if held.end is not None:
                 end = held.end
             token_ids.append(held.token_id)
             if held.logprobs is not None:
@@ -250,15 +293,24 @@ class OutputProcessor:
 
         size = len(completion.ready) if completion.completion is not None else end - completion.sent
         text, completion.ready = completion.ready[:size], completion.ready[size:]
+        reasoning = ""
+        if splitter is not None:
+            reasoning, text = splitter.split(text, completion.sent)
         completion.sent += size
         position = completion.tokens
         completion.tokens += len(token_ids)
+
         # The client of a resumed request has the beginning, and its log-probabilities.
-        token_ids = token_ids[max(0, len(completion.delivered.token_ids) - position) :]
-        text = text[max(0, completion.delivered.characters - completion.sent + size) :]
-        if token_ids or text:
-            position = completion.tokens - len(token_ids)
-            self._emit(state.client, Delta(state.id, index, text, token_ids, logprobs or None, position))
+        delivered = completion.delivered
+        new_ids = _after(token_ids, position, len(delivered.token_ids))
+        new_text = _after(text, completion.text_sent, delivered.characters)
+        new_reasoning = _after(reasoning, completion.reasoning_sent, delivered.reasoning_characters)
+        completion.text_sent += len(text)
+        completion.reasoning_sent += len(reasoning)
+        if new_ids or new_text or new_reasoning:
+            position = completion.tokens - len(new_ids)
+            delta = Delta(state.id, index, new_text, new_ids, logprobs or None, position, new_reasoning)
+            self._emit(state.client, delta)
 
     def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
         if logprobs is None or self._tokenizer is None:
@@ -276,16 +328,25 @@ class OutputProcessor:
 
     def _finished(self, state: _RequestState, request: Request) -> Finished:
         completions = [
-            completion.completion or Completion(index, "abort") for index, completion in enumerate(state.completions)
+            completion.completion or Completion(index, "abort", thinking=completion.ends_within_thinking)
+            for index, completion in enumerate(state.completions)
         ]
         usage = Usage(
-            len(request.prompt), sum(completion.tokens for completion in state.completions), request.cached_tokens
+            len(request.prompt),
+            sum(completion.tokens for completion in state.completions),
+            request.cached_tokens,
+            sum(completion.reasoning_tokens for completion in state.completions),
         )
         prompt_logprobs = request.prompt_logprobs
         if prompt_logprobs is not None:
             prompt_logprobs = [self._with_bytes(entry) or entry for entry in prompt_logprobs]
         prompt = request.prompt if state.submit.return_prompt_token_ids else None
         return Finished(state.id, completions, usage, timings(request), prompt, prompt_logprobs)
+
+
+def _after(items: Items, before: int, seen: int) -> Items:
+    """What of a text, or of tokens, a client has not seen: `before` were there already, and it has the first `seen`."""
+    return items[max(0, seen - before) :]
 
 
 def timings(request: Request) -> Timings:

@@ -219,7 +219,7 @@ def _size(event: Event) -> int:
     """About the bytes of memory that an event takes."""
     if not isinstance(event, Delta):
         return _EVENT_BYTES
-    size = _EVENT_BYTES + len(event.text) + 8 * len(event.token_ids)
+    size = _EVENT_BYTES + len(event.text) + len(event.reasoning) + 8 * len(event.token_ids)
     if event.logprobs:
         size += sum(160 + 96 * len(entry.top_token_ids) for entry in event.logprobs)
     return size
@@ -251,4 +251,5 @@ def _join(deltas: list[Delta]) -> Delta:
     if any(delta.logprobs is not None for delta in deltas):
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
     text = "".join(delta.text for delta in deltas)
-    return Delta(first.id, first.index, text, token_ids, logprobs, first.position)
+    reasoning = "".join(delta.reasoning for delta in deltas)
+    return Delta(first.id, first.index, text, token_ids, logprobs, first.position, reasoning)
