@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from phalanx.parallel.collectives import shared_memory
 from phalanx.tests.parallel.collectives import shared_memory_programs as programs
-from phalanx.tests.ranks import _enter, free_port
+from phalanx.tests.ranks import rank_processes, start_ranks
 
 RunRanks = Callable[..., list[Any]]
 
@@ -25,14 +24,8 @@ pytestmark = pytest.mark.skipif(shared_memory.unavailable() is not None, reason=
 @contextmanager
 def _started(size: int, program: Callable[..., None], *args: Any) -> Iterator[list[BaseProcess]]:
     """Ranks that will not end in order, so that nobody waits for their results."""
-    context = multiprocessing.get_context("spawn")
-    port, results = free_port(), context.Queue()
-    processes: list[BaseProcess] = [
-        context.Process(target=_enter, args=(rank, size, port, results, program, args), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
+    with rank_processes() as context:
+        processes, _ = start_ranks(context, size, program, *args)
     try:
         yield processes
     finally:
