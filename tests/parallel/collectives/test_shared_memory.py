@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from phalanx.parallel.collectives import shared_memory
+from phalanx.tests.parallel.collectives import programs as rank_programs
 from phalanx.tests.parallel.collectives import shared_memory_programs as programs
 from phalanx.tests.ranks import rank_processes, start_ranks
 
@@ -107,6 +108,13 @@ def test_each_rank_allocates_what_it_writes_to_and_together_they_have_it_all(run
 def test_ranks_that_are_bound_to_cpus_of_their_own_count_them_all(run_ranks: RunRanks) -> None:
     allowed = len(os.sched_getaffinity(0))
     assert run_ranks(2, programs.count_cores) == [[allowed, 1, min(2, allowed)]] * 2
+
+
+def test_the_rank_that_the_others_wait_for_has_waited_least(run_ranks: RunRanks) -> None:
+    for before, after in run_ranks(3, rank_programs.wait_for_a_late_rank, 1):
+        assert before == [0.0] * 3
+        assert min(after) == after[1]
+        assert min(after[0], after[2]) >= 0.25
 
 
 def test_every_rank_hears_every_ranks_text(run_ranks: RunRanks) -> None:
