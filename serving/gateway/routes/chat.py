@@ -12,7 +12,7 @@ from ..http.exchange import Exchange
 from ..http.sse import TextEvent
 from ..http.sse import event as sse_event
 from ..schemas.chat import ChatRequest, check_chat, template_messages
-from ..schemas.fields import check_store, check_stream, timeout_of, to_sampling
+from ..schemas.fields import check_store, check_stream, kept_tokens, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_CHAT
 from ..schemas.responses import (
     AnswerMessage,
@@ -75,6 +75,7 @@ def to_submit(
         messages=messages,
         tools=request.tools,
         chat_template_kwargs=request.chat_template_kwargs,
+        truncate_prompt_tokens=kept_tokens(request.truncate_prompt_tokens, info, sampling.max_tokens or 1),
         add_generation_prompt=not continues if generation_prompt is None else generation_prompt,
         continue_final_message=continues,
         sampling=sampling,
