@@ -12,7 +12,7 @@ setup: $(READY) $(DEMO_MODEL)/model.safetensors
 $(READY): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[gguf,serve,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[gguf,serve,otel,dev]"
 	touch $(READY)
 
 $(DEMO_MODEL)/model.safetensors: | $(READY)

@@ -35,6 +35,7 @@ PACKAGES = [
     "phalanx.serving.gateway",
     "phalanx.serving.gateway.generation",
     "phalanx.serving.gateway.http",
+    "phalanx.serving.gateway.page",
     "phalanx.serving.gateway.routes",
     "phalanx.serving.gateway.schemas",
     "phalanx.launch",
@@ -93,7 +94,7 @@ setup(
     package_dir={"phalanx": "."},
     packages=PACKAGES,
     ext_modules=extensions(),
-    package_data={"phalanx.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"phalanx.configs": ["*.yaml", "*/*.yaml"], "phalanx.serving.gateway.page": ["*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=4.51",
@@ -115,6 +116,10 @@ setup(
             "uvloop>=0.19",
             "httptools>=0.6",
             "prometheus-client>=0.20",
+        ],
+        "otel": [
+            "opentelemetry-sdk>=1.30",
+            "opentelemetry-exporter-otlp-proto-http>=1.30",
         ],
         "dev": [
             "pytest>=8",

@@ -151,6 +151,7 @@ class Engine:
             transport=transport,
             info=info,
             heartbeat_s=config.timeout_s / 4,
+            rank_waits=lambda: self.group.collectives.waited_s,
         )
 
     def _surprises(self, spec: ModelSpec) -> list[str]:

@@ -128,8 +128,9 @@ class Server:
         settings = self._settings
         self._loop = asyncio.get_running_loop()
         pool = Engines(settings.pool, settings.gateway.served_model_names)
+        app = make_app(pool, settings)
         http = make_server(
-            make_app(pool, settings),
+            app,
             settings.gateway,
             backlog=settings.server.backlog,
             timeout_graceful_shutdown=GRACE_S,
@@ -154,6 +155,7 @@ class Server:
             http.should_exit = True
             await serving
             stopped.cancel()
+            await asyncio.to_thread(app.state.gateway.close)
 
     async def _drain(self, pool: Engines) -> None:
         timeout_s = self._settings.server.drain_timeout_s

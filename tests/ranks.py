@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 TIMEOUT_S = 300
+PRELOADED = ["pytest", "torch.distributed", "phalanx.tests.engine.programs"]
+"""What most ranks import, which takes seconds: they are forked from one process that has done so and nothing else."""
+
+
+@contextlib.contextmanager
+def rank_processes() -> Iterator[Any]:
+    """The multiprocessing context to start ranks from, within the block: each is a process as new as a spawned one."""
+    # A process that is forked cannot use CUDA if anything that was imported has looked for it.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    saved = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
+        yield context
+    finally:
+        if saved is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = saved
 
 
 def free_port() -> int:
@@ -25,21 +48,8 @@ def run_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]
     `function` must live in an importable module (phalanx.tests....). Returns the results in rank order; the first
     failure is raised with its rank and traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    port = free_port()
-    saved = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    processes = [
-        context.Process(target=_enter, args=(rank, count, port, results, function, args), daemon=True)
-        for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
-    if saved is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = saved
+    with rank_processes() as context:
+        processes, results = start_ranks(context, count, function, *args)
     collected: dict[int, Any] = {}
     try:
         while len(collected) < count:
@@ -57,11 +67,31 @@ def run_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]
     return [collected[rank] for rank in range(count)]
 
 
-def _enter(rank: int, count: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def start_ranks(context: Any, count: int, function: Callable[..., Any], *args: Any) -> tuple[list[Any], Any]:
+    """Start the processes. Returns them, and a queue that each puts (rank, its failure or None, its result) into."""
+    results = context.Queue()
+    given = (free_port(), dict(os.environ), results, function, args)
+    processes = [context.Process(target=_enter, args=(rank, count, *given), daemon=True) for rank in range(count)]
+    for process in processes:
+        process.start()
+    return processes, results
+
+
+def _enter(
+    rank: int,
+    count: int,
+    port: int,
+    environment: dict[str, str],
+    results: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     try:
-        import torch
         import torch.distributed as dist
 
+        # What it was forked from has the environment of the first test.
+        os.environ.clear()
+        os.environ.update(environment)
         torch.set_num_threads(1)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=count)

@@ -55,15 +55,20 @@ class Coordinator:
         transport: Transport,
         info: ModelInfo,
         heartbeat_s: float,
+        rank_waits: Callable[[], list[float]] = list,
     ) -> None:
-        """`info` is told to clients that ask; idle ranks hear something every `heartbeat_s` seconds."""
+        """`info` is told to clients that ask; idle ranks hear something every `heartbeat_s` seconds.
+
+        `rank_waits` tells the seconds that each rank has waited for others; any thread calls it.
+        """
         self._worker = worker
         self._scheduler = scheduler
         self._control = control
         self._transport = transport
         self._info = info
         self._heartbeat_s = heartbeat_s
-        self._progress = Progress(scheduler, info, list(worker.capacity.peak_memory), heartbeat=worker.heartbeat)
+        peak_memory = list(worker.capacity.peak_memory)
+        self._progress = Progress(scheduler, info, peak_memory, heartbeat=worker.heartbeat, rank_waits=rank_waits)
 
         self._registry = RequestRegistry()
         self._egress = Egress(transport, tokenizer, self._registry, self)

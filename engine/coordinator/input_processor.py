@@ -23,7 +23,7 @@ from .tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 TOKENIZE_LIMIT = 1 << 20
-"""Tokens of a text that is only to be tokenized, about as many at most."""
+"""Tokens of a text that is only to be tokenized, or of which only the end is kept, about as many at most."""
 INHERITED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -81,6 +81,8 @@ class InputProcessor:
 
         What is checked before it is encoded takes no time and no memory.
         """
+        if submit.truncate_prompt_tokens is not None:
+            return
         longest = None if self._tokenizer is None else self._tokenizer.longest_token_bytes
         if longest is None or submit.token_ids is not None or size <= self._max_model_len * longest:
             return
@@ -192,8 +194,13 @@ class InputProcessor:
         return frozenset(token for token in found if token is not None and token < self._spec.vocab_size)
 
     def _encode(self, prompt: Prompt, limit: int) -> tuple[str | None, list[int]]:
-        """The text of a prompt, None for token ids, and its token ids."""
+        """The text of a prompt, None for token ids, and its token ids: those that are kept of it."""
         given = _given(prompt)
+        kept = prompt.truncate_prompt_tokens
+        if kept is not None:
+            if kept < 1:
+                raise InvalidRequest(f"truncate_prompt_tokens={kept} is out of range: it must be at least 1")
+            limit = TOKENIZE_LIMIT
         text: str | None = None
         if prompt.token_ids is not None:
             tokens = list(prompt.token_ids)
@@ -206,7 +213,7 @@ class InputProcessor:
             text, tokens = self._tokenizer.encode_conversation(prompt, limit) if prompt.messages else ("", [])
 
         self._check_tokens(given, tokens)
-        return text, tokens
+        return text, tokens if kept is None else tokens[-kept:]
 
     def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """The token ids of each bad word, without and with a space before it."""

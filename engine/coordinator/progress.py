@@ -36,12 +36,15 @@ class Progress:
         peak_memory: list[int],
         clock: Callable[[], float] = time.monotonic,
         heartbeat: Heartbeat | None = None,
+        rank_waits: Callable[[], list[float]] = list,
     ) -> None:
+        """`rank_waits` tells the seconds that each rank has waited for others; it is asked when somebody asks."""
         self._heartbeat = heartbeat or Heartbeat()
         self._scheduler = scheduler
         self._info = info
         self._peak_memory = peak_memory
         self._clock = clock
+        self._rank_waits = rank_waits
 
         self._prompt_lengths: dict[int, int] = {}  # by slot
         self._prompt_tokens = 0
@@ -57,15 +60,19 @@ class Progress:
         """The engine as it was after the latest step."""
         latest, went_on_at = self._latest, self._went_on_at
         stalled_s = 0.0 if self._resting else max(0.0, self._clock() - went_on_at)
-        return msgspec.structs.replace(latest, stalled_s=stalled_s)
+        return msgspec.structs.replace(latest, stalled_s=stalled_s, rank_wait_seconds=self._rank_waits())
 
     # ---- the step loop
 
-    def went_on(self) -> Status:
+    def went_on(self) -> None:
         """Note that the loop lives, and publish what it has done."""
         self._latest = self._status()
         self._went_on_at = self._clock()
-        return self._latest
+
+    def answer(self) -> Status:
+        """The engine at this moment."""
+        self.went_on()
+        return msgspec.structs.replace(self._latest, rank_wait_seconds=self._rank_waits())
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -169,7 +176,7 @@ class StatusAnswers:
             if not self._asked:
                 self._forget_timer()
         if client is not None:
-            self._send(client, self._progress.went_on())
+            self._send(client, self._progress.answer())
 
     def _answer_all(self) -> None:
         with self._lock:

@@ -19,6 +19,8 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int] | None = None
     add_special_tokens: bool = True
     """With `prompt`: whether the tokenizer adds the special tokens that it adds by itself."""
+    truncate_prompt_tokens: int | None = None
+    """How many tokens at the end of what was encoded are kept, at least 1; None keeps all."""
 
     # What the chat template gets beside `messages`.
     tools: list[dict[str, object]] | None = None
@@ -265,6 +267,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """Seconds that the step loop has spent since the start in each of its phases: schedule, launch, wait, commit."""
     peak_memory: list[int]
     """Bytes, for each rank, when the engine became ready."""
+    rank_wait_seconds: list[float] = []
+    """Seconds, for each rank, that it has waited for the others in sums and gathers since the start; the one that the
+    others wait for has least. Empty where it is not measured, as on GPUs."""
     report: list[str]
     """What was chosen at the start, in words: dtype, backends, threads, KV tokens, generation_config defaults."""
 

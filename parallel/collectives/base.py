@@ -77,6 +77,14 @@ class Collectives(ABC):
     def barrier(self) -> None:
         """Return once every rank is here."""
 
+    @property
+    def waited_s(self) -> list[float]:
+        """Seconds that each rank has waited for others in these operations; empty where nobody measures it.
+
+        Any thread may read it. The rank that the others wait for has waited least.
+        """
+        return []
+
     def warmup(self, sizes: Sequence[int]) -> None:
         """Run all_reduce once for messages of these many elements, so that the first step pays for no set-up."""
         for size in sizes:

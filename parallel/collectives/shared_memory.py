@@ -157,6 +157,11 @@ class SharedMemoryCollectives(Collectives):
         """Return once every rank is here."""
         self._native.barrier()
 
+    @property
+    def waited_s(self) -> list[float]:
+        """As Collectives.waited_s, of each rank up to the last operation that it has entered."""
+        return [float(seconds) for seconds in self._native.waited()]
+
     def close(self) -> None:
         """Leave the group: the others' operations that still need this rank raise. Closing again does nothing."""
         self._native.close()

@@ -20,6 +20,7 @@ from .gateway import Gateway
 from .http.errors import ApiError, from_engine, internal
 from .http.exchange import ClientGone, Exchange, Receive, Scope, Send
 from .openapi import openapi_document
+from .page import page
 from .routes.table import OPERATIONS, Handler, Operation
 from .schemas.chat import ChatRequest
 from .schemas.completions import CompletionRequest
@@ -49,9 +50,12 @@ def create_app(
         )
         for operation in OPERATIONS
     ]
-    document = Route("/openapi.json", Endpoint(gateway, _openapi), methods=["GET"])
+    others = [
+        Route("/", Endpoint(gateway, page), methods=["GET"]),
+        Route("/openapi.json", Endpoint(gateway, _openapi), methods=["GET"]),
+    ]
     app = Starlette(
-        routes=[*own, document, *routes],
+        routes=[*own, *others, *routes],
         middleware=list(middleware),
         exception_handlers={HTTPException: _RoutingError(gateway.config)},
     )

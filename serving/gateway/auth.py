@@ -24,6 +24,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PREFIX = "/health"
+STATUS_PAGE = "/"
+"""It holds nothing of the server's: what it shows it asks for, with the key that is typed into it."""
 ADMIN_PREFIX = "/admin"
 TENANT_SALT = "cache_salt"
 """Under this name in a scope's "state" is the salt of a request's tenant, if tenants are isolated."""
@@ -36,7 +38,7 @@ class AuthConfig:
     """Who may send requests."""
 
     api_key: str | None = field(default=None, repr=False)
-    """A key that every route but /health* then needs, as "Authorization: Bearer KEY" or "x-api-key: KEY"; the
+    """A key that every route but / and /health* then needs, as "Authorization: Bearer KEY" or "x-api-key: KEY"; the
     environment variable PHALANX_API_KEY sets it too. Prefer it, or api_keys_file: a command line is seen by others."""
     api_keys_file: str | None = None
     """A file with more keys, one on each line; chmod 600. Lines that begin with # are left out."""
@@ -131,7 +133,7 @@ class Auth:
             found = self._admin.find(_given_key(scope))
             return None if found is not None else _unauthorized("this route needs the server's admin key")
 
-        if not self._keys or _is_under(path, OPEN_PREFIX):
+        if not self._keys or path == STATUS_PAGE or _is_under(path, OPEN_PREFIX):
             return None
         found = self._keys.find(_given_key(scope))
         if found is None:

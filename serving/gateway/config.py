@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 
@@ -72,6 +73,9 @@ class GatewayConfig:
     reasoning: str = "auto"
     """Whether thinking is split from answers of chats: auto (if the chat template knows of it), think or none, with
     which it is text."""
+    otlp_endpoint: str | None = None
+    """Where OpenTelemetry spans go, one for each request, by OTLP over HTTP: a collector's address such as
+    http://127.0.0.1:4318. It needs the extra otel; null sends none."""
 
     def __post_init__(self) -> None:
         for name, values in (("tool_syntax", TOOL_SYNTAXES), ("reasoning", REASONING_MODES)):
@@ -95,6 +99,10 @@ class GatewayConfig:
             raise ConfigError(
                 f"max_open_body_bytes={self.max_open_body_bytes} is below max_body_bytes={self.max_body_bytes}: raise "
                 f"it, or lower that"
+            )
+        if self.otlp_endpoint is not None and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.otlp_endpoint):
+            raise ConfigError(
+                f"otlp_endpoint={self.otlp_endpoint!r} is no address: it must be http://HOST:PORT or https://HOST:PORT"
             )
         if len(set(self.served_model_names)) != len(self.served_model_names) or "" in self.served_model_names:
             raise ConfigError(f"served_model_names={self.served_model_names!r} must be non-empty and differ")

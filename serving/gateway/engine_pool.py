@@ -28,7 +28,14 @@ class Ticket(Protocol):
         """End the request early, from any thread, any number of times; its Finished still comes."""
 
 
-class EnginePool(Protocol):
+class Submits(Protocol):
+    """Where requests are sent."""
+
+    def submit(self, submit: Submit, on_event: OnEvent, *, affinity: bytes = b"") -> Ticket:
+        """As EnginePool.submit."""
+
+
+class EnginePool(Submits, Protocol):
     """One engine or several of the same model. Every method returns at once; all are called on the event loop."""
 
     @property

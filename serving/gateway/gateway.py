@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator
 
 from ...engine.protocol.messages import Event, ModelInfo
 from .config import GatewayConfig
-from .engine_pool import EnginePool, Question
+from .engine_pool import EnginePool, Question, Submits
 from .generation.admission import Admission
 from .generation.bridge import EventBridge
 from .generation.generation import Generation, Limits
 from .http.errors import ApiError, invalid, unavailable
 from .http.exchange import BodyBudget, Exchange
+from .tracing import Tracing
 
 _AFFINITY_CHARS = 2048
 
@@ -30,6 +31,7 @@ class Gateway:
         self.admission = Admission(config)
         self.bodies = BodyBudget(config.max_open_body_bytes)
         self.created = int(time.time())
+        self.tracing = None if config.otlp_endpoint is None else Tracing.to(config.otlp_endpoint)
         self._bridge: EventBridge | None = None
         # The engines' names of requests are the gateway's own: two callers may choose the same request_id.
         self._prefix, self._numbers = uuid.uuid4().hex[:12], itertools.count()
@@ -93,7 +95,7 @@ class Gateway:
             most = self.config.max_answer_bytes
             too_much = f"the answer takes more than {most} bytes (max_answer_bytes); set stream=true or ask for less"
         limits = Limits(most, too_much, timeout_s)
-        generation = Generation(self.pool, self._bridge, self.admission, limits, exchange.request_id)
+        generation = Generation(self._submits(exchange), self._bridge, self.admission, limits, exchange.request_id)
 
         watcher = asyncio.create_task(_watch(exchange, generation))
         try:
@@ -101,6 +103,18 @@ class Gateway:
         finally:
             watcher.cancel()
             generation.close()
+
+    def _submits(self, exchange: Exchange) -> Submits:
+        """Where the requests of an exchange are sent."""
+        if self.tracing is None:
+            return self.pool
+        model = next(iter(self.pool.models()), "")
+        return self.tracing.around(self.pool, exchange.scope["headers"], exchange.request_id, model)
+
+    def close(self) -> None:
+        """Send the spans that have not been sent yet, once every request has ended. May block for some seconds."""
+        if self.tracing is not None:
+            self.tracing.close()
 
 
 async def _watch(exchange: Exchange, generation: Generation) -> None:

@@ -281,9 +281,16 @@ def _from_status(name: str, statuses: list[tuple[str, Status]]) -> Iterator[Metr
     memory = GaugeMetricFamily(
         "phalanx:peak_memory_bytes", "Memory of a rank when the engine became ready.", labels=(*LABELS, "rank")
     )
+    waits = CounterMetricFamily(
+        "phalanx:rank_wait_seconds",
+        "Seconds that a rank has waited for the others in sums and gathers: the slowest rank has least.",
+        labels=(*LABELS, "rank"),
+    )
     for engine, status in statuses:
         for phase, seconds in status.phase_seconds.items():
             phases.add_metric((name, engine, phase), seconds)
         for rank, size in enumerate(status.peak_memory):
             memory.add_metric((name, engine, str(rank)), size)
-    yield from (phases, memory)
+        for rank, seconds in enumerate(status.rank_wait_seconds):
+            waits.add_metric((name, engine, str(rank)), seconds)
+    yield from (phases, memory, waits)

@@ -27,7 +27,7 @@ async def _show(request: Request) -> Response:
 
 
 def make_app(**config: Any) -> App:
-    paths = ("/health", "/health/live", "/healthy", "/metrics", "/v1/models", "/admin/engines", "/administration")
+    paths = ("/", "/health", "/health/live", "/healthy", "/metrics", "/v1/models", "/admin/engines", "/administration")
     return Auth(Starlette(routes=[Route(path, _show, methods=["GET", "POST"]) for path in paths]), AuthConfig(**config))
 
 
@@ -53,7 +53,7 @@ def test_without_keys_everything_but_admin_routes_is_open() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/healthy", "/nowhere"])
-def test_with_keys_every_route_but_health_needs_one(path: str) -> None:
+def test_with_keys_every_route_but_health_and_the_status_page_needs_one(path: str) -> None:
     app = make_app(api_key=KEY)
     for headers in ({}, {"authorization": bearer(OTHER)}, {"authorization": KEY}, {"x-api-key": ""}):
         refused = get(app, path, **headers)
@@ -64,7 +64,8 @@ def test_with_keys_every_route_but_health_needs_one(path: str) -> None:
         assert KEY not in refused.text
     for headers in ({"authorization": bearer(KEY)}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY}):
         assert get(app, path, **headers).status_code in (200, 404)
-    assert get(app, "/health/live").status_code == get(app, "/health").status_code == 200
+    for open_path in ("/health/live", "/health", "/"):
+        assert get(app, open_path).status_code == 200
 
 
 def test_admin_routes_need_the_admin_key_which_opens_nothing_else() -> None:

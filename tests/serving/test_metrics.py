@@ -36,6 +36,7 @@ def test_what_an_engine_says_of_itself_is_under_vllms_names() -> None:
     one = status(
         running=3, waiting=4, preemptions=5, prefix_queries=20, prefix_hits=8, prompt_tokens=12, generation_tokens=30,
         steps=9, stalled_s=0.5, waiting_tokens=77, phase_seconds={"schedule": 1.5, "wait": 2.5},
+        rank_wait_seconds=[0.25, 4.0],
     )  # fmt: skip
     metrics = _metrics(one, None)
     metrics.refused = lambda: 5
@@ -55,6 +56,7 @@ def test_what_an_engine_says_of_itself_is_under_vllms_names() -> None:
     assert list(found["vllm:cache_config_info"].values()) == [1]
     assert found["phalanx:step_phase_seconds_total"] == {("0", "schedule"): 1.5, ("0", "wait"): 2.5}
     assert found["phalanx:peak_memory_bytes"] == {("0", "0"): 1000, ("0", "1"): 2000}
+    assert found["phalanx:rank_wait_seconds_total"] == {("0", "0"): 0.25, ("0", "1"): 4.0}
     assert found["phalanx:stalled_seconds"] == {zero: 0.5}
     assert found["phalanx:engine_phase"]["1", "ready"] == 1
     assert found["phalanx:engine_phase"]["1", "stopped"] == 0

@@ -93,6 +93,8 @@ class ChatTemplate:
             if name in (variables or {}):
                 raise InvalidRequest(f"chat_template_kwargs holds {name!r}, which it may not set")
         marks = Marks.unused_in(_texts([messages, tools, variables]))
+        for index, message in enumerate(messages):
+            _check_content(message, f"messages[{index}]")
         chat = _with_reasoning([_without_nulls(message) for message in self._mark(messages, marks, False)])
         if continue_final_message:
             _tag_last(chat)
@@ -106,10 +108,22 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            text = self._sandbox.render(self._source, given)
+            text = self._render(given, chat)
         except RenderError as error:
             raise InvalidRequest(f"the chat template refused the messages: {error}") from error
         return self._collect(_cut_at_tag(text) if continue_final_message else text, marks)
+
+    def _render(self, given: dict[str, Any], chat: list[Message]) -> str:
+        try:
+            return self._sandbox.render(self._source, given)
+        except RenderError:
+            # A template that needs a text of every message has none of an answer that only calls tools.
+            without = [message for message in chat if message.get("role") == "assistant" and "content" not in message]
+            if not without:
+                raise
+        for message in without:
+            message["content"] = ""
+        return self._sandbox.render(self._source, given)
 
     def _mark(self, value: Any, marks: Marks, users_keys: bool) -> Any:
         """A copy in which special tokens are marked, within values and within keys that users choose."""
@@ -161,9 +175,20 @@ def _texts(value: Any) -> Iterator[str]:
             pending += item
 
 
-def _without_nulls(message: Any) -> Message:
+def _check_content(message: Any, name: str) -> None:
+    """Raise InvalidRequest for what is no message, and for a content that is null where there must be one."""
     if not isinstance(message, dict):
         raise InvalidRequest(f"a message must be an object with a role and a content, not {message!r}")
+    if "content" not in message or message["content"] is not None:
+        return
+    rest = ("tool_calls", "refusal", *_REASONING)
+    if message.get("role") != "assistant" or not any(message.get(part) for part in rest):
+        raise InvalidRequest(
+            f"{name}.content is null, which only a message of the assistant with tool_calls may have: give a text"
+        )
+
+
+def _without_nulls(message: Message) -> Message:
     return {key: value for key, value in message.items() if value is not None}
 
 

@@ -50,13 +50,16 @@ struct Failure : std::runtime_error {
 enum State : uint32_t { kOpen = 0, kClosed = 1, kGaveUp = 2 };
 
 // What one rank publishes to the others. `signatures` belong to the last two rounds and are published by the flag.
+// `waited_ns` is written only together with the flag: a write of its own would take the line from those who watch it.
 struct alignas(128) Line {
     std::atomic<uint32_t> flag;
     std::atomic<uint32_t> sleepers;
     std::atomic<uint32_t> state;
+    std::atomic<uint64_t> waited_ns;
     uint64_t signatures[2];
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4);
+static_assert(std::atomic<uint64_t>::is_always_lock_free && sizeof(Line) == 128);
 
 inline bool reached(uint32_t value, uint32_t target) { return int32_t(value - target) >= 0; }
 
@@ -119,6 +122,14 @@ class Member {
         if (busy_ == nullptr) release();
     }
 
+    // Seconds that each rank has waited for others until its flag went up last; empty once this end is closed.
+    std::vector<double> waited() const {
+        std::vector<double> seconds;
+        for (int rank = 0; map_ != nullptr && rank < size_; ++rank)
+            seconds.push_back(double(line(rank).waited_ns.load(std::memory_order_relaxed)) * 1e-9);
+        return seconds;
+    }
+
  protected:
     // The header's page holds the nonce that shared_memory.py writes.
     static size_t data_offset(int size) { return kPage + (size * sizeof(Line) + kPage - 1) / kPage * kPage; }
@@ -146,6 +157,7 @@ class Member {
     // Raises this rank's flag, and wakes the ranks that sleep on it.
     void publish(uint32_t value) {
         Line& mine = line(rank_);
+        mine.waited_ns.store(uint64_t(std::chrono::nanoseconds(waited_).count()), std::memory_order_relaxed);
         mine.flag.store(value, std::memory_order_seq_cst);
         if (mine.sleepers.load(std::memory_order_seq_cst) != 0) wake_all(mine.flag);
     }
@@ -154,9 +166,14 @@ class Member {
     void wait(int peer, uint32_t target, bool together) {
         if (reached(seen_[peer], target)) return;
         seen_[peer] = line(peer).flag.load(std::memory_order_acquire);
-        if (reached(seen_[peer], target) || spin(peer, target)) return;
-        release_gil();
-        sleep(peer, target, together);
+        if (reached(seen_[peer], target)) return;
+
+        const auto began = Clock::now();
+        if (!spin(peer, target, began)) {
+            release_gil();
+            sleep(peer, target, together);
+        }
+        waited_ += Clock::now() - began;
     }
 
     // Throws if a rank, or the rank `only`, has died or left before its flag reached `target`.
@@ -189,8 +206,7 @@ class Member {
 
  private:
     // Watches a flag: first without a break, then yielding the core in between. Returns whether it reached `target`.
-    bool spin(int peer, uint32_t target) {
-        const auto started = Clock::now();
+    bool spin(int peer, uint32_t target, Clock::time_point started) {
         for (auto now = started;; now = Clock::now()) {
             for (int i = 0; i < kLooks; ++i) {
                 pause();
@@ -298,6 +314,7 @@ class Member {
     const microseconds spin_;
     std::atomic<bool> closed_{false};
     Clock::time_point crowded_until_{};
+    Clock::duration waited_{};
     bool gave_up_ = false;
     int culprit_ = -1;
     const char* busy_ = nullptr;       // the operation under way; read and written with the GIL held

@@ -297,6 +297,7 @@ PYBIND11_MODULE(_native, module) {
         .def("gather", &Collectives::gather)
         .def("broadcast", &Collectives::broadcast)
         .def("barrier", &Collectives::barrier)
+        .def("waited", &Collectives::waited)
         .def("close", &Collectives::close);
     py::class_<Ring>(module, "Ring")
         .def(py::init<int, int, int, size_t, double, int>())

@@ -11,7 +11,7 @@ from ....engine.client.client import to_error
 from ....engine.errors import PhalanxError
 from ....engine.protocol.logprobs import TokenLogprobs
 from ....engine.protocol.messages import Accepted, Delta, Event, Failed, Finished, Submit
-from ..engine_pool import EnginePool, Ticket
+from ..engine_pool import Submits, Ticket
 from ..http.errors import ApiError
 from ..http.exchange import ClientGone
 from .admission import Admission
@@ -40,7 +40,7 @@ class Generation:
     `take` returns events as (index of the request, event): deltas of one completion that nobody has taken yet are one.
     """
 
-    def __init__(self, pool: EnginePool, bridge: EventBridge, admission: Admission, limits: Limits, name: str) -> None:
+    def __init__(self, pool: Submits, bridge: EventBridge, admission: Admission, limits: Limits, name: str) -> None:
         self._pool, self._bridge, self._admission, self._limits = pool, bridge, admission, limits
         self._name = name
         self._loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ from ..generation.answer_reader import AnswerReader, ToolSyntax, dialect_of
 from ..http.errors import invalid
 from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest, check_chat, template_messages, template_variables
-from ..schemas.fields import check_store, check_stream, timeout_of, to_sampling
+from ..schemas.fields import check_store, check_stream, kept_tokens, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_CHAT
 from ..schemas.tools import ToolChoice, tool_choice_of
 from .answering import collect, stream
@@ -84,6 +84,7 @@ def to_submit(
         messages=messages,
         tools=request.tools,
         chat_template_kwargs=template_variables(request),
+        truncate_prompt_tokens=kept_tokens(request.truncate_prompt_tokens, info, sampling.max_tokens or 1),
         add_generation_prompt=not continues if generation_prompt is None else generation_prompt,
         continue_final_message=continues,
         sampling=sampling,

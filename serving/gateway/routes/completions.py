@@ -15,7 +15,7 @@ from ..http.exchange import Exchange
 from ..http.sse import TextEvent
 from ..http.sse import event as sse_event
 from ..schemas.completions import CompletionRequest, Prompt, check_completion, prompts_of
-from ..schemas.fields import check_store, check_stream, timeout_of, to_sampling
+from ..schemas.fields import check_store, check_stream, kept_tokens, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_COMPLETION
 from ..schemas.responses import Completion, CompletionChoice
 from .answering import Answer, Collected, Counter, collect, reason, stream, timings, usage
@@ -42,9 +42,12 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
     check_completion(request)
     prompts = prompts_of(request, gateway.config)
     name, info = gateway.model(request.model)
+    kept = kept_tokens(request.truncate_prompt_tokens, info, _new_tokens(request))
+    if kept is not None:
+        prompts = [prompt if isinstance(prompt, str) else prompt[-kept:] for prompt in prompts]
 
     # Checked before anything is asked of an engine.
-    submits = _to_submits(gateway, exchange, request, info, prompts)
+    submits = _to_submits(gateway, exchange, request, info, prompts, kept)
     tokens = sum(tokens_in(prompt) if isinstance(prompt, str) else len(prompt) for prompt in prompts)
     affinity = affinity_of(submits[0].cache_salt, request.prompt_cache_key or prompts[0])
     async with gateway.generation(
@@ -53,8 +56,11 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
         generation.admit(len(prompts), tokens)
         echoes: list[_Echo] = []
         if request.echo:
-            tokenized = await asyncio.gather(*(_tokenized(gateway, request, prompt) for prompt in prompts))
-            echoes = [_echo(prompt, answer) for prompt, answer in zip(prompts, tokenized, strict=True)]
+            tokenized = await asyncio.gather(*(_tokenized(gateway, request, prompt, kept) for prompt in prompts))
+            echoes = [
+                _echo(prompt if kept is None else None, answer)
+                for prompt, answer in zip(prompts, tokenized, strict=True)
+            ]
             # The same tokens for the answer as for the echo.
             submits = _to_submits(gateway, exchange, request, info, [answer.token_ids for answer in tokenized])
         generation.start(submits, affinity)
@@ -73,16 +79,15 @@ def _to_submits(
     request: CompletionRequest,
     info: ModelInfo,
     prompts: list[Prompt] | list[list[int]],
+    kept: int | None = None,
 ) -> list[Submit]:
-    wanted = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     # Log-probabilities of an echoed prompt are the engine's prompt_logprobs.
     of_prompt = [request.prompt_logprobs, request.logprobs if request.echo else None]
     sampling = to_sampling(
         request,
         gateway.config,
         info,
-        # No engine computes a prompt alone: one token is sampled, and left out of the answer.
-        max_tokens=max(1, wanted),
+        max_tokens=_new_tokens(request),
         logprobs=request.logprobs,
         prompt_logprobs=max((count for count in of_prompt if count is not None), default=None),
     )
@@ -91,6 +96,7 @@ def _to_submits(
             id=gateway.new_id(),
             prompt=prompt if isinstance(prompt, str) else None,
             token_ids=None if isinstance(prompt, str) else prompt,
+            truncate_prompt_tokens=kept,
             add_special_tokens=request.add_special_tokens is not False,
             sampling=sampling,
             priority=request.priority or 0,
@@ -101,12 +107,18 @@ def _to_submits(
     ]
 
 
-async def _tokenized(gateway: Gateway, request: CompletionRequest, prompt: Prompt) -> Tokenized:
+def _new_tokens(request: CompletionRequest) -> int:
+    """Most new tokens. No engine computes a prompt alone: one token is sampled then, and left out of the answer."""
+    return max(1, _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens)
+
+
+async def _tokenized(gateway: Gateway, request: CompletionRequest, prompt: Prompt, kept: int | None) -> Tokenized:
     is_text = isinstance(prompt, str)
     question = Tokenize(
         id=gateway.new_id(),
         prompt=prompt if isinstance(prompt, str) else None,
         token_ids=None if isinstance(prompt, str) else prompt,
+        truncate_prompt_tokens=kept,
         add_special_tokens=is_text and request.add_special_tokens is not False,
     )
     answer = await gateway.ask(question)
@@ -115,7 +127,8 @@ async def _tokenized(gateway: Gateway, request: CompletionRequest, prompt: Promp
     return answer
 
 
-def _echo(prompt: Prompt, answer: Tokenized) -> _Echo:
+def _echo(prompt: Prompt | None, answer: Tokenized) -> _Echo:
+    """`prompt` is None if not all of it is kept."""
     text = prompt if isinstance(prompt, str) else b"".join(answer.token_bytes).decode(errors="replace")
     if not answer.token_ids:
         return _Echo(text, 0, b"")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ....engine.errors import EngineFault
-from ....engine.protocol.messages import Detokenize, Detokenized, Tokenize, Tokenized
+from ....engine.protocol.messages import Detokenize, Detokenized, ModelInfo, Tokenize, Tokenized
 from ..gateway import Gateway
 from ..http.errors import invalid
 from ..http.exchange import Exchange
 from ..schemas.chat import template_messages
+from ..schemas.fields import kept_tokens
 from ..schemas.refused import REFUSED_TOKENIZE
 from ..schemas.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 from ..schemas.tokens import DetokenizeRequest, TokenizeRequest
@@ -17,7 +18,7 @@ async def tokenize(gateway: Gateway, exchange: Exchange) -> None:
     """Tell the token ids of a text or a conversation."""
     request = await exchange.read(TokenizeRequest, REFUSED_TOKENIZE)
     _, model = gateway.model(request.model)
-    answer = await gateway.ask(_question(gateway, request))
+    answer = await gateway.ask(_question(gateway, request, model))
     if not isinstance(answer, Tokenized):
         raise EngineFault(f"the engine answered a Tokenize with {type(answer).__name__}")
     await exchange.respond_json(
@@ -32,7 +33,8 @@ async def tokenize(gateway: Gateway, exchange: Exchange) -> None:
     )
 
 
-def _question(gateway: Gateway, request: TokenizeRequest) -> Tokenize:
+def _question(gateway: Gateway, request: TokenizeRequest, model: ModelInfo) -> Tokenize:
+    kept = kept_tokens(request.truncate_prompt_tokens, model, 0)
     if (request.prompt is None) == (request.messages is None):
         raise invalid("exactly one of prompt and messages is required", "prompt")
     if request.prompt is not None:
@@ -42,6 +44,7 @@ def _question(gateway: Gateway, request: TokenizeRequest) -> Tokenize:
         return Tokenize(
             id=gateway.new_id(),
             prompt=request.prompt,
+            truncate_prompt_tokens=kept,
             add_special_tokens=request.add_special_tokens is not False,
         )
 
@@ -54,6 +57,7 @@ def _question(gateway: Gateway, request: TokenizeRequest) -> Tokenize:
     return Tokenize(
         id=gateway.new_id(),
         messages=template_messages(request.messages or []),
+        truncate_prompt_tokens=kept,
         tools=request.tools,
         chat_template_kwargs=request.chat_template_kwargs,
         add_generation_prompt=not continues if generation_prompt is None else generation_prompt,

@@ -103,6 +103,10 @@ CacheSalt = Annotated[
 RequestId = Annotated[
     str, Meta(min_length=1, max_length=256, description="Returned in the answer's id and in X-Request-Id.")
 ]
+TruncatePromptTokens = Annotated[
+    int,
+    Meta(ge=-1, description="Keep the last k tokens of the prompt; -1 keeps those that fit beside max_tokens."),
+]
 TimeoutS = Annotated[
     float, Meta(ge=0.1, description="Seconds until the request is given up; the server's request_timeout_s holds, too.")
 ]
@@ -140,6 +144,7 @@ class OpenAIFields(CommonFields, kw_only=True):
         Annotated[bool, Meta(description="Add the tokenizer's special tokens: true for a text, false for messages.")]
         | None
     ) = None
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
 
 
 def to_sampling(
@@ -232,6 +237,24 @@ def check_store(fields: OpenAIFields) -> None:
     """Raise ApiError where something would have to be stored."""
     if fields.store:
         raise invalid("store=true is not supported: nothing is stored", "store", "unsupported_value")
+
+
+def kept_tokens(wanted: int | None, info: ModelInfo, new_tokens: int) -> int | None:
+    """Tokens at the end of a prompt that truncate_prompt_tokens keeps; None for all.
+
+    With -1 it keeps what fits beside `new_tokens`. Raises ApiError for a number that no prompt can have.
+    """
+    longest = info.max_model_len
+    if wanted is None:
+        return None
+    kept = longest - new_tokens if wanted == -1 else wanted
+    if not 1 <= kept <= longest:
+        why = f" beside {new_tokens} new tokens" if wanted == -1 else ""
+        raise invalid(
+            f"truncate_prompt_tokens={wanted} keeps {kept} tokens{why}; it must keep 1 to {longest} (max_model_len)",
+            "truncate_prompt_tokens",
+        )
+    return kept
 
 
 def timeout_of(timeout_s: float | None, config: GatewayConfig) -> float:

@@ -23,7 +23,6 @@ _BOTH: dict[str, str] = {
     "spaces_between_special_tokens": "special tokens are joined as the tokenizer joins them",
     "detokenize": "use /inference/v1/generate for token ids without text",
     "logits_processors": "code is not taken from requests; use logit_bias, bad_words or allowed_token_ids",
-    "truncate_prompt_tokens": "shorten the prompt yourself; /tokenize tells its length",
     "mm_processor_kwargs": "the models of this server read text",
     "kv_transfer_params": "KV is not moved between servers",
     "vllm_xargs": "arguments of plug-ins are not taken",

@@ -20,6 +20,7 @@ from .fields import (
     StreamOptions,
     TimeoutS,
     TokenId,
+    TruncatePromptTokens,
 )
 
 
@@ -34,6 +35,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         | None
     ) = None
     return_token_strs: Annotated[bool, Meta(description="Return each token's text, too.")] | None = None
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
     add_generation_prompt: Annotated[bool, Meta(description="Begin an answer (true).")] | None = None
     continue_final_message: Annotated[bool, Meta(description="Leave the last message open.")] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -135,6 +135,31 @@ def test_tools_and_variables_reach_the_template(families: dict[str, Tokenizer]) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_that_only_calls_tools_needs_no_content(families: dict[str, Tokenizer], family: str) -> None:
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    answers = [{"role": "assistant", "content": content, "tool_calls": calls} for content in (None, "")]
+    null, empty = (families[family].encode_conversation(Prompt(messages=[CHAT[0], each])) for each in answers)
+    assert null == empty
+    assert "None" not in null[0]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None},
+        {"role": "tool", "content": None, "tool_calls": [{}]},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": None, "tool_calls": []},
+    ],
+)
+def test_a_content_that_is_null_where_there_must_be_one_is_refused_by_its_name(
+    families: dict[str, Tokenizer], message: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"^messages\[1\]\.content is null"):
+        families["qwen"].encode_conversation(Prompt(messages=[CHAT[0], message]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("last", ["The answer is", "with a space at its end ", "<|im_end|>"])
 def test_the_last_message_may_go_on(families: dict[str, Tokenizer], family: str, last: str) -> None:
     chat = [CHAT[0], {"role": "assistant", "content": last}]

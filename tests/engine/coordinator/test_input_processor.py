@@ -74,6 +74,23 @@ def test_a_request_comes_before_the_configuration_and_that_before_generation_con
     assert sampling.repetition_penalty == 1.05
 
 
+def test_of_a_prompt_that_is_truncated_the_end_is_kept_however_long_it_is() -> None:
+    processor = _processor()
+    words = " ".join(map(str, range(90)))
+    long = Submit(id="a", prompt=words, truncate_prompt_tokens=3)
+    processor.check_bytes(long, len(words))
+    assert processor.process(long, "inner", 1.5).prompt == [87, 88, 89]
+    chat = [{"role": "user", "content": words}]
+    truncated: dict[str, Any] = {"token_ids": None, "messages": chat, "truncate_prompt_tokens": 2}
+    assert _process(processor, **truncated).prompt == [89, 4]
+    assert _process(processor, token_ids=[1, 2], truncate_prompt_tokens=5).prompt == [1, 2]
+    answer = processor.answer(Tokenize(id="a", prompt=words, truncate_prompt_tokens=1))
+    assert isinstance(answer, Tokenized)
+    assert (answer.token_ids, answer.token_bytes) == ([89], [b"89"])
+    with pytest.raises(InvalidRequest, match="truncate_prompt_tokens=0 is out of range"):
+        _process(processor, truncate_prompt_tokens=0)
+
+
 def test_an_explicit_zero_or_one_is_a_value_and_no_absence() -> None:
     sampling = _sampling(_processor(SAMPLES), temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0)
     assert sampling == SlotSampling(seed=sampling.seed, end_token_ids=(7,))

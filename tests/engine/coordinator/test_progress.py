@@ -70,6 +70,19 @@ def test_the_prompt_tokens_of_requests_that_wait_are_counted_until_they_start_or
     assert scheduler.waiting_tokens == 3
 
 
+def test_the_ranks_waits_are_read_only_for_who_asks() -> None:
+    reads: list[list[float]] = []
+
+    def waits() -> list[float]:
+        reads.append([0.5, 1.5])
+        return reads[-1]
+
+    progress = Progress(_scheduler(), INFO, [0], rank_waits=waits)
+    progress.went_on()
+    assert reads == []
+    assert progress.status().rank_wait_seconds == progress.answer().rank_wait_seconds == [0.5, 1.5]
+
+
 def test_a_step_loop_with_work_that_does_not_go_on_is_stalled_and_one_that_rests_is_not() -> None:
     clock = _Clock()
     progress = Progress(_scheduler(), INFO, [0], clock)

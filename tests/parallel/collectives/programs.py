@@ -102,6 +102,25 @@ def by_way_of_a_device(rank: int, size: int) -> list[object]:
     ]
 
 
+def wait_for_a_late_rank(rank: int, count: int, late: int) -> tuple[list[float], list[float]]:
+    """What each rank has waited, read by all of them: before any operation, and after one to which `late` came late."""
+    from phalanx.parallel.collectives.shared_memory import SharedMemoryCollectives
+
+    host = ProcessGroupCollectives(dist.group.WORLD, torch.device("cpu"))
+    collectives = SharedMemoryCollectives.connect(host, 60.0)
+    before = collectives.waited_s
+    if rank == late:
+        time.sleep(0.5)
+    for _ in range(2):  # what a rank has waited is published when it enters the next operation
+        collectives.barrier()
+    host.barrier()
+    after = collectives.waited_s
+    host.barrier()
+    collectives.close()
+    assert collectives.waited_s == []
+    return before, after
+
+
 def control(rank: int, size: int, messages: list[bytes], way: str) -> list[bytes]:
     """What each rank heard of the messages that rank 0 sent."""
     group = _group(size, way)

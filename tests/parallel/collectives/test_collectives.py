@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from phalanx.parallel.collectives.local import LocalCollectives
 from phalanx.parallel.control import LocalControl
 from phalanx.parallel.group import local_group
 from phalanx.tests.parallel.collectives import programs
-from phalanx.tests.ranks import _enter, free_port
+from phalanx.tests.ranks import rank_processes, start_ranks
 
 RunRanks = Callable[..., list[Any]]
 
@@ -41,14 +40,8 @@ def test_control_messages_of_any_length_arrive_whole_and_in_order(run_ranks: Run
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_dies_is_noticed_by_the_others_with_rank_and_operation(tmp_path: Path, way: str) -> None:
-    context = multiprocessing.get_context("spawn")
-    port, results = free_port(), context.Queue()
-    processes = [
-        context.Process(target=_enter, args=(rank, 3, port, results, programs.lose_a_rank, (str(tmp_path), way)))
-        for rank in range(3)
-    ]
-    for process in processes:
-        process.start()
+    with rank_processes() as context:
+        processes, _ = start_ranks(context, 3, programs.lose_a_rank, str(tmp_path), way)
     for process in processes:
         process.join(60)
     for rank in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,8 +13,9 @@ from typing import Any
 
 import pytest
 from phalanx.parallel.collectives import shared_memory
+from phalanx.tests.parallel.collectives import programs as rank_programs
 from phalanx.tests.parallel.collectives import shared_memory_programs as programs
-from phalanx.tests.ranks import _enter, free_port
+from phalanx.tests.ranks import rank_processes, start_ranks
 
 RunRanks = Callable[..., list[Any]]
 
@@ -25,14 +25,8 @@ pytestmark = pytest.mark.skipif(shared_memory.unavailable() is not None, reason=
 @contextmanager
 def _started(size: int, program: Callable[..., None], *args: Any) -> Iterator[list[BaseProcess]]:
     """Ranks that will not end in order, so that nobody waits for their results."""
-    context = multiprocessing.get_context("spawn")
-    port, results = free_port(), context.Queue()
-    processes: list[BaseProcess] = [
-        context.Process(target=_enter, args=(rank, size, port, results, program, args), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
+    with rank_processes() as context:
+        processes, _ = start_ranks(context, size, program, *args)
     try:
         yield processes
     finally:
@@ -114,6 +108,13 @@ def test_each_rank_allocates_what_it_writes_to_and_together_they_have_it_all(run
 def test_ranks_that_are_bound_to_cpus_of_their_own_count_them_all(run_ranks: RunRanks) -> None:
     allowed = len(os.sched_getaffinity(0))
     assert run_ranks(2, programs.count_cores) == [[allowed, 1, min(2, allowed)]] * 2
+
+
+def test_the_rank_that_the_others_wait_for_has_waited_least(run_ranks: RunRanks) -> None:
+    for before, after in run_ranks(3, rank_programs.wait_for_a_late_rank, 1):
+        assert before == [0.0] * 3
+        assert min(after) == after[1]
+        assert min(after[0], after[2]) >= 0.25
 
 
 def test_every_rank_hears_every_ranks_text(run_ranks: RunRanks) -> None:

@@ -170,12 +170,13 @@ def check_vocabulary(token_ids: list[int] | None) -> None:
 
 
 def prompt_ids(prompt: Submit | Tokenize) -> list[int]:
-    """A token for each byte of the text, or of the messages' contents."""
+    """A token for each byte of the text, or of the messages' contents; those that are kept."""
     if prompt.token_ids is not None:
         return prompt.token_ids
-    if prompt.prompt is not None:
-        return list(prompt.prompt.encode())
-    return list("".join(str(message["content"]) for message in prompt.messages or ()).encode())
+    text = prompt.prompt
+    if text is None:
+        text = "".join(str(message["content"]) for message in prompt.messages or ())
+    return list(text.encode())[-(prompt.truncate_prompt_tokens or 0) :]
 
 
 def logprob_of(token: int, count: int) -> TokenLogprobs:
