@@ -26,21 +26,21 @@ from ...engine.client.group_failure import GroupFailure, read_failure
 from ...engine.config import EngineConfig
 from .failure import failure_file
 from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
+from .rank_process import RankProcess, RankStarter
 
 GRACE_S = 1.0
 """Seconds beyond RANK_STOP_TIMEOUT_S after which this process leaves; the ranks notice that it has."""
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-"""The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
 
 
 def supervise(folder: Path, config: EngineConfig) -> int:
     """Run the group until it ends. Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal."""
-    ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]] = queue.SimpleQueue()
-    ranks: list[subprocess.Popen[bytes]] = []
+    ended: queue.SimpleQueue[tuple[int, RankProcess]] = queue.SimpleQueue()
+    ranks: list[RankProcess] = []
     number = signal.SIGTERM
+    starter = RankStarter(folder, config.ranks)
     try:
         for rank in range(config.ranks):
-            process = _start(folder, rank, config.ranks)
+            process = starter.start(rank)
             ranks.append(process)
             threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
 
@@ -55,41 +55,26 @@ def supervise(folder: Path, config: EngineConfig) -> int:
         return stopped.exit_code
     finally:
         _stop(ranks, number)
+        starter.close()
     return 0
 
 
-def _start(folder: Path, rank: int, size: int) -> subprocess.Popen[bytes]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")},
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "NCCL_SOCKET_IFNAME": LOOPBACK,
-    }
-    command = [sys.executable, "-m", f"{__package__}.rank", str(folder)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-
-
-def _wait_for(
-    rank: int, process: subprocess.Popen[bytes], ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]]
-) -> None:
+def _wait_for(rank: int, process: RankProcess, ended: queue.SimpleQueue[tuple[int, RankProcess]]) -> None:
     process.wait()
     ended.put((rank, process))
 
 
-def first_failure(folder: Path, rank: int, process: subprocess.Popen[bytes]) -> GroupFailure:
+def first_failure(folder: Path, rank: int, process: RankProcess) -> GroupFailure:
     """Return how the rank that ended first failed: as it recorded it, or by the signal or exit code that ended it."""
     recorded = read_failure(failure_file(folder, rank))
     if recorded is not None:
         return recorded
-    if process.returncode < 0:
+    if process.returncode is not None and process.returncode < 0:
         return GroupFailure(rank, signal.Signals(-process.returncode).name, f"process {process.pid} was killed")
     return GroupFailure(rank, "SystemExit", f"process {process.pid} ended with exit code {process.returncode}")
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+def _stop(ranks: list[RankProcess], number: signal.Signals) -> None:
     """End the ranks that still run: by a signal, and where that does not help within RANK_STOP_TIMEOUT_S, at once."""
     for process in ranks:
         if process.poll() is None:

@@ -1,12 +1,13 @@
 """One rank of an engine group that serves clients over ZeroMQ.
 
-`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as own_group.py starts it.
+`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as rank_process.py starts it.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -51,11 +52,13 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
     return 128 + stopped_by[0] if stopped_by else 0
 
 
-def main() -> None:
-    """Run a rank of the group that own_group.py supervises, and exit."""
-    folder = Path(sys.argv[1])
+def run(folder: Path, parent: int | None = None) -> NoReturn:
+    """Run the rank that the environment names, of the group in `folder` that own_group.py supervises, and exit.
+
+    `parent` is the process that forked this one, if one did (fork.py).
+    """
     rank_info = read_rank_info(folder)
-    end_with_parent()
+    end_with_parent(parent)
     if rank_info.rank == 0:
         stop_on_signals(within_s=RANK_STOP_TIMEOUT_S)
     else:
@@ -72,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Path(sys.argv[1]))
