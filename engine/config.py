@@ -32,6 +32,9 @@ class EngineConfig:
     """A local model folder, or a hub name found in the local hub cache."""
     tokenizer: str | None = None
     """A tokenizer folder; None uses the model's. "none" loads none: requests then carry token ids."""
+    tokenizer_store: str = "auto"
+    """A folder that keeps the last tokenizers as transformers made them, so that the next start need not import it:
+    auto (~/.cache/phalanx/tokenizers) or a path. "none" keeps none."""
     dtype: str = "auto"
     """Dtype of weights and activations: auto (the checkpoint's own), bfloat16, float16 or float32."""
     ranks: int = 1
@@ -113,7 +116,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             value = plain(getattr(self, each.name))
-            is_path = each.name in ("model", "tokenizer") and isinstance(value, os.PathLike)
+            is_path = each.name in ("model", "tokenizer", "tokenizer_store") and isinstance(value, os.PathLike)
             object.__setattr__(self, each.name, os.fspath(value) if is_path else value)
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model={self.model!r} must be a folder or a hub name")
@@ -163,6 +166,8 @@ class EngineConfig:
             raise ConfigError(f"seed={self.seed!r} must be an integer in [-{SEED_LIMIT}, {SEED_LIMIT}]")
         if not isinstance(self.tokenizer, str | None):
             raise ConfigError(f'tokenizer={self.tokenizer!r} must be a folder, a hub name or "none"')
+        if not isinstance(self.tokenizer_store, str) or not self.tokenizer_store:
+            raise ConfigError(f'tokenizer_store={self.tokenizer_store!r} must be "auto", a folder, or "none"')
         if not isinstance(self.sampling, SamplingParams):
             raise ConfigError(f"sampling={self.sampling!r} must be a mapping of sampling fields")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import logging
 import sys
 import threading
@@ -37,6 +38,8 @@ from .scheduling.scheduler import Scheduler
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+TOKENIZER_STORE = "~/.cache/phalanx/tokenizers"
+"""The folder that tokenizer_store=auto means."""
 
 
 class Engine:
@@ -310,13 +313,15 @@ def _inputs(
 
 
 def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer | None:
-    import transformers
-
     if config.tokenizer == "none":
         return None
-    check_transformers(spec, transformers.__version__)
+    check_transformers(spec, importlib.metadata.version("transformers"))
+    store = TOKENIZER_STORE if config.tokenizer_store == "auto" else config.tokenizer_store
     try:
-        return Tokenizer(resolve_model(config.tokenizer, weights=False) if config.tokenizer else folder)
+        return Tokenizer(
+            resolve_model(config.tokenizer, weights=False) if config.tokenizer else folder,
+            None if store == "none" else Path(store).expanduser(),
+        )
     except CheckpointError:
         # Dummy weights are for measuring: token ids are enough, and the folder may hold config.json alone.
         if config.load_format == "dummy" and config.tokenizer is None:

@@ -15,6 +15,7 @@ from .text.chat_template import ChatTemplate
 from .text.plain_text import PlainText
 from .text.reasoning import Phase, ReasoningSplitter, find_tags, phase_after
 from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
+from .text.tokenizer_store import StoredTokenizer, TokenizerStore
 from .tokenizer_files import check_tokenizer_files, check_tokens, explain_unreadable
 
 Message = dict[str, Any]
@@ -27,28 +28,19 @@ CONTEXT_TOKENS = 6
 class Tokenizer:
     """transformers' tokenizer of a folder. Thread-safe: encoding runs in Rust and releases the GIL."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if the folder holds no tokenizer that transformers can read."""
-        from transformers import AutoTokenizer
+    def __init__(self, folder: Path, store: Path | None = None) -> None:
+        """`store` is a folder that keeps tokenizers from one start to the next; without one this is not kept.
 
+        Raises CheckpointError if the folder holds no tokenizer that transformers can read.
+        """
         check_tokenizer_files(folder)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
-            )
-            # What fails with every text fails here.
-            probe = list(self._tokenizer("Probe 1")["input_ids"])
-        except BaseException as error:
-            # tokenizers are written in Rust, whose panic is no Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise explain_unreadable(folder, error) from error
-        if not self._tokenizer.is_fast:
-            raise CheckpointError(
-                f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
-                f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
-            )
+        stored = None if store is None else TokenizerStore(store, folder)
+        self._tokenizer: Any = stored and stored.load()
+        made = self._tokenizer is None
+        if made:
+            self._tokenizer = _make(folder)
 
+        probe = list(self._tokenizer("Probe 1")["input_ids"])
         backend = self._tokenizer.backend_tokenizer
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -65,12 +57,22 @@ class Tokenizer:
         self.token_bytes = TokenBytes(backend, self.size)
         """The bytes of each token by its id."""
 
+        if made and stored is not None:
+            stored.save(
+                self._tokenizer,
+                kind=self.kind,
+                chat_template=self.chat_template,
+                longest_token_bytes=self.longest_token_bytes,
+            )
+
     @functools.cached_property
     def longest_token_bytes(self) -> int | None:
         """Bytes of text that one token may stand for at most; None if this cannot be said of the tokenizer.
 
         Where a normalizer may shorten text, as NFC does, four times the longest token's.
         """
+        if isinstance(self._tokenizer, StoredTokenizer):
+            return self._tokenizer.longest_token_bytes
         backend = self._tokenizer.backend_tokenizer
         model = json.loads(backend.to_str())["model"]
         decoder = str(backend.decoder)
@@ -192,7 +194,8 @@ class Tokenizer:
     @property
     def kind(self) -> str:
         """The name of transformers' class."""
-        return type(self._tokenizer).__name__
+        stored = isinstance(self._tokenizer, StoredTokenizer)
+        return str(self._tokenizer.kind) if stored else type(self._tokenizer).__name__
 
     @property
     def chat_template(self) -> str | None:
@@ -206,6 +209,29 @@ class Tokenizer:
     def size(self) -> int:
         """Token ids the tokenizer knows; the model's vocabulary may be larger (padded)."""
         return len(self._tokenizer)
+
+
+def _make(folder: Path) -> Any:
+    """Return transformers' tokenizer of a folder. Raises CheckpointError as Tokenizer does."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
+        )
+        # What fails with every text fails here.
+        tokenizer("Probe 1")
+    except BaseException as error:
+        # tokenizers are written in Rust, whose panic is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise explain_unreadable(folder, error) from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has no tokenizer.json (fast) form; save one with "
+            f"AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
+        )
+    return tokenizer
 
 
 def _default_config(folder: Path) -> Any:

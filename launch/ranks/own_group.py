@@ -36,14 +36,13 @@ from ...engine.execution.heartbeat import BEATS_FILE, make_beats_file
 from .failure import failure_file
 from .hang_watch import HangWatch, RankSights, Stall, collect_stacks, stacks_file
 from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
+from .rank_process import RankProcess, RankStarter
 from .restarts import Restarts
 
 GRACE_S = 1.0
 """Seconds beyond RANK_STOP_TIMEOUT_S after which this process leaves; the ranks notice that it has."""
 TICK_S = 0.1
 """Seconds between two looks at how the ranks are."""
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-"""The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
 
 
 def supervise(folder: Path, config: EngineConfig) -> int:
@@ -52,9 +51,10 @@ def supervise(folder: Path, config: EngineConfig) -> int:
     Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal.
     """
     restarts = Restarts(config.max_restarts, config.restart_window_s)
+    starter = RankStarter(folder, config.ranks)
     try:
         while True:
-            failure = _run_once(folder, config, restarts)
+            failure = _run_once(folder, config, starter, restarts)
             if failure is None:
                 return 0
             if isinstance(failure, GroupFailure):
@@ -63,19 +63,23 @@ def supervise(folder: Path, config: EngineConfig) -> int:
             _clear(folder, config.ranks)
     except Signalled as stopped:
         return stopped.exit_code
+    finally:
+        starter.close()
 
 
-def _run_once(folder: Path, config: EngineConfig, restarts: Restarts) -> GroupFailure | float | None:
+def _run_once(
+    folder: Path, config: EngineConfig, starter: RankStarter, restarts: Restarts
+) -> GroupFailure | float | None:
     """Start the ranks and wait for the group's end.
 
     Returns None if it ended well, the seconds until it is to be started again, or the failure that ended it for good.
     """
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[RankProcess] = []
     number: signal.Signals = signal.SIGTERM
     try:
         write_whole(folder / STATE_FILE, GroupState("starting", restarts=restarts.count))
         make_beats_file(folder / BEATS_FILE, config.ranks)
-        start_ranks(folder, config.ranks, ranks)
+        start_ranks(starter, config.ranks, ranks)
         failure = _watch(folder, config, ranks, restarts.count)
         if failure is None:
             return None
@@ -96,11 +100,9 @@ def _run_once(folder: Path, config: EngineConfig, restarts: Restarts) -> GroupFa
         _stop(ranks, number)
 
 
-def _watch(
-    folder: Path, config: EngineConfig, ranks: list[subprocess.Popen[bytes]], restarts: int
-) -> GroupFailure | None:
+def _watch(folder: Path, config: EngineConfig, ranks: list[RankProcess], restarts: int) -> GroupFailure | None:
     """Wait until all ranks have ended well, or one has not: then return its failure."""
-    ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[int, RankProcess]] = queue.SimpleQueue()
     for rank, process in enumerate(ranks):
         threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
 
@@ -143,44 +145,28 @@ def _clear(folder: Path, size: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def start_ranks(folder: Path, size: int, ranks: list[subprocess.Popen[bytes]]) -> None:
+def start_ranks(starter: RankStarter, size: int, ranks: list[RankProcess]) -> None:
     """Start a process for each rank, and append it to `ranks` at once: those are to be ended whatever happens."""
     for rank in range(size):
-        ranks.append(_start(folder, rank, size))
+        ranks.append(starter.start(rank))
 
 
-def _start(folder: Path, rank: int, size: int) -> subprocess.Popen[bytes]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")},
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "NCCL_SOCKET_IFNAME": LOOPBACK,
-    }
-    command = [sys.executable, "-m", f"{__package__}.rank", str(folder)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-
-
-def _wait_for(
-    rank: int, process: subprocess.Popen[bytes], ended: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes]]]
-) -> None:
+def _wait_for(rank: int, process: RankProcess, ended: queue.SimpleQueue[tuple[int, RankProcess]]) -> None:
     process.wait()
     ended.put((rank, process))
 
 
-def first_failure(folder: Path, rank: int, process: subprocess.Popen[bytes]) -> GroupFailure:
+def first_failure(folder: Path, rank: int, process: RankProcess) -> GroupFailure:
     """Return how the rank that ended first failed: as it recorded it, or by the signal or exit code that ended it."""
     recorded = read_failure(failure_file(folder, rank))
     if recorded is not None:
         return recorded
-    if process.returncode < 0:
+    if process.returncode is not None and process.returncode < 0:
         return GroupFailure(rank, signal.Signals(-process.returncode).name, f"process {process.pid} was killed")
     return GroupFailure(rank, "SystemExit", f"process {process.pid} ended with exit code {process.returncode}")
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+def _stop(ranks: list[RankProcess], number: signal.Signals) -> None:
     """End the ranks that still run: by a signal, and where that does not help within RANK_STOP_TIMEOUT_S, at once."""
     for process in ranks:
         if process.poll() is None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 STOP_TIMEOUT_S = 4.0
 """A clean stop that takes longer is cut short, so that everything has ended within 5 s of a signal."""
@@ -31,7 +32,7 @@ def before_exit(action: Callable[[], None]) -> None:
     _before_exit.append(action)
 
 
-def exit_now(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End the process from any thread, whatever its other threads do."""
     for action in _before_exit:
         action()
@@ -80,9 +81,13 @@ def die_on_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def end_with_parent() -> None:
-    """Watch, on a thread, the process that started this one; once it has gone, however it went, end this one too."""
-    parent = os.getppid()
+def end_with_parent(parent: int | None = None) -> None:
+    """Watch, on a thread, the process that started this one; once it has gone, however it went, end this one too.
+
+    `parent` is its process id, where that is known from before this process began.
+    """
+    if parent is None:
+        parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

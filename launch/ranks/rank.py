@@ -1,6 +1,6 @@
 """One rank of an engine group that serves clients over ZeroMQ.
 
-`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as own_group.py starts it.
+`python -m phalanx.launch.ranks.rank RUN_DIR` is one of a client's own group, as rank_process.py starts it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import faulthandler
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -70,11 +71,13 @@ def _heartbeat(rank_info: RankInfo) -> Heartbeat | None:
     return Heartbeat(folder / BEATS_FILE, rank_info.rank)
 
 
-def main() -> None:
-    """Run a rank of the group that own_group.py supervises, and exit."""
-    folder = Path(sys.argv[1])
+def run(folder: Path, parent: int | None = None) -> NoReturn:
+    """Run the rank that the environment names, of the group in `folder` that own_group.py supervises, and exit.
+
+    `parent` is the process that forked this one, if one did (fork.py).
+    """
     rank_info = read_rank_info(folder)
-    end_with_parent()
+    end_with_parent(parent)
     if rank_info.rank == 0:
         stop_on_signals(within_s=RANK_STOP_TIMEOUT_S)
     else:
@@ -91,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Path(sys.argv[1]))

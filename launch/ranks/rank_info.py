@@ -1,12 +1,18 @@
-"""Which rank this process is, from torchrun's environment variables; a process on its own is rank 0 of 1."""
+"""Which rank a process is, by torchrun's environment variables; a process on its own is rank 0 of 1."""
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...engine.errors import ConfigError
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+"""The network interface of gloo and NCCL, where ranks need them: nobody outside this host reaches it."""
+UNKNOWN_RANK = -1
+"""The rank of a process that will be forked to become one."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +58,25 @@ def read_rank_info(folder: Path | None = None) -> RankInfo:
         agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         folder=folder,
     )
+
+
+def rank_environment(rank: int, size: int) -> dict[str, str]:
+    """The environment of a rank's process, in which torch finds what torchrun would have set.
+
+    Its last two variables name the rank (see name_rank()). For UNKNOWN_RANK they take as much room as any rank's.
+    """
+    replaced = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in replaced},
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": LOOPBACK,
+        **name_rank(rank, size),
+    }
+
+
+def name_rank(rank: int, size: int) -> dict[str, str]:
+    """The variables that say which rank of a host's `size` a process is."""
+    name = "-" * len(str(size - 1)) if rank == UNKNOWN_RANK else str(rank)
+    return {"LOCAL_RANK": name, "RANK": name}
