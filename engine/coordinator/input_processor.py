@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,12 +12,15 @@ import msgspec
 from ...kernels.sampling import derive_seed
 from ...parallel.loading.json_files import shortened, shown
 from ..config import EngineConfig
+from ..constraints.compiler import GrammarCompiler
+from ..constraints.matcher import Matcher
 from ..errors import CheckpointError, InvalidRequest, prompt_too_long
 from ..models.spec import ModelSpec
 from ..protocol.messages import Detokenize, Detokenized, Prompt, Submit, Tokenize, Tokenized
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request
 from ..scheduling.step_plan import SlotSampling
+from .thinking import beginning_of
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -46,6 +50,10 @@ class InputProcessor:
         self._stated = stated_defaults(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
         self._unseeded = itertools.count()
+        self._grammars: GrammarCompiler | None = None
+        if tokenizer is not None:
+            eos = self.eos_token_ids[0] if self.eos_token_ids else None
+            self._grammars = GrammarCompiler(partial(Tokenizer.definition, tokenizer), spec.vocab_size, eos)
         self._told_of_priorities = False
 
     @property
@@ -110,6 +118,7 @@ class InputProcessor:
         if len(prompt) > limit:
             raise prompt_too_long(len(prompt), self._max_model_len)
 
+        # What may take long, a grammar, comes after all that may be refused at once.
         bad_words = self._bad_words(params.bad_words)
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
@@ -118,10 +127,12 @@ class InputProcessor:
             seed = derive_seed(self._config.seed, next(self._unseeded))
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
+        samplings = self._samplings(params, seed, tuple(sorted(eos | stops)), bad_words)
         return Request(
             id=request_id,
             prompt=prompt,
-            samplings=self._samplings(params, seed, tuple(sorted(eos | stops)), bad_words),
+            samplings=samplings,
+            constraints=self._constraints(submit, prompt, samplings),
             max_tokens=int(max_tokens) if max_tokens is not None else self._max_model_len,
             eos_token_ids=eos,
             stop_token_ids=stops,
@@ -130,6 +141,21 @@ class InputProcessor:
             seed=seed,
             arrived_at=arrived_at,
         )
+
+    def prepare(self) -> None:
+        """Make ready what the first request with a grammar would wait for."""
+        if self._grammars is not None:
+            self._grammars.prepare()
+
+    def _constraints(self, submit: Submit, prompt: list[int], samplings: list[SlotSampling]) -> tuple[Matcher, ...]:
+        """A matcher for each completion of a request that says what its answers must match."""
+        if submit.structured is None:
+            return ()
+        if self._grammars is None:
+            raise InvalidRequest("structured needs a tokenizer, and the engine was started without one")
+        grammar = self._grammars.compile(submit.structured)
+        beginning = beginning_of(self._tokenizer, prompt) if submit.split_reasoning else None
+        return tuple(grammar.matcher(sampling.end_token_ids, beginning) for sampling in samplings)
 
     def answer(self, question: Tokenize | Detokenize) -> Tokenized | Detokenized:
         """Answer a question about text. Raises InvalidRequest as process() does."""

@@ -53,6 +53,7 @@ class Tokenizer:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         check_tokens(folder, probe, self._special_ids)
         self._special = frozenset(self._special_ids.values())
+        self._single_tokens = {token.content: token_id for token_id, token in added.items()}
         self._takes_parts: bool | None = None
         self._template = None
         if self.chat_template is not None:
@@ -160,6 +161,17 @@ class Tokenizer:
     def special_token_id(self, text: str) -> int | None:
         """The special token whose text this is."""
         return self._special_ids.get(text)
+
+    def single_token(self, text: str) -> int | None:
+        """The id of the one token that is this text, if there is one."""
+        return self._single_tokens.get(text)
+
+    def definition(self) -> str:
+        """The text of a tokenizer.json that has everything this tokenizer has."""
+        backend = type(self._tokenizer.backend_tokenizer).from_str(self._tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        return str(backend.to_str())
 
     def decoder(self, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> IncrementalDetokenizer:
         """Return a decoder for one completion of `prompt`, whose last tokens may decide how the first new one reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
@@ -20,6 +21,17 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+class Constraint(Protocol):
+    """What one completion must match, and how far it has come: see engine/constraints/matcher.py."""
+
+    @property
+    def active(self) -> bool:
+        """Whether some tokens may be forbidden now."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take in the next token, no end token. Returns whether the answer is complete, so that nothing may follow."""
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """What a client asked for, every default resolved: n = len(samplings) completions of one prompt."""
@@ -34,6 +46,8 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     """The model's end-of-sequence ids; empty with ignore_eos."""
     stop_token_ids: frozenset[int] = frozenset()
+    constraints: tuple[Constraint, ...] = ()
+    """One for each completion, or none; they are at its first token."""
     priority: int = 0
     """Lower runs first."""
     cache_salt: str = ""
@@ -64,6 +78,7 @@ class Request:
                 end_token_ids=self.eos_token_ids | self.stop_token_ids,
                 sampling=sampling if index == 0 else msgspec.structs.replace(sampling, prompt_logprobs=-1),
                 chain=chain.copy() if chain is not None else None,
+                constraint=self.constraints[index] if self.constraints else None,
             )
             for index, sampling in enumerate(self.samplings)
         ]
@@ -103,6 +118,8 @@ class Sequence:
     sampling: SlotSampling
     chain: PrefixChain | None
     """None: shares no block with anybody. Else it covers the full blocks of the prompt and of the computed tokens."""
+    constraint: Constraint | None = None
+    """Has taken in every known token of the output."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
@@ -158,6 +175,26 @@ class Sequence:
         if sampling.prompt_logprobs >= 0 and not self.request.needs_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
         return SlotStart(self.slot, self.prompt_length, list(self.tokens), sampling)
+
+    def append(self, token: int, now: float) -> tuple[str | None, int | None]:
+        """Take in a token that a step has sampled. Returns (finish_reason, stop_reason) if it ends the sequence."""
+        reason: str | None = None
+        stop_reason: int | None = None
+        if token in self.end_token_ids and self.num_output >= self.sampling.min_tokens:
+            reason = "stop"
+            stop_reason = None if token in self.request.eos_token_ids else token
+        elif self.constraint is not None and self.constraint.advance(token):
+            reason = "stop"
+
+        self.tokens.append(token)
+        self.num_pending_tokens -= 1
+        if reason is None and len(self.tokens) >= self.length_limit:
+            reason = "length"
+
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+        return reason, stop_reason
 
     @property
     def output(self) -> list[int]:
