@@ -23,6 +23,7 @@ ENGINE_ROOMS = [
     "protocol",
     "config",
     "scheduling",
+    "constraints",
     "sampling",
     "models",
     "memory",
@@ -175,9 +176,11 @@ def test_cpp_braces_that_do_not_match_are_an_error() -> None:
             list(functions(source))
 
 
-def test_scheduling_and_the_protocol_know_no_torch() -> None:
+def test_scheduling_constraints_and_the_protocol_know_no_torch() -> None:
     for path in _sources("engine/scheduling", "engine/protocol"):
         assert not _imported_packages(path) & {"torch", "numpy"}, path
+    for path in _sources("engine/constraints"):
+        assert not _imported_packages(path) & {"torch", "transformers"}, path
 
 
 def test_only_launch_reads_the_environment() -> None:

@@ -13,13 +13,15 @@ from functools import partial
 from typing import ParamSpec
 
 from ...parallel.control import ControlChannel
-from ..errors import EngineFault, PhalanxError
+from ..constraints.mask_thread import MaskThread, no_token_left
+from ..constraints.matcher import Matcher
+from ..errors import EngineFault, InvalidRequest, PhalanxError
 from ..execution.rank_worker import LaunchedStep, Worker
 from ..protocol.messages import ModelInfo, Submit
 from ..protocol.transport import Transport
-from ..scheduling.request import Request, SequenceUpdate
+from ..scheduling.request import Request, Sequence, SequenceUpdate
 from ..scheduling.scheduler import Scheduler
-from ..scheduling.step_plan import Capture, Idle, StepPlan, StepResult, Stop, encode
+from ..scheduling.step_plan import Capture, Idle, Masks, StepPlan, StepResult, Stop, encode
 from .egress import Egress
 from .ingress import Ingress
 from .input_processor import InputProcessor
@@ -76,7 +78,9 @@ class Coordinator:
         self._ingress = Ingress(input_processor, self._registry, self._egress, self)
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()  # launched, not committed; oldest first
+        self._masks = MaskThread()
+        # Launched, not committed; oldest first. With the masks of its constrained rows, by row.
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep, dict[int, bytes]]] = deque()
         self._stopping = False
         self.stopped: Exception | None = None  # what ended run(), if it was an error
 
@@ -120,6 +124,7 @@ class Coordinator:
         self._ingress.close()
         self._refuse_all("the engine was closed")
         self._egress.close()
+        self._masks.close()
         self._transport.close()
 
     def call_soon(self, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -143,27 +148,72 @@ class Coordinator:
             plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
         if plan is not None:
             progress.planned(plan)
-            with progress.phase("launch"):
-                self._control.send(encode(plan))
-                self._in_flight.append((plan, self._worker.launch(plan)))
+            if plan.masked_samples:
+                self._launch_masked(plan)
+            else:
+                with progress.phase("launch"):
+                    self._control.send(encode(plan))
+                    self._in_flight.append((plan, self._worker.launch(plan), {}))
         if self._in_flight and (plan is None or not self._worker.settings.overlap or len(self._in_flight) > 1):
             self._commit_oldest()
         progress.went_on()
         if plan is not None and plan.step % CAPTURE_EVERY == 0:
             self._capture_next()
 
+    def _launch_masked(self, plan: StepPlan) -> None:
+        """Launch a step some of whose tokens a grammar limits: the masks are computed beside its forward pass.
+
+        With overlap they follow from the tokens of the step before, which is committed meanwhile.
+        """
+        masks = None
+        with self._progress.phase("launch"):
+            self._control.send(encode(plan))
+            if not self._in_flight:
+                masks = self._masks.start(self._matchers(plan))
+            step = self._worker.forward(plan)
+        while self._in_flight:
+            self._commit_oldest()
+
+        with self._progress.phase("launch"):
+            if masks is None:
+                masks = self._masks.start(self._matchers(plan))
+            found = masks.result()
+            self._control.send(encode(Masks(found)))
+            rows = [plan.sample_rows[i] for i in plan.masked_samples]
+            self._in_flight.append((plan, self._worker.sample(step, found), dict(zip(rows, found, strict=True))))
+        self._end_constrained(self._scheduler.masked_sequences(plan))
+
+    def _matchers(self, plan: StepPlan) -> list[Matcher | None]:
+        sequences = self._scheduler.masked_sequences(plan)
+        return [matcher_of(sequence) for sequence in sequences]
+
+    def _end_constrained(self, sequences: list[Sequence | None]) -> None:
+        """End the answers that turned out to be complete, or to have failed, when their masks were computed."""
+        for sequence in sequences:
+            matcher = matcher_of(sequence)
+            if sequence is None or matcher is None:
+                continue
+            request_id = sequence.request.id
+            if matcher.failure is not None:
+                self._scheduler.abort(request_id)
+                self._egress.fail(request_id, InvalidRequest(f"structured: {matcher.failure}"))
+            elif matcher.finished:
+                self.finish(request_id, sequence.index, None)
+
     def _commit_oldest(self) -> None:
-        plan, step = self._in_flight.popleft()
+        plan, step, masks = self._in_flight.popleft()
         with self._progress.phase("wait"):
             result = step.result()
         with self._progress.phase("commit"):
-            self._fail_invalid(plan, result)
+            self._fail_invalid(plan, result, masks)
             updates = self._scheduler.commit(plan, result)
             self._progress.committed(updates)
             self._deliver(updates)
 
-    def _fail_invalid(self, plan: StepPlan, result: StepResult) -> None:
+    def _fail_invalid(self, plan: StepPlan, result: StepResult, masks: dict[int, bytes]) -> None:
         """A row whose logits were not numbers fails its own request; the others of the step go on.
+
+        So does one that has no token left, because nothing that its grammar allows may be sampled.
 
         Keys and values of the token that overflowed, and of those that attend to it, are no numbers either. Earlier
         tokens are sound, but which token was the first is not known, so nothing of such a request stays in the prefix
@@ -172,8 +222,14 @@ class Coordinator:
         for row, token in zip(plan.sample_rows, result.token_ids, strict=True):
             if token >= 0:
                 continue
-            request_id = self._scheduler.request_of_row(row)
-            if request_id is None:
+            sequence = self._scheduler.sequence_of_row(row)
+            if sequence is None:
+                continue
+            request_id = sequence.request.id
+            why = no_token_left(sequence.sampling, masks[row], sequence.output) if masks.get(row) else None
+            if why is not None:
+                self._scheduler.abort(request_id)
+                self._egress.fail(request_id, InvalidRequest(f"structured: {why}"))
                 continue
 
             self._scheduler.abort(request_id, forget=True)
@@ -206,8 +262,8 @@ class Coordinator:
         """End a request early; an unknown one is ignored."""
         self._deliver(self._scheduler.abort(request_id))
 
-    def finish(self, request_id: str, index: int, stop: str) -> None:
-        """End sequence `index` of a request, whose text has reached the stop string `stop`."""
+    def finish(self, request_id: str, index: int, stop: str | None) -> None:
+        """End sequence `index` of a request, whose text has reached the stop string `stop`, or is complete."""
         update = self._scheduler.finish(request_id, index, stop)
         if update is not None:
             self._deliver([update])
@@ -252,3 +308,9 @@ class Coordinator:
     def _refuse_all(self, why: str) -> None:
         """Accept nothing more, and fail every request that is left, after the events that are due."""
         self._egress.fail_all(self._registry.close(why))
+
+
+def matcher_of(sequence: Sequence | None) -> Matcher | None:
+    """Return the grammar's matcher of a sequence, if it has one."""
+    constraint = None if sequence is None else sequence.constraint
+    return constraint if isinstance(constraint, Matcher) else None

@@ -30,7 +30,7 @@ from .threads import FairThreads, QueueThread, StepLoop, raise_in_loop
 
 LONG_BYTES = 64 * 2**10
 """Text of more bytes is encoded beside the short texts, so that these never wait for it."""
-CHAT_THREADS, LONG_THREADS = 4, 2
+CHAT_THREADS, LONG_THREADS, GRAMMAR_THREADS = 4, 2, 2
 WAITING_BYTES = 64 * 2**20
 """Most bytes of one client's requests that wait to be encoded; one request may have more."""
 CLOSE_S = 2.0
@@ -54,7 +54,8 @@ class Ingress:
     """Owns the intake threads, which encode text so that no step waits for it.
 
     Short prompts and token ids are taken in one after the other. A conversation goes through the model's own template,
-    and a long text takes long to encode: both have threads of their own, which the clients share fairly.
+    a long text takes long to encode, and a grammar to compile: each kind has threads of its own, which the clients
+    share fairly.
 
     Aborts, questions for the state and the end of the engine wait for no text: they go past it. The transport's threads
     call receive(), abandon() and fail(); the thread that owns the coordinator start() and close().
@@ -75,6 +76,7 @@ class Ingress:
         self._short = QueueThread("intake", self._take_in, loop)
         self._chats = FairThreads("intake-chats", self._take_in, loop, CHAT_THREADS)
         self._long = FairThreads("intake-long", self._take_in, loop, LONG_THREADS)
+        self._grammars = FairThreads("intake-grammars", self._take_in, loop, GRAMMAR_THREADS)
 
     def start(self) -> None:
         """Begin to take in requests."""
@@ -111,7 +113,7 @@ class Ingress:
         What is not encoded within CLOSE_S is refused.
         """
         deadline = time.monotonic() + CLOSE_S
-        for threads in (self._short, self._chats, self._long):
+        for threads in (self._short, self._chats, self._long, self._grammars):
             threads.close(max(0.0, deadline - time.monotonic()))
         with self._lock:
             self._closed = True
@@ -134,6 +136,8 @@ class Ingress:
                 self._waiting_bytes[owner.client] = self._waiting_bytes.get(owner.client, 0) + size
         if refusal is not None:
             self._egress.refuse(owner, refusal)
+        elif isinstance(submit, Submit) and submit.structured is not None:
+            self._grammars.put(owner.client, received)
         elif size > LONG_BYTES and (prompt.token_ids is None or not isinstance(submit, Submit)):
             self._long.put(owner.client, received)
         elif prompt.messages is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,12 +12,16 @@ import msgspec
 from ...kernels.sampling import derive_seed
 from ...parallel.loading.json_files import shortened, shown
 from ..config import EngineConfig
+from ..constraints.compiler import GrammarCompiler
+from ..constraints.matcher import Matcher
 from ..errors import CheckpointError, InvalidRequest, prompt_too_long
 from ..models.spec import ModelSpec
 from ..protocol.messages import Detokenize, Detokenized, Prompt, Resume, Submit, Tokenize, Tokenized
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request
 from ..scheduling.step_plan import SlotSampling
+from .resumed import resumed_outputs
+from .thinking import beginning_of
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -47,6 +51,10 @@ class InputProcessor:
         self._stated = stated_defaults(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
         self._unseeded = itertools.count()
+        self._grammars: GrammarCompiler | None = None
+        if tokenizer is not None:
+            eos = self.eos_token_ids[0] if self.eos_token_ids else None
+            self._grammars = GrammarCompiler(partial(Tokenizer.definition, tokenizer), spec.vocab_size, eos)
         self._told_of_priorities = False
 
     @property
@@ -113,6 +121,7 @@ class InputProcessor:
         if len(prompt) > limit:
             raise prompt_too_long(len(prompt), self._max_model_len)
 
+        # What may take long, a grammar, comes after all that may be refused at once.
         bad_words = self._bad_words(params.bad_words)
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
@@ -121,14 +130,15 @@ class InputProcessor:
             seed = derive_seed(self._config.seed, next(self._unseeded))
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
-        outputs = self._outputs(submit, len(prompt))
+        outputs = resumed_outputs(submit, len(prompt), self._max_model_len, self._check_tokens)
         resume = submit.resume or Resume(completions=[])
         arrived_at -= resume.age_s
-
+        samplings = self._samplings(params, seed, tuple(sorted(eos | stops)), bad_words)
         return Request(
             id=request_id,
             prompt=prompt,
-            samplings=self._samplings(params, seed, tuple(sorted(eos | stops)), bad_words),
+            samplings=samplings,
+            constraints=self._constraints(submit, prompt, samplings),
             max_tokens=int(max_tokens) if max_tokens is not None else self._max_model_len,
             eos_token_ids=eos,
             stop_token_ids=stops,
@@ -139,6 +149,23 @@ class InputProcessor:
             outputs=outputs,
             first_token_at=None if resume.ttft_s is None else arrived_at + resume.ttft_s,
         )
+
+    def prepare(self) -> None:
+        """Make ready what the first request with a grammar would wait for."""
+        if self._grammars is not None:
+            self._grammars.prepare()
+
+    def _constraints(self, submit: Submit, prompt: list[int], samplings: list[SlotSampling]) -> tuple[Matcher, ...]:
+        """A matcher for each completion of a request that says what its answers must match."""
+        if submit.structured is None:
+            return ()
+        if self._grammars is None:
+            raise InvalidRequest("structured needs a tokenizer, and the engine was started without one")
+        grammar = self._grammars.compile(submit.structured)
+        beginning = None
+        if submit.split_reasoning:
+            beginning = beginning_of(self._tokenizer, prompt, submit.continue_final_message)
+        return tuple(grammar.matcher(sampling.end_token_ids, beginning) for sampling in samplings)
 
     def answer(self, question: Tokenize | Detokenize) -> Tokenized | Detokenized:
         """Answer a question about text. Raises InvalidRequest as process() does."""
@@ -152,26 +179,6 @@ class InputProcessor:
         text, tokens = self._encode(question, TOKENIZE_LIMIT)
         token_bytes = [self._tokenizer.token_bytes[token] if self._tokenizer else b"" for token in tokens]
         return Tokenized(id=question.id, token_ids=tokens, text=text, token_bytes=token_bytes)
-
-    def _outputs(self, submit: Submit, prompt_length: int) -> list[list[int]]:
-        """The output tokens of each completion that another engine has delivered; none of a request that is new."""
-        if submit.resume is None:
-            return []
-        outputs = [each.token_ids for each in submit.resume.completions]
-        if len(outputs) != submit.sampling.n:
-            n = submit.sampling.n
-            raise InvalidRequest(f"resume has {len(outputs)} completions; it must have as many as n={n}")
-        for tokens in outputs:
-            self._check_tokens("resume.token_ids", tokens)
-            if prompt_length + len(tokens) > self._max_model_len:
-                raise InvalidRequest(
-                    f"the prompt's {prompt_length} tokens and {len(tokens)} of resume are more than "
-                    f"max_model_len={self._max_model_len}: the engine before this one had a larger one"
-                )
-        times = [submit.resume.age_s, submit.resume.ttft_s or 0.0]
-        if not all(0 <= seconds < math.inf for seconds in times):
-            raise InvalidRequest(f"resume has age_s and ttft_s of {times}; they must be seconds of at least 0")
-        return outputs
 
     def _priority(self, submit: Submit) -> int:
         if self._keeps_priorities or not submit.priority:

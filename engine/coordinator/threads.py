@@ -39,8 +39,8 @@ class StepLoop(Protocol):
     def abort(self, request_id: str) -> None:
         """End a request early; an unknown one is ignored."""
 
-    def finish(self, request_id: str, index: int, stop: str) -> None:
-        """End sequence `index` of a request, whose text has reached the stop string `stop`."""
+    def finish(self, request_id: str, index: int, stop: str | None) -> None:
+        """End sequence `index` of a request, whose text has reached the stop string `stop`, or is complete."""
 
     def report_status(self, client: bytes) -> None:
         """Send the engine's Status to a client; any thread may ask."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ from ..models.forward_batch import ForwardBatch
 from ..models.kv_cache import KVCache
 from ..protocol.logprobs import TokenLogprobs
 from ..sampling.sampler import Sampler
-from ..scheduling.step_plan import Capture, Idle, StepPlan, StepResult, Stop, decode
+from ..scheduling.step_plan import Capture, Idle, Masks, StepPlan, StepResult, Stop, decode
 from .cuda_graphs import DecodeGraphs
 from .heartbeat import Heartbeat
 from .resolved_settings import ResolvedSettings
@@ -62,6 +64,17 @@ class LaunchedStep:
         return StepResult(self._token_ids.tolist(), self._logprobs, self._prompt_logprobs)
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """A step whose tokens are still to be sampled."""
+
+    plan: StepPlan
+    batch: ForwardBatch
+    logits: torch.Tensor | None
+    """Float32 (S, vocabulary shard); None if the step samples nothing. Good until the next step is launched."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+
 class Worker:
     """Holds what worker_factory.build_worker() made, and computes with it. The ranks of a group do so together."""
 
@@ -94,17 +107,33 @@ class Worker:
         return step.result() if self.rank == 0 else None
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Hand one step to the device. With `overlap` nothing waits for it that need not.
+        """Hand one step without masked_samples to the device. With `overlap` nothing waits for it that need not.
 
         Raises EngineStopped, with the settings to change, if the device's memory does not suffice.
         """
+        return self.sample(self.forward(plan))
+
+    def forward(self, plan: StepPlan) -> ForwardPass:
+        """The first part of launch(), for which nobody needs to know which tokens a grammar allows next."""
+        with self._explained(), torch.inference_mode():
+            return self._forward(plan)
+
+    def sample(self, step: ForwardPass, masks: Sequence[bytes] = ()) -> LaunchedStep:
+        """The second part; `masks` are those of the plan's masked_samples (see Masks)."""
+        if step.logits is None:
+            return LaunchedStep(step.batch.sample_tokens, [], step.prompt_logprobs)
+        by_row = dict(zip(step.plan.masked_samples, masks, strict=True))
+        with self._explained(), torch.inference_mode():
+            return LaunchedStep(*self._sample(step.logits, step.batch, by_row), step.prompt_logprobs)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            with torch.inference_mode():
-                return self._launch(plan)
+            yield
         except torch.OutOfMemoryError as error:
             raise EngineStopped(self.memory.advice()) from error
 
-    def _launch(self, plan: StepPlan) -> LaunchedStep:
+    def _forward(self, plan: StepPlan) -> ForwardPass:
         self.slot_table.apply(plan)
         size = self._graphs.size_for(len(plan.slots)) if self._graphs and plan.only_decodes else None
         batch = self.slot_table.batch(plan, size or 0)
@@ -117,10 +146,9 @@ class Worker:
             hidden = self.model(batch, self.cache, None if batch.prompt_rows else batch.sample_tokens)
             prompt_logprobs = self._prompt_logprobs(batch, hidden)
             if not batch.sample_rows:
-                return LaunchedStep(batch.sample_tokens, [], prompt_logprobs)
+                return ForwardPass(plan, batch, None, prompt_logprobs)
             logits = self.model.logits(hidden[batch.sample_tokens] if batch.prompt_rows else hidden)
-
-        return LaunchedStep(*self._sample(logits, batch), prompt_logprobs)
+        return ForwardPass(plan, batch, logits, prompt_logprobs)
 
     @property
     def uncaptured(self) -> list[int]:
@@ -133,11 +161,8 @@ class Worker:
         Raises EngineStopped, with the settings to change, if the device's memory does not suffice.
         """
         assert self._graphs is not None
-        try:
-            with torch.inference_mode():
-                self._graphs.capture(rows)
-        except torch.OutOfMemoryError as error:
-            raise EngineStopped(self.memory.advice()) from error
+        with self._explained(), torch.inference_mode():
+            self._graphs.capture(rows)
 
     def follow_plans(self, control: ControlChannel) -> bytes:
         """The life of a rank other than 0: do what rank 0 sends, until it says stop. Returns the stop's payload."""
@@ -147,7 +172,8 @@ class Worker:
             if isinstance(message, StepPlan):
                 self.heartbeat.step(message.step, message.num_tokens)
                 self.heartbeat.phase("compute")
-                self.launch(message)
+                step = self.forward(message)
+                self.sample(step, _receive_masks(control) if message.masked_samples else ())
             elif isinstance(message, Capture):
                 self.capture(message.rows)
             elif isinstance(message, Stop):
@@ -161,13 +187,15 @@ class Worker:
             self._graphs.close()
             self._graphs = None
 
-    def _sample(self, logits: torch.Tensor, batch: ForwardBatch) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+    def _sample(
+        self, logits: torch.Tensor, batch: ForwardBatch, masks: dict[int, bytes]
+    ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
         """The tokens, int64 (S,), and their log-probabilities: right on rank 0."""
         if self.settings.overlap:
-            tokens, logprobs = self.sampler.choose(logits, batch.sample_rows)
+            tokens, logprobs = self.sampler.choose(logits, batch.sample_rows, masks)
             self.slot_table.remember(batch.sample_slots, tokens)
             return tokens, logprobs
-        sampled = self.sampler.sample(logits, batch.sample_rows)
+        sampled = self.sampler.sample(logits, batch.sample_rows, masks)
         return (torch.tensor(sampled[0]), sampled[1]) if sampled else (batch.sample_tokens, [])
 
     def _prompt_logprobs(self, batch: ForwardBatch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -182,3 +210,9 @@ class Worker:
                 )
                 results.setdefault(rows.row, []).extend(scored or [])
         return results
+
+
+def _receive_masks(control: ControlChannel) -> list[bytes]:
+    message = decode(control.receive())
+    assert isinstance(message, Masks)
+    return message.masks

@@ -6,6 +6,7 @@ import msgspec
 
 from .logprobs import TokenLogprobs
 from .sampling_params import SamplingParams
+from .structured import StructuredOutput
 
 PROTOCOL_VERSION = 3
 """Both sides of a wire must have the same one; a Ping tells a client which one the engine has."""
@@ -66,6 +67,8 @@ class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
     """Lower runs first."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    structured: StructuredOutput | None = None
+    """What each answer must match; of an answer that begins with thinking, what comes after it."""
     return_prompt_token_ids: bool = False
     """Whether Finished holds the prompt's token ids."""
     split_reasoning: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from ...kernels.host_copies import to_device
 from ..scheduling.step_plan import SlotSampling
+from .grammar_masks import apply_masks
 from .token_counts import TokenCounts
 
 TokenIds = npt.NDArray[np.int32]
@@ -28,16 +29,27 @@ class SampleRow:
 
 
 def edit_rows(
-    logits: torch.Tensor, vocab: range, rows: Sequence[SampleRow], token_counts: TokenCounts | None
+    logits: torch.Tensor,
+    vocab: range,
+    rows: Sequence[SampleRow],
+    token_counts: TokenCounts | None,
+    masks: Mapping[int, bytes] | None = None,
 ) -> dict[int, torch.Tensor]:
     """Edit each row's logits, float32 (len(rows), len(vocab)), in place, as its request asks: see edit_logits.
 
+    `masks` has, by row, which tokens of the whole vocabulary a grammar allows: see apply_masks.
     Returns the unedited logits of the rows whose raw log-probabilities are wanted, by row. Penalties, and bad words for
     the last token, use `token_counts`, if there are any, instead of the rows' token ids.
     """
     edited = [i for i, row in enumerate(rows) if row.sampling.changes_logits(row.position - row.prompt_length)]
-    wanted = [i for i in edited if rows[i].sampling.logprobs >= 0 and not rows[i].sampling.processed_logprobs]
+    wanted = [
+        i
+        for i in sorted({*edited, *(masks or ())})
+        if rows[i].sampling.logprobs >= 0 and not rows[i].sampling.processed_logprobs
+    ]
     originals = {i: logits[i].clone() for i in wanted}
+    if masks:
+        apply_masks(logits, vocab, masks)
 
     if token_counts is None:
         for i, row in ((i, rows[i]) for i in edited):

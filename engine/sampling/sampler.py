@@ -6,7 +6,7 @@ depends on (seed, position, global token id) alone: neither the batch nor the nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -80,18 +80,19 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: torch.Tensor, rows: Sequence[SampleRow]
+        self, logits: torch.Tensor, rows: Sequence[SampleRow], masks: Mapping[int, bytes] | None = None
     ) -> tuple[list[int], list[TokenLogprobs | None]] | None:
         """A token for each row, with log-probabilities where the row asks for them, on rank 0; None on the others.
 
-        `logits` is float32 (len(rows), len(vocab)) and is overwritten. A row that cannot be sampled gets INVALID_TOKEN
-        and no log-probabilities; the others are not affected.
+        `logits` is float32 (len(rows), len(vocab)) and is overwritten. `masks` has, by row, the tokens that a grammar
+        allows: a bit for each token of the whole vocabulary, the lowest first in each byte. A row that cannot be
+        sampled gets INVALID_TOKEN and no log-probabilities; the others are not affected.
         One gather. Rows of top-p, min-p or a top-k above the candidates add one broadcast, and one gather of the few
         that the candidates do not decide; log-probabilities add one or two broadcasts, one all_reduce and one gather.
         """
         if not rows:
             return ([], []) if self._collectives.rank == 0 else None
-        originals = self._edit(logits, rows)
+        originals = self._edit(logits, rows, masks or {})
         if all(_is_plain_greedy(row.sampling) for row in rows):
             tokens = self._argmax(logits)
             return None if tokens is None else (tokens, [None] * len(rows))
@@ -103,14 +104,14 @@ class Sampler:
 
     @torch.inference_mode()
     def choose(
-        self, logits: torch.Tensor, rows: Sequence[SampleRow]
+        self, logits: torch.Tensor, rows: Sequence[SampleRow], masks: Mapping[int, bytes] | None = None
     ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
         """As sample(), but the tokens stay on the device, int64 (len(rows),), equal on every rank: one broadcast more.
 
         Nothing waits for the device, unless log-probabilities are asked for, or top-p or min-p without a top-k that the
         candidates hold. The log-probabilities are None but on rank 0.
         """
-        originals = self._edit(logits, rows)
+        originals = self._edit(logits, rows, masks or {})
         if self._collectives.size == 1 and all(_is_plain_greedy(row.sampling) for row in rows):
             most, indices = argmax(logits)
             return torch.where(most.isfinite(), indices, INVALID_TOKEN), [None] * len(rows)
@@ -159,11 +160,13 @@ class Sampler:
         temperature = logits.new_ones(len(token_ids), 1)
         return gather_logprobs(self._collectives, self._vocab, logits, chosen, counts, temperature=temperature)
 
-    def _edit(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, torch.Tensor]:
+    def _edit(
+        self, logits: torch.Tensor, rows: Sequence[SampleRow], masks: Mapping[int, bytes]
+    ) -> dict[int, torch.Tensor]:
         """As edit_rows(): most steps have no row that asks for it."""
-        if not any(row.sampling.changes_logits(row.position - row.prompt_length) for row in rows):
+        if not masks and not any(row.sampling.changes_logits(row.position - row.prompt_length) for row in rows):
             return {}
-        return edit_rows(logits, self._vocab, rows, self._token_counts)
+        return edit_rows(logits, self._vocab, rows, self._token_counts, masks)
 
     def _argmax(self, logits: torch.Tensor) -> list[int] | None:
         """Return each row's token of the largest logit, on rank 0, in few operations. One gather."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
@@ -21,6 +22,17 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+class Constraint(Protocol):
+    """What one completion must match, and how far it has come: see engine/constraints/matcher.py."""
+
+    @property
+    def active(self) -> bool:
+        """Whether some tokens may be forbidden now."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take in the next token, no end token. Returns whether the answer is complete, so that nothing may follow."""
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """What a client asked for, every default resolved: n = len(samplings) completions of one prompt."""
@@ -35,6 +47,8 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     """The model's end-of-sequence ids; empty with ignore_eos."""
     stop_token_ids: frozenset[int] = frozenset()
+    constraints: tuple[Constraint, ...] = ()
+    """One for each completion, or none; they are at its first token."""
     priority: int = 0
     """Lower runs first."""
     cache_salt: str = ""
@@ -81,6 +95,7 @@ class Request:
                 end_token_ids=self.eos_token_ids | self.stop_token_ids,
                 sampling=sampling if index == 0 else msgspec.structs.replace(sampling, prompt_logprobs=-1),
                 chain=chain.copy() if chain is not None else None,
+                constraint=self.constraints[index] if self.constraints else None,
             )
             for index, sampling in enumerate(self.samplings)
         ]
@@ -122,6 +137,8 @@ class Sequence:
     sampling: SlotSampling
     chain: PrefixChain | None
     """None: shares no block with anybody. Else it covers the full blocks of the prompt and of the computed tokens."""
+    constraint: Constraint | None = None
+    """Has taken in every known token of the output."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
@@ -158,19 +175,10 @@ class Sequence:
         if self.num_output == 0:
             return
         self.first_token_at = self.last_token_at = self.first_scheduled_at = first_token_at
-        token = self.tokens[-1]
-        if self.is_end(token, self.num_output - 1):
-            self.ended = ("stop", self.stop_reason_of(token))
-        elif len(self.tokens) >= self.length_limit:
-            self.ended = ("length", None)
-
-    def is_end(self, token: int, output_length: int) -> bool:
-        """Whether a token that follows `output_length` output tokens ends the sequence."""
-        return token in self.end_token_ids and output_length >= self.sampling.min_tokens
-
-    def stop_reason_of(self, token: int) -> int | None:
-        """The token that has ended the sequence, unless it is the model's own end-of-sequence."""
-        return None if token in self.request.eos_token_ids else token
+        for length, token in enumerate(self.output):
+            reason, stop_reason = self._take_in(token, length)
+            if reason is not None:
+                self.ended = (reason, stop_reason)
 
     @property
     def name(self) -> str:
@@ -204,6 +212,27 @@ class Sequence:
         if sampling.prompt_logprobs >= 0 and not self.request.needs_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
         return SlotStart(self.slot, self.prompt_length, list(self.tokens), sampling)
+
+    def append(self, token: int, now: float) -> tuple[str | None, int | None]:
+        """Take in a token that a step has sampled. Returns (finish_reason, stop_reason) if it ends the sequence."""
+        ending = self._take_in(token, self.num_output)
+        self.tokens.append(token)
+        self.num_pending_tokens -= 1
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+        return ending
+
+    def _take_in(self, token: int, output_length: int) -> tuple[str | None, int | None]:
+        """Follow the output by a token after `output_length` others. Returns the same as append()."""
+        if token in self.end_token_ids and output_length >= self.sampling.min_tokens:
+            # The model's own end-of-sequence needs no naming.
+            return "stop", None if token in self.request.eos_token_ids else token
+        if self.constraint is not None and self.constraint.advance(token):
+            return "stop", None
+        if self.prompt_length + output_length + 1 >= self.length_limit:
+            return "length", None
+        return None, None
 
     @property
     def output(self) -> list[int]:

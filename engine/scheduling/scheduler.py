@@ -94,10 +94,19 @@ class Scheduler:
         """Ids of the requests under way."""
         return list(self._requests)
 
-    def request_of_row(self, row: int) -> str | None:
-        """The request id of a row of the oldest step in flight; None if its sequence has given its slot up since."""
+    def sequence_of_row(self, row: int) -> Sequence | None:
+        """The sequence of a row of the oldest step in flight; None if it has given its slot up since."""
         _, sequences, epochs = self._in_flight[0]
-        return sequences[row].request.id if sequences[row].epoch == epochs[row] else None
+        return sequences[row] if sequences[row].epoch == epochs[row] else None
+
+    def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
+        """The sequences of the plan's masked_samples; None for one that has given its slot up since.
+
+        `plan` is the newest step in flight.
+        """
+        _, sequences, epochs = self._in_flight[-1]
+        rows = [plan.sample_rows[i] for i in plan.masked_samples]
+        return [sequences[row] if sequences[row].epoch == epochs[row] else None for row in rows]
 
     @property
     def can_run_ahead(self) -> bool:
@@ -361,27 +370,12 @@ class Scheduler:
         return updates
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
-        tokens = sequence.tokens
         request = sequence.request
         if sequence.ended is not None:
             self._finish(sequence, *sequence.ended, now)
             return end_of(sequence)
 
-        reason: str | None = None
-        stop_reason: int | None = None
-        if sequence.is_end(token, sequence.num_output):
-            reason = "stop"
-            stop_reason = sequence.stop_reason_of(token)
-
-        tokens.append(token)
-        sequence.num_pending_tokens -= 1
-        if reason is None and len(tokens) >= sequence.length_limit:
-            reason = "length"
-
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        sequence.last_token_at = now
-
+        reason, stop_reason = sequence.append(token, now)
         if reason is not None:
             self._finish(sequence, reason, stop_reason, now)
         entries = [logprobs] if logprobs is not None else None

@@ -68,6 +68,14 @@ class StepBuilder:
             if count == sequence.num_uncomputed_tokens:
                 sample_rows.append(row)
 
+        # While a token is pending, whether a grammar limits the one after it is not known yet.
+        sampled = [rows[row] for row in sample_rows]
+        masked = [
+            i
+            for i, sequence in enumerate(sampled)
+            if sequence.constraint is not None and (sequence.constraint.active or sequence.num_pending_tokens)
+        ]
+
         return StepPlan(
             step=step,
             starts=self.starts,
@@ -81,6 +89,7 @@ class StepBuilder:
             counts=[1] * num_decodes + self.chunk_counts,
             num_decodes=num_decodes,
             sample_rows=sample_rows,
+            masked_samples=masked,
         )
 
     def mark_in_flight(self) -> tuple[list[Sequence], list[int]]:

@@ -76,6 +76,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     counts: list[int]
     num_decodes: int
     sample_rows: list[int]  # rows whose last token gets a successor sampled in this step, ascending
+    # Indices of sample_rows whose tokens a grammar limits: the Masks that follow this plan say to which.
+    masked_samples: list[int] = []
 
     @property
     def only_decodes(self) -> bool:
@@ -86,6 +88,15 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(self.counts)
+
+
+class Masks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
+    """Which tokens a grammar allows, for each of the masked_samples of the plan just sent: sent while that computes.
+
+    A mask has one bit for each token of the vocabulary, the lowest first in each byte; an empty one allows all.
+    """
+
+    masks: list[bytes]
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
@@ -104,7 +115,7 @@ class Capture(msgspec.Struct, frozen=True, array_like=True, tag="capture"):
     rows: int
 
 
-Control = StepPlan | Stop | Idle | Capture
+Control = StepPlan | Masks | Stop | Idle | Capture
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)

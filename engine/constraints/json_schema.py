@@ -1,0 +1,136 @@
+"""What a JSON Schema must be before it is compiled, and where in it something is that cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import InvalidRequest
+
+DEPTH = 64
+"""Objects and lists of a schema within one another, at most."""
+TRIES = 300
+"""Parts of a schema that are compiled alone, at most, to find the one that is wrong."""
+OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+SINGLE = (
+    "items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames",
+    "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+UNSUPPORTED = {
+    "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "unevaluatedItems",
+    "unevaluatedProperties", "dependentSchemas", "dependentRequired", "dependencies", "uniqueItems", "$dynamicRef",
+    "$recursiveRef", "x-guidance",
+}  # fmt: skip
+"""Keywords that would constrain the answer, and that no grammar can express here."""
+
+
+def decode_json(text: str, field: str) -> Any:
+    """Return the value of JSON text. Raises InvalidRequest for what is none, or is nested too deeply."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        why = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {error}"
+        raise InvalidRequest(f"{field} {why}") from None
+    _check_depth(value, field)
+    return value
+
+
+def check_schema(schema: Any, field: str) -> None:
+    """Raise InvalidRequest, with the path, for a keyword that is not supported or a part that is no schema."""
+    pending = [(field, schema)]
+    while pending:
+        path, part = pending.pop()
+        if isinstance(part, bool):
+            continue
+        if not isinstance(part, dict):
+            raise InvalidRequest(f"{path} must be a schema, an object or a boolean, not {type(part).__name__}")
+        for keyword in part:
+            if keyword in UNSUPPORTED and not _says_nothing(keyword, part):
+                raise InvalidRequest(f"{path}.{keyword} is not supported: no grammar can be made of it")
+        pending += subschemas(part, path)
+
+
+def find_path(schema: Any, field: str, error: str, compile_alone: Callable[[Any], str]) -> str:
+    """Return the path of the smallest part of a schema for which `compile_alone` returns the same `error`.
+
+    References of a part to the whole are not followed: a fault behind one is found at its definition.
+    """
+    path, part, tries = field, schema, 0
+    while True:
+        for below, child in subschemas(part, path):
+            tries += 1
+            if tries > TRIES:
+                return path
+            if compile_alone(child) == error:
+                path, part = below, child
+                break
+        else:
+            return path
+
+
+def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the path and the value of each schema directly within a schema."""
+    if not isinstance(schema, dict):
+        return
+    for keyword in OF_SCHEMAS:
+        if isinstance(schema.get(keyword), dict):
+            for name, child in schema[keyword].items():
+                yield f"{path}.{keyword}.{name}", child
+    for keyword in LISTS:
+        if isinstance(schema.get(keyword), list):
+            for index, child in enumerate(schema[keyword]):
+                yield f"{path}.{keyword}[{index}]", child
+    for keyword in SINGLE:
+        if isinstance(schema.get(keyword), dict | bool):
+            yield f"{path}.{keyword}", schema[keyword]
+
+
+def without_neutral(schema: Any) -> Any:
+    """Return a schema without the unsupported keywords that constrain nothing: the library would refuse them."""
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: value for name, value in schema.items() if name not in UNSUPPORTED}
+    for keyword in OF_SCHEMAS:
+        if isinstance(made.get(keyword), dict):
+            made[keyword] = {name: without_neutral(child) for name, child in made[keyword].items()}
+    for keyword in LISTS:
+        if isinstance(made.get(keyword), list):
+            made[keyword] = [without_neutral(child) for child in made[keyword]]
+    for keyword in SINGLE:
+        if isinstance(made.get(keyword), dict):
+            made[keyword] = without_neutral(made[keyword])
+    return made
+
+
+def _says_nothing(keyword: str, schema: dict[str, Any]) -> bool:
+    """Whether a keyword that is not supported constrains nothing as it stands."""
+    value = schema[keyword]
+    if keyword in ("then", "else"):
+        return "if" not in schema
+    if keyword == "if":
+        return "then" not in schema and "else" not in schema
+    if keyword in ("minContains", "maxContains"):
+        return "contains" not in schema
+    if keyword == "uniqueItems":
+        return value is False
+    return value is True or (keyword.startswith("depend") and value == {})
+
+
+def _check_depth(value: Any, field: str) -> None:
+    level = [value]
+    for _ in range(DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"{field} is nested more than {DEPTH} deep")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

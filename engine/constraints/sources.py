@@ -1,0 +1,133 @@
+"""The grammar, as the library takes it, of each thing that a request may give."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidRequest
+from ..protocol.structured import StructuredOutput
+from .json_schema import check_schema, decode_json, without_neutral
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+WHITESPACE = r"[ ]|\r?\n[ \t]{0,60}"
+"""Between the parts of JSON: a space, or a new line with its indentation. More would let a model go on with it for
+ever."""
+DEPTH = 64
+"""Brackets of a regular expression or a grammar within one another, at most."""
+
+
+def grammar_of(structured: StructuredOutput) -> str:
+    """Return the library's grammar of a checked `structured`.
+
+    Raises InvalidRequest naming what is wrong, for a schema with its path.
+    """
+    from llguidance import LLMatcher
+
+    field = f"structured.{structured.kind}"
+    if structured.json_object:
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_overrides())
+    if structured.json_schema is not None:
+        schema = decode_json(structured.json_schema, field)
+        check_schema(schema, field)
+        return schema_grammar(schema)
+    if structured.regex is not None:
+        check_depth(structured.regex, field)
+        return LLMatcher.grammar_from_regex(structured.regex)
+    if structured.choice is not None:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_text, structured.choice)))
+    if structured.grammar is not None:
+        return LLMatcher.grammar_from_lark(_lark(structured.grammar, field))
+    assert structured.structural_tag is not None
+    return LLMatcher.grammar_from_lark(_structural_tag(decode_json(structured.structural_tag, field), field))
+
+
+def schema_grammar(schema: Any) -> str:
+    """Return the library's grammar of a schema that was checked."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(json.dumps(_as_object(schema)), overrides=_overrides())
+
+
+def inline_schema(schema: Any, field: str) -> str:
+    """Return the text of a JSON Schema inside a Lark grammar. Raises InvalidRequest with the path of what is wrong."""
+    check_schema(schema, field)
+    return "%json " + json.dumps({**_as_object(schema), "x-guidance": _overrides()})
+
+
+def check_depth(text: str, field: str) -> None:
+    """Raise InvalidRequest for brackets that are within one another too deeply; those in literals count too."""
+    depth = most = 0
+    for letter in text:
+        if letter in "([{":
+            depth += 1
+            most = max(most, depth)
+        elif letter in ")]}":
+            depth = max(0, depth - 1)
+    if most > DEPTH:
+        raise InvalidRequest(f"{field} has brackets {most} deep; at most {DEPTH} are allowed")
+
+
+def _as_object(schema: Any) -> dict[str, Any]:
+    """The schema as the library takes it at the top: `false` is an enumeration of nothing."""
+    if isinstance(schema, bool):
+        return {} if schema else {"enum": []}
+    made: dict[str, Any] = without_neutral(schema)
+    return made
+
+
+def _overrides() -> JsonCompileOptions:
+    return {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+
+
+def _lark(text: str, field: str) -> str:
+    """A grammar in Lark's syntax; of one in EBNF, which has ::=, the same in Lark's."""
+    check_depth(text, field)
+    if "::=" not in text:
+        return text
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return str(any_to_lark(text))
+    except RecursionError:
+        raise InvalidRequest(f"{field} is nested too deeply") from None
+    except Exception as error:  # the converter has no error type of its own
+        raise InvalidRequest(f"{field} is no EBNF: {error}") from error
+
+
+def _structural_tag(tag: Any, field: str) -> str:
+    """Any text, in which a trigger begins one of the structures."""
+    if not isinstance(tag, dict) or not isinstance(tag.get("structures"), list) or not tag["structures"]:
+        raise InvalidRequest(f'{field}.structures must be a list of {{"begin", "schema", "end"}} that is not empty')
+    triggers = tag.get("triggers")
+    if not isinstance(triggers, list) or not all(isinstance(each, str) and each for each in triggers):
+        raise InvalidRequest(f"{field}.triggers must be a list of texts")
+    unknown = sorted(set(tag) - {"structures", "triggers", "type"})
+    if unknown:
+        raise InvalidRequest(f"{field}.{unknown[0]} is not supported: give structures and triggers")
+
+    rules = []
+    for index, structure in enumerate(tag["structures"]):
+        path = f"{field}.structures[{index}]"
+        if not isinstance(structure, dict) or set(structure) - {"begin", "schema", "end"}:
+            raise InvalidRequest(f'{path} must be {{"begin", "schema", "end"}}')
+        begin, end = structure.get("begin"), structure.get("end")
+        if not isinstance(begin, str) or not isinstance(end, str):
+            raise InvalidRequest(f"{path}.begin and .end must be texts")
+        found = [trigger for trigger in triggers if begin.startswith(trigger)]
+        if not found:
+            raise InvalidRequest(f"{path}.begin={begin!r} begins with none of the triggers")
+        trigger = max(found, key=len)
+        body = [_text(begin[len(trigger) :]), inline_schema(structure.get("schema", {}), f"{path}.schema"), _text(end)]
+        rules += [
+            f"trigger_{index}[lazy]: TEXT {_text(trigger)}",
+            f"structure_{index}: trigger_{index} {' '.join(filter(None, body))}",
+        ]
+    names = " | ".join(f"structure_{index}" for index in range(len(tag["structures"])))
+    return "\n".join([f"start: ({names})* rest", "rest: TEXT", r"TEXT: /(.|\n)*/", *rules])
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""

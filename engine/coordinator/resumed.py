@@ -1,0 +1,37 @@
+"""What a request brings from the engine before this one: checked like all that comes from outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ..errors import InvalidRequest
+from ..protocol.messages import Submit
+
+
+def resumed_outputs(
+    submit: Submit, prompt_length: int, max_model_len: int, check_tokens: Callable[[str, list[int]], None]
+) -> list[list[int]]:
+    """The output tokens of each completion that another engine has delivered; none of a request that is new.
+
+    `check_tokens` refuses ids outside the vocabulary, by the name of their field. Raises InvalidRequest.
+    """
+    if submit.resume is None:
+        return []
+    outputs = [each.token_ids for each in submit.resume.completions]
+    if len(outputs) != submit.sampling.n:
+        n = submit.sampling.n
+        raise InvalidRequest(f"resume has {len(outputs)} completions; it must have as many as n={n}")
+
+    for tokens in outputs:
+        check_tokens("resume.token_ids", tokens)
+        if prompt_length + len(tokens) > max_model_len:
+            raise InvalidRequest(
+                f"the prompt's {prompt_length} tokens and {len(tokens)} of resume are more than "
+                f"max_model_len={max_model_len}: the engine before this one had a larger one"
+            )
+
+    times = [submit.resume.age_s, submit.resume.ttft_s or 0.0]
+    if not all(0 <= seconds < math.inf for seconds in times):
+        raise InvalidRequest(f"resume has age_s and ttft_s of {times}; they must be seconds of at least 0")
+    return outputs

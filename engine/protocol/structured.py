@@ -1,0 +1,61 @@
+"""What an answer must match: the one form of it that a request gives."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..errors import InvalidRequest
+
+SOURCE_BYTES = 1 << 19
+"""Bytes of a schema, a grammar or all choices together, at most."""
+CHOICES = 16384
+"""Choices at most."""
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Exactly one field is set; the answer as a whole matches it, from its first token to its end."""
+
+    json_schema: str | None = None
+    """The text of a JSON Schema (draft 2020-12); the answer is JSON that is valid by it."""
+    json_object: bool = False
+    """The answer is any JSON object."""
+    regex: str | None = None
+    """A regular expression (Rust's syntax, without look-around and back-references)."""
+    choice: tuple[str, ...] | None = None
+    """The texts of which the answer is one."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's syntax, or in EBNF (GBNF, with ::=); its first rule is start, or root."""
+    structural_tag: str | None = None
+    """JSON text: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}. Any text, in which each trigger
+    begins a structure: its `begin`, JSON that is valid by its schema, and its `end`."""
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set. Raises InvalidRequest unless it is exactly one."""
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            names = ", ".join(self.__struct_fields__)
+            raise InvalidRequest(f"structured must have exactly one of {names}; got {', '.join(given) or 'none'}")
+        return given[0]
+
+    def check(self) -> None:
+        """Raise InvalidRequest for what is too large to be looked at, or empty."""
+        kind = self.kind
+        if kind == "choice":
+            choices = self.choice or ()
+            if len(choices) > CHOICES:
+                raise InvalidRequest(f"structured.choice holds {len(choices)} texts; it may hold at most {CHOICES}")
+            if not all(choices):
+                raise InvalidRequest(f"structured.choice[{choices.index('')}] is empty: each must be a text")
+        texts = getattr(self, kind)
+        if isinstance(texts, bool):
+            return
+
+        size = 0
+        for text in [texts] if isinstance(texts, str) else texts:
+            try:
+                size += len(text.encode())
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"structured.{kind} is not valid Unicode text: {error}") from error
+        if not 1 <= size <= SOURCE_BYTES:
+            raise InvalidRequest(f"structured.{kind} has {size} bytes; it must have 1 to {SOURCE_BYTES}")
