@@ -21,7 +21,6 @@ from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request
 from ..scheduling.step_plan import SlotSampling
 from .resumed import resumed_outputs
-from .thinking import beginning_of
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -163,8 +162,8 @@ class InputProcessor:
             raise InvalidRequest("structured needs a tokenizer, and the engine was started without one")
         grammar = self._grammars.compile(submit.structured)
         beginning = None
-        if submit.split_reasoning:
-            beginning = beginning_of(self._tokenizer, prompt, submit.continue_final_message)
+        if submit.split_reasoning and self._tokenizer is not None:
+            beginning = self._tokenizer.grammar_beginning(prompt, submit.continue_final_message)
         return tuple(grammar.matcher(sampling.end_token_ids, beginning) for sampling in samplings)
 
     def answer(self, question: Tokenize | Detokenize) -> Tokenized | Detokenized:
