@@ -7,7 +7,9 @@ is touched when it forks. A rank watches this process as it would watch the supe
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import logging
 import os
 import select
 import signal
@@ -20,12 +22,14 @@ from typing import NoReturn
 
 import msgspec
 
-from .process_title import replace_in_arguments, replace_in_environment
 from .rank_info import UNKNOWN_RANK, name_rank
 from .rank_process import MAX_MESSAGE_BYTES, Ended, Event, Refused, Start, Started
 
+_log = logging.getLogger("phalanx")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+_ARGUMENTS, _ENVIRONMENT = 48, 50
+"""The numbers of arg_start and env_start among the fields of /proc/PID/stat (proc(5)); their ends follow them."""
 
 
 def preload() -> None:
@@ -146,7 +150,11 @@ def _wake(number: int, frame: FrameType | None) -> None:
 
 
 def _name_process(rank: int, folder: Path) -> None:
-    """Let this process, its environment and its line in a list of processes name the rank."""
+    """Let this process, its environment and its line in a list of processes name the rank.
+
+    Linux shows others the memory in which a process found its arguments and environment when it began
+    (/proc/PID/cmdline and environ): what a fork writes there is seen of it.
+    """
     size = int(os.environ["WORLD_SIZE"])
     name = name_rank(rank, size)
     replace_in_environment(name_rank(UNKNOWN_RANK, size), name)
@@ -155,6 +163,40 @@ def _name_process(rank: int, folder: Path) -> None:
     module = f"{__package__}.rank"
     replace_in_arguments(f"{__package__}.fork", module)
     sys.argv = [module, str(folder)]
+
+
+def replace_in_arguments(old: str, new: str) -> None:
+    """Show the argument `new`, of as many bytes, in place of `old`."""
+    if len(new.encode()) != len(old.encode()):
+        raise ValueError(f"{new!r} must have as many bytes as {old!r}")
+    _replace(_ARGUMENTS, old.encode(), new.encode())
+
+
+def replace_in_environment(old: dict[str, str], new: dict[str, str]) -> None:
+    """Show the variables `new`, no longer than `old`, in place of these, which are the last ones in this order.
+
+    Only what other processes see changes, and what C code reads that this process has not set again.
+    """
+    before, after = (
+        b"\0".join(f"{name}={value}".encode() for name, value in variables.items()) for variables in (old, new)
+    )
+    if len(after) > len(before):
+        raise ValueError(f"{new!r} must have no more bytes than {old!r}")
+    _replace(_ENVIRONMENT, before, after.ljust(len(before), b"\0"))
+
+
+def _replace(field: int, old: bytes, new: bytes) -> None:
+    """Overwrite the last `old` of the process's own text by `new`, of the same length; it may be missing."""
+    try:
+        # The second field, a name in parentheses, may hold anything.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[field - 3]), int(fields[field - 2])
+    except (OSError, IndexError, ValueError) as error:
+        _log.debug("the process shows its old name: %s", error)
+        return
+    place = ctypes.string_at(start, end - start).rfind(b"\0" + old + b"\0") + 1 if start else 0
+    if place > 0:
+        ctypes.memmove(start + place, new, len(new))
 
 
 def main() -> None:

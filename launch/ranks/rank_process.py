@@ -104,7 +104,7 @@ class RankStarter:
         self.close()
 
     def start(self, rank: int) -> RankProcess:
-        """Start a rank's process, whose standard input is empty. The first start waits for the fork server's imports."""
+        """Start a rank's process, whose standard input is empty. The first start waits until the imports are done."""
         if self._fork:
             started = self._living_server().start(rank)
             if not isinstance(started, str):

@@ -39,7 +39,7 @@ if any(part.endswith("ranks.fork") for part in sys.orig_argv):
 
 TITLED = """
 import os
-from phalanx.launch.ranks.process_title import replace_in_arguments, replace_in_environment
+from phalanx.launch.ranks.fork import replace_in_arguments, replace_in_environment
 replace_in_arguments("long", "name")
 replace_in_environment({"A": "--", "B": "--"}, {"A": "7", "B": "13"})
 print(open("/proc/self/cmdline").read().split("\\0")[-3:], open("/proc/self/environ").read().rstrip("\\0").split("\\0"))
