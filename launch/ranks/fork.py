@@ -150,7 +150,11 @@ def _wake(number: int, frame: FrameType | None) -> None:
 
 
 def _name_process(rank: int, folder: Path) -> None:
-    """Let this process, its environment and its line in a list of processes name the rank."""
+    """Let this process, its environment and its line in a list of processes name the rank.
+
+    Linux shows others the memory in which a process found its arguments and environment when it began
+    (/proc/PID/cmdline and environ): what a fork writes there is seen of it.
+    """
     size = int(os.environ["WORLD_SIZE"])
     name = name_rank(rank, size)
     replace_in_environment(name_rank(UNKNOWN_RANK, size), name)
@@ -162,12 +166,7 @@ def _name_process(rank: int, folder: Path) -> None:
 
 
 def replace_in_arguments(old: str, new: str) -> None:
-    """Show the argument `new`, of as many bytes, in place of `old`.
-
-    Linux shows the memory in which a process found its command line and environment when it began (/proc/PID/cmdline
-    and environ): what a fork writes there is seen of it. Texts are replaced by texts that are no longer, so nothing
-    moves.
-    """
+    """Show the argument `new`, of as many bytes, in place of `old`."""
     if len(new.encode()) != len(old.encode()):
         raise ValueError(f"{new!r} must have as many bytes as {old!r}")
     _replace(_ARGUMENTS, old.encode(), new.encode())

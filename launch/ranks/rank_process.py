@@ -103,22 +103,16 @@ class RankStarter:
     ) -> None:
         self.close()
 
-    def prepare(self) -> None:
-        """Have the imports of the ranks to come begin now; start() does so too, and then waits for them."""
-        if self._fork and (self._server is None or not self._server.alive):
-            self.close()
-            self._server = _ForkServer(self._folder, self._size)
-
     def start(self, rank: int) -> RankProcess:
-        """Start a rank's process. Its standard input is empty."""
-        self.prepare()
-        if self._server is not None:
-            started = self._server.start(rank)
+        """Start a rank's process, whose standard input is empty. The first start waits until the imports are done."""
+        if self._fork:
+            started = self._living_server().start(rank)
             if not isinstance(started, str):
                 return started
             _log.warning("ranks are started one by one, which takes longer: %s", started)
             self._fork = False
-        return self._spawn(rank)
+        command = [sys.executable, "-m", f"{__package__}.rank", str(self._folder)]
+        return subprocess.Popen(command, env=rank_environment(rank, self._size), stdin=subprocess.DEVNULL)
 
     def close(self) -> None:
         """End the fork server. The ranks that it has forked, which should have ended before, end with it."""
@@ -126,9 +120,12 @@ class RankStarter:
             self._server.close()
             self._server = None
 
-    def _spawn(self, rank: int) -> RankProcess:
-        command = [sys.executable, "-m", f"{__package__}.rank", str(self._folder)]
-        return subprocess.Popen(command, env=rank_environment(rank, self._size), stdin=subprocess.DEVNULL)
+    def _living_server(self) -> _ForkServer:
+        """The fork server, or a new one in the place of one that has ended."""
+        if self._server is None or not self._server.alive:
+            self.close()
+            self._server = _ForkServer(self._folder, self._size)
+        return self._server
 
 
 class ForkedRank:

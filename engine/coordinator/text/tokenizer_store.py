@@ -124,6 +124,9 @@ class TokenizerStore:
             eos_token_id=eos_token_id if isinstance(eos_token_id, int) else None,
             longest_token_bytes=longest_token_bytes,
         )
+        if StoredTokenizer(stored).backend_tokenizer.to_str() != stored.backend:
+            _log.debug("the tokenizer of %s is not stored: read back it is another one", self._folder)
+            return
         try:
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()

@@ -19,10 +19,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forke
 WAIT_S = 60
 
 FORKABLE = """
-import threading, torch
+import sys, threading
 from phalanx.launch.ranks.fork import preload, why_not_forkable
 preload()
-print(why_not_forkable(), "phalanx.engine.engine" in __import__("sys").modules)
+print(why_not_forkable(), "phalanx.engine.engine" in sys.modules)
+import torch
 torch.cuda.is_initialized = lambda: True
 print(why_not_forkable())
 threading.Thread(target=threading.Event().wait, daemon=True).start()
@@ -132,6 +133,7 @@ def _runs(pid: int) -> bool:
     return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.slow
 def test_what_ends_a_forked_rank_is_recorded_by_it(tmp_path: Path) -> None:
     with RankStarter(tmp_path, 2) as starter:
         rank = starter.start(0)
@@ -139,7 +141,7 @@ def test_what_ends_a_forked_rank_is_recorded_by_it(tmp_path: Path) -> None:
     assert b"FileNotFoundError" in failure_file(tmp_path, 0).read_bytes()
 
 
-@pytest.mark.parametrize("fork", [True, False])
+@pytest.mark.parametrize("fork", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_where_no_rank_can_be_forked_each_is_started_by_itself(
     folder: Path, tmp_path: Path, fork: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -65,14 +65,15 @@ def test_a_signal_ends_every_rank_within_5_s_with_the_right_exit_code(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_group_is_starting_ends_it_too(tiny: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("processes", [2, 3, 5])  # generate, supervisor, fork server, two ranks
+def test_a_signal_while_the_group_is_starting_ends_it_too(tiny: Path, number: signal.Signals, processes: int) -> None:
     with nothing_left_behind():
         process = start("generate", f"model={tiny}", *ENDLESS, "ranks=2")
         deadline = time.monotonic() + TIMEOUT_S
-        while len(family(process.pid)) < 4 and time.monotonic() < deadline:  # generate, supervisor, two ranks
-            time.sleep(0.05)
+        while len(family(process.pid)) < processes and time.monotonic() < deadline:
+            time.sleep(0.01)
         everyone = family(process.pid)
-        assert len(everyone) == 4
+        assert len(everyone) >= processes
         process.send_signal(number)
         end_within_5_s(process, everyone)
     assert process.returncode == 128 + number
@@ -97,6 +98,17 @@ def test_no_rank_outlives_a_supervisor_that_was_killed(tiny: Path) -> None:
         output = end_within_5_s(process, everyone)
     assert process.returncode == 1
     assert "error: the engine's group ended by itself" in output
+
+
+def test_no_rank_outlives_a_fork_server_that_was_killed(tiny: Path) -> None:
+    with nothing_left_behind():
+        process = start_generating(tiny, ALONE, 2)
+        everyone = family(process.pid)
+        server = next(each for each in everyone if "phalanx.launch.ranks.fork" in each.cmdline())
+        server.kill()
+        output = end_within_5_s(process, everyone)
+    assert process.returncode == 1
+    assert "failed: SIGKILL: process" in output
 
 
 def test_a_killed_rank_ends_its_group_and_is_named(tiny: Path) -> None:
