@@ -28,18 +28,6 @@ class ControlChannel(ABC):
         return
 
 
-class LocalControl(ControlChannel):
-    """The channel of a group of one, which has nobody to send to."""
-
-    def send(self, data: bytes) -> None:
-        """Do nothing."""
-        return
-
-    def receive(self) -> bytes:
-        """Raises RuntimeError: rank 0 receives nothing."""
-        raise RuntimeError("a group of one rank has no follower to receive control messages")
-
-
 class BroadcastControl(ControlChannel):
     """Control messages as broadcasts of CPU collectives: one for a message up to 16 KiB, two for a longer one."""
 

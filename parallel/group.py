@@ -16,13 +16,13 @@ import torch.distributed as dist
 from .collectives.base import Collectives, CollectivesUnavailable
 from .collectives.file_store import FileStoreCollectives
 from .collectives.host_staged import DeviceStagedCollectives, HostStagedCollectives
-from .collectives.local import LocalCollectives
+from .collectives.local import LocalCollectives, LocalControl
 from .collectives.peer_memory import SymmetricMemoryUnavailable, connect, gpu_identity
 from .collectives.process_group import ProcessGroupCollectives
 from .collectives.rendezvous import all_gather_ints, boot
 from .collectives.shared_memory import SharedMemoryCollectives, SharedMemoryControl, SharedMemoryUnavailable
 from .collectives.symmetric_memory import SymmetricMemoryCollectives
-from .control import BroadcastControl, ControlChannel, LocalControl
+from .control import BroadcastControl, ControlChannel
 
 _log = logging.getLogger("phalanx")
 _CPU = torch.device("cpu")

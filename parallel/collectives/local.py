@@ -1,9 +1,10 @@
-"""One rank alone: every operation is already done."""
+"""One rank alone: every operation is already done, and nobody is there to be told."""
 
 from __future__ import annotations
 
 import torch
 
+from ..control import ControlChannel
 from .base import Collectives
 
 
@@ -41,3 +42,15 @@ class LocalCollectives(Collectives):
     def close(self) -> None:
         """Nothing is held, so nothing is released."""
         return
+
+
+class LocalControl(ControlChannel):
+    """The channel of a group of one, which has nobody to send to."""
+
+    def send(self, data: bytes) -> None:
+        """Do nothing."""
+        return
+
+    def receive(self) -> bytes:
+        """Raises RuntimeError: rank 0 receives nothing."""
+        raise RuntimeError("a group of one rank has no follower to receive control messages")

@@ -18,7 +18,7 @@ from phalanx.tests.models import TEXTS, score
 RunRanks = Callable[..., list[Any]]
 
 LOGIT_TOLERANCE = 1e-4
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 CHUNKED = {"dtype": "float32", "max_model_len": 512, "kv_memory": 4e8, "max_num_batched_tokens": 96, "max_num_seqs": 16}
 """16 sequences at once, and a step budget that cuts every longer prompt into chunks beside the decodes."""
 

@@ -70,7 +70,7 @@ def test_tritons_kernels_padded_batches_and_overlap_change_no_answer(
     assert "attention=triton" in status.report[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_graphs_captured_while_serving_change_no_answer_and_are_the_same_on_every_rank(
     run_ranks: Callable[..., list[Any]], tiny: Path, expected: list[list[int]], ranks: int
 ) -> None:

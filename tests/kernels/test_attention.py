@@ -141,7 +141,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_kernels_compute_attention_for_any_mix_of_decodes_and_chunks(
     instructions: str,
     decode_keys: list[int],

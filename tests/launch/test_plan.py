@@ -135,7 +135,7 @@ def test_the_fewest_ranks_that_fit_do_fit_and_one_less_does_not() -> None:
     st.sampled_from(["0.9", "0.6", "1GiB", "30GiB"]),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_each_change_that_is_advised_alone_makes_it_fit(
     model: str, devices: list[int], max_model_len: int | None, kv_memory: str, name_devices: bool
 ) -> None:

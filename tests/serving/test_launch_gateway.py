@@ -15,9 +15,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from phalanx.engine.errors import ConfigError
 from phalanx.engine.protocol.messages import Delta, Event, Submit
+from phalanx.launch.cli.compose import compose, prepare_arguments
 from phalanx.launch.cli.schema import field_docs
 from phalanx.launch.cli.server import server_settings
+from phalanx.launch.gateway import GatewayKeys, gateway
+from phalanx.launch.ranks.rank_info import RankInfo
+from phalanx.serving.server import Server
 from phalanx.tests.launch.programs import run
 from phalanx.tests.serving.fake_engine import FakeEngine, address, finished, status
 from phalanx.tests.serving.servers import running, wait_for_port
@@ -178,12 +183,22 @@ def test_a_certificate_makes_it_https(engines: list[FakeEngine], tmp_path: Path)
         (("engines=[ipc:///a]", "log_level=loud"), "log_level='loud'"),
         (("engines=[ipc:///a]", "drain_timeout_s=-1"), "drain_timeout_s"),
         (("engines=[ipc:///a]", "no_such_key=1"), "no_such_key"),
+        (("engines=[ipc:///a]", "otlp_endpoint=collector"), "otlp_endpoint='collector'"),
     ],
 )
-def test_a_setting_that_cannot_be_ends_it_with_code_2(arguments: tuple[str, ...], message: str) -> None:
-    ended = run("gateway", *arguments)
+def test_a_setting_that_cannot_be_is_named(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "run", lambda *_: pytest.fail("it serves"))
+    with pytest.raises(ConfigError) as error:
+        gateway(compose(prepare_arguments(arguments, GatewayKeys, RankInfo()), GatewayKeys, RankInfo()))
+    assert message in str(error.value)
+
+
+def test_a_setting_that_cannot_be_ends_it_with_code_2() -> None:
+    ended = run("gateway", "engines=[ipc:///a]", "port=70000")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert message in ended.stderr
+    assert "port=70000" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -39,8 +39,7 @@ from phalanx.engine.models.spec import dimensions, read_config, spec_from_config
 from phalanx.engine.sampling.sampler import Sampler
 from phalanx.engine.scheduling.step_plan import decode, encode
 from phalanx.launch.cli.presets import load_preset
-from phalanx.parallel.collectives.local import LocalCollectives
-from phalanx.parallel.control import LocalControl
+from phalanx.parallel.collectives.local import LocalCollectives, LocalControl
 from phalanx.parallel.group import Group, local_group
 from phalanx.parallel.partition import partition
 

@@ -169,7 +169,7 @@ def test_a_sampling_value_out_of_range_is_refused_before_anything_starts() -> No
         config("sampling.top_p=2")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 @example("Don't panic!")
 @example("a,b=c (d) [e] {f} ${HOME} \\${x} \\\\${y}")

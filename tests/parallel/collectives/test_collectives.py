@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from phalanx.parallel.collectives.local import LocalCollectives
-from phalanx.parallel.control import LocalControl
+from phalanx.parallel.collectives.local import LocalCollectives, LocalControl
 from phalanx.parallel.group import local_group
 from phalanx.tests.parallel.collectives import programs
 from phalanx.tests.ranks import rank_processes, start_ranks

@@ -44,6 +44,15 @@ class Server:
         assert not self._thread.is_alive()
 
 
+@pytest.fixture(scope="package", autouse=True)
+def short_linger() -> Iterator[None]:
+    """A refused connection is closed sooner, since tests wait for it: on this host nobody takes long to read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phalanx.serving.gateway.http.exchange.LINGER_S", 0.5)
+        patch.setattr("phalanx.serving.gateway.http.server.LINGER_S", 0.5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def shared_server() -> Iterator[Server]:
     server = Server()
