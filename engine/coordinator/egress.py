@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
-from ..errors import EngineStopped, PhalanxError
+from ..errors import EngineFault, EngineStopped, PhalanxError
 from ..protocol.messages import Event, Failed, Submit
 from ..protocol.transport import Transport
 from ..scheduling.request import Request, SequenceUpdate
@@ -13,6 +14,8 @@ from .output_processor import OutputProcessor
 from .registry import Owner, RequestRegistry
 from .threads import QueueThread, StepLoop
 from .tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Egress:
@@ -38,7 +41,9 @@ class Egress:
 
     def begin(self, owner: Owner, submit: Submit, request: Request) -> None:
         """Tell the client that the scheduler took its request, and expect updates of it."""
-        self._thread.put(partial(self._processor.start, owner.client, submit, request))
+        self._thread.put(
+            partial(self._guard, request.id, partial(self._processor.start, owner.client, submit, request))
+        )
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Send what a step, an abort or a stop string brought."""
@@ -78,9 +83,18 @@ class Egress:
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
-            self._processor.update(update)
+            self._guard(update.request.id, partial(self._processor.update, update))
             if update.request_finished:
                 self._registry.remove(update.request.id)
+
+    def _guard(self, request_id: str, action: Callable[[], None]) -> None:
+        """Make a request's events. What goes wrong with its text is its own affair: it fails, and no other."""
+        try:
+            action()
+        except Exception as error:
+            _log.exception("the answer of a request could not be made")
+            self._fail(request_id, EngineFault(f"the answer could not be made: {error!r}"))
+            self._loop.call_soon(self._loop.abort, request_id)
 
     def _stop_found(self, request_id: str, index: int, stop: str) -> None:
         self._loop.call_soon(self._loop.finish, request_id, index, stop)

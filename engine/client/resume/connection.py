@@ -91,6 +91,11 @@ class ResumingConnection(Connection):
         """The engine's that answered last."""
         return self._inner.epoch
 
+    @property
+    def silent(self) -> bool:
+        """Whether the engine does not answer."""
+        return self._inner.silent
+
     def start(
         self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
     ) -> None:
@@ -261,6 +266,8 @@ class ResumingConnection(Connection):
     def _give_up(self, error: EngineStopped) -> None:
         with self._lock:
             self._deadline = None
+            if not self._inner.silent:  # it went on meanwhile
+                return
             self._kept.clear()
             self._by_wire_id.clear()
             self._suspects = Suspects()
@@ -268,8 +275,8 @@ class ResumingConnection(Connection):
 
     def _send_again(self, request_id: str, kept: _Kept) -> None:
         with self._lock:
-            if self._kept.get(request_id) is kept and not kept.wire_id and not self._suspects.isolating:
-                self._send(request_id, kept)
+            if self._kept.get(request_id) is kept and not self._leaving:
+                self._send_held()
 
     def _end(self, request_id: str, kept: _Kept) -> None:
         """End an aborted request that is at no engine."""
