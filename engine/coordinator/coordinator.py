@@ -72,7 +72,7 @@ class Coordinator:
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()  # launched, not committed; oldest first
-        self._stopping = False
+        self._stopping = self._hand_over = False
         self.stopped: Exception | None = None  # what ended run(), if it was an error
 
     def start(self) -> None:
@@ -93,6 +93,8 @@ class Coordinator:
             while self._handle_inbox():
                 self._step()
 
+            if self._hand_over:
+                self._refuse_all("the engine was told to end")
             for request_id in self._scheduler.unfinished():
                 self.abort(request_id)
             while self._in_flight:
@@ -106,9 +108,13 @@ class Coordinator:
             self._refuse_all(f"rank 0 failed: {type(error).__name__}: {error}")
             raise
 
-    def stop(self) -> None:
-        """Make run() return after the step under way; safe from any thread and from a signal handler."""
-        self.call_soon(self._stop)
+    def stop(self, hand_over: bool = False) -> None:
+        """Make run() return after the step under way; safe from any thread and from a signal handler.
+
+        With `hand_over` what still runs fails with EngineStopped, so that its clients may go on with it at another
+        engine; without, it is aborted.
+        """
+        self.call_soon(self._stop, hand_over)
 
     def close(self) -> None:
         """Deliver every event that is due, then end the threads and the transport. After run() has returned."""
@@ -239,8 +245,9 @@ class Coordinator:
         self._control.send(encode(Idle()))
         self._capture_next()
 
-    def _stop(self) -> None:
+    def _stop(self, hand_over: bool) -> None:
         self._stopping = True
+        self._hand_over = hand_over
 
     # ---- the end
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.engine.protocol.messages import Delta
-from phalanx.tests.launch.programs import family, nothing_left_behind
+from phalanx.tests.launch.programs import family, nothing_left_behind, start
 from phalanx.tests.serving.servers import RunningServer, running
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,10 @@ def test_killed_and_stopped_ranks_cost_no_answer(server: RunningServer) -> None:
     assert "rank 1 is stopped: nothing has moved for 2" in server.text
 
 
-def test_a_bare_group_that_is_started_again_gets_what_it_had(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_bare_group_that_is_started_again_gets_what_it_had(
+    smollm2: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     address = f"ipc://{tmp_path}/engine"
     options = (f"model={smollm2}", "max_model_len=512", "dtype=float32", f"address={address}")
     sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=4, ignore_eos=True)
@@ -119,7 +122,28 @@ def test_a_bare_group_that_is_started_again_gets_what_it_had(smollm2: Path, tmp_
         stream = llm.stream(PROMPT, sampling=sampling)
         first = next(stream)
         assert isinstance(first, Delta)
-        worker.signal(signal.SIGKILL)
+        worker.signal(number)
         worker.process.wait()
         with running("worker", *options):
             assert first.text + "".join(event.text for event in stream if isinstance(event, Delta)) == expected
+
+
+def test_torchrun_starts_a_group_again_and_its_clients_go_on(smollm2: Path, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/engine"
+    options = (f"model={smollm2}", "ranks=2", "max_model_len=512", "dtype=float32", f"address={address}")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
+    sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=4, ignore_eos=True)
+    torchrun = start("worker", *options, launcher=launcher)
+    try:
+        with LLM.connect(address, timeout_s=PATIENCE_S) as llm:
+            expected = llm.generate(PROMPT, sampling)[0].outputs[0].text
+            stream = llm.stream(PROMPT, sampling=sampling)
+            first = next(stream)
+            assert isinstance(first, Delta)
+            rank_1 = next(each for each in family(torchrun.pid) if each.environ().get("RANK") == "1")
+            rank_1.kill()
+            assert first.text + "".join(event.text for event in stream if isinstance(event, Delta)) == expected
+    finally:
+        everyone = family(torchrun.pid)
+        torchrun.terminate()
+        assert psutil.wait_procs(everyone, timeout=30)[1] == []

@@ -1,6 +1,6 @@
 """Kills and stops ranks of a server under load at random, and says of every request what came of it.
 
-    python benchmarks/chaos.py model=models/smollm2-135m ranks=2 seconds=1800 fault_every_s=20 seed=1
+    python benchmarks/parts/chaos.py model=models/smollm2-135m ranks=2 seconds=1800 fault_every_s=20 seed=1
 
 A launch.serve of its own first answers each kind of request undisturbed (greedy, seeded, several completions, stop
 strings, log-probabilities; as a stream and whole). Then clients ask for the same again and again, some hang up in the
