@@ -11,7 +11,7 @@ from phalanx import EngineFault, SamplingParams
 from phalanx.engine.client.client import Client, to_error
 from phalanx.engine.client.resume.connection import ResumingConnection
 from phalanx.engine.client.resume.suspects import Suspects
-from phalanx.engine.errors import CapacityExceeded, EngineStopped
+from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest
 from phalanx.engine.protocol.messages import (
     Abort,
     Accepted,
@@ -41,6 +41,7 @@ class _Engines(Connection):
     def __init__(self) -> None:
         self.number = 1
         self.is_silent = False
+        self.too_long = ""
         self.sent: list[Command] = []
         self.say: OnEvent = lambda event: None
         self.lost: OnLost = lambda error: None
@@ -64,6 +65,8 @@ class _Engines(Connection):
         self.say, self.lost, self.hear_silence = on_event, on_lost, on_silent
 
     def send(self, command: Command) -> None:
+        if isinstance(command, Submit) and command.id.startswith(f"{self.too_long}~"):
+            raise InvalidRequest("too long")
         self.sent.append(command)
 
     def close(self) -> None:
@@ -178,6 +181,18 @@ def test_what_the_next_engine_has_no_room_for_is_sent_again(engines: _Engines) -
     assert events.empty()
     engines.finish(engines.submits[1].id)
     assert isinstance(events.get(timeout=PATIENCE_S), Finished)
+    client.close()
+
+
+def test_what_is_too_long_to_be_sent_again_fails_alone(engines: _Engines) -> None:
+    client = _client(engines)
+    events = _submit(client, "a", "b")
+    engines.too_long = "a"
+    engines.replace()
+    failed = events["a"].get(timeout=PATIENCE_S)
+    assert isinstance(failed, Failed)
+    assert failed.error == "InvalidRequest"
+    assert [submit.id.partition("~")[0] for submit in engines.submits] == ["b"]
     client.close()
 
 
