@@ -7,6 +7,7 @@ import contextlib
 import os
 import queue
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -85,13 +86,21 @@ def _comparable(output: RequestOutput) -> Any:
 
 @contextlib.contextmanager
 def _group(model: Path, **config: Any) -> Iterator[LLM]:
-    """A group of two ranks; nothing of it may be left afterwards."""
-    before = set(os.listdir("/dev/shm"))
-    with nothing_left_behind(), LLM(str(model), ranks=2, dtype="float32", max_model_len=512, **config) as llm:
-        yield llm
-        supervised = psutil.Process().children(recursive=True)
-    assert psutil.wait_procs(supervised, timeout=5)[1] == []
-    assert set(os.listdir("/dev/shm")) <= before
+    """A group of two ranks; nothing of it may be left afterwards: no process, shared memory, socket or folder."""
+    before = _segments()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        with LLM(str(model), ranks=2, dtype="float32", max_model_len=512, **config) as llm:
+            yield llm
+            supervised = psutil.Process().children(recursive=True)
+        assert psutil.wait_procs(supervised, timeout=5)[1] == []
+        assert os.listdir(folder) == []
+    assert _segments() <= before
+
+
+def _segments() -> set[str]:
+    """Names of shared memory of ours; other programs of the machine may have some too."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("phalanx")}
 
 
 def test_nothing_is_lost_when_the_coordinator_is_killed(smollm2: Path) -> None:
