@@ -30,6 +30,7 @@ class GroupState(msgspec.Struct, frozen=True):
     """What the supervisor writes to state.json whenever it changes."""
 
     phase: Literal["starting", "running", "stalled", "restarting"]
+    """"restarting" lasts until the ranks take requests again."""
     why: str = ""
     """A sentence: what is wrong. Empty while all is well."""
     restarts: int = 0

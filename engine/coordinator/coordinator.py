@@ -81,7 +81,7 @@ class Coordinator:
         self._masks = MaskThread()
         # Launched, not committed; oldest first. With the masks of its constrained rows, by row.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, dict[int, bytes]]] = deque()
-        self._stopping = False
+        self._stopping = self._hand_over = False
         self.stopped: Exception | None = None  # what ended run(), if it was an error
 
     def start(self) -> None:
@@ -102,6 +102,8 @@ class Coordinator:
             while self._handle_inbox():
                 self._step()
 
+            if self._hand_over:
+                self._refuse_all("the engine was told to end")
             for request_id in self._scheduler.unfinished():
                 self.abort(request_id)
             while self._in_flight:
@@ -115,9 +117,13 @@ class Coordinator:
             self._refuse_all(f"rank 0 failed: {type(error).__name__}: {error}")
             raise
 
-    def stop(self) -> None:
-        """Make run() return after the step under way; safe from any thread and from a signal handler."""
-        self.call_soon(self._stop)
+    def stop(self, hand_over: bool = False) -> None:
+        """Make run() return after the step under way; safe from any thread and from a signal handler.
+
+        With `hand_over` what still runs fails with EngineStopped, so that its clients may go on with it at another
+        engine; without, it is aborted.
+        """
+        self.call_soon(self._stop, hand_over)
 
     def close(self) -> None:
         """Deliver every event that is due, then end the threads and the transport. After run() has returned."""
@@ -300,8 +306,9 @@ class Coordinator:
         self._control.send(encode(Idle()))
         self._capture_next()
 
-    def _stop(self) -> None:
+    def _stop(self, hand_over: bool) -> None:
         self._stopping = True
+        self._hand_over = hand_over
 
     # ---- the end
 

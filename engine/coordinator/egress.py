@@ -41,7 +41,9 @@ class Egress:
 
     def begin(self, owner: Owner, submit: Submit, request: Request) -> None:
         """Tell the client that the scheduler took its request, and expect updates of it."""
-        self._thread.put(partial(self._begin, owner, submit, request))
+        self._thread.put(
+            partial(self._guard, request.id, partial(self._processor.start, owner.client, submit, request))
+        )
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Send what a step, an abort or a stop string brought."""
@@ -79,26 +81,20 @@ class Egress:
         for client, events in outgoing.items():
             self._transport.send(client, *events)
 
-    def _begin(self, owner: Owner, submit: Submit, request: Request) -> None:
-        try:
-            self._processor.start(owner.client, submit, request)
-        except Exception as error:
-            self._give_up(request.id, error)
-
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
-            try:
-                self._processor.update(update)
-            except Exception as error:
-                self._give_up(update.request.id, error)
+            self._guard(update.request.id, partial(self._processor.update, update))
             if update.request_finished:
                 self._registry.remove(update.request.id)
 
-    def _give_up(self, request_id: str, error: Exception) -> None:
-        """Fail the request whose text could not be made, which is no other request's trouble."""
-        _log.exception("the text of request %s could not be made", request_id)
-        self._fail(request_id, EngineFault(f"the text of the answer could not be made: {error!r}"))
-        self._loop.call_soon(self._loop.abort, request_id)
+    def _guard(self, request_id: str, action: Callable[[], None]) -> None:
+        """Make a request's events. What goes wrong with its text is its own affair: it fails, and no other."""
+        try:
+            action()
+        except Exception as error:
+            _log.exception("the answer of a request could not be made")
+            self._fail(request_id, EngineFault(f"the answer could not be made: {error!r}"))
+            self._loop.call_soon(self._loop.abort, request_id)
 
     def _stop_found(self, request_id: str, index: int, stop: str) -> None:
         self._loop.call_soon(self._loop.finish, request_id, index, stop)

@@ -39,6 +39,11 @@ class EngineWatch:
         return self._known.epoch if self._known is not None else ""
 
     @property
+    def is_silent(self) -> bool:
+        """Whether silence() has told of a silence that no answer has ended."""
+        return self._silent
+
+    @property
     def should_ask(self) -> bool:
         """Whether it is time for a Ping; whoever sends it calls asked()."""
         now = self._clock()

@@ -76,6 +76,11 @@ class Connection(ABC):
         """That of the engine that answered last (see Pong); empty before one has, and within one process."""
         return ""
 
+    @property
+    def silent(self) -> bool:
+        """Whether the engine, which has answered before, does not any more."""
+        return False
+
     @abstractmethod
     def start(
         self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
@@ -279,6 +284,11 @@ class ZmqConnection(Connection):
     def epoch(self) -> str:
         """That of the engine that answered last."""
         return self._watch.epoch
+
+    @property
+    def silent(self) -> bool:
+        """Whether the engine, which has answered before, has not for SILENCE_S."""
+        return self._watch.is_silent
 
     def start(
         self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None

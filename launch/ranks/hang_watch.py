@@ -51,8 +51,8 @@ class Sight:
     """Counts of each rank's collectives, modulo 2**32; none if they cannot be seen."""
     stopped: Sequence[int]
     """Ranks whose processes are stopped, as by SIGSTOP."""
-    starved_s: float
-    """Seconds since their start that the ranks' threads have waited for a core; at the rank that waited longest."""
+    starved_s: Sequence[float]
+    """Seconds since its start for which each rank's main thread was ready to run and had no core."""
 
 
 class HangWatch:
@@ -71,7 +71,7 @@ class HangWatch:
         self._last: Sight | None = None
         self._still_s = 0.0  # seconds without getting on, those in which this process was held up left out
         self._stopped_s = 0.0
-        self._starved_s = 0.0  # as of when it last got on
+        self._starved_s: Sequence[float] = ()  # as of when it last got on
         self._slowest = 0.0  # most seconds without getting on, for each token of the step; forgotten slowly
         self._most_tokens = 0  # of a step that has ended
 
@@ -89,7 +89,8 @@ class HangWatch:
         else:
             self._still_s += passed
 
-        waited_s = self._still_s - max(0.0, sight.starved_s - self._starved_s)
+        starved_s = max(now - before for now, before in zip(sight.starved_s, self._starved_s, strict=True))
+        waited_s = self._still_s - max(0.0, starved_s)
         if self._stopped_s > self._step_timeout_s or waited_s > self._allowed_s(sight):
             return _blame(sight, max(self._still_s, self._stopped_s))
         return None
@@ -165,7 +166,7 @@ class RankSights:
         if now - self._processes_at > PROCESSES_S:
             self._processes_at = now
             self._stopped = [rank for rank, pid in enumerate(self._pids) if _is_stopped(pid)]
-        return Sight(beats, self._flags(), self._stopped, max(map(_starved_s, self._pids)))
+        return Sight(beats, self._flags(), self._stopped, [_starved_s(pid) for pid in self._pids])
 
     def _flags(self) -> list[int]:
         segment = self._segment

@@ -77,7 +77,8 @@ def _run_once(
     ranks: list[RankProcess] = []
     number: signal.Signals = signal.SIGTERM
     try:
-        write_whole(folder / STATE_FILE, GroupState("starting", restarts=restarts.count))
+        if not restarts.count:
+            write_whole(folder / STATE_FILE, GroupState("starting"))
         make_beats_file(folder / BEATS_FILE, config.ranks)
         start_ranks(starter, config.ranks, ranks)
         failure = _watch(folder, config, ranks, restarts.count)

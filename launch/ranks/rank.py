@@ -42,7 +42,7 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
 
             def stop(number: int) -> None:
                 stopped_by.append(number)
-                coordinator.stop()
+                coordinator.stop(hand_over=True)
 
             stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
 

@@ -156,7 +156,8 @@ class PooledEngine:
             try:
                 await self._ask_how_it_is()
             except Timeout:
-                if self.info is not None and self._why_stopped is None:
+                # What is started again takes requests meanwhile: they wait for it with those that it had.
+                if self.info is not None and self._why_stopped is None and not self._outlook():
                     self._why_stopped = self.trouble or f"engine {self.name} does not answer"
             except PhalanxError as error:
                 self._why_stopped = str(error)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from phalanx import LLM, InvalidRequest, SamplingParams
+from phalanx import LLM, EngineStopped, InvalidRequest, SamplingParams
 from phalanx.engine.client.client import to_error
+from phalanx.engine.client.llm import choose_device
 from phalanx.engine.client.requests import OutputBuilder, RequestOutput
 from phalanx.engine.client.resume.delivered import Delivered
+from phalanx.engine.config import EngineConfig
+from phalanx.engine.engine import Engine
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import Delta, Event, Failed, Finished, Resume, ResumedCompletion, Submit
+from phalanx.engine.protocol.transport import InProcess
+from phalanx.parallel.group import local_group
+from phalanx.tests.engine.conftest import CONFIG
 
 PROMPT = "once upon a time 🙂"
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -152,3 +159,16 @@ def test_what_was_delivered_before_is_not_handed_on_again() -> None:
 def test_what_no_engine_has_delivered_is_refused(llm: LLM, resume: Resume, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         _events(llm, Submit(id=llm.client.new_id(), prompt="p", resume=resume))
+
+
+def test_an_engine_that_is_told_to_end_hands_over_what_it_has(tiny: Path) -> None:
+    config = EngineConfig.from_dict({"model": str(tiny), **CONFIG})
+    link = InProcess()
+    engine = Engine(config, local_group(choose_device(config)), link.transport)
+    assert engine.coordinator is not None
+    with LLM.from_engine(engine, link) as llm:
+        stream = llm.stream(PROMPT, sampling=SamplingParams(max_tokens=400, ignore_eos=True))
+        next(stream)
+        engine.coordinator.stop(hand_over=True)
+        with pytest.raises(EngineStopped, match="the engine was told to end"):  # and no end by "abort"
+            list(stream)

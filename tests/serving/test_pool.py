@@ -28,6 +28,7 @@ from phalanx.engine.protocol.messages import (
     Tokenized,
 )
 from phalanx.engine.protocol.transport import ZmqConnection
+from phalanx.serving.gateway.engine_pool import PoolState
 from phalanx.serving.pool.config import PoolConfig
 from phalanx.serving.pool.pool import Engines, PoolTicket
 from phalanx.tests.serving.fake_engine import FakeEngine, address, finished, model_info, status, two_tokens
@@ -217,6 +218,28 @@ def test_an_engine_that_is_silent_is_out_until_it_answers_again(engines: list[Fa
             engines[1].status = None
             await until(lambda: pool.state.phase == "stopped")
             assert not pool.ready()
+            engines[0].status = status()
+            await until(pool.ready)
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_started_again_is_not_ready_and_takes_requests_still(engines: list[FakeEngine]) -> None:
+    outlook = ""
+
+    async def main() -> None:
+        nonlocal outlook
+        async with open_pool() as pool:
+            engine = pool.add("own group")
+            engine.start(Client(ZmqConnection(engines[0].address)), pool.on_change, lambda: outlook)
+            await until(pool.ready)
+            engines[0].status = None
+            outlook = "rank 1 failed: SIGKILL"
+            assert not pool.ready()
+            await asyncio.sleep(3 * CONFIG.answer_timeout_s)
+            assert pool.state == PoolState("ready", "engine own group: rank 1 failed: SIGKILL")
+            assert isinstance(await Caller(pool, "a").end(), Finished)
+            outlook = ""
             engines[0].status = status()
             await until(pool.ready)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ...errors import CapacityExceeded, EngineFault, EngineStopped
+from ...errors import CapacityExceeded, EngineFault, EngineStopped, InvalidRequest
 from ...protocol.messages import (
     Abort,
     Command,
@@ -91,6 +91,11 @@ class ResumingConnection(Connection):
         """The engine's that answered last."""
         return self._inner.epoch
 
+    @property
+    def silent(self) -> bool:
+        """Whether the engine does not answer."""
+        return self._inner.silent
+
     def start(
         self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
     ) -> None:
@@ -101,42 +106,56 @@ class ResumingConnection(Connection):
 
     def send(self, command: Command) -> None:
         """Send a command, or keep it until there is an engine to send it to. Raises InvalidRequest."""
+        if isinstance(command, Submit | Tokenize | Detokenize):
+            self._keep(command)
+            return
         with self._lock:
-            if isinstance(command, Submit | Tokenize | Detokenize):
-                self._keep(command)
-            elif isinstance(command, Abort):
+            if isinstance(command, Abort):
                 self._abort(command)
-            else:
-                if isinstance(command, Shutdown):
-                    self._leaving = True
-                elif isinstance(command, StatusRequest | ModelInfoRequest):
-                    self._asked[Status if isinstance(command, StatusRequest) else ModelInfo] = command
-                self._inner.send(command)
+                return
+            if isinstance(command, Shutdown):
+                self._leaving = True
+            elif isinstance(command, StatusRequest | ModelInfoRequest):
+                self._asked[Status if isinstance(command, StatusRequest) else ModelInfo] = command
+        self._inner.send(command)
 
     def close(self) -> None:
         """Stop; nothing arrives afterwards."""
         with self._lock:
             self._leaving = True
-            for timer in [*self._timers, *([self._deadline] if self._deadline else [])]:
+            for timer in self._timers:
                 timer.cancel()
             self._kept.clear()
             self._by_wire_id.clear()
         self._inner.close()
 
-    # ---- what the client sends; the lock is held
+    # ---- what the client sends
 
     def _keep(self, command: Sent) -> None:
         kept = _Kept(command, Delivered(command) if isinstance(command, Submit) else None)
-        self._kept[command.id] = kept
-        if self._suspects.isolating and kept.delivered is not None:
-            return
+        with self._lock:
+            self._kept[command.id] = kept
+            if self._suspects.isolating and kept.delivered is not None:
+                return
+            first = self._prepare(command.id, kept)
         try:
-            self._send(command.id, kept)
+            # Without the lock: to encode megabytes takes a while, and events of others arrive meanwhile.
+            self._inner.send(first)
         except BaseException:
-            self._forget(command.id)
+            with self._lock:
+                self._forget(command.id)
             raise
 
     def _send(self, request_id: str, kept: _Kept) -> None:
+        """Send a request again, or for the first time if it was held back. The lock is held."""
+        try:
+            self._inner.send(self._prepare(request_id, kept))
+        except InvalidRequest as error:  # with what was delivered it is longer than a message may be
+            failed = Failed(request_id, InvalidRequest.__name__, str(error))
+            self._later(0.0, lambda: self._end(request_id, kept, failed))
+
+    def _prepare(self, request_id: str, kept: _Kept) -> Sent:
+        """Return what is to be sent of a request to the engine that answers now. The lock is held."""
         command = kept.command
         # The first sending, as almost all are, needs no other id.
         kept.wire_id = f"{request_id}~{kept.sendings}" if kept.sendings else request_id
@@ -146,9 +165,10 @@ class ResumingConnection(Connection):
             command = msgspec.structs.replace(command, id=kept.wire_id)
         kept.sendings += 1
         self._by_wire_id[kept.wire_id] = request_id
-        self._inner.send(command)
+        return command
 
     def _abort(self, command: Abort) -> None:
+        """Pass an abort on, or end a request that is at no engine. The lock is held."""
         kept = self._kept.get(command.id)
         if kept is None:
             return
@@ -156,9 +176,10 @@ class ResumingConnection(Connection):
         if kept.wire_id:
             self._inner.send(Abort(kept.wire_id))
         else:
-            self._later(0.0, lambda: self._end(command.id, kept))
+            self._later(0.0, lambda: self._end(command.id, kept, _aborted(command.id, kept)))
 
     def _forget(self, request_id: str) -> None:
+        """A request has ended. The lock is held."""
         kept = self._kept.pop(request_id, None)
         if kept is not None:
             self._by_wire_id.pop(kept.wire_id, None)
@@ -249,11 +270,12 @@ class ResumingConnection(Connection):
         with self._lock:
             if self._wait_s is None or self._deadline is not None or self._leaving:
                 return
-            self._deadline = self._start_timer(self._wait_s, lambda: self._give_up(error))
+            self._deadline = self._later(self._wait_s, lambda: self._give_up(error))
 
     def _heard(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+            self._timers.discard(self._deadline)
             self._deadline = None
 
     # ---- timers' threads
@@ -261,6 +283,8 @@ class ResumingConnection(Connection):
     def _give_up(self, error: EngineStopped) -> None:
         with self._lock:
             self._deadline = None
+            if not self._inner.silent:  # it went on meanwhile
+                return
             self._kept.clear()
             self._by_wire_id.clear()
             self._suspects = Suspects()
@@ -268,28 +292,28 @@ class ResumingConnection(Connection):
 
     def _send_again(self, request_id: str, kept: _Kept) -> None:
         with self._lock:
-            if self._kept.get(request_id) is kept and not kept.wire_id and not self._suspects.isolating:
-                self._send(request_id, kept)
+            if self._kept.get(request_id) is kept and not self._leaving:
+                self._send_held()
 
-    def _end(self, request_id: str, kept: _Kept) -> None:
-        """End an aborted request that is at no engine."""
+    def _end(self, request_id: str, kept: _Kept, event: Event) -> None:
+        """End a request that no engine has."""
         with self._lock:
-            if self._kept.get(request_id) is not kept or kept.wire_id:
+            if self._kept.get(request_id) is not kept or (kept.aborted and kept.wire_id):
                 return
             self._forget(request_id)
-        self._on_event(_aborted(request_id, kept))
+        self._on_event(event)
 
-    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+    def _later(self, seconds: float, action: Callable[[], None]) -> threading.Timer:
+        """Have a thread of its own call `action`, unless this is closed by then. The lock is held."""
+
         def run() -> None:
-            self._timers.discard(timer)
+            with self._lock:
+                self._timers.discard(timer)
             action()
 
-        timer = self._start_timer(seconds, run)
-        self._timers.add(timer)
-
-    def _start_timer(self, seconds: float, action: Callable[[], None]) -> threading.Timer:
-        timer = threading.Timer(seconds, action)
+        timer = threading.Timer(seconds, run)
         timer.daemon = True
+        self._timers.add(timer)
         timer.start()
         return timer
 

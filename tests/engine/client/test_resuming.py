@@ -11,7 +11,7 @@ from phalanx import EngineFault, SamplingParams
 from phalanx.engine.client.client import Client, to_error
 from phalanx.engine.client.resume.connection import ResumingConnection
 from phalanx.engine.client.resume.suspects import Suspects
-from phalanx.engine.errors import CapacityExceeded, EngineStopped
+from phalanx.engine.errors import CapacityExceeded, EngineStopped, InvalidRequest
 from phalanx.engine.protocol.messages import (
     Abort,
     Accepted,
@@ -40,14 +40,20 @@ class _Engines(Connection):
 
     def __init__(self) -> None:
         self.number = 1
+        self.is_silent = False
+        self.too_long = ""
         self.sent: list[Command] = []
         self.say: OnEvent = lambda event: None
         self.lost: OnLost = lambda error: None
-        self.silent: OnLost | None = None
+        self.hear_silence: OnLost | None = None
 
     @property
     def epoch(self) -> str:
         return str(self.number)
+
+    @property
+    def silent(self) -> bool:
+        return self.is_silent
 
     def start(
         self,
@@ -56,9 +62,11 @@ class _Engines(Connection):
         on_broken: OnBroken = lambda error: None,
         on_silent: OnLost | None = None,
     ) -> None:
-        self.say, self.lost, self.silent = on_event, on_lost, on_silent
+        self.say, self.lost, self.hear_silence = on_event, on_lost, on_silent
 
     def send(self, command: Command) -> None:
+        if isinstance(command, Submit) and command.id.startswith(f"{self.too_long}~"):
+            raise InvalidRequest("too long")
         self.sent.append(command)
 
     def close(self) -> None:
@@ -176,14 +184,38 @@ def test_what_the_next_engine_has_no_room_for_is_sent_again(engines: _Engines) -
     client.close()
 
 
+def test_what_is_too_long_to_be_sent_again_fails_alone(engines: _Engines) -> None:
+    client = _client(engines)
+    events = _submit(client, "a", "b")
+    engines.too_long = "a"
+    engines.replace()
+    failed = events["a"].get(timeout=PATIENCE_S)
+    assert isinstance(failed, Failed)
+    assert failed.error == "InvalidRequest"
+    assert [submit.id.partition("~")[0] for submit in engines.submits] == ["b"]
+    client.close()
+
+
 def test_without_another_engine_in_time_what_waits_fails(engines: _Engines) -> None:
     client = _client(engines, wait_s=0.1)
     events = _submit(client, "a")["a"]
-    assert engines.silent is not None
-    engines.silent(EngineStopped("silence"))
+    assert engines.hear_silence is not None
+    engines.is_silent = True
+    engines.hear_silence(EngineStopped("silence"))
     failed = events.get(timeout=PATIENCE_S)
     assert isinstance(failed, Failed)
     assert failed.message == "silence"
+    client.close()
+
+
+def test_an_engine_that_was_only_silent_for_a_while_keeps_its_requests(engines: _Engines) -> None:
+    client = _client(engines, wait_s=0.05)
+    events = _submit(client, "a")["a"]
+    assert engines.hear_silence is not None
+    engines.hear_silence(EngineStopped("silence"))  # it answers again before the time is up
+    time.sleep(0.2)
+    engines.finish("a")
+    assert isinstance(events.get(timeout=PATIENCE_S), Finished)
     client.close()
 
 

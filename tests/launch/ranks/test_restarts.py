@@ -71,7 +71,7 @@ def test_a_rank_tells_its_phase_and_its_step(tmp_path: Path, clock: _Clock) -> N
 
 def _sight(*phases: str, step: int = 5, tokens: int = 4, flags: tuple[int, ...] = (), **more: object) -> Sight:
     beats = [Beat(step, phase, tokens, 0.0, -1) for phase in phases]
-    values: dict[str, object] = {"stopped": (), "starved_s": 0.0, **more}
+    values: dict[str, object] = {"stopped": (), "starved_s": [0.0] * len(phases), **more}
     return Sight(beats, flags, **values)  # type: ignore[arg-type]
 
 
@@ -125,7 +125,7 @@ def test_one_more_sum_of_any_rank_is_progress(watch: HangWatch, clock: _Clock) -
 
 def test_ranks_that_get_no_core_do_not_hang(watch: HangWatch, clock: _Clock) -> None:
     for tick in range(190):  # for nine tenths of the time others have the cores
-        assert _look_for(watch, clock, _sight("wait", "compute", starved_s=0.09 * tick), 0.1) is None
+        assert _look_for(watch, clock, _sight("wait", "compute", starved_s=(50.0, 0.09 * tick)), 0.1) is None
 
 
 def test_a_machine_that_holds_up_the_watch_too_counts_little(watch: HangWatch, clock: _Clock) -> None:

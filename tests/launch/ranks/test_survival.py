@@ -7,6 +7,8 @@ import contextlib
 import os
 import queue
 import signal
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from phalanx import LLM, AsyncLLM, EngineFault, SamplingParams
+from phalanx import LLM, AsyncLLM, EngineFault, EngineStopped, SamplingParams
 from phalanx.engine.client.requests import OutputBuilder, RequestOutput
 from phalanx.engine.protocol.messages import Delta, Event, Submit
 from phalanx.tests.launch.programs import nothing_left_behind
@@ -84,13 +86,21 @@ def _comparable(output: RequestOutput) -> Any:
 
 @contextlib.contextmanager
 def _group(model: Path, **config: Any) -> Iterator[LLM]:
-    """A group of two ranks; nothing of it may be left afterwards."""
-    before = set(os.listdir("/dev/shm"))
-    with nothing_left_behind(), LLM(str(model), ranks=2, dtype="float32", max_model_len=512, **config) as llm:
-        yield llm
-        supervised = psutil.Process().children(recursive=True)
-    assert psutil.wait_procs(supervised, timeout=5)[1] == []
-    assert set(os.listdir("/dev/shm")) <= before
+    """A group of two ranks; nothing of it may be left afterwards: no process, shared memory, socket or folder."""
+    before = _segments()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        with LLM(str(model), ranks=2, dtype="float32", max_model_len=512, **config) as llm:
+            yield llm
+            supervised = psutil.Process().children(recursive=True)
+        assert psutil.wait_procs(supervised, timeout=5)[1] == []
+        assert os.listdir(folder) == []
+    assert _segments() <= before
+
+
+def _segments() -> set[str]:
+    """Names of shared memory of ours; other programs of the machine may have some too."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("phalanx")}
 
 
 def test_nothing_is_lost_when_the_coordinator_is_killed(smollm2: Path) -> None:
@@ -174,6 +184,21 @@ def test_a_request_that_kills_the_group_fails_alone(
             llm.generate([[1, 2, poison]], SamplingParams(max_tokens=2))
         assert running.results() == expected
         assert llm.generate(["a"], SamplingParams(max_tokens=2, ignore_eos=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_stops_while_it_loads_is_named(smollm2: Path, number: signal.Signals) -> None:
+    def disturb() -> None:
+        while len(rank_processes()) < 2:
+            time.sleep(0.05)
+        rank_processes()[1].send_signal(number)
+
+    threading.Thread(target=disturb).start()
+    how = {signal.SIGKILL: "SIGKILL: process", signal.SIGSTOP: "Hung: rank 1 is stopped"}[number]
+    with nothing_left_behind(), pytest.raises(EngineStopped, match=f"rank 1 failed: {how}"):
+        LLM(str(smollm2), ranks=2, step_timeout_s=2.0)
+    assert rank_processes() == []
 
 
 @pytest.mark.slow
