@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import InvalidRequest
 
+_PLAIN = re.compile(r"[\w$-]{1,100}", re.ASCII)
 DEPTH = 64
 """Objects and lists of a schema within one another, at most."""
 TRIES = 300
@@ -77,7 +79,7 @@ def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
     for keyword in OF_SCHEMAS:
         if isinstance(schema.get(keyword), dict):
             for name, child in schema[keyword].items():
-                yield f"{path}.{keyword}.{name}", child
+                yield f"{path}.{keyword}{_step(name)}", child
     for keyword in LISTS:
         if isinstance(schema.get(keyword), list):
             for index, child in enumerate(schema[keyword]):
@@ -102,6 +104,11 @@ def without_neutral(schema: Any) -> Any:
         if isinstance(made.get(keyword), dict):
             made[keyword] = without_neutral(made[keyword])
     return made
+
+
+def _step(name: str) -> str:
+    """A name as a part of a path: in brackets and quotes if it is no plain word."""
+    return f".{name}" if _PLAIN.fullmatch(name) else f"[{json.dumps(name[:100])}]"
 
 
 def _says_nothing(keyword: str, schema: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from ..schemas.responses import (
     ChatCompletion,
     ChatDelta,
 )
+from ..schemas.structured import structured_errors, structured_of
 from .answering import Answer, Collected, Counter, collect, reason, stream, timings, usage
 from .logprobs import chat_logprobs, prompt_logprobs
 
@@ -37,9 +38,11 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     tokens = sum(tokens_in(str(message.get("content", ""))) + 4 for message in messages)
     first = "\0".join(str(message.get("content", "")) for message in messages[:2])
     affinity = affinity_of(submit.cache_salt, request.prompt_cache_key or first)
-    async with gateway.generation(
-        exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
-    ) as generation:
+    timeout_s = timeout_of(request.timeout, gateway.config)
+    async with (
+        structured_errors(request),
+        gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
+    ):
         generation.admit(1, tokens)
         generation.start([submit], affinity)
         if request.stream:
@@ -78,6 +81,7 @@ def to_submit(
         add_generation_prompt=not continues if generation_prompt is None else generation_prompt,
         continue_final_message=continues,
         sampling=sampling,
+        structured=structured_of(request),
         priority=request.priority or 0,
         cache_salt=exchange.salted(request.cache_salt),
         return_prompt_token_ids=bool(request.return_token_ids),

@@ -59,12 +59,6 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     function_call: Annotated[None, Meta(description="Only null: use tool_calls.")] = None
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
-    """The form of the answer."""
-
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
-
-
 class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     """A conversation to be continued."""
 
@@ -92,7 +86,6 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     ) = None
     tool_choice: Annotated[str | dict[str, Any], Meta(description='Only "none".')] | None = None
     parallel_tool_calls: Annotated[bool, Meta(description="Accepted; no tool is called.")] | None = None
-    response_format: Annotated[ResponseFormat, Meta(description='Only {"type": "text"}.')] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(description='Only ["text"].')] | None = None
 
 
@@ -101,10 +94,6 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
     if len(request.messages) > config.max_messages:
         most = f"at most {config.max_messages} (max_messages)"
         raise invalid(f"messages has {len(request.messages)} messages; it may have {most}", "messages")
-    if request.response_format is not None and request.response_format.type != "text":
-        kind = request.response_format.type
-        why = 'this server does not constrain answers yet; use {"type": "text"}'
-        raise invalid(f"response_format.type={kind!r} is not supported: {why}", "response_format", "unsupported_value")
     if request.tools and request.tool_choice != "none":
         why = 'this server does not read tool calls yet; set tool_choice="none" to have the template know the tools'
         raise invalid(f"tools is not supported: {why}", "tools", "unsupported_parameter")
