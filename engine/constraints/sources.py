@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest
 from ..protocol.structured import StructuredOutput
-from .json_schema import check_schema, decode_json, without_neutral
+from .json_schema import check_schema, decode_json, for_library
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -74,7 +74,7 @@ def _as_object(schema: Any) -> dict[str, Any]:
     """The schema as the library takes it at the top: `false` is an enumeration of nothing."""
     if isinstance(schema, bool):
         return {} if schema else {"enum": []}
-    made: dict[str, Any] = without_neutral(schema)
+    made: dict[str, Any] = for_library(schema)
     return made
 
 
