@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Timeout,
     )
     from .engine.protocol.sampling_params import SamplingParams
+    from .engine.protocol.structured import StructuredOutput
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "LLM": "client.llm",
     "AsyncLLM": "client.async_llm",
     "SamplingParams": "protocol.sampling_params",
+    "StructuredOutput": "protocol.structured",
     "EngineConfig": "config",
     "PhalanxError": "errors",
     "InvalidRequest": "errors",
@@ -50,6 +52,7 @@ __all__ = [
     "InvalidRequest",
     "PhalanxError",
     "SamplingParams",
+    "StructuredOutput",
     "Timeout",
 ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..protocol.messages import Delta, Event, Failed, Finished, Status
 from ..protocol.sampling_params import SamplingParams
+from ..protocol.structured import StructuredOutput
 from .client import to_error
 from .llm import CONNECT_TIMEOUT_S, LLM, RESTART_WAIT_S
 from .requests import Messages, OutputBuilder, Prompt, RequestOutput, make_submit
@@ -47,10 +48,13 @@ class AsyncLLM:
         *,
         messages: Messages | None = None,
         sampling: SamplingParams | None = None,
+        structured: StructuredOutput | None = None,
     ) -> AsyncIterator[Delta | Finished]:
         """Yield Delta events, then Finished. Leaving the iteration, or cancelling the task, aborts the request."""
         client = self._llm.client
-        submit = make_submit(client.new_id(), prompt=prompt, messages=messages, sampling=sampling)
+        submit = make_submit(
+            client.new_id(), prompt=prompt, messages=messages, sampling=sampling, structured=structured
+        )
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -79,11 +83,12 @@ class AsyncLLM:
         *,
         messages: Messages | None = None,
         sampling: SamplingParams | None = None,
+        structured: StructuredOutput | None = None,
     ) -> RequestOutput:
-        """Complete one prompt or conversation; gather several calls to batch them."""
+        """Complete one prompt or conversation, by an answer that matches `structured`; gather calls to batch them."""
         builder = OutputBuilder((sampling or SamplingParams()).n)
         output = None
-        async for event in self.stream(prompt, messages=messages, sampling=sampling):
+        async for event in self.stream(prompt, messages=messages, sampling=sampling, structured=structured):
             output = builder.add(event)
         assert output is not None
         return output

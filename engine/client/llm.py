@@ -19,11 +19,21 @@ from ..errors import CapacityExceeded, EngineStopped, Timeout
 from ..protocol.messages import Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.secret import read_secret
+from ..protocol.structured import StructuredOutput
 from ..protocol.transport import InProcess, ZmqConnection
 from .callbacks import OnEvent
 from .client import Client, RequestHandle
 from .lifetime import Lifetime
-from .requests import Messages, OutputBuilder, Prompt, RequestOutput, as_prompts, make_submit, spread_sampling
+from .requests import (
+    Messages,
+    OutputBuilder,
+    Prompt,
+    RequestOutput,
+    as_prompts,
+    make_submit,
+    spread_sampling,
+    spread_structured,
+)
 from .resume.connection import ResumingConnection
 
 if TYPE_CHECKING:
@@ -163,23 +173,32 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        structured: StructuredOutput | Sequence[StructuredOutput | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids, in any iterable), in one continuous batch; outputs in their order.
 
+        `structured` says what the answers must match, one for all or one for each.
         They may be more than max_queue: what the engine has no room for waits here. If one is refused for another
         reason, the others of this call are aborted and its error is raised.
         """
         each = as_prompts(prompts)
         samplings = spread_sampling(sampling, len(each))
+        forms = spread_structured(structured, len(each))
         submits = [
-            make_submit(self.client.new_id(), prompt=prompt, sampling=params)
-            for prompt, params in zip(each, samplings, strict=True)
+            make_submit(self.client.new_id(), prompt=prompt, sampling=params, structured=form)
+            for prompt, params, form in zip(each, samplings, forms, strict=True)
         ]
         return self._run(submits)
 
-    def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation, rendered by the model's chat template."""
-        return self._run([make_submit(self.client.new_id(), messages=messages, sampling=sampling)])[0]
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        structured: StructuredOutput | None = None,
+    ) -> RequestOutput:
+        """Answer a conversation, rendered by the model's chat template; the answer matches `structured`."""
+        submit = make_submit(self.client.new_id(), messages=messages, sampling=sampling, structured=structured)
+        return self._run([submit])[0]
 
     def stream(
         self,
@@ -187,9 +206,12 @@ class LLM:
         *,
         messages: Messages | None = None,
         sampling: SamplingParams | None = None,
+        structured: StructuredOutput | None = None,
     ) -> RequestHandle:
         """Iterate over the request's Delta events, then Finished. Closing the iterator early aborts the request."""
-        submit = make_submit(self.client.new_id(), prompt=prompt, messages=messages, sampling=sampling)
+        submit = make_submit(
+            self.client.new_id(), prompt=prompt, messages=messages, sampling=sampling, structured=structured
+        )
         return RequestHandle(self.client, submit, owner=self)
 
     def submit(self, submit: Submit, on_event: OnEvent | None = None, *, quick: bool = False) -> RequestHandle | None:

@@ -11,6 +11,7 @@ from ..errors import InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import Delta, Event, Failed, Finished, Submit, Timings, Usage
 from ..protocol.sampling_params import SamplingParams, plain
+from ..protocol.structured import StructuredOutput
 from .client import to_error
 
 Prompt = str | list[int]
@@ -73,12 +74,33 @@ def spread_sampling(
     return each
 
 
+def spread_structured(
+    structured: StructuredOutput | Sequence[StructuredOutput | None] | None, prompts: int
+) -> list[StructuredOutput | None]:
+    """What the answers to each of `prompts` prompts must match, from one for all or one for each.
+
+    Raises InvalidRequest as spread_sampling does.
+    """
+    if structured is None or isinstance(structured, StructuredOutput):
+        return [structured] * prompts
+    each: list[Any] = list(structured) if _is_iterable(structured) else [structured]
+    for one in each:
+        if not isinstance(one, StructuredOutput | None):
+            raise InvalidRequest(f"structured={one!r} must be a StructuredOutput")
+    if len(each) != prompts:
+        raise InvalidRequest(
+            f"{len(each)} structured outputs were given for {prompts} prompts: give one for all, or one for each"
+        )
+    return each
+
+
 def make_submit(
     request_id: str,
     *,
     prompt: Prompt | None = None,
     messages: Messages | None = None,
     sampling: SamplingParams | None = None,
+    structured: StructuredOutput | None = None,
 ) -> Submit:
     """The protocol's request for a prompt (text or token ids) or a conversation. The coordinator checks it."""
     return Submit(
@@ -87,6 +109,7 @@ def make_submit(
         token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
         messages=list(messages) if _is_iterable(messages) else messages,  # type: ignore[arg-type]
         sampling=sampling or SamplingParams(),
+        structured=structured,
         return_prompt_token_ids=True,
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import InvalidRequest
 
+_PLAIN = re.compile(r"[\w$-]{1,100}", re.ASCII)
 DEPTH = 64
 """Objects and lists of a schema within one another, at most."""
 TRIES = 300
@@ -24,6 +26,17 @@ UNSUPPORTED = {
     "$recursiveRef", "x-guidance",
 }  # fmt: skip
 """Keywords that would constrain the answer, and that no grammar can express here."""
+
+
+COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
+_DAY = (
+    "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "|02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"
+    "|(?:[02468][048]|[13579][26])00)-02-29)"
+)
+_SECONDS = "[0-9]{2}:[0-9]{2}:[0-5][0-9].*"
+STRICTER = {"date": f"^{_DAY}$", "time": f"^{_SECONDS}$", "date-time": f"^{_DAY}[Tt ]{_SECONDS}$"}
+"""Formats whose days must be in the calendar, and whose seconds are below 60: a leap second is never written."""
 
 
 def decode_json(text: str, field: str) -> Any:
@@ -77,7 +90,7 @@ def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
     for keyword in OF_SCHEMAS:
         if isinstance(schema.get(keyword), dict):
             for name, child in schema[keyword].items():
-                yield f"{path}.{keyword}.{name}", child
+                yield f"{path}.{keyword}{_step(name)}", child
     for keyword in LISTS:
         if isinstance(schema.get(keyword), list):
             for index, child in enumerate(schema[keyword]):
@@ -87,21 +100,36 @@ def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{keyword}", schema[keyword]
 
 
-def without_neutral(schema: Any) -> Any:
-    """Return a schema without the unsupported keywords that constrain nothing: the library would refuse them."""
+def for_library(schema: Any) -> Any:
+    """Return a checked schema as the library takes it rightly.
+
+    Unsupported keywords that constrain nothing are left out, counts are integers, and of dates and times those are
+    excluded that the library's own formats let through.
+    """
     if not isinstance(schema, dict):
         return schema
     made = {name: value for name, value in schema.items() if name not in UNSUPPORTED}
+    for keyword in COUNTS & made.keys():
+        if isinstance(made[keyword], float) and made[keyword].is_integer():
+            made[keyword] = int(made[keyword])
+    stricter = STRICTER.get(made["format"]) if isinstance(made.get("format"), str) else None
+    if stricter is not None and isinstance(made.setdefault("allOf", []), list):
+        made["allOf"] = [*made["allOf"], {"pattern": stricter}]
     for keyword in OF_SCHEMAS:
         if isinstance(made.get(keyword), dict):
-            made[keyword] = {name: without_neutral(child) for name, child in made[keyword].items()}
+            made[keyword] = {name: for_library(child) for name, child in made[keyword].items()}
     for keyword in LISTS:
         if isinstance(made.get(keyword), list):
-            made[keyword] = [without_neutral(child) for child in made[keyword]]
+            made[keyword] = [for_library(child) for child in made[keyword]]
     for keyword in SINGLE:
         if isinstance(made.get(keyword), dict):
-            made[keyword] = without_neutral(made[keyword])
+            made[keyword] = for_library(made[keyword])
     return made
+
+
+def _step(name: str) -> str:
+    """A name as a part of a path: in brackets and quotes if it is no plain word."""
+    return f".{name}" if _PLAIN.fullmatch(name) else f"[{json.dumps(name[:100])}]"
 
 
 def _says_nothing(keyword: str, schema: dict[str, Any]) -> bool:
@@ -115,7 +143,11 @@ def _says_nothing(keyword: str, schema: dict[str, Any]) -> bool:
         return "contains" not in schema
     if keyword == "uniqueItems":
         return value is False
-    return value is True or (keyword.startswith("depend") and value == {})
+    if keyword == "not":
+        return value is False
+    if keyword.startswith("depend"):
+        return bool(value == {})
+    return value is True and keyword in ("propertyNames", "unevaluatedItems", "unevaluatedProperties")
 
 
 def _check_depth(value: Any, field: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest
 from ..protocol.structured import StructuredOutput
-from .json_schema import check_schema, decode_json, without_neutral
+from .json_schema import check_schema, decode_json, for_library
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -74,7 +74,7 @@ def _as_object(schema: Any) -> dict[str, Any]:
     """The schema as the library takes it at the top: `false` is an enumeration of nothing."""
     if isinstance(schema, bool):
         return {} if schema else {"enum": []}
-    made: dict[str, Any] = without_neutral(schema)
+    made: dict[str, Any] = for_library(schema)
     return made
 
 
@@ -101,10 +101,13 @@ def _structural_tag(tag: Any, field: str) -> str:
     """Any text, in which a trigger begins one of the structures."""
     if not isinstance(tag, dict) or not isinstance(tag.get("structures"), list) or not tag["structures"]:
         raise InvalidRequest(f'{field}.structures must be a list of {{"begin", "schema", "end"}} that is not empty')
-    triggers = tag.get("triggers")
-    if not isinstance(triggers, list) or not all(isinstance(each, str) and each for each in triggers):
+    alone = tag.get("alone")
+    if alone not in (None, "one", "many"):
+        raise InvalidRequest(f'{field}.alone={alone!r} must be "one" or "many"')
+    triggers = [""] if alone else tag.get("triggers")
+    if not isinstance(triggers, list) or not all(isinstance(each, str) and (each or alone) for each in triggers):
         raise InvalidRequest(f"{field}.triggers must be a list of texts")
-    unknown = sorted(set(tag) - {"structures", "triggers", "type"})
+    unknown = sorted(set(tag) - {"structures", "triggers", "type", "alone"})
     if unknown:
         raise InvalidRequest(f"{field}.{unknown[0]} is not supported: give structures and triggers")
 
@@ -121,11 +124,13 @@ def _structural_tag(tag: Any, field: str) -> str:
             raise InvalidRequest(f"{path}.begin={begin!r} begins with none of the triggers")
         trigger = max(found, key=len)
         body = [_text(begin[len(trigger) :]), inline_schema(structure.get("schema", {}), f"{path}.schema"), _text(end)]
-        rules += [
-            f"trigger_{index}[lazy]: TEXT {_text(trigger)}",
-            f"structure_{index}: trigger_{index} {' '.join(filter(None, body))}",
-        ]
+        if not alone:
+            rules.append(f"trigger_{index}[lazy]: TEXT {_text(trigger)}")
+            body.insert(0, f"trigger_{index}")
+        rules.append(f"structure_{index}: {' '.join(filter(None, body))}")
     names = " | ".join(f"structure_{index}" for index in range(len(tag["structures"])))
+    if alone:
+        return "\n".join([f"start: ({names})" + (f' ("\\n" ({names}))*' if alone == "many" else ""), *rules])
     return "\n".join([f"start: ({names})* rest", "rest: TEXT", r"TEXT: /(.|\n)*/", *rules])
 
 

@@ -7,6 +7,7 @@ loop (here) owns the scheduler, the output thread (egress.py) owns the text of e
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -81,6 +82,7 @@ class Coordinator:
         self._masks = MaskThread()
         # Launched, not committed; oldest first. With the masks of its constrained rows, by row.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, dict[int, bytes]]] = deque()
+        self._prepared = False
         self._stopping = self._hand_over = False
         self.stopped: Exception | None = None  # what ended run(), if it was an error
 
@@ -300,9 +302,16 @@ class Coordinator:
             return self._inbox.get(timeout=patience)
 
     def _idle(self, first: bool) -> None:
-        """Tell the other ranks that this one lives. On the `first` call since there was work, check the block pool."""
+        """Tell the other ranks that this one lives. On the `first` call since there was work, check the block pool.
+
+        The first rest of all is when grammars are made ready: reading the vocabulary takes up to a second, in which
+        nothing else of this process runs.
+        """
         if first:
             self._scheduler.check_integrity()
+        if not self._prepared:
+            self._prepared = True
+            threading.Thread(target=self._ingress.prepare, name="phalanx-vocabulary", daemon=True).start()
         self._control.send(encode(Idle()))
         self._capture_next()
 

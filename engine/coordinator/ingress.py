@@ -82,6 +82,13 @@ class Ingress:
         """Begin to take in requests."""
         self._short.start()
 
+    def prepare(self) -> None:
+        """Make ready what the first request with a grammar would wait for; on any thread."""
+        try:
+            self._processor.prepare()
+        except PhalanxError as error:
+            _log.warning("%s", error)  # requests with a grammar are refused for the same reason
+
     def receive(self, client: bytes, command: Command) -> None:
         """Take a command from the transport, on any thread. A request's times count from here."""
         if isinstance(command, Submit | Tokenize | Detokenize):

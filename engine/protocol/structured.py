@@ -27,7 +27,21 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """A context-free grammar in Lark's syntax, or in EBNF (GBNF, with ::=); its first rule is start, or root."""
     structural_tag: str | None = None
     """JSON text: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}. Any text, in which each trigger
-    begins a structure: its `begin`, JSON that is valid by its schema, and its `end`."""
+    begins a structure: its `begin`, JSON that is valid by its schema, and its `end`. With "alone": "one" or "many" in
+    the place of triggers the answer is one structure, or one and more of them a line each, and no other text."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choice, list):
+            msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if name == "choice" and isinstance(value, tuple):
+                right = all(isinstance(each, str) for each in value)
+            else:
+                right = isinstance(value, bool if name == "json_object" else str) or value is None
+            if not right:
+                wanted = {"choice": "a list of texts", "json_object": "true or false"}.get(name, "a text")
+                raise InvalidRequest(f"structured.{name} must be {wanted}, not {type(value).__name__}")
 
     @property
     def kind(self) -> str:

@@ -16,6 +16,7 @@ from ...engine.config import unknown_name
 from ...engine.errors import ConfigError, InvalidRequest
 from ...engine.protocol.messages import Submit
 from ...engine.protocol.sampling_params import SamplingParams
+from ...engine.protocol.structured import StructuredOutput
 
 Id = str | int
 
@@ -26,6 +27,7 @@ class _Line(msgspec.Struct):
     messages: list[dict[str, Any]] | None = None
     token_ids: list[int] | None = None
     sampling: dict[str, Any] | None = None
+    structured: StructuredOutput | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _submit(values: dict[str, Any], base: dict[str, Any]) -> Submit:
         messages=line.messages,
         token_ids=line.token_ids,
         sampling=SamplingParams.from_dict({**base, **given_sampling}),
+        structured=line.structured,
     )
 
 

@@ -36,7 +36,9 @@ _DIFFERENCES = """## What differs from vLLM's server
   only where they hold log-probabilities, token ids or usage.
 * A streamed chat with `return_token_ids` has the prompt's ids in a last chunk without choices.
 * `return_timings` and `timeout` are this server's own.
-* `response_format` other than text, `tool_choice` other than "none" and `structured_outputs` are refused.
+* A schema of `response_format` or `structured_outputs` is enforced, `strict` or not. What no grammar can be made of is
+  a 400 that names its path in the schema. Properties come in the schema's order, and a `format` is enforced.
+* `tool_choice` other than "none" is refused.
 """
 
 

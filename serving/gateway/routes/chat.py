@@ -5,13 +5,16 @@ from __future__ import annotations
 import msgspec
 
 from ....engine.protocol.messages import ModelInfo, Submit
+from ....engine.protocol.structured import StructuredOutput
 from ..gateway import Gateway, affinity_of, tokens_in
-from ..generation.answer_reader import AnswerReader, ToolSyntax, dialect_of
+from ..generation.answer_reader import AnswerReader, Dialect, ToolSyntax, dialect_of
+from ..generation.tool_grammar import call_or_answer, strict_grammar, tool_grammar
 from ..http.errors import invalid
 from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest, check_chat, template_messages, template_variables
 from ..schemas.fields import check_store, check_stream, kept_tokens, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_CHAT
+from ..schemas.structured import structured_errors, structured_of
 from ..schemas.tools import ToolChoice, tool_choice_of
 from .answering import collect, stream
 from .chat_writer import ChatStyle, ChatWriter
@@ -32,9 +35,11 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     tokens = sum(tokens_in(str(message.get("content", ""))) + 4 for message in messages)
     first = "\0".join(str(message.get("content", "")) for message in messages[:2])
     affinity = affinity_of(submit.cache_salt, request.prompt_cache_key or first)
-    async with gateway.generation(
-        exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
-    ) as generation:
+    timeout_s = timeout_of(request.timeout, gateway.config)
+    async with (
+        structured_errors(request),
+        gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
+    ):
         generation.admit(1, tokens)
         generation.start([submit], affinity)
         if request.stream:
@@ -59,7 +64,7 @@ def to_submit(
             'tool_choice="none" to have the template know the tools'
         )
         raise invalid(f"tools is not supported: {why}", "tools", "unsupported_parameter")
-    require_calls(request, choice)
+    structured = structured_with_tools(request, choice, dialect)
 
     messages = template_messages(request.messages)
     newer = request.max_completion_tokens is not None
@@ -88,6 +93,7 @@ def to_submit(
         add_generation_prompt=not continues if generation_prompt is None else generation_prompt,
         continue_final_message=continues,
         sampling=sampling,
+        structured=structured,
         priority=request.priority or 0,
         cache_salt=exchange.salted(request.cache_salt),
         return_prompt_token_ids=bool(request.return_token_ids),
@@ -97,14 +103,19 @@ def to_submit(
     return submit, messages
 
 
-def require_calls(request: ChatRequest, choice: ToolChoice) -> None:
-    """Have the answer be calls of tools where tool_choice asks for them, in REQUIRED_FORM.
+def structured_with_tools(request: ChatRequest, choice: ToolChoice, dialect: Dialect) -> StructuredOutput | None:
+    """What the answer must match: calls that are required, a form of its text, or the schemas of strict tools.
 
-    Raises ApiError where this cannot be done.
+    Raises ApiError for a form that leaves no room for the calls that tool_choice allows.
     """
+    tools = request.tools or []
     if choice.mode == "required":
-        why = 'this server does not constrain answers yet; use "auto" or "none"'
-        raise invalid(f"tool_choice is not supported in this form: {why}", "tool_choice", "unsupported_value")
+        # There is no text then that response_format could form.
+        return tool_grammar(tools, choice.names, parallel=request.parallel_tool_calls is not False)
+    wanted = structured_of(request)
+    if choice.mode == "none" or dialect.tools != REQUIRED_FORM:
+        return wanted
+    return strict_grammar(tools) if wanted is None else call_or_answer(tools, wanted)
 
 
 def readers(request: ChatRequest, info: ModelInfo, gateway: Gateway, n: int) -> list[AnswerReader]:

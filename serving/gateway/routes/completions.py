@@ -18,6 +18,7 @@ from ..schemas.completions import CompletionRequest, Prompt, check_completion, p
 from ..schemas.fields import check_store, check_stream, kept_tokens, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_COMPLETION
 from ..schemas.responses import Completion, CompletionChoice
+from ..schemas.structured import structured_errors, structured_of
 from .answering import Answer, Collected, Counter, collect, reason, stream, timings, usage
 from .logprobs import CompletionLogprobsWriter, prompt_logprobs
 
@@ -50,9 +51,11 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
     submits = _to_submits(gateway, exchange, request, info, prompts, kept)
     tokens = sum(tokens_in(prompt) if isinstance(prompt, str) else len(prompt) for prompt in prompts)
     affinity = affinity_of(submits[0].cache_salt, request.prompt_cache_key or prompts[0])
-    async with gateway.generation(
-        exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
-    ) as generation:
+    timeout_s = timeout_of(request.timeout, gateway.config)
+    async with (
+        structured_errors(request),
+        gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
+    ):
         generation.admit(len(prompts), tokens)
         echoes: list[_Echo] = []
         if request.echo:
@@ -91,6 +94,7 @@ def _to_submits(
         logprobs=request.logprobs,
         prompt_logprobs=max((count for count in of_prompt if count is not None), default=None),
     )
+    structured = structured_of(request)
     return [
         Submit(
             id=gateway.new_id(),
@@ -99,6 +103,7 @@ def _to_submits(
             truncate_prompt_tokens=kept,
             add_special_tokens=request.add_special_tokens is not False,
             sampling=sampling,
+            structured=structured,
             priority=request.priority or 0,
             cache_salt=exchange.salted(request.cache_salt),
             return_prompt_token_ids=bool(request.return_token_ids),

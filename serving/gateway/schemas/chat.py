@@ -60,12 +60,6 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     function_call: Annotated[None, Meta(description="Only null: use tool_calls.")] = None
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
-    """The form of the answer."""
-
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
-
-
 class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     """A conversation to be continued."""
 
@@ -114,7 +108,6 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
         | None
     ) = None
     stop_in_reasoning: Annotated[bool, Meta(description="Let stop also end an answer in its thinking.")] | None = None
-    response_format: Annotated[ResponseFormat, Meta(description='Only {"type": "text"}.')] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(description='Only ["text"].')] | None = None
 
 
@@ -123,10 +116,6 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
     if len(request.messages) > config.max_messages:
         most = f"at most {config.max_messages} (max_messages)"
         raise invalid(f"messages has {len(request.messages)} messages; it may have {most}", "messages")
-    if request.response_format is not None and request.response_format.type != "text":
-        kind = request.response_format.type
-        why = 'this server does not constrain answers yet; use {"type": "text"}'
-        raise invalid(f"response_format.type={kind!r} is not supported: {why}", "response_format", "unsupported_value")
     check_tools(request.tools or [])
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")

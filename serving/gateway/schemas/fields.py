@@ -12,6 +12,7 @@ from ....engine.protocol.messages import ModelInfo
 from ....engine.protocol.sampling_params import LOGPROBS_LIMIT, SamplingParams
 from ..config import GatewayConfig
 from ..http.errors import ApiError, from_engine, invalid
+from .structured import ResponseFormat, StructuredOutputs
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -137,6 +138,13 @@ class OpenAIFields(CommonFields, kw_only=True):
     prompt_cache_key: Annotated[str, Meta(description="Requests with the same key go to the same engine.")] | None = (
         None
     )
+    response_format: (
+        Annotated[ResponseFormat, Meta(description="The answer is JSON, by a schema or not, or a text with tags.")]
+        | None
+    ) = None
+    structured_outputs: (
+        Annotated[StructuredOutputs, Meta(description="A schema, a regular expression, choices, or a grammar.")] | None
+    ) = None
     return_tokens_as_token_ids: (
         Annotated[bool, Meta(description='Name tokens in log-probabilities "token_id:123".')] | None
     ) = None

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_NOT_YET = "this server does not constrain answers yet; validate the text yourself"
-_STRUCTURED = f"its name is structured_outputs, and {_NOT_YET}"
+_STRUCTURED = "use structured_outputs, which has one backend"
 _NO_ADAPTERS = "adapters are not loaded by this server"
 
 _BOTH: dict[str, str] = {
     "use_beam_search": "answers are sampled or greedy; use n for several",
     "length_penalty": "it belongs to beam search, which there is not",
     "early_stopping": "it belongs to beam search, which there is not",
-    "guided_json": f"use structured_outputs.json; {_STRUCTURED}",
-    "guided_regex": f"use structured_outputs.regex; {_STRUCTURED}",
-    "guided_choice": f"use structured_outputs.choice; {_STRUCTURED}",
-    "guided_grammar": f"use structured_outputs.grammar; {_STRUCTURED}",
+    "guided_json": "use structured_outputs.json",
+    "guided_regex": "use structured_outputs.regex",
+    "guided_choice": "use structured_outputs.choice",
+    "guided_grammar": "use structured_outputs.grammar",
     "guided_decoding_backend": _STRUCTURED,
-    "guided_whitespace_pattern": _STRUCTURED,
-    "structural_tag": _STRUCTURED,
-    "structured_outputs": _NOT_YET,
+    "guided_whitespace_pattern": "JSON has a space or a new line with its indentation between its parts",
+    "structural_tag": "use structured_outputs.structural_tag",
     "spaces_between_special_tokens": "special tokens are joined as the tokenizer joins them",
     "detokenize": "use /inference/v1/generate for token ids without text",
     "logits_processors": "code is not taken from requests; use logit_bias, bad_words or allowed_token_ids",
@@ -53,7 +51,6 @@ REFUSED_COMPLETION: Mapping[str, str] = {
     **_BOTH,
     "best_of": "use n and choose among the answers",
     "suffix": "put the text after the hole into the prompt, as the model expects it",
-    "response_format": f"use structured_outputs; {_NOT_YET}",
     "prompt_embeds": "prompts are text or token ids",
     "messages": "use prompt, or /v1/chat/completions",
     "max_completion_tokens": "its name is max_tokens here",
