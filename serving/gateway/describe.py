@@ -38,7 +38,16 @@ _DIFFERENCES = """## What differs from vLLM's server
 * `return_timings` and `timeout` are this server's own.
 * A schema of `response_format` or `structured_outputs` is enforced, `strict` or not. What no grammar can be made of is
   a 400 that names its path in the schema. Properties come in the schema's order, and a `format` is enforced.
-* `tool_choice` other than "none" is refused.
+* Calls that `tool_choice` requires are made in Hermes' form, whatever the model's own is; their arguments are valid by
+  the function's parameters. With "auto" that holds for functions that are `strict`, of models that write Hermes' form.
+  With `response_format` an answer to a request with tools is one call, or else has that form.
+* Calls of tools are read as they grow: the name comes first, then pieces of the arguments, exactly as the model wrote
+  them (Qwen3-Coder's parameters become JSON by the tool's schema). What is no call is text. A call that breaks off has
+  arguments that are no JSON, and the rest is text. White space before, between and after calls is dropped; text after
+  calls is kept. A call of a tool that the request does not offer is a call.
+* Thinking is `reasoning` and `reasoning_content`, without its tags, otherwise as the model wrote it. Its tokens count,
+  and have log-probabilities. `stop` is looked for in the answer alone, unless `stop_in_reasoning` is true. A choice
+  that ends within thinking has `ended_in_reasoning`.
 """
 
 

@@ -12,6 +12,8 @@ BLANKS_LIMIT = 64
 """Characters of white space after which an answer can no longer begin with thinking."""
 TAIL_TOKENS = 64
 """Last tokens of a prompt in which tags of several tokens are looked for."""
+CONTINUED_TOKENS = 16384
+"""The same of a prompt whose last message goes on."""
 
 
 class Phase(enum.Enum):
@@ -62,7 +64,9 @@ def phase_after(
     `special` are the tokenizer's control tokens, which end the search; `decode` gives the text of tokens.
     """
     if not tags.ids:
-        return _phase_after_text(decode(_tail(prompt, special, None if continues else TAIL_TOKENS)), tags, continues)
+        return _phase_after_text(
+            decode(_tail(prompt, special, CONTINUED_TOKENS if continues else TAIL_TOKENS)), tags, continues
+        )
 
     for token in reversed(prompt):
         if token == tags.opening_id:
@@ -74,9 +78,9 @@ def phase_after(
     return Phase.START
 
 
-def _tail(prompt: Sequence[int], special: frozenset[int], most: int | None) -> Sequence[int]:
+def _tail(prompt: Sequence[int], special: frozenset[int], most: int) -> Sequence[int]:
     """What follows the last control token of a prompt, of it the last `most` tokens."""
-    begin = 0 if most is None else max(0, len(prompt) - most)
+    begin = max(0, len(prompt) - most)
     for place in range(len(prompt) - 1, begin - 1, -1):
         if prompt[place] in special:
             return prompt[place + 1 :]

@@ -33,6 +33,7 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     each = readers(request, info, gateway, submit.sampling.n)
 
     tokens = sum(tokens_in(str(message.get("content", ""))) + 4 for message in messages)
+    tokens += sum(tokens_in(str(tool)) for tool in request.tools or ())
     first = "\0".join(str(message.get("content", "")) for message in messages[:2])
     affinity = affinity_of(submit.cache_salt, request.prompt_cache_key or first)
     timeout_s = timeout_of(request.timeout, gateway.config)
