@@ -251,4 +251,5 @@ def _join(deltas: list[Delta]) -> Delta:
     if any(delta.logprobs is not None for delta in deltas):
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
     text = "".join(delta.text for delta in deltas)
-    return Delta(first.id, first.index, text, token_ids, logprobs, first.position)
+    reasoning = "".join(delta.reasoning for delta in deltas)
+    return Delta(first.id, first.index, text, token_ids, logprobs, first.position, reasoning)
