@@ -129,9 +129,9 @@ class Exchange:
             given = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_QUERY_FIELDS)
         except ValueError:
             raise invalid(f"the query has more than {_MAX_QUERY_FIELDS} parameters") from None
-        for name, value in given:
-            listed = name.endswith("[]")
-            name = name.removesuffix("[]")
+        for key, value in given:
+            listed = key.endswith("[]")
+            name = key.removesuffix("[]")
             if name in values and not listed:
                 raise invalid(f"{name} occurs twice in the query", name)
             values[name] = [*values.get(name, []), value] if listed else value

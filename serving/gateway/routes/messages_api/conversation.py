@@ -166,11 +166,11 @@ def _template_variables(request: CountTokensRequest) -> dict[str, Any]:
         thinking = typed(request.thinking, THINKING, "thinking", f"use {', '.join(THINKING)}")
     if not isinstance(thinking, AdaptiveThinking):
         made["enable_thinking"] = isinstance(thinking, EnabledThinking)
-    if isinstance(thinking, EnabledThinking) and isinstance(request, MessagesRequest):
-        if thinking.budget_tokens >= request.max_tokens:
-            bound = f"it must be below max_tokens={request.max_tokens}"
-            field = "thinking.budget_tokens"
-            raise invalid(f"{field}={thinking.budget_tokens} is out of range: {bound}", field)
+    most = request.max_tokens if isinstance(request, MessagesRequest) else None
+    if most is not None and isinstance(thinking, EnabledThinking) and thinking.budget_tokens >= most:
+        bound = f"it must be below max_tokens={most}"
+        field = "thinking.budget_tokens"
+        raise invalid(f"{field}={thinking.budget_tokens} is out of range: {bound}", field)
     if request.output_config and request.output_config.effort is not None:
         made["reasoning_effort"] = request.output_config.effort
     return made

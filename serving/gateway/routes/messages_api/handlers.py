@@ -26,7 +26,8 @@ async def messages(gateway: Gateway, exchange: Exchange) -> None:
     message = MessageAnswer(
         id=f"msg_{exchange.request_id}", model=turn.name, usage=MessageUsage(input_tokens=0, output_tokens=0)
     )
-    writer = MessageWriter(message, stream=bool(request.stream), omit_thinking=display_of(request) == "omitted")
+    omits = display_of(request) == "omitted"
+    writer = MessageWriter(message, stream=bool(request.stream), omit_thinking=omits, request_id=exchange.request_id)
     await faces.answer(gateway, exchange, turn, writer)
     if not request.stream:
         await exchange.respond_json(message)

@@ -47,8 +47,11 @@ class MessageWriter:
 
     keep_alive = _encoded(MessageEvent(type="ping"))
 
-    def __init__(self, message: MessageAnswer, *, stream: bool, omit_thinking: bool) -> None:
-        self.message = message
+    def __init__(
+        self, message: MessageAnswer, *, stream: bool, omit_thinking: bool, request_id: str | None = None
+    ) -> None:
+        """Without `stream` there are no events. With `omit_thinking` it is in its block's signature alone."""
+        self.message, self._request_id = message, request_id
         self._stream, self._omit = stream, omit_thinking
         self._events: list[bytes] = []
         self._block: AnswerBlock | None = None
@@ -99,7 +102,7 @@ class MessageWriter:
 
     def fail(self, error: ApiError) -> None:
         """The answer cannot go on."""
-        self._events.append(b"event: error\ndata: " + _encode(anthropic_body(error)) + b"\n\n")
+        self._events.append(b"event: error\ndata: " + _encode(anthropic_body(error, self._request_id)) + b"\n\n")
 
     def drain(self) -> bytes:
         """The events since the last call."""

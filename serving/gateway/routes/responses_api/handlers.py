@@ -69,7 +69,7 @@ async def delete(gateway: Gateway, exchange: Exchange) -> None:
 
 async def cancel(gateway: Gateway, exchange: Exchange) -> None:
     """Stop computing a response in the background."""
-    response_id, record = _stored(gateway, exchange)
+    _, record = _stored(gateway, exchange)
     if not msgspec.json.decode(record.response)["background"]:
         raise invalid(
             "only a response with background=true can be cancelled; close the connection of any other", "response_id"

@@ -67,6 +67,7 @@ class ResponseWriter:
         self._logprobs: list[LogprobContent] = []
         self._held = ""
         self._held_logprobs: list[LogprobContent] = []
+        self._waiting: list[LogprobContent] = []
 
     def begin(self, accepted: Accepted) -> None:
         """The engine computes the answer."""
@@ -76,10 +77,13 @@ class ResponseWriter:
 
     def take(self, parts: list[Part], logprobs: list[LogprobContent]) -> None:
         """More of the answer. `logprobs` are those of its text."""
+        # Text may be held back in which a call may begin: its log-probabilities wait for it, those of a call are not
+        # returned.
+        waiting, self._waiting = self._waiting + logprobs, []
         last = max((place for place, part in enumerate(parts) if isinstance(part, Text)), default=-1)
         for place, part in enumerate(parts):
             if isinstance(part, Text):
-                self._text(part.text, logprobs if place == last else [])
+                self._text(part.text, waiting if place == last else [])
             elif isinstance(part, Reasoning):
                 self._thinking(part.text)
             elif isinstance(part, CallBegin):
@@ -88,6 +92,8 @@ class ResponseWriter:
                 self._arguments(part.text)
             else:
                 self._close("completed")
+        if not parts and not isinstance(self._item, OutputCall):
+            self._waiting = waiting
 
     def end(self, finished: Finished, ending: Completion) -> None:
         """The answer has ended."""
