@@ -10,6 +10,7 @@ from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit, Timings, Usage
 from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request, SequenceUpdate
+from .text.reasoning import ReasoningSplitter
 from .text.token_text import INCOMPLETE_BYTES, IncrementalDetokenizer
 from .tokenizer import Tokenizer
 
@@ -63,17 +64,26 @@ class StopStrings:
 class _CompletionState:
     detokenizer: IncrementalDetokenizer | None
     stops: StopStrings
+    splitter: ReasoningSplitter | None = None
+    """None where thinking is text like any other."""
     completion: Completion | None = None
     tokens: int = 0
     """Tokens that went out."""
     decoded: int = 0
-    """Characters that the detokenizer gave: those that went out, those in `ready`, and those that `stops` holds."""
+    """Characters that the detokenizer gave: those that went out, those in `ready`, and those that are held back."""
     sent: int = 0
     """Characters that went out."""
     ready: str = ""
     """Text that may go out, with the rest of its token's text."""
     held: deque[_HeldToken] = field(default_factory=deque)
     """Tokens that wait for their text."""
+    reasoning_tokens: int = 0
+    """Tokens of thinking that went out."""
+
+    @property
+    def ends_within_thinking(self) -> bool:
+        """Whether thinking is all that it has said so far."""
+        return self.splitter is not None and self.splitter.ends_within_thinking(self.sent + len(self.ready))
 
 
 @dataclass(slots=True)
@@ -101,7 +111,8 @@ class OutputProcessor:
 
     A Delta's text is exactly that of its token ids: a token waits for the other tokens of an unfinished character, and
     while any of its text is held back for a stop string. The last Delta of a completion holds all that is left, cut at
-    the stop string.
+    the stop string. Where a request splits thinking off, its tags are no text, and stop strings are looked for in the
+    answer alone.
 
     `emit(client, event)` delivers; `stop_found(request_id, index, stop)` asks the scheduler to finish a sequence.
     """
@@ -114,12 +125,17 @@ class OutputProcessor:
         """Tell the client that its request was accepted, and expect updates for it. The scheduler has taken it on."""
         state = _RequestState(client, submit.id, submit)
         sampling = submit.sampling
+        tokenizer, phase = self._tokenizer, None
+        if tokenizer is not None and submit.split_reasoning:
+            phase = tokenizer.reasoning_phase(request.prompt, submit.continue_final_message)
         for _ in range(sampling.n):
             decoder = None
-            if self._tokenizer is not None:
-                decoder = self._tokenizer.decoder(sampling.skip_special_tokens, request.prompt)
+            if tokenizer is not None:
+                splits = phase is not None
+                decoder = tokenizer.decoder(sampling.skip_special_tokens, request.prompt, shows_reasoning_tags=splits)
             stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-            state.completions.append(_CompletionState(decoder, stops))
+            splitter = None if tokenizer is None or phase is None else tokenizer.reasoning_splitter(phase)
+            state.completions.append(_CompletionState(decoder, stops, splitter))
 
         self._requests[request.id] = state
         first = request.sequences[0]
@@ -155,18 +171,17 @@ class OutputProcessor:
         entries: Sequence[TokenLogprobs | None] = update.logprobs or [None] * len(update.token_ids)
         for token, logprobs in zip(update.token_ids, entries, strict=True):
             too_early = completion.tokens + len(completion.held) + 1 < min_tokens
-            stop = self._take(completion, token, logprobs, request, too_early)
+            stop = self._take(state, completion, token, logprobs, request, too_early)
             if stop is not None:
                 break
 
         finished = update.finish_reason is not None
         if stop is None and finished:
             rest = completion.detokenizer.flush() if completion.detokenizer else ""
-            shown, stop = completion.stops.feed(rest, last=True)
-            completion.ready += shown
+            stop = self._pass_on(state, completion, rest, last=True)
 
         if stop is not None:
-            completion.completion = Completion(index, "stop", stop)
+            completion.completion = Completion(index, "stop", stop, thinking=completion.ends_within_thinking)
             if not finished:
                 self._stop_found(request.id, index, stop)
         elif finished:
@@ -175,7 +190,8 @@ class OutputProcessor:
             if named is not None and sampling.include_stop_str_in_output:
                 completion.ready += named
             reason = update.stop_reason if named is None else named
-            completion.completion = Completion(index, str(update.finish_reason), reason)
+            thinking = completion.ends_within_thinking
+            completion.completion = Completion(index, str(update.finish_reason), reason, thinking)
         self._send_ready(state, completion, index)
 
     def _named_stop(self, sampling: SamplingParams, stop_reason: str | int | None) -> str | None:
@@ -186,6 +202,7 @@ class OutputProcessor:
 
     def _take(
         self,
+        state: _RequestState,
         completion: _CompletionState,
         token: int,
         logprobs: TokenLogprobs | None,
@@ -214,7 +231,25 @@ class OutputProcessor:
                 break
             completion.held[place].end = completion.decoded
 
-        shown, stop = completion.stops.feed(text, too_early=too_early)
+        return self._pass_on(state, completion, text, token, too_early)
+
+    def _pass_on(
+        self,
+        state: _RequestState,
+        completion: _CompletionState,
+        text: str,
+        token: int | None = None,
+        too_early: bool = False,
+        last: bool = False,
+    ) -> str | None:
+        """Add to the text that may go out. Returns the stop string that was reached."""
+        if completion.splitter is not None:
+            thinking, text = completion.splitter.feed(text, token, last)
+            if state.submit.stop_in_reasoning:
+                text = thinking + text
+            else:
+                completion.ready += thinking
+        shown, stop = completion.stops.feed(text, last, too_early)
         completion.ready += shown
         return stop
 
@@ -222,13 +257,16 @@ class OutputProcessor:
         """Send the tokens whose text is whole and may be shown; at the end all that is left."""
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        splitter = completion.splitter
         shown = completion.sent + len(completion.ready)
         end = completion.sent
         while completion.held:
             held = completion.held[0]
-            if completion.completion is None:
-                if held.end is None or held.end > shown:
-                    break
+            if completion.completion is None and (held.end is None or held.end > shown):
+                break
+            if splitter is not None:
+                completion.reasoning_tokens += splitter.is_thinking(end)
+            if held.end is not None:
                 end = held.end
             token_ids.append(held.token_id)
             if held.logprobs is not None:
@@ -237,11 +275,14 @@ class OutputProcessor:
 
         size = len(completion.ready) if completion.completion is not None else end - completion.sent
         text, completion.ready = completion.ready[:size], completion.ready[size:]
+        reasoning = ""
+        if splitter is not None:
+            reasoning, text = splitter.split(text, completion.sent)
         completion.sent += size
-        if token_ids or text:
+        if token_ids or text or reasoning:
             position = completion.tokens
             completion.tokens += len(token_ids)
-            delta = Delta(state.id, index, text, token_ids, logprobs or None, position)
+            delta = Delta(state.id, index, text, token_ids, logprobs or None, position, reasoning)
             self._emit(state.client, delta)
 
     def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
@@ -260,10 +301,14 @@ class OutputProcessor:
 
     def _finished(self, state: _RequestState, request: Request) -> Finished:
         completions = [
-            completion.completion or Completion(index, "abort") for index, completion in enumerate(state.completions)
+            completion.completion or Completion(index, "abort", thinking=completion.ends_within_thinking)
+            for index, completion in enumerate(state.completions)
         ]
         usage = Usage(
-            len(request.prompt), sum(completion.tokens for completion in state.completions), request.cached_tokens
+            len(request.prompt),
+            sum(completion.tokens for completion in state.completions),
+            request.cached_tokens,
+            sum(completion.reasoning_tokens for completion in state.completions),
         )
         prompt_logprobs = request.prompt_logprobs
         if prompt_logprobs is not None:

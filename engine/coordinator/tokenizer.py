@@ -13,6 +13,7 @@ from ..errors import CheckpointError, InvalidRequest
 from ..protocol.messages import Prompt
 from .text.chat_template import ChatTemplate
 from .text.plain_text import PlainText
+from .text.reasoning import Phase, ReasoningSplitter, find_tags, phase_after
 from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
 from .tokenizer_files import check_tokenizer_files, check_tokens, explain_unreadable
 
@@ -59,6 +60,8 @@ class Tokenizer:
             variables = dict(self._tokenizer.special_tokens_map)
             self._template = ChatTemplate(self.chat_template, variables, self._special_ids)
         self._plain_text = PlainText(self._tokenizer, self._special)
+        ids = {token.content: token_id for token_id, token in added.items()}
+        self._reasoning_tags = find_tags(ids, self.chat_template)
         self.token_bytes = TokenBytes(backend, self.size)
         """The bytes of each token by its id."""
 
@@ -161,9 +164,25 @@ class Tokenizer:
         """The special token whose text this is."""
         return self._special_ids.get(text)
 
-    def decoder(self, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> IncrementalDetokenizer:
-        """Return a decoder for one completion of `prompt`, whose last tokens may decide how the first new one reads."""
+    def reasoning_phase(self, prompt: Sequence[int], continues: bool) -> Phase:
+        """Whether the answer to a prompt begins with thinking, may begin with it, or does not; see phase_after()."""
+        special = self._special - self._reasoning_tags.ids
+        return phase_after(prompt, self._reasoning_tags, special, self.decode, continues)
+
+    def reasoning_splitter(self, phase: Phase) -> ReasoningSplitter:
+        """Return what tells the thinking of one completion from its answer."""
+        return ReasoningSplitter(self._reasoning_tags, phase)
+
+    def decoder(
+        self, skip_special_tokens: bool, prompt: Sequence[int] = (), *, shows_reasoning_tags: bool = False
+    ) -> IncrementalDetokenizer:
+        """Return a decoder for one completion of `prompt`, whose last tokens may decide how the first new one reads.
+
+        With `shows_reasoning_tags` the tags of thinking have their text also if they are special tokens.
+        """
         skipped = self._special if skip_special_tokens else frozenset()
+        if shows_reasoning_tags:
+            skipped -= self._reasoning_tags.ids
         return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -44,6 +44,8 @@ class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
     split_reasoning: bool = False
     """Whether a model's thinking (<think>...</think>) comes as `Delta.reasoning`, without its tags, apart from the
     answer's text. Without it both are text, tags included."""
+    stop_in_reasoning: bool = False
+    """Whether sampling.stop also ends an answer within its thinking, of a request that splits it off."""
 
 
 class Tokenize(Prompt, frozen=True, kw_only=True, tag="tokenize"):

@@ -10,6 +10,8 @@ from ...engine.errors import ConfigError
 
 VERSION = str(sys.modules[__name__.partition(".")[0]].__version__)
 """phalanx's."""
+TOOL_SYNTAXES = ("auto", "hermes", "qwen3_coder", "none")
+REASONING_MODES = ("auto", "think", "none")
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,17 @@ class GatewayConfig:
     """Refuse requests that name no model, as OpenAI's API does; otherwise they get the only one."""
     default_temperature: float | None = None
     """Temperature of a request that has none; null takes the model's generation_config, or else 1."""
+    tool_syntax: str = "auto"
+    """How the model writes calls of tools: auto (as its chat template says), hermes (JSON within <tool_call>),
+    qwen3_coder (<function=name> and <parameter=name>) or none, with which requests that offer tools are refused."""
+    reasoning: str = "auto"
+    """Whether thinking is split from answers of chats: auto (if the chat template knows of it), think or none, with
+    which it is text."""
 
     def __post_init__(self) -> None:
+        for name, values in (("tool_syntax", TOOL_SYNTAXES), ("reasoning", REASONING_MODES)):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "float") and field.name != "port" and not value >= 0:

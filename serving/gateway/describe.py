@@ -39,7 +39,14 @@ _DIFFERENCES = """## What differs from vLLM's server
   only where they hold log-probabilities, token ids or usage.
 * A streamed chat with `return_token_ids` has the prompt's ids in a last chunk without choices.
 * `return_timings` and `timeout` are this server's own.
-* `response_format` other than text, `tool_choice` other than "none" and `structured_outputs` are refused.
+* `response_format` other than text, `tool_choice` other than "none" and "auto", and `structured_outputs` are refused.
+* Calls of tools are read as they grow: the name comes first, then pieces of the arguments, exactly as the model wrote
+  them (Qwen3-Coder's parameters become JSON by the tool's schema). What is no call is text. A call that breaks off has
+  arguments that are no JSON, and the rest is text. White space before, between and after calls is dropped; text after
+  calls is kept. A call of a tool that the request does not offer is a call.
+* Thinking is `reasoning` and `reasoning_content`, without its tags, otherwise as the model wrote it. Its tokens count,
+  and have log-probabilities. `stop` is looked for in the answer alone, unless `stop_in_reasoning` is true. A choice
+  that ends within thinking has `ended_in_reasoning`.
 """
 
 

@@ -219,7 +219,7 @@ def _size(event: Event) -> int:
     """About the bytes of memory that an event takes."""
     if not isinstance(event, Delta):
         return _EVENT_BYTES
-    size = _EVENT_BYTES + len(event.text) + 8 * len(event.token_ids)
+    size = _EVENT_BYTES + len(event.text) + len(event.reasoning) + 8 * len(event.token_ids)
     if event.logprobs:
         size += sum(160 + 96 * len(entry.top_token_ids) for entry in event.logprobs)
     return size

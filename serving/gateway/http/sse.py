@@ -25,9 +25,9 @@ class TextEvent:
     """Stands for the text in the event that shows the way."""
 
     def __init__(self, encoded: bytes) -> None:
-        """`encoded` is an event in which a text is MARK."""
-        self._before, self._after = encoded.split(_encode(self.MARK))
+        """`encoded` is an event in which a text, or several that are the same, is MARK."""
+        self._around = encoded.split(_encode(self.MARK))
 
     def filled(self, text: str) -> bytes:
         """The event with a text."""
-        return self._before + _encode(text) + self._after
+        return _encode(text).join(self._around)

@@ -16,7 +16,7 @@ from ..generation.generation import Generation
 from ..http.exchange import Exchange
 from ..http.sse import DONE, KEEP_ALIVE
 from ..schemas.fields import StreamOptions
-from ..schemas.responses import FinishReason, PromptTokensDetails, TimingInfo, UsageInfo
+from ..schemas.responses import CompletionTokensDetails, FinishReason, PromptTokensDetails, TimingInfo, UsageInfo
 
 
 class ChunkWriter(Protocol):
@@ -50,6 +50,7 @@ class Answer:
     """One completion as it was collected."""
 
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     ending: Ending | None = None
@@ -70,6 +71,7 @@ async def collect(generation: Generation) -> Collected:
         if isinstance(event, Delta):
             answer = collected.answers.setdefault((number, event.index), Answer())
             answer.text += event.text
+            answer.reasoning += event.reasoning
             answer.token_ids += event.token_ids
             if event.logprobs is not None:
                 answer.logprobs = [*(answer.logprobs or ()), *event.logprobs]
@@ -83,7 +85,9 @@ async def collect(generation: Generation) -> Collected:
 class Counter:
     """Counts tokens of a stream, for the usage at its end and in each chunk."""
 
-    def __init__(self, options: StreamOptions | None) -> None:
+    def __init__(self, options: StreamOptions | None, reasoning: bool = False) -> None:
+        """With `reasoning` the usage at the end says how many tokens were thinking."""
+        self._reasoning = reasoning
         self._at_end = options is not None and bool(options.include_usage)
         self._always = options is not None and bool(options.continuous_usage_stats) and self._at_end
         self._prompt_tokens: dict[int, int] = {}
@@ -118,7 +122,7 @@ class Counter:
 
     def at_end(self) -> UsageInfo | None:
         """The usage of everything, for the last chunk; None if nobody asked for it."""
-        return usage(self._finished.values()) if self._at_end else None
+        return usage(self._finished.values(), reasoning=self._reasoning) if self._at_end else None
 
     @property
     def finished(self) -> list[Finished]:
@@ -126,17 +130,20 @@ class Counter:
         return [self._finished[number] for number in sorted(self._finished)]
 
 
-def usage(finished: Iterable[Finished], completion_tokens: int | None = None) -> UsageInfo:
-    """The tokens of several requests together."""
+def usage(finished: Iterable[Finished], completion_tokens: int | None = None, reasoning: bool = False) -> UsageInfo:
+    """The tokens of several requests together; with `reasoning` also those of thinking."""
     each = [event.usage for event in finished]
     prompt = sum(one.prompt_tokens for one in each)
     new = sum(one.completion_tokens for one in each) if completion_tokens is None else completion_tokens
-    return UsageInfo(
+    made = UsageInfo(
         prompt_tokens=prompt,
         completion_tokens=new,
         total_tokens=prompt + new,
         prompt_tokens_details=PromptTokensDetails(sum(one.cached_tokens for one in each)),
     )
+    if reasoning:
+        made.completion_tokens_details = CompletionTokensDetails(sum(one.reasoning_tokens for one in each))
+    return made
 
 
 def timings(finished: Iterable[Finished], wanted: bool | None) -> list[TimingInfo] | UnsetType:
@@ -154,8 +161,10 @@ def timings(finished: Iterable[Finished], wanted: bool | None) -> list[TimingInf
     ]
 
 
-def reason(ending: Ending | None) -> FinishReason:
-    """How a completion ended, in OpenAI's words; "abort" if the engine gave it up."""
+def reason(ending: Ending | None, calls: int = 0) -> FinishReason:
+    """How a completion with so many calls of tools ended, in OpenAI's words; "abort" if the engine gave it up."""
     if ending is None or ending.finish_reason not in ("stop", "length"):
         return "abort"
-    return "stop" if ending.finish_reason == "stop" else "length"
+    if ending.finish_reason == "length":
+        return "length"
+    return "tool_calls" if calls else "stop"

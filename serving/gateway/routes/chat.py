@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import time
+import msgspec
 
-from msgspec import UNSET
-
-from ....engine.protocol.messages import Delta, Event, Finished, ModelInfo, Submit
+from ....engine.protocol.messages import ModelInfo, Submit
 from ..gateway import Gateway, affinity_of, tokens_in
+from ..generation.answer_reader import AnswerReader, ToolSyntax, dialect_of
+from ..http.errors import invalid
 from ..http.exchange import Exchange
-from ..http.sse import TextEvent
-from ..http.sse import event as sse_event
-from ..schemas.chat import ChatRequest, check_chat, template_messages
+from ..schemas.chat import ChatRequest, check_chat, template_messages, template_variables
 from ..schemas.fields import check_store, check_stream, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_CHAT
-from ..schemas.responses import (
-    AnswerMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatDelta,
-)
-from .answering import Answer, Collected, Counter, collect, reason, stream, timings, usage
-from .logprobs import chat_logprobs, prompt_logprobs
+from ..schemas.tools import ToolChoice, tool_choice_of
+from .answering import collect, stream
+from .chat_writer import ChatStyle, ChatWriter
+
+REQUIRED_FORM: ToolSyntax = "hermes"
+"""The form of calls that a grammar makes the model write, whatever its own is."""
 
 
 async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
@@ -32,9 +26,11 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     exchange.take_request_id(request.request_id)
     name, info = gateway.model(request.model)
     submit, messages = to_submit(gateway, exchange, request, info)
-    style = _Style(request, f"chatcmpl-{exchange.request_id}", name, messages)
+    style = ChatStyle(request, f"chatcmpl-{exchange.request_id}", name, messages, submit.split_reasoning)
+    each = readers(request, info, gateway, submit.sampling.n)
 
     tokens = sum(tokens_in(str(message.get("content", ""))) + 4 for message in messages)
+    tokens += sum(tokens_in(str(tool)) for tool in request.tools or ())
     first = "\0".join(str(message.get("content", "")) for message in messages[:2])
     affinity = affinity_of(submit.cache_salt, request.prompt_cache_key or first)
     async with gateway.generation(
@@ -43,9 +39,9 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
         generation.admit(1, tokens)
         generation.start([submit], affinity)
         if request.stream:
-            await stream(gateway, exchange, generation, _Writer(style))
+            await stream(gateway, exchange, generation, ChatWriter(style, each))
         else:
-            answer = style.whole(await collect(generation))
+            answer = style.whole(await collect(generation), each)
             await exchange.respond_json(answer)
 
 
@@ -56,6 +52,16 @@ def to_submit(
     check_chat(request, gateway.config)
     check_store(request)
     check_stream(request.stream, request.stream_options, request.prompt_logprobs)
+    choice = tool_choice_of(request.tools, request.tool_choice)
+    dialect = dialect_of(info, gateway.config)
+    if choice.mode == "auto" and dialect.tools is None:
+        why = (
+            "this model's chat template shows no form of calls that the server reads; set the server's tool_syntax, or "
+            'tool_choice="none" to have the template know the tools'
+        )
+        raise invalid(f"tools is not supported: {why}", "tools", "unsupported_parameter")
+    require_calls(request, choice)
+
     messages = template_messages(request.messages)
     newer = request.max_completion_tokens is not None
     sampling = to_sampling(
@@ -68,150 +74,50 @@ def to_submit(
         max_tokens_field="max_completion_tokens" if newer else "max_tokens",
         logprobs_field="top_logprobs",
     )
+    if choice.mode != "none" and request.skip_special_tokens is None:
+        # The tags of calls may be special tokens, without which no call would be seen.
+        sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
+
     continues = bool(request.continue_final_message)
     generation_prompt = request.add_generation_prompt
     submit = Submit(
         id=gateway.new_id(),
         messages=messages,
         tools=request.tools,
-        chat_template_kwargs=request.chat_template_kwargs,
+        chat_template_kwargs=template_variables(request),
         add_generation_prompt=not continues if generation_prompt is None else generation_prompt,
         continue_final_message=continues,
         sampling=sampling,
         priority=request.priority or 0,
         cache_salt=exchange.salted(request.cache_salt),
         return_prompt_token_ids=bool(request.return_token_ids),
+        split_reasoning=dialect.reasoning,
+        stop_in_reasoning=bool(request.stop_in_reasoning),
     )
     return submit, messages
 
 
-class _Style:
-    """How one request's answer is written."""
+def require_calls(request: ChatRequest, choice: ToolChoice) -> None:
+    """Have the answer be calls of tools where tool_choice asks for them, in REQUIRED_FORM.
 
-    def __init__(self, request: ChatRequest, name: str, model: str, messages: list[dict[str, object]]) -> None:
-        self.request, self.name, self.model = request, name, model
-        self.created = int(time.time())
-        self.n = request.n or 1
-        self.as_ids = bool(request.return_tokens_as_token_ids)
-        # An answer without the beginning of a turn goes on with the last one, as in vLLM's server.
-        last = messages[-1]
-        opens_turn = request.add_generation_prompt is not False and not request.continue_final_message
-        self.role = "assistant" if opens_turn else str(last["role"])
-        self.echo = str(last["content"]) if request.echo and last["role"] == self.role else ""
+    Raises ApiError where this cannot be done.
+    """
+    if choice.mode == "required":
+        why = 'this server does not constrain answers yet; use "auto" or "none"'
+        raise invalid(f"tool_choice is not supported in this form: {why}", "tool_choice", "unsupported_value")
 
-    def whole(self, collected: Collected) -> ChatCompletion:
-        """The answer in one piece."""
-        finished = collected.finished[0]
-        choices = [self._choice(index, collected.answers.get((0, index), Answer())) for index in range(self.n)]
-        made = ChatCompletion(
-            id=self.name,
-            created=self.created,
-            model=self.model,
-            choices=choices,
-            usage=usage([finished]),
-            service_tier="default" if self.request.service_tier else UNSET,
-            timings=timings([finished], self.request.return_timings),
+
+def readers(request: ChatRequest, info: ModelInfo, gateway: Gateway, n: int) -> list[AnswerReader]:
+    """What reads each of the n completions of a request that to_submit() has accepted."""
+    choice = tool_choice_of(request.tools, request.tool_choice)
+    forms = {"none": None, "auto": dialect_of(info, gateway.config).tools, "required": REQUIRED_FORM}
+    syntax = forms[choice.mode]
+    return [
+        AnswerReader(
+            syntax,
+            request.tools,
+            shows_reasoning=request.include_reasoning is not False,
+            most_calls=1 if request.parallel_tool_calls is False else None,
         )
-        if self.request.prompt_logprobs is not None:
-            made.prompt_logprobs = prompt_logprobs(finished.prompt_logprobs or [])
-        if self.request.return_token_ids:
-            made.prompt_token_ids = finished.prompt_token_ids or []
-        return made
-
-    def _choice(self, index: int, answer: Answer) -> ChatChoice:
-        return ChatChoice(
-            index=index,
-            message=AnswerMessage(role=self.role, content=self.echo + answer.text),
-            logprobs=chat_logprobs(answer.logprobs or [], self.as_ids) if self.request.logprobs else None,
-            finish_reason=reason(answer.ending),
-            stop_reason=answer.ending.stop_reason if answer.ending else None,
-            token_ids=answer.token_ids if self.request.return_token_ids else UNSET,
-        )
-
-
-class _Writer:
-    """The chunks of a streamed answer: the role, what is new, how it ended, the usage."""
-
-    def __init__(self, style: _Style) -> None:
-        self._style = style
-        self._counter = Counter(style.request.stream_options)
-        self._begun = False
-        self._text_events: dict[int, TextEvent] = {}
-        # Chunks without text are sent only where they hold something else.
-        self._every_token = bool(style.request.logprobs or style.request.return_token_ids) or self._counter.always
-
-    def write(self, number: int, event: Event) -> bytes:
-        self._counter.count(number, event)
-        begun = b"" if self._begun else self._begin()
-        if isinstance(event, Delta):
-            return begun + self._delta(event)
-        if isinstance(event, Finished):
-            return begun + b"".join(
-                self._chunk(
-                    ChatChunkChoice(
-                        index=ending.index,
-                        delta=ChatDelta(),
-                        finish_reason=reason(ending),
-                        stop_reason=ending.stop_reason,
-                    )
-                )
-                for ending in event.completions
-            )
-        return begun
-
-    def end(self) -> bytes:
-        style, usage_at_end = self._style, self._counter.at_end()
-        finished = self._counter.finished
-        wants_ids = bool(style.request.return_token_ids)
-        if usage_at_end is None and not style.request.return_timings and not wants_ids:
-            return b""
-        return sse_event(
-            ChatChunk(
-                id=style.name,
-                created=style.created,
-                model=style.model,
-                choices=[],
-                usage=UNSET if usage_at_end is None else usage_at_end,
-                timings=timings(finished, style.request.return_timings),
-                prompt_token_ids=(finished[0].prompt_token_ids or []) if wants_ids and finished else UNSET,
-            )
-        )
-
-    def _begin(self) -> bytes:
-        self._begun = True
-        style = self._style
-        roles = [ChatChunkChoice(index=index, delta=ChatDelta(role=style.role, content="")) for index in range(style.n)]
-        echoes = [
-            ChatChunkChoice(index=index, delta=ChatDelta(content=style.echo)) for index in range(style.n) if style.echo
-        ]
-        return b"".join(map(self._chunk, roles + echoes))
-
-    def _delta(self, delta: Delta) -> bytes:
-        style = self._style
-        if not self._every_token:
-            return self._text(delta.index, delta.text) if delta.text else b""
-        choice = ChatChunkChoice(index=delta.index, delta=ChatDelta(content=delta.text))
-        if style.request.logprobs:
-            choice.logprobs = chat_logprobs(delta.logprobs or [], style.as_ids)
-        if style.request.return_token_ids:
-            choice.token_ids = delta.token_ids
-        return self._chunk(choice)
-
-    def _text(self, index: int, text: str) -> bytes:
-        made = self._text_events.get(index)
-        if made is None:
-            marked = ChatChunkChoice(index=index, delta=ChatDelta(content=TextEvent.MARK))
-            made = self._text_events[index] = TextEvent(self._chunk(marked))
-        return made.filled(text)
-
-    def _chunk(self, choice: ChatChunkChoice) -> bytes:
-        style = self._style
-        return sse_event(
-            ChatChunk(
-                id=style.name,
-                created=style.created,
-                model=style.model,
-                choices=[choice],
-                usage=self._counter.so_far(0, choice.index),
-            )
-        )
+        for _ in range(n)
+    ]

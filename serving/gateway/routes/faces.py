@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
 from ....engine.errors import PhalanxError
 from ....engine.protocol.logprobs import TokenLogprobs
 from ....engine.protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit
 from ..gateway import Gateway, affinity_of, tokens_in
-from ..generation.answer_reader import AnswerReader, readers
+from ..generation.answer_reader import AnswerReader
 from ..generation.generation import Generation
 from ..generation.parts import Part
 from ..http.errors import ApiError, from_engine, unavailable
@@ -25,7 +23,7 @@ from ..schemas.chat import ChatRequest
 from ..schemas.fields import timeout_of
 from ..schemas.responses import LogprobContent
 from ..schemas.typed import rename
-from .chat import to_submit
+from .chat import readers, to_submit
 from .logprobs import chat_logprobs
 
 _log = logging.getLogger(__name__)
@@ -78,7 +76,6 @@ def prepare(gateway: Gateway, exchange: Exchange, chat: ChatRequest, paths: Mapp
     except ApiError as error:
         rename(error, paths)
         raise
-    submit = msgspec.structs.replace(submit, split_reasoning=True)
 
     tokens = sum(tokens_in(str(message.get("content", ""))) + 4 for message in messages)
     if submit.tools:
@@ -164,7 +161,7 @@ def _feed(event: Event, turn: Turn, writer: Writer) -> None:
         (ending,) = event.completions
         if ending.finish_reason == "abort":
             raise unavailable("the engine gave this request up; try again", "aborted")
-        writer.take(turn.reader.finish(ending), [])
+        writer.take(turn.reader.finish(), [])
         writer.end(event, ending)
 
 

@@ -13,6 +13,7 @@ from ..config import GatewayConfig
 from ..http.errors import invalid
 from ..http.json_body import shown
 from .fields import OpenAIFields
+from .tools import check_tools
 
 TEXT_PARTS = ("text", "refusal")
 
@@ -88,10 +89,31 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
         Annotated[dict[str, Any], Meta(description="Variables of the template, such as enable_thinking.")] | None
     ) = None
     tools: (
-        Annotated[list[dict[str, Any]], Meta(description='Given to the template; needs tool_choice="none".')] | None
+        Annotated[list[dict[str, Any]], Meta(description="Functions that the answer may call, as OpenAI has them.")]
+        | None
     ) = None
-    tool_choice: Annotated[str | dict[str, Any], Meta(description='Only "none".')] | None = None
-    parallel_tool_calls: Annotated[bool, Meta(description="Accepted; no tool is called.")] | None = None
+    tool_choice: (
+        Annotated[
+            str | dict[str, Any],
+            Meta(description='"auto" (with tools), "none", "required", or the one that must be called.'),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: (
+        Annotated[bool, Meta(description="Several calls in one answer (true); otherwise those after the first go.")]
+        | None
+    ) = None
+    include_reasoning: (
+        Annotated[bool, Meta(description="Return the model's thinking (true); its tokens count in any case.")] | None
+    ) = None
+    reasoning_effort: (
+        Annotated[
+            Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+            Meta(description='A variable of the template; "none" sets enable_thinking=false, too.'),
+        ]
+        | None
+    ) = None
+    stop_in_reasoning: Annotated[bool, Meta(description="Let stop also end an answer in its thinking.")] | None = None
     response_format: Annotated[ResponseFormat, Meta(description='Only {"type": "text"}.')] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(description='Only ["text"].')] | None = None
 
@@ -105,12 +127,7 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
         kind = request.response_format.type
         why = 'this server does not constrain answers yet; use {"type": "text"}'
         raise invalid(f"response_format.type={kind!r} is not supported: {why}", "response_format", "unsupported_value")
-    if request.tools and request.tool_choice != "none":
-        why = 'this server does not read tool calls yet; set tool_choice="none" to have the template know the tools'
-        raise invalid(f"tools is not supported: {why}", "tools", "unsupported_parameter")
-    if request.tool_choice is not None and request.tool_choice not in ("none", "auto"):
-        why = 'this server does not read tool calls yet; use "none"'
-        raise invalid(f"tool_choice={shown(request.tool_choice)} is not supported: {why}", "tool_choice")
+    check_tools(request.tools or [])
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
 
@@ -123,6 +140,16 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
     if request.continue_final_message and request.add_generation_prompt:
         why = "needs add_generation_prompt=false"
         raise invalid(f"continue_final_message=true {why}", "continue_final_message")
+
+
+def template_variables(request: ChatRequest) -> dict[str, Any] | None:
+    """The variables that a request sets for the chat template."""
+    if request.reasoning_effort is None:
+        return request.chat_template_kwargs
+    variables: dict[str, Any] = {"reasoning_effort": request.reasoning_effort}
+    if request.reasoning_effort == "none":
+        variables["enable_thinking"] = False
+    return {**variables, **(request.chat_template_kwargs or {})}
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
@@ -184,10 +211,11 @@ def _template_call(call: ToolCall, path: str) -> dict[str, Any]:
         try:
             arguments = json.loads(call.function.arguments)
         except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            field = f"{path}.function.arguments"
-            raise invalid(f"{field} must be a JSON object, as text", field)
+            arguments = call.function.arguments  # what is left of a call in an answer that was cut off
+        else:
+            if not isinstance(arguments, dict):
+                field = f"{path}.function.arguments"
+                raise invalid(f"{field} must be a JSON object, as text", field)
     made: dict[str, Any] = {
         "type": "function",
         "function": {"name": call.function.name, "arguments": arguments},

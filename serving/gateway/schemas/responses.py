@@ -12,13 +12,19 @@ from ..config import VERSION
 FINGERPRINT = f"phalanx-{VERSION}"
 """What `system_fingerprint` says: answers to equal seeds may differ between two versions."""
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class PromptTokensDetails(msgspec.Struct):
     """Where the prompt's KV came from."""
 
     cached_tokens: int
+
+
+class CompletionTokensDetails(msgspec.Struct):
+    """What the answer's tokens were."""
+
+    reasoning_tokens: int
 
 
 class UsageInfo(msgspec.Struct, kw_only=True):
@@ -28,6 +34,7 @@ class UsageInfo(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TimingInfo(msgspec.Struct, kw_only=True):
@@ -80,6 +87,22 @@ class PromptLogprob(msgspec.Struct, kw_only=True):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    """What a call calls."""
+
+    name: str
+    arguments: str
+    """A JSON object as text, as the model wrote it."""
+
+
+class AnswerToolCall(msgspec.Struct, kw_only=True):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AnswerMessage(msgspec.Struct, kw_only=True):
     """The message that the model answered with."""
 
@@ -87,6 +110,11 @@ class AnswerMessage(msgspec.Struct, kw_only=True):
     content: str | None
     refusal: None = None
     annotations: Annotated[list[str], Meta(max_length=0)] = []
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
+
+    # Clients know a model's thinking by either name.
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -97,6 +125,8 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    ended_in_reasoning: bool | UnsetType = UNSET
+    """True of an answer that ended within thinking."""
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -116,11 +146,30 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     timings: list[TimingInfo] | UnsetType = UNSET
 
 
+class FunctionDelta(msgspec.Struct, kw_only=True):
+    """What is new of what a call calls."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True):
+    """What is new of a call; its first one has the id and the name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class ChatDelta(msgspec.Struct, kw_only=True):
     """What is new of a message."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
@@ -131,6 +180,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | UnsetType | None = UNSET
+    ended_in_reasoning: bool | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 

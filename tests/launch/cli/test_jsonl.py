@@ -147,7 +147,7 @@ def test_an_answer_has_the_documented_fields() -> None:
         "text": "text",
         "token_ids": [0],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 0},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 0, "reasoning_tokens": 0},
         "timings": {"queued_s": 0.5, "ttft_s": 1.0, "tpot_ms": 2.0, "total_s": 3.0},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 from phalanx.engine.protocol.messages import (
     Accepted,
     Completion,
@@ -14,7 +15,7 @@ from phalanx.engine.protocol.messages import (
     Usage,
 )
 from phalanx.serving.gateway.engine_pool import OnEvent
-from phalanx.tests.serving.gateway.scripted_pool import ScriptedPool, ScriptedTicket, prompt_ids
+from phalanx.tests.serving.gateway.scripted_pool import MODEL, ScriptedPool, ScriptedTicket, prompt_ids
 
 PIECE_CHARS = 3
 _THINKING = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
@@ -30,6 +31,7 @@ class AgentPool(ScriptedPool):
 
     def __init__(self, *answers: str) -> None:
         super().__init__()
+        self.model = msgspec.structs.replace(MODEL, chat_template="{{ messages }} <tool_call> <think> </think>")
         self.answers = list(answers)
         self.cached_tokens = 0
 
@@ -37,8 +39,9 @@ class AgentPool(ScriptedPool):
         answer = self.answers.pop(0) if self.answers else "Hello world"
         cut = answer.endswith(self.CUT)
         answer = answer.removesuffix(self.CUT)
-        thinking = "".join(_THINKING.findall(answer))
-        text = _THINKING.sub("", answer)
+        thinking, text = "", answer
+        if submit.split_reasoning:
+            thinking, text = "".join(_THINKING.findall(answer)), _THINKING.sub("", answer)
 
         prompt = prompt_ids(submit)
         on_event(Accepted(id=submit.id, prompt_tokens=len(prompt), seed=1, max_tokens=1000))

@@ -59,6 +59,8 @@ class ScriptedPool:
 
     def __init__(self, answer: str = "Hello world") -> None:
         self.answer = answer
+        self.reasoning = ""
+        """Thinking before the answer, of requests that split it off."""
         self.model = MODEL
         self.phase: PoolState = PoolState("ready")
         self.progress = True
@@ -123,7 +125,8 @@ class ScriptedPool:
             on_event(Failed(submit.id, type(self.fail_first).__name__, str(self.fail_first)))
             return
         prompt, sampling = prompt_ids(submit), submit.sampling
-        tokens = list(self.answer.encode())[: sampling.max_tokens or 1000]
+        thinking = list(self.reasoning.encode()) if submit.split_reasoning else []
+        tokens = [*thinking, *self.answer.encode()][: sampling.max_tokens or 1000]
         if not ended:
             on_event(Accepted(id=submit.id, prompt_tokens=len(prompt), seed=sampling.seed or 1, max_tokens=1000))
         text = _texts(bytes(tokens))
@@ -137,15 +140,19 @@ class ScriptedPool:
                 return
             logprobs = None if sampling.logprobs is None else [logprob_of(token, sampling.logprobs)]
             for index in range(sampling.n):
-                on_event(Delta(submit.id, index, text[place], [token], logprobs, place))
+                said = ("", text[place]) if place < len(thinking) else (text[place], "")
+                on_event(Delta(submit.id, index, said[0], [token], logprobs, place, said[1]))
             made += 1
 
         reason = "abort" if ended else "length" if len(tokens) == sampling.max_tokens else "stop"
         on_event(
             Finished(
                 submit.id,
-                [Completion(index, reason, self.stop_reason) for index in range(sampling.n)],
-                Usage(len(prompt), made * sampling.n, 2),
+                [
+                    Completion(index, reason, self.stop_reason, thinking=0 < made <= len(thinking))
+                    for index in range(sampling.n)
+                ],
+                Usage(len(prompt), made * sampling.n, 2, min(made, len(thinking)) * sampling.n),
                 Timings(0.5, 1.5, 1.0, 4.0),
                 prompt if submit.return_prompt_token_ids else None,
                 None

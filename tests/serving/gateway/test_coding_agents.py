@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx.serving.gateway.routes import faces
 from phalanx.tests.serving.gateway.agent_pool import tool_call
 from phalanx.tests.serving.gateway.conftest import Server
-from phalanx.tests.serving.gateway.fake_reader import FakeReader
 
 BEFORE = 'def greet():\n    return "helo"  # {not} a tag: </tool_call >\n'
 AFTER = BEFORE.replace("helo", "hello")
-
-
-@pytest.fixture(autouse=True)
-def fake_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faces, "readers", lambda *_: [FakeReader()])
 
 
 @pytest.fixture

@@ -60,6 +60,8 @@ def test_the_openapi_document_has_every_route_and_field(server: Server) -> None:
         ("keep_alive_s", -1.0),
         ("body_timeout_s", 0.0),
         ("default_temperature", -1.0),
+        ("tool_syntax", "json"),
+        ("reasoning", "maybe"),
         ("served_model_names", ("a", "a")),
     ],
 )

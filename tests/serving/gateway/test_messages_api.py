@@ -13,19 +13,12 @@ from phalanx.engine.errors import CapacityExceeded, EngineFault, InvalidRequest
 from phalanx.serving.gateway.auth import Auth, AuthConfig
 from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.engine_pool import PoolState
-from phalanx.serving.gateway.routes import faces
 from phalanx.tests.serving.gateway.agent_pool import AgentPool, tool_call
 from phalanx.tests.serving.gateway.conftest import Server
-from phalanx.tests.serving.gateway.fake_reader import FakeReader
 from starlette.middleware import Middleware
 
 HELLO: Any = [{"role": "user", "content": "Hi"}]
 WEATHER: Any = {"name": "get_weather", "description": "It tells.", "input_schema": {"type": "object", "properties": {}}}
-
-
-@pytest.fixture(autouse=True)
-def fake_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faces, "readers", lambda *_: [FakeReader()])
 
 
 def create(server: Server, **fields: Any) -> Any:

@@ -14,6 +14,7 @@ from phalanx.serving.gateway.schemas.refused import REFUSED_CHAT, REFUSED_COMPLE
 from phalanx.tests.serving.gateway.conftest import Server
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
@@ -108,7 +109,20 @@ def test_a_field_out_of_its_range_is_named(server: Server, path: str, fields: di
         ({"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         ({"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"messages": HELLO, "min_tokens": 9, "max_completion_tokens": 2}, "min_tokens"),
-        ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"messages": HELLO, "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"messages": HELLO, "tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        (
+            {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"messages": HELLO, "tools": TOOLS}, "tools"),  # the template of this model knows no calls
+        ({"messages": HELLO, "tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+        (
+            {"messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
         ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
         ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": HELLO, "response_format": {"type": "poem"}}, "response_format.type"),

@@ -10,6 +10,7 @@ from ...config import GatewayConfig
 from ...http.errors import ApiError, invalid
 from ...http.json_body import to_struct
 from ...schemas.chat import ChatRequest
+from ...schemas.messages_api.answer import INVALID_JSON
 from ...schemas.messages_api.request import (
     ASSISTANT_BLOCKS,
     CHOICES,
@@ -63,6 +64,7 @@ def to_chat(request: CountTokensRequest, config: GatewayConfig) -> tuple[ChatReq
         "model": request.model,
         "messages": turns.messages,
         "chat_template_kwargs": _template_variables(request),
+        "reasoning_effort": request.output_config.effort if request.output_config else None,
     }
     if request.messages[-1].role == "assistant":
         _continue_last(turns, values, len(request.messages) - 1)
@@ -88,6 +90,7 @@ def to_chat(request: CountTokensRequest, config: GatewayConfig) -> tuple[ChatReq
 _PATHS = {
     "prompt": "messages",
     "stop": "stop_sequences",
+    "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
     "response_format.json_schema": "output_config.format",
     "response_format.json_schema.schema": "output_config.format.schema",
@@ -144,6 +147,8 @@ def _add_assistant(turns: Turns, content: str | Blocks, path: str) -> None:
             turns.think(text, where)
         elif isinstance(block, ToolUseBlock):
             arguments = msgspec.json.encode(block.input).decode()
+            if block.input.keys() == {INVALID_JSON} and isinstance(block.input[INVALID_JSON], str):
+                arguments = block.input[INVALID_JSON]  # as the answer had them
             turns.call(block.id, block.name, arguments, where, arguments_path=f"{where}.input")
         else:
             assert isinstance(block, RedactedThinkingBlock)
@@ -171,8 +176,6 @@ def _template_variables(request: CountTokensRequest) -> dict[str, Any]:
         bound = f"it must be below max_tokens={most}"
         field = "thinking.budget_tokens"
         raise invalid(f"{field}={thinking.budget_tokens} is out of range: {bound}", field)
-    if request.output_config and request.output_config.effort is not None:
-        made["reasoning_effort"] = request.output_config.effort
     return made
 
 

@@ -12,6 +12,7 @@ from ...generation.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from ...http.error_shapes import anthropic_body
 from ...http.errors import ApiError
 from ...schemas.messages_api.answer import (
+    INVALID_JSON,
     AnswerBlock,
     AnswerText,
     AnswerThinking,
@@ -182,4 +183,4 @@ def _arguments(text: str) -> dict[str, Any]:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
         value = None
-    return value if isinstance(value, dict) else {"INVALID_JSON": text}
+    return value if isinstance(value, dict) else {INVALID_JSON: text}

@@ -84,7 +84,7 @@ def to_chat(
     values: dict[str, Any] = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     values["messages"] = turns.messages
     values["max_completion_tokens"] = request.max_output_tokens
-    values["chat_template_kwargs"] = _template_variables(request)
+    values["reasoning_effort"] = request.reasoning.effort if request.reasoning else None
     if wants_logprobs(request):
         values |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     paths = {**turns.paths, **_PATHS}
@@ -99,7 +99,7 @@ def to_chat(
 
 _SAME = (
     "model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "seed", "stream", "priority", "cache_salt", "timeout", "prompt_cache_key",
+    "seed", "stream", "chat_template_kwargs", "priority", "cache_salt", "timeout", "prompt_cache_key",
 )  # fmt: skip
 _PATHS = {
     "messages": "input",
@@ -107,6 +107,7 @@ _PATHS = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "logprobs": "top_logprobs",
+    "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
     "response_format.json_schema.schema": "text.format.schema",
@@ -150,16 +151,6 @@ def _thinking(item: ReasoningItem, path: str) -> str:
     if item.encrypted_content:
         return unseal(item.encrypted_content, f"{path}.encrypted_content")
     return summary
-
-
-def _template_variables(request: ResponsesRequest) -> dict[str, Any] | None:
-    effort = request.reasoning.effort if request.reasoning else None
-    if effort is None:
-        return request.chat_template_kwargs
-    made: dict[str, Any] = {"enable_thinking": effort != "none"}
-    if effort != "none":
-        made["reasoning_effort"] = effort
-    return {**made, **(request.chat_template_kwargs or {})}
 
 
 def _add_tools(request: ResponsesRequest, values: dict[str, Any], paths: dict[str, str]) -> None:

@@ -7,6 +7,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+INVALID_JSON = "INVALID_JSON"
+"""Under this name a tool_use has, as text, arguments that are no JSON object."""
+
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 

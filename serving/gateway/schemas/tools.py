@@ -1,0 +1,69 @@
+"""The tools of a request, and which of them the answer may or must call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..generation.call_scanner import NAME_LIMIT
+from ..http.errors import ApiError, invalid
+from ..http.json_body import shown
+
+Mode = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether the answer may call tools ("auto"), must ("required"), or may not ("none")."""
+
+    mode: Mode
+    names: list[str] | None = None
+    """The tools that it must call one of; None leaves all."""
+
+
+def check_tools(tools: list[dict[str, Any]]) -> None:
+    """Raise ApiError for a tool that is no function with a name, and for fields of it of a wrong type."""
+    for index, tool in enumerate(tools):
+        path = f"tools[{index}]"
+        if tool.get("type") != "function":
+            why = 'tools are functions: {"type": "function", "function": {"name": ...}}'
+            raise _wrong(f"{path}.type", tool.get("type"), why)
+        function = tool.get("function")
+        if not isinstance(function, dict):
+            raise _wrong(f"{path}.function", function, "it must be an object with a name")
+
+        name = function.get("name")
+        if not isinstance(name, str) or not 1 <= len(name) <= NAME_LIMIT:
+            raise _wrong(f"{path}.function.name", name, f"it must be a text of 1 to {NAME_LIMIT} characters")
+        kinds = {"description": (str, "a text"), "parameters": (dict, "a JSON Schema"), "strict": (bool, "a boolean")}
+        for field, (kind, form) in kinds.items():
+            value = function.get(field)
+            if value is not None and not isinstance(value, kind):
+                raise _wrong(f"{path}.function.{field}", value, f"it must be {form}")
+
+
+def tool_choice_of(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None) -> ToolChoice:
+    """What a request's tool_choice means. Raises ApiError for one that there is not, or that names no tool."""
+    if choice is None or choice in ("none", "auto"):
+        return ToolChoice("none" if choice == "none" or not tools else "auto")
+    names = None
+    if choice != "required":
+        function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str):
+            forms = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+            raise _wrong("tool_choice", choice, f"it must be {forms}")
+        names = [name]
+
+    known = [tool["function"]["name"] for tool in tools or ()]
+    if not known:
+        raise _wrong("tool_choice", choice, "it needs tools")
+    if names and names[0] not in known:
+        raise _wrong("tool_choice.function.name", names[0], "tools has none of that name")
+    return ToolChoice("required", names)
+
+
+def _wrong(path: str, value: object, why: str) -> ApiError:
+    if value is None:
+        return invalid(f"{path} is required: {why}", path, "missing_required_parameter")
+    return invalid(f"{path}={shown(value)} is not acceptable: {why}", path, "invalid_value")
