@@ -5,8 +5,9 @@ A face makes a ChatRequest of its own request, and writes its own answer from th
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,12 +88,9 @@ def prepare(gateway: Gateway, exchange: Exchange, chat: ChatRequest, paths: Mapp
 
 async def answer(gateway: Gateway, exchange: Exchange, turn: Turn, writer: Writer) -> None:
     """Have the answer written; streamed, if chat's request says so. Raises ApiError before anything was sent."""
-    stream = bool(turn.chat.stream)
-    timeout_s = timeout_of(turn.chat.timeout, gateway.config)
     try:
-        async with gateway.generation(exchange, stream, timeout_s) as generation:
-            start(generation, turn)
-            if stream:
+        async with running(gateway, exchange, turn) as generation:
+            if turn.chat.stream:
                 await _stream(gateway, exchange, generation, turn, writer)
             else:
                 await collect(generation, turn, writer)
@@ -106,10 +104,16 @@ async def answer(gateway: Gateway, exchange: Exchange, turn: Turn, writer: Write
         await exchange.write(writer.drain(), last=True)
 
 
-def start(generation: Generation, turn: Turn) -> None:
-    """Let the request in and send it. Raises ApiError or PhalanxError."""
-    generation.admit(1, turn.prompt_tokens)
-    generation.start([turn.submit], turn.affinity)
+@contextlib.asynccontextmanager
+async def running(
+    gateway: Gateway, exchange: Exchange, turn: Turn, *, detached: bool = False
+) -> AsyncIterator[Generation]:
+    """The turn's generation, let in and sent, until the block ends. Raises ApiError or PhalanxError."""
+    timeout_s = timeout_of(turn.chat.timeout, gateway.config)
+    async with gateway.generation(exchange, bool(turn.chat.stream), timeout_s, detached=detached) as generation:
+        generation.admit(1, turn.prompt_tokens)
+        generation.start([turn.submit], turn.affinity)
+        yield generation
 
 
 async def collect(generation: Generation, turn: Turn, writer: Writer) -> None:

@@ -15,7 +15,6 @@ from ...generation.parts import Part
 from ...generation.response_store import StoredResponse
 from ...http.errors import ApiError, internal
 from ...http.exchange import Exchange
-from ...schemas.fields import timeout_of
 from ...schemas.responses import LogprobContent
 from .. import faces
 from .conversation import Item
@@ -100,9 +99,7 @@ async def _compute(
     gateway: Gateway, exchange: Exchange, turn: faces.Turn, keeper: Keeper, started: asyncio.Future[None]
 ) -> None:
     try:
-        timeout_s = timeout_of(turn.chat.timeout, gateway.config)
-        async with gateway.generation(exchange, False, timeout_s, detached=True) as generation:
-            faces.start(generation, turn)
+        async with faces.running(gateway, exchange, turn, detached=True) as generation:
             started.set_result(None)
             await faces.collect(generation, turn, keeper)
     except asyncio.CancelledError:
