@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def create_app(
     own = [
         # A model's name may hold slashes.
         Route(
-            re.sub(r"{(\w+)}", r"{\1:path}", operation.path),
+            operation.path.replace("{model}", "{model:path}"),
             Endpoint(gateway, operation.handler, _paths(operation)),
             methods=[operation.method],
         )

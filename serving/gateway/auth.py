@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import ConfigError
+from .http import error_shapes
 from .http.errors import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -29,6 +30,8 @@ STATUS_PAGE = "/"
 ADMIN_PREFIX = "/admin"
 TENANT_SALT = "cache_salt"
 """Under this name in a scope's "state" is the salt of a request's tenant, if tenants are isolated."""
+OWNER = "owner"
+"""Under this name in a scope's "state" is who sent a request, to what is stored: a digest of its key's hash."""
 KEY_BYTES = 8
 """Fewest bytes of a key."""
 
@@ -97,6 +100,11 @@ def tenant_salt(digest: bytes) -> str:
     return hashlib.blake2b(digest, digest_size=16, person=b"phalanx-tenant").hexdigest()
 
 
+def owner_of(digest: bytes) -> str:
+    """Return by what the owner of the key with this hash is known; the key cannot be found from it."""
+    return hashlib.blake2b(digest, digest_size=16, person=b"phalanx-owner").hexdigest()
+
+
 class Auth:
     """ASGI middleware: lets a request through to its route, or answers 401 or 403."""
 
@@ -118,7 +126,7 @@ class Auth:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await _answer(refusal, send)
+            await _answer(refusal, scope["path"], send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path = scope["path"]
@@ -138,16 +146,18 @@ class Auth:
         found = self._keys.find(_given_key(scope))
         if found is None:
             return _unauthorized('this server needs an API key that it knows: send "Authorization: Bearer KEY"')
+        scope.setdefault("state", {})[OWNER] = owner_of(found)
         if self._isolate:
             scope.setdefault("state", {})[TENANT_SALT] = tenant_salt(found)
         return None
 
 
-async def _answer(error: ApiError, send: Send) -> None:
-    headers = {"content-type": "application/json", "content-length": str(len(error.body)), **error.headers}
+async def _answer(error: ApiError, path: str, send: Send) -> None:
+    status, body = error_shapes.whole(path, error)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": error.body})
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _unauthorized(message: str) -> ApiError:

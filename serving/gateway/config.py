@@ -60,6 +60,12 @@ class GatewayConfig:
     """Bytes of an answer that wait for a slow reader, above which its request is aborted."""
     max_answer_bytes: int = 64 * 1024 * 1024
     """Bytes of an answer that is not streamed, about, above which its request is aborted."""
+    stored_responses: int = 1024
+    """Most responses of /v1/responses that are kept for previous_response_id; 0 keeps none."""
+    stored_response_bytes: int = 64 * 1024 * 1024
+    """Bytes that kept responses take together, each with all of its input; the least recently used make room."""
+    stored_response_s: float = 3600.0
+    """Seconds after its last use until a kept response is forgotten."""
     keep_alive_s: float = 15.0
     """Seconds of silence in a stream after which a comment is sent; 0 sends none."""
 

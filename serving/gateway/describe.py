@@ -16,6 +16,8 @@ from .config import GatewayConfig
 from .openapi import STATUS_MEANINGS
 from .routes.table import OPERATIONS, Operation
 from .schemas.fields import CommonFields, OpenAIFields, StreamOptions
+from .schemas.messages_api.request import ASSISTANT_BLOCKS, THINKING, USER_BLOCKS, CustomTool
+from .schemas.responses_api.request import ITEMS, MESSAGE_PARTS, REASONING_PARTS, FunctionTool
 
 _HEAD = """# HTTP API
 
@@ -24,6 +26,7 @@ This page is made from the code by `python -m phalanx.serving.gateway.describe`;
 The gateway speaks OpenAI's API with the widely used fields of vLLM's server. A field that it does not know is a 400
 that names it: nothing is silently ignored. A null is as good as no value. Errors are
 `{"error": {"message", "type", "param", "code"}}`; `param` is the path of the field, such as `messages[0].content`.
+Under `/v1/messages` they are Anthropic's, `{"type": "error", "error": {"type", "message"}, "request_id"}`.
 """
 
 _DIFFERENCES = """## What differs from vLLM's server
@@ -51,6 +54,31 @@ _DIFFERENCES = """## What differs from vLLM's server
 """
 
 
+_FACES = """## What differs from OpenAI's Responses and Anthropic's Messages
+
+Both are written over the core of `/v1/chat/completions`: the same template, the same sampling, the same bounds.
+
+* Thinking is the content of its reasoning item (`response.reasoning_text.delta`), or its summary where
+  `reasoning.summary` asks for one (`response.reasoning_summary_text.delta`): the thinking itself, as there is no
+  other model that would shorten it.
+* `encrypted_content` (with `include: ["reasoning.encrypted_content"]`) and the `signature` of omitted thinking hold
+  the thinking, encoded and not encrypted, so that clients can send it back; those of another server are a 400 and
+  have no effect, in this order. `redacted_thinking` is left out of the prompt.
+* A response is kept in memory for its own API key, within `stored_responses`, `stored_response_bytes` and
+  `stored_response_s`; after a restart there are none. Without `store` a response is kept.
+* `instructions` come first, `previous_response_id` brings the input and output of the response before, without its
+  instructions.
+* Only a response with `background=true` can be cancelled. It cannot be streamed. Any other ends with its connection.
+* The stream of `/v1/responses` ends with `response.completed`, `response.incomplete` or `response.failed`, and has no
+  `[DONE]`. An error in it is an `error` event, and `response.failed` after it.
+* `thinking: {"type": "enabled"}` sets the template's `enable_thinking`, and so does its absence, to false;
+  `adaptive` leaves it to the template. `budget_tokens` must be below `max_tokens`, and thinking is not cut at it.
+* A `tool_result` with `is_error` begins with a line `Error:` for the model.
+* A last message of the assistant in `/v1/messages` is continued. Messages of one role in a row are one turn.
+* A call whose arguments were cut off by `max_tokens` has them as text: `{"INVALID_JSON": ...}` in `input`.
+"""
+
+
 def page() -> str:
     """The page, Markdown."""
     parts = [_HEAD, _routes(), _statuses()]
@@ -61,8 +89,30 @@ def page() -> str:
             shared = set(CommonFields.__struct_fields__) if issubclass(operation.request, OpenAIFields) else set()
             parts.append(_fields(operation.path, operation.request, shared))
             parts.append(_refused(operation))
-    parts += [_DIFFERENCES, _settings()]
+        if operation.query is not None:
+            parts.append(_fields(f"{operation.path} (query)", operation.query, set()))
+    parts += [_described_items(), _FACES, _DIFFERENCES, _settings()]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+def _described_items() -> str:
+    """The items, blocks, tools and choices that are checked by their type."""
+    groups: list[tuple[str, dict[str, type[msgspec.Struct]]]] = [
+        ("/v1/responses: items of input", ITEMS),
+        ("/v1/responses: parts of content", {**MESSAGE_PARTS, **REASONING_PARTS}),
+        ("/v1/responses: tools", {"function": FunctionTool}),
+        ("/v1/messages: blocks of content", {**USER_BLOCKS, **ASSISTANT_BLOCKS}),
+        ("/v1/messages: tools", {"custom": CustomTool}),
+        ("/v1/messages: thinking", THINKING),
+    ]
+    lines = ["## What is told apart by its type", "", "| where | type | fields |", "|---|---|---|"]
+    for where, kinds in groups:
+        for name, kind in kinds.items():
+            fields = ", ".join(f"`{field}`" for field in kind.__struct_fields__)
+            lines.append(f"| {where} | `{name}` | {fields} |")
+    return "\n".join(
+        [*lines, "", "Any other type is a 400 that names it: images, files, tools that a server runs.", ""]
+    )
 
 
 def _routes() -> str:

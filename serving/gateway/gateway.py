@@ -16,6 +16,7 @@ from .engine_pool import EnginePool, Question, Submits
 from .generation.admission import Admission
 from .generation.bridge import EventBridge
 from .generation.generation import Generation, Limits
+from .generation.response_store import ResponseStore
 from .http.errors import ApiError, invalid, unavailable
 from .http.exchange import BodyBudget, Exchange
 from .tracing import Tracing
@@ -30,6 +31,7 @@ class Gateway:
         self.pool, self.config = pool, config
         self.admission = Admission(config)
         self.bodies = BodyBudget(config.max_open_body_bytes)
+        self.responses = ResponseStore(config)
         self.created = int(time.time())
         self.tracing = None if config.otlp_endpoint is None else Tracing.to(config.otlp_endpoint)
         self._bridge: EventBridge | None = None
@@ -83,8 +85,10 @@ class Gateway:
         return await self.pool.ask(question)
 
     @contextlib.asynccontextmanager
-    async def generation(self, exchange: Exchange, stream: bool, timeout_s: float) -> AsyncIterator[Generation]:
-        """A generation that ends with the block, and when the client closes its connection."""
+    async def generation(
+        self, exchange: Exchange, stream: bool, timeout_s: float, *, detached: bool = False
+    ) -> AsyncIterator[Generation]:
+        """A generation that ends with the block, and, unless `detached`, when the client closes its connection."""
         self.check_open()
         if self._bridge is None:
             self._bridge = EventBridge(asyncio.get_running_loop())
@@ -97,11 +101,12 @@ class Gateway:
         limits = Limits(most, too_much, timeout_s)
         generation = Generation(self._submits(exchange), self._bridge, self.admission, limits, exchange.request_id)
 
-        watcher = asyncio.create_task(_watch(exchange, generation))
+        watcher = None if detached else asyncio.create_task(_watch(exchange, generation))
         try:
             yield generation
         finally:
-            watcher.cancel()
+            if watcher is not None:
+                watcher.cancel()
             generation.close()
 
     def _submits(self, exchange: Exchange) -> Submits:

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from .config import VERSION
-from .http.errors import ErrorBody
 from .routes.table import OPERATIONS, Operation
 from .schemas.responses import HealthInfo
 
@@ -25,14 +24,15 @@ STATUS_MEANINGS = {
     500: "The server failed.",
     503: "The model is being loaded, or the server is about to stop or has stopped.",
     504: "The request was not finished in time.",
+    529: "What is a 503 elsewhere, under /v1/messages.",
 }
 
 
 def openapi_document() -> dict[str, Any]:
     """The document as plain data."""
-    kinds: dict[type[msgspec.Struct], None] = {ErrorBody: None}
+    kinds: dict[type[msgspec.Struct], None] = {}
     for operation in OPERATIONS:
-        for kind in (operation.request, operation.answer, operation.chunk):
+        for kind in (operation.error, operation.request, operation.answer, operation.chunk):
             if kind is not None:
                 kinds[kind] = None
     _, components = msgspec.json.schema_components(list(kinds), ref_template="#/components/schemas/{name}")
@@ -56,13 +56,14 @@ def _operation(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.chunk is not None:
         # As OpenAPI tools take a stream apart: each event is an object whose data is text.
-        data = {"type": "string", "description": f"A {operation.chunk.__name__} as JSON; the last one is [DONE]."}
+        end = "; the last one is [DONE]" if operation.done else ""
+        data = {"type": "string", "description": f"A {operation.chunk.__name__} as JSON{end}."}
         schema = {"type": "object", "required": ["data"], "properties": {"data": data}}
         content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status in sorted({401, *operation.statuses}):
         # Of the routes about health, those that are not well answer as those that are.
-        kind = HealthInfo if operation.answer is HealthInfo and status == 503 else ErrorBody
+        kind = HealthInfo if operation.answer is HealthInfo and status == 503 else operation.error
         responses[str(status)] = {
             "description": STATUS_MEANINGS[status],
             "content": {"application/json": {"schema": _reference(kind)}},
@@ -76,12 +77,28 @@ def _operation(operation: Operation) -> dict[str, Any]:
         made["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
+    if operation.query is not None:
+        made.setdefault("parameters", []).extend(_query_parameters(operation.query))
     if operation.request is not None:
         made["requestBody"] = {
             "required": True,
             "content": {"application/json": {"schema": _reference(operation.request)}},
         }
     return made
+
+
+def _query_parameters(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:
+    schema = msgspec.json.schema(kind)["$defs"][kind.__name__]
+    return [
+        {"name": name, "in": "query", "required": False, "schema": _without_null(field)}
+        for name, field in schema["properties"].items()
+    ]
+
+
+def _without_null(field: dict[str, Any]) -> dict[str, Any]:
+    """A query has no null: a parameter is there or not."""
+    (kind,) = [kind for kind in field["anyOf"] if kind != {"type": "null"}]
+    return {name: value for name, value in {**kind}.items() if name != "default"}
 
 
 def _reference(kind: type[msgspec.Struct]) -> dict[str, str]:

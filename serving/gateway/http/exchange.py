@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
@@ -13,14 +14,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..config import GatewayConfig
+from . import error_shapes
 from .errors import ApiError, invalid
-from .json_body import read_struct
+from .json_body import read_struct, to_struct
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Request = TypeVar("Request", bound=msgspec.Struct)
+
+_MAX_QUERY_FIELDS = 64
 
 LINGER_S = 2.0
 """Seconds in which the rest of a refused request is read and thrown away."""
@@ -86,6 +90,7 @@ class Exchange:
         self.request_id = uuid.uuid4().hex
         """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
         self.status = 0
+        self._path = str(scope.get("path", ""))
 
     def header(self, name: bytes) -> str | None:
         """A header's value by its lower-case name; the last one if there are several."""
@@ -110,6 +115,27 @@ class Exchange:
         if not _REQUEST_ID.fullmatch(chosen):
             raise invalid("request_id must be 1 to 256 printable ASCII characters without spaces", "request_id")
         self.request_id = chosen
+
+    @property
+    def owner(self) -> str:
+        """Who the caller is to what is stored: a digest of the API key; "" where the server has no keys."""
+        return str(self.scope.get("state", {}).get("owner", ""))
+
+    def read_query(self, kind: type[Request]) -> Request:
+        """The parameters after the path's "?" as a struct. Raises ApiError (400) for one that it does not have."""
+        text = bytes(self.scope.get("query_string", b"")).decode("latin-1")
+        values: dict[str, Any] = {}
+        try:
+            given = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_QUERY_FIELDS)
+        except ValueError:
+            raise invalid(f"the query has more than {_MAX_QUERY_FIELDS} parameters") from None
+        for key, value in given:
+            listed = key.endswith("[]")
+            name = key.removesuffix("[]")
+            if name in values and not listed:
+                raise invalid(f"{name} occurs twice in the query", name)
+            values[name] = [*values.get(name, []), value] if listed else value
+        return to_struct(values, kind, strict=False)
 
     async def read(self, kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
         """The body as a struct. Raises ApiError: 400, 408, 413 or 415."""
@@ -199,17 +225,18 @@ class Exchange:
     async def fail(self, error: ApiError) -> None:
         """Answer with an error; in mid-stream as an event, after which the stream ends."""
         if self.started:
-            await self.write(b"data: " + error.body + b"\n\ndata: [DONE]\n\n", last=True)
-        elif "Connection" in error.headers:
-            await self._respond_and_discard(error)
+            await self.write(error_shapes.in_stream(self._path, error, self.request_id), last=True)
+            return
+        status, body = error_shapes.whole(self._path, error, self.request_id)
+        if "Connection" in error.headers:
+            await self._respond_and_discard(status, body, error.headers)
         else:
-            await self.respond(error.body, error.status, headers=error.headers)
+            await self.respond(body, status, headers=error.headers)
 
-    async def _respond_and_discard(self, error: ApiError) -> None:
+    async def _respond_and_discard(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Answer, and read what the client still sends, for a while: closing with unread bytes resets the connection,
         and the client would not see the answer."""
-        body = error.body
-        await self._start(error.status, "application/json", {"content-length": str(len(body)), **error.headers})
+        await self._start(status, "application/json", {"content-length": str(len(body)), **headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._discard(), LINGER_S)
@@ -225,5 +252,6 @@ class Exchange:
             (b"content-type", content_type.encode()),
             (b"x-request-id", self.request_id.encode()),
             *((name.lower().encode(), value.encode()) for name, value in headers.items()),
+            *((n.encode(), v.encode()) for n, v in error_shapes.extra_headers(self._path, self.request_id).items()),
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": fields})

@@ -87,8 +87,10 @@ def parse_json(body: bytes, yielding: bool = False) -> dict[str, Any]:
     return value
 
 
-def to_struct(values: dict[str, Any], kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
-    """The request that `values` describe; a null is as good as no value.
+def to_struct(
+    values: dict[str, Any], kind: type[Request], refused: Mapping[str, str] | None = None, strict: bool = True
+) -> Request:
+    """The request that `values` describe; a null is as good as no value. Without `strict`, "5" is a number, too.
 
     Raises ApiError (400) whose `param` is the path of the first field that is wrong. `refused` has what to say about
     fields that other servers take and this one does not.
@@ -98,7 +100,7 @@ def to_struct(values: dict[str, Any], kind: type[Request], refused: Mapping[str,
             raise invalid(f"{name} is not supported: {why}", name, "unsupported_parameter")
     values = {name: value for name, value in values.items() if value is not None}
     try:
-        return msgspec.convert(values, kind, strict=True, str_keys=True)
+        return msgspec.convert(values, kind, strict=strict, str_keys=True)
     except msgspec.ValidationError as error:
         raise _explained(str(error), values, kind) from None
 

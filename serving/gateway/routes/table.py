@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..gateway import Gateway
+from ..http.error_shapes import AnthropicErrorBody
+from ..http.errors import ErrorBody
 from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest
 from ..schemas.completions import CompletionRequest
+from ..schemas.messages_api.answer import MessageAnswer, MessageEvent, TokenCount
+from ..schemas.messages_api.request import (
+    REFUSED_COUNT_TOKENS,
+    REFUSED_MESSAGES,
+    CountTokensRequest,
+    MessagesRequest,
+)
 from ..schemas.refused import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_GENERATE, REFUSED_TOKENIZE
 from ..schemas.responses import (
     ChatChunk,
@@ -26,8 +35,12 @@ from ..schemas.responses import (
     TokenizerInfo,
     VersionInfo,
 )
+from ..schemas.responses_api.answer import DeletedResponse, InputItems, ResponseEvent, ResponseObject
+from ..schemas.responses_api.request import REFUSED_RESPONSES, InputItemsQuery, ResponseQuery, ResponsesRequest
 from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from . import chat, completions, generate, information, tokens
+from .messages_api import handlers as messages_api
+from .responses_api import handlers as responses_api
 
 Handler = Callable[[Gateway, Exchange], Awaitable[None]]
 Struct = type[msgspec.Struct]
@@ -47,10 +60,17 @@ class Operation:
     refused: Mapping[str, str] = field(default_factory=dict)
     statuses: tuple[int, ...] = ()
     """Statuses of errors, beside those that any route may have."""
+    query: Struct | None = None
+    """The parameters of its query."""
+    error: Struct = ErrorBody
+    """The body of its errors."""
+    done: bool = True
+    """Whether its stream ends with [DONE]."""
 
 
 _BODY = (400, 408, 413, 415)
 _COMPUTES = (*_BODY, 404, 429, 500, 503, 504)
+_ANTHROPIC = (*_BODY, 404, 429, 500, 504, 529)
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
@@ -72,6 +92,58 @@ OPERATIONS: tuple[Operation, ...] = (
         Completion,
         REFUSED_COMPLETION,
         _COMPUTES,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses",
+        responses_api.create,
+        ResponseObject,
+        ResponsesRequest,
+        ResponseEvent,
+        REFUSED_RESPONSES,
+        _COMPUTES,
+        done=False,
+    ),
+    Operation(
+        "GET",
+        "/v1/responses/{response_id}/input_items",
+        responses_api.list_input_items,
+        InputItems,
+        statuses=(400, 404),
+        query=InputItemsQuery,
+    ),
+    Operation("POST", "/v1/responses/{response_id}/cancel", responses_api.cancel, ResponseObject, statuses=(400, 404)),
+    Operation(
+        "GET",
+        "/v1/responses/{response_id}",
+        responses_api.retrieve,
+        ResponseObject,
+        statuses=(400, 404),
+        query=ResponseQuery,
+    ),
+    Operation("DELETE", "/v1/responses/{response_id}", responses_api.delete, DeletedResponse, statuses=(404,)),
+    Operation(
+        "POST",
+        "/v1/messages",
+        messages_api.messages,
+        MessageAnswer,
+        MessagesRequest,
+        MessageEvent,
+        REFUSED_MESSAGES,
+        _ANTHROPIC,
+        error=AnthropicErrorBody,
+        done=False,
+    ),
+    Operation(
+        "POST",
+        "/v1/messages/count_tokens",
+        messages_api.count_tokens,
+        TokenCount,
+        CountTokensRequest,
+        None,
+        REFUSED_COUNT_TOKENS,
+        _ANTHROPIC,
+        error=AnthropicErrorBody,
     ),
     Operation(
         "POST",

@@ -102,7 +102,7 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     ) = None
     reasoning_effort: (
         Annotated[
-            Literal["none", "minimal", "low", "medium", "high", "xhigh"],
+            Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
             Meta(description='A variable of the template; "none" sets enable_thinking=false, too.'),
         ]
         | None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -14,15 +15,19 @@ import uvicorn
 from phalanx.serving.gateway.app import create_app
 from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.http.server import make_server
+from phalanx.tests.serving.gateway.agent_pool import AgentPool
 from phalanx.tests.serving.gateway.scripted_pool import ScriptedPool, wait_until
+from starlette.middleware import Middleware
 
 
 class Server:
     """A gateway under test, its pool and its clients."""
 
-    def __init__(self, config: GatewayConfig | None = None, pool: Any = None) -> None:
+    def __init__(
+        self, config: GatewayConfig | None = None, pool: Any = None, middleware: Sequence[Middleware] = ()
+    ) -> None:
         self.pool = pool or ScriptedPool()
-        self.app = create_app(self.pool, config)
+        self.app = create_app(self.pool, config, middleware=middleware)
         self._server: uvicorn.Server = make_server(self.app, dataclasses.replace(config or GatewayConfig(), port=0))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -30,6 +35,7 @@ class Server:
         self.port = int(self._server.servers[0].sockets[0].getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.anthropic = anthropic.Anthropic(base_url=self.url, api_key="none", max_retries=0, timeout=20)
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
 
     @property
@@ -39,6 +45,7 @@ class Server:
     def close(self) -> None:
         self.http.close()
         self.openai.close()
+        self.anthropic.close()
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
@@ -66,6 +73,21 @@ def server(shared_server: Server) -> Server:
     shared_server.pool.join()
     shared_server.pool.__init__()  # type: ignore[misc]
     return shared_server
+
+
+@pytest.fixture(scope="module")
+def agent_server() -> Iterator[Server]:
+    server = Server(pool=AgentPool())
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def agent(agent_server: Server) -> Server:
+    """A server whose pool says what a test puts into `pool.answers`."""
+    agent_server.pool.join()
+    agent_server.pool.__init__()  # type: ignore[misc]
+    return agent_server
 
 
 @pytest.fixture

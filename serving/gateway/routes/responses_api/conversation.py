@@ -1,0 +1,249 @@
+"""From a request of /v1/responses to one of chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...config import GatewayConfig
+from ...http.errors import ApiError, invalid
+from ...http.json_body import to_struct
+from ...schemas.chat import ChatRequest
+from ...schemas.responses_api.request import (
+    CHOICES,
+    FORMATS,
+    ITEMS,
+    LOGPROBS,
+    MESSAGE_PARTS,
+    OUTPUT_PARTS,
+    REASONING_PARTS,
+    AllowedTools,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    FunctionTool,
+    ItemReference,
+    JsonSchemaFormat,
+    MessageItem,
+    NamedFunction,
+    ReasoningItem,
+    ResponsesRequest,
+)
+from ...schemas.sealed import unseal
+from ...schemas.typed import check_count, parts_text, rename, text_of, typed
+from ..turns import Turns
+
+Item = dict[str, Any]
+
+_TEXT_ONLY = "the models of this server read text"
+_ITEMS = f"the input may hold {', '.join(ITEMS)}"
+_ONLY_FUNCTIONS = "only functions can be called"
+
+
+def input_items(request: ResponsesRequest, find: Callable[[str], Item | None]) -> list[Item]:
+    """The items of a request's input, each with its type; references are replaced by what they name.
+
+    `find` returns an item of a stored response by its id. Raises ApiError for a reference to what is not stored.
+    """
+    if isinstance(request.input, str):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": request.input}]}]
+    items = []
+    for index, item in enumerate(request.input):
+        path = f"input[{index}]"
+        checked = typed(item, ITEMS, path, _ITEMS, "message")
+        if isinstance(checked, ItemReference):
+            found = find(checked.id)
+            if found is None:
+                why = "no stored response has it; send the item itself"
+                raise invalid(f"{path}.id={checked.id[:100]!r} is not known: {why}", f"{path}.id", "item_not_found")
+            items.append(found)
+        else:
+            items.append(item if item.get("type") is not None else {"type": "message", **item})
+    return items
+
+
+def to_chat(
+    request: ResponsesRequest, before: list[Item], items: list[Item], config: GatewayConfig
+) -> tuple[ChatRequest, dict[str, str]]:
+    """Chat's request, and where the request has what chat's fields name.
+
+    `before` are the items of the previous response, `items` those of this input. Raises ApiError with the path of the
+    field that is wrong.
+    """
+    turns = Turns()
+    if request.instructions is not None:
+        turns.add("system", request.instructions, "instructions", content_path="instructions")
+    for index, item in enumerate(before):
+        _add(turns, item, f"previous_response_id.input[{index}]")
+    written = isinstance(request.input, list)
+    for index, item in enumerate(items):
+        _add(turns, item, f"input[{index}]" if written else "input")
+    if not turns.messages:
+        raise invalid("input is empty: give a text or items", "input", "missing_required_parameter")
+    check_count(turns.messages, config.max_messages, "max_messages", "input")
+
+    values: dict[str, Any] = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    values["messages"] = turns.messages
+    values["max_completion_tokens"] = request.max_output_tokens
+    values["reasoning_effort"] = request.reasoning.effort if request.reasoning else None
+    if wants_logprobs(request):
+        values |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+    paths = {**turns.paths, **_PATHS}
+    _add_tools(request, values, paths)
+    _add_format(request, values)
+    try:
+        return to_struct(values, ChatRequest), paths
+    except ApiError as error:
+        rename(error, paths)
+        raise
+
+
+_SAME = (
+    "model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "seed", "stream", "chat_template_kwargs", "priority", "cache_salt", "timeout", "prompt_cache_key",
+)  # fmt: skip
+_PATHS = {
+    "messages": "input",
+    "prompt": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+    "tool_choice.function": "tool_choice",
+}
+
+
+def wants_logprobs(request: ResponsesRequest) -> bool:
+    """Whether texts have log-probabilities."""
+    return bool(request.top_logprobs) or LOGPROBS in (request.include or ())
+
+
+def _add(turns: Turns, item: Item, path: str) -> None:
+    checked = typed(item, ITEMS, path, _ITEMS, "message")
+    if isinstance(checked, MessageItem):
+        content = parts_text(checked.content, MESSAGE_PARTS, f"{path}.content", _TEXT_ONLY)
+        if checked.role == "assistant":
+            turns.say(content, path, content_path=f"{path}.content")
+        else:
+            turns.add(checked.role, content, path, content_path=f"{path}.content")
+    elif isinstance(checked, ReasoningItem):
+        turns.think(_thinking(checked, path), path)
+    elif isinstance(checked, FunctionCallItem):
+        where = f"{path}.arguments"
+        turns.call(checked.call_id, checked.name, checked.arguments, path, arguments_path=where)
+    elif isinstance(checked, FunctionCallOutputItem):
+        content = parts_text(checked.output, OUTPUT_PARTS, f"{path}.output", _TEXT_ONLY)
+        turns.add("tool", content, path, content_path=f"{path}.output", tool_call_id=checked.call_id)
+
+
+def _thinking(item: ReasoningItem, path: str) -> str:
+    def joined(name: str, parts: list[Item]) -> str:
+        return "".join(
+            text_of(typed(part, REASONING_PARTS, f"{path}.{name}[{index}]", _TEXT_ONLY))
+            for index, part in enumerate(parts)
+        )
+
+    summary = joined("summary", item.summary)
+    if item.content:
+        return joined("content", item.content)
+    if item.encrypted_content:
+        return unseal(item.encrypted_content, f"{path}.encrypted_content")
+    return summary
+
+
+def _add_tools(request: ResponsesRequest, values: dict[str, Any], paths: dict[str, str]) -> None:
+    """Put tools and the choice among them into chat's request."""
+    choice: str | dict[str, Any] | None = None
+    allowed: set[str] | None = None
+    if isinstance(request.tool_choice, str):
+        choice = request.tool_choice
+    elif request.tool_choice is not None:
+        chosen = typed(request.tool_choice, CHOICES, "tool_choice", _ONLY_FUNCTIONS)
+        if isinstance(chosen, NamedFunction):
+            choice = {"type": "function", "function": {"name": chosen.name}}
+        elif isinstance(chosen, AllowedTools):
+            choice = chosen.mode
+            allowed = _allowed(chosen, {tool.get("name") for tool in request.tools or ()})
+
+    tools: list[dict[str, Any]] = []
+    for index, given in enumerate(request.tools or []):
+        path = f"tools[{index}]"
+        tool = typed(given, {"function": FunctionTool}, path, _ONLY_FUNCTIONS)
+        assert isinstance(tool, FunctionTool)
+        if allowed is not None and tool.name not in allowed:
+            continue
+        function: dict[str, Any] = {"name": tool.name}
+        for name in ("description", "parameters", "strict"):
+            if (value := getattr(tool, name)) is not None:
+                function[name] = value
+        place = f"tools[{len(tools)}]"
+        paths[place] = paths[f"{place}.function"] = path
+        tools.append({"type": "function", "function": function})
+    if tools:
+        values["tools"] = tools
+    if choice is not None:
+        values["tool_choice"] = choice
+
+
+def _allowed(chosen: AllowedTools, known: set[Any]) -> set[str]:
+    names = set()
+    for index, given in enumerate(chosen.tools):
+        path = f"tool_choice.tools[{index}]"
+        tool = typed(given, {"function": NamedFunction}, path, _ONLY_FUNCTIONS)
+        assert isinstance(tool, NamedFunction)
+        if tool.name not in known:
+            raise invalid(f"{path}.name={tool.name[:100]!r} is not the name of a tool in tools", f"{path}.name")
+        names.add(tool.name)
+    if not names:
+        raise invalid("tool_choice.tools is empty: name at least one tool", "tool_choice.tools")
+    return names
+
+
+def _add_format(request: ResponsesRequest, values: dict[str, Any]) -> None:
+    form = request.text.format if request.text else None
+    if form is None:
+        return
+    why = f"it must be one of {', '.join(FORMATS)}"
+    checked = typed(form, FORMATS, "text.format", why)
+    if isinstance(checked, JsonSchemaFormat):
+        fields = {"name": checked.name, "schema": checked.schema, "description": checked.description}
+        made: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+        if checked.strict is not None:
+            made["strict"] = checked.strict
+        values["response_format"] = {"type": "json_schema", "json_schema": made}
+    elif form["type"] != "text":
+        values["response_format"] = {"type": form["type"]}
+
+
+def echoed_tools(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """The tools as the response shows them: with every field."""
+    return [
+        {
+            "type": "function",
+            "name": tool["name"],
+            "description": tool.get("description"),
+            "parameters": tool.get("parameters"),
+            "strict": tool.get("strict"),
+        }
+        for tool in request.tools or ()
+    ]
+
+
+def echoed_format(request: ResponsesRequest) -> dict[str, Any]:
+    """The form of the text as the response shows it."""
+    form = request.text.format if request.text and request.text.format else {"type": "text"}
+    if form.get("type") == "json_schema":
+        form = {"description": None, "strict": False, **form}
+    return {"format": form}
+
+
+def check_together(request: ResponsesRequest) -> None:
+    """Raise ApiError for fields that exclude each other."""
+    if request.background and request.stream:
+        raise invalid("background=true cannot be streamed: set stream=false, and ask for the response later", "stream")
+    if request.background and request.store is False:
+        raise invalid("background=true needs store=true: the response is fetched later", "background")
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options is only for stream=true", "stream_options")

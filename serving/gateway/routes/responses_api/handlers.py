@@ -1,0 +1,173 @@
+"""The routes under /v1/responses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+import msgspec
+
+from ...gateway import Gateway
+from ...generation.response_store import StoredResponse
+from ...http.errors import ApiError, invalid
+from ...http.exchange import Exchange
+from ...schemas.responses_api.answer import DeletedResponse, InputItems, ReasoningInfo, ResponseObject
+from ...schemas.responses_api.request import (
+    ENCRYPTED,
+    REFUSED_RESPONSES,
+    InputItemsQuery,
+    ResponseQuery,
+    ResponsesRequest,
+)
+from .. import faces
+from .conversation import Item, check_together, echoed_format, echoed_tools, input_items, to_chat
+from .keeping import Keeper, start_in_background
+from .writer import ResponseWriter, Style
+
+
+async def create(gateway: Gateway, exchange: Exchange) -> None:
+    """Answer an input, in OpenAI's newer form."""
+    request = await exchange.read(ResponsesRequest, REFUSED_RESPONSES)
+    check_together(request)
+    store, owner = gateway.responses, exchange.owner
+    if (request.store or request.background) and not store.keeps:
+        field = "background" if request.background else "store"
+        raise invalid(f"{field}=true is not supported: this server keeps nothing (stored_responses=0)", field)
+
+    before = _previous_items(gateway, owner, request.previous_response_id)
+    items = input_items(request, lambda item_id: store.find_item(owner, item_id))
+    chat, paths = to_chat(request, before, items, gateway.config)
+    turn = faces.prepare(gateway, exchange, chat, paths)
+    writer = _writer(request, turn, keeps=store.keeps)
+
+    keeper = Keeper(gateway, owner, before + items, writer) if writer.response.store else None
+    if request.background:
+        assert keeper is not None
+        await start_in_background(gateway, exchange, turn, keeper)
+        await exchange.respond(msgspec.json.encode(writer.response))
+        return
+    await faces.answer(gateway, exchange, turn, keeper or writer)
+    if not request.stream:
+        await exchange.respond_json(writer.response)
+
+
+async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
+    """Return a kept response."""
+    exchange.read_query(ResponseQuery)
+    _, record = _stored(gateway, exchange)
+    await exchange.respond(record.response)
+
+
+async def delete(gateway: Gateway, exchange: Exchange) -> None:
+    """Forget a kept response, and stop computing it."""
+    response_id, _ = _stored(gateway, exchange)
+    gateway.responses.delete(exchange.owner, response_id)
+    await exchange.respond_json(DeletedResponse(id=response_id))
+
+
+async def cancel(gateway: Gateway, exchange: Exchange) -> None:
+    """Stop computing a response in the background."""
+    _, record = _stored(gateway, exchange)
+    if not msgspec.json.decode(record.response)["background"]:
+        raise invalid(
+            "only a response with background=true can be cancelled; close the connection of any other", "response_id"
+        )
+    if record.task is not None:
+        record.task.cancel()
+        await asyncio.wait([record.task])
+    _, record = _stored(gateway, exchange)
+    await exchange.respond(record.response)
+
+
+async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
+    """List the items of a kept response's input, those of the responses before it included."""
+    query = exchange.read_query(InputItemsQuery)
+    _, record = _stored(gateway, exchange)
+    items: list[Item] = msgspec.json.decode(record.input)
+    if query.order != "asc":
+        items.reverse()
+    if query.after is not None:
+        places = [place for place, item in enumerate(items) if item["id"] == query.after]
+        if not places:
+            raise invalid(f"after={query.after[:100]!r} is not the id of an item of the input", "after")
+        items = items[places[0] + 1 :]
+    limit = query.limit or 20
+    shown = items[:limit]
+    await exchange.respond_json(
+        InputItems(
+            data=shown,
+            first_id=shown[0]["id"] if shown else None,
+            last_id=shown[-1]["id"] if shown else None,
+            has_more=len(items) > limit,
+        )
+    )
+
+
+def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
+    response_id = str(exchange.scope["path_params"]["response_id"])
+    return response_id, _find(gateway, exchange.owner, response_id, "response_id")
+
+
+def _find(gateway: Gateway, owner: str, response_id: str, field: str) -> StoredResponse:
+    record = gateway.responses.get(owner, response_id)
+    if record is None:
+        why = "it was never kept, or no longer is, or belongs to another key"
+        raise ApiError(
+            404,
+            f"{field}={response_id[:100]!r} is not known: {why}",
+            type="not_found_error",
+            param=field,
+            code="response_not_found",
+        )
+    return record
+
+
+def _previous_items(gateway: Gateway, owner: str, response_id: str | None) -> list[Item]:
+    if response_id is None:
+        return []
+    record = _find(gateway, owner, response_id, "previous_response_id")
+    response: dict[str, Any] = msgspec.json.decode(record.response)
+    if record.task is not None:
+        raise invalid(
+            f"previous_response_id={response_id[:100]!r} has not ended: it is {response['status']}; wait for its end",
+            "previous_response_id",
+        )
+    items: list[Item] = msgspec.json.decode(record.input)
+    output: list[Item] = response["output"]
+    return items + output
+
+
+def _writer(request: ResponsesRequest, turn: faces.Turn, *, keeps: bool) -> ResponseWriter:
+    sampling = turn.submit.sampling
+    reasoning = request.reasoning
+    summary = (reasoning.summary or reasoning.generate_summary) if reasoning else None
+    response = ResponseObject(
+        id=f"resp_{uuid.uuid4().hex}",
+        created_at=int(time.time()),
+        status="queued" if request.background else "in_progress",
+        model=turn.name,
+        instructions=request.instructions,
+        previous_response_id=request.previous_response_id,
+        tools=echoed_tools(request),
+        tool_choice="auto" if request.tool_choice is None else request.tool_choice,
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        text=echoed_format(request),
+        reasoning=ReasoningInfo(effort=reasoning.effort if reasoning else None, summary=summary),
+        max_output_tokens=request.max_output_tokens,
+        max_tool_calls=request.max_tool_calls,
+        temperature=1.0 if sampling.temperature is None else sampling.temperature,
+        top_p=1.0 if sampling.top_p is None else sampling.top_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        top_logprobs=request.top_logprobs or 0,
+        store=keeps if request.store is None else request.store,
+        background=bool(request.background),
+        metadata=request.metadata or {},
+        user=request.user,
+        safety_identifier=request.safety_identifier,
+        prompt_cache_key=request.prompt_cache_key,
+    )
+    sealed = ENCRYPTED in (request.include or ())
+    return ResponseWriter(response, Style(stream=bool(request.stream), summary=summary is not None, sealed=sealed))

@@ -1,0 +1,1 @@
+"""What /v1/messages takes and answers, in Anthropic's shapes."""

@@ -1,0 +1,78 @@
+"""Responses that are kept: for their own caller, up to bounds, for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from phalanx.serving.gateway.config import GatewayConfig
+from phalanx.serving.gateway.generation.response_store import ResponseStore, StoredResponse
+
+
+def record(item_id: str = "msg_1", size: int = 0) -> StoredResponse:
+    body = {"output": [{"id": item_id, "text": "x" * size}]}
+    return StoredResponse(json.dumps(body).encode(), b"[]", item_ids=[item_id])
+
+
+def test_what_was_used_longest_ago_makes_room() -> None:
+    store = ResponseStore(GatewayConfig(stored_responses=2))
+    for name in ("a", "b"):
+        store.put("", name, record(name))
+    assert store.get("", "a") is not None
+    store.put("", "c", record("c"))
+    assert [store.holds("", name) for name in ("a", "b", "c")] == [True, False, True]
+    assert store.find_item("", "b") is None
+    assert (store.find_item("", "c") or {})["id"] == "c"
+
+
+def test_bytes_are_bounded_and_counted() -> None:
+    store = ResponseStore(GatewayConfig(stored_response_bytes=10_000))
+    for number in range(20):
+        assert store.put("", str(number), record(f"m{number}", size=1000))
+        assert store.bytes <= 10_000
+    assert 4 < len(store) < 10
+    assert not store.put("", "long", record(size=20_000))
+    assert store.get("", "long") is None
+    for number in range(20):
+        store.delete("", str(number))
+    assert (store.bytes, len(store)) == (0, 0)
+
+
+def test_a_response_is_forgotten_a_while_after_its_last_use() -> None:
+    now = 0.0
+    store = ResponseStore(GatewayConfig(stored_response_s=10), lambda: now)
+    store.put("", "a", record())
+    now = 9.0
+    assert store.get("", "a") is not None
+    now = 18.0
+    assert store.get("", "a") is not None
+    now = 28.0
+    assert store.get("", "a") is None
+    assert store.bytes == 0
+
+
+def test_callers_share_nothing() -> None:
+    store = ResponseStore(GatewayConfig())
+    store.put("ann", "a", record())
+    assert store.get("bob", "a") is None
+    assert store.find_item("bob", "msg_1") is None
+    assert not store.delete("bob", "a")
+    assert store.find_item("ann", "msg_1") is not None
+
+
+def test_a_response_that_loses_its_place_is_computed_no_longer() -> None:
+    async def main() -> bool:
+        store = ResponseStore(GatewayConfig(stored_responses=1))
+        task = asyncio.create_task(asyncio.sleep(60))
+        store.put("", "a", StoredResponse(b"{}", b"[]", task))  # type: ignore[arg-type]
+        store.put("", "b", record())
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(main())
+
+
+def test_a_store_of_no_responses_keeps_none() -> None:
+    store = ResponseStore(GatewayConfig(stored_responses=0))
+    assert not store.keeps
+    assert not store.put("", "a", record())
