@@ -19,6 +19,7 @@ from ..engine import Engine, EngineThread
 from ..errors import CheckpointError, ConfigError, EngineStopped, PhalanxError
 from ..protocol.messages import Failed
 from ..protocol.sampling_params import SamplingParams
+from ..protocol.structured import StructuredOutput
 from ..protocol.transport import InProcess
 from ..scheduling.step_plan import Stop, decode, encode
 from .client import to_error
@@ -74,13 +75,19 @@ class GroupLLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        structured: StructuredOutput | Sequence[StructuredOutput | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt, on all ranks together. Raises on every rank what LLM.generate raises."""
-        return self._together(lambda llm: llm.generate(as_prompts(prompts), sampling))
+        return self._together(lambda llm: llm.generate(as_prompts(prompts), sampling, structured))
 
-    def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> RequestOutput:
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        structured: StructuredOutput | None = None,
+    ) -> RequestOutput:
         """Answer a conversation, on all ranks together."""
-        return self._together(lambda llm: [llm.chat(messages, sampling)])[0]
+        return self._together(lambda llm: [llm.chat(messages, sampling, structured)])[0]
 
     def close(self) -> None:
         """Free the engine, on all ranks together. The caller's process group stays. Closing twice is harmless."""

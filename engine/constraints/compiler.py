@@ -24,7 +24,7 @@ CACHED_BYTES = 1 << 22
 """Bytes of the sources of the grammars that are kept, at most: what a compiled one takes grows with its source."""
 LEXER_FUEL, GRAMMAR_SIZE = 1_000_000, 200_000
 """Bounds of compiling, in the library's own measures: they keep it below two seconds and 200 MB."""
-STEP_FUEL, STEP_ITEMS, LEXER_STATES = 200_000, 50_000, 50_000
+STEP_FUEL, STEP_ITEMS, LEXER_STATES = 100_000, 20_000, 50_000
 """Bounds of one mask: about 15 milliseconds; a grammar that needs more fails its request."""
 
 

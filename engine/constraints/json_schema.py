@@ -12,6 +12,11 @@ from ..errors import InvalidRequest
 _PLAIN = re.compile(r"[\w$-]{1,100}", re.ASCII)
 DEPTH = 64
 """Objects and lists of a schema within one another, at most."""
+PROPERTIES, PATTERNS = 2000, 64
+"""Properties and patternProperties in all of a schema, at most: compiling them takes a time that grows with the square
+of their number."""
+PATTERN_CHARACTERS = 1024
+"""Characters of a regular expression in a schema, at most."""
 TRIES = 300
 """Parts of a schema that are compiled alone, at most, to find the one that is wrong."""
 OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -53,6 +58,7 @@ def decode_json(text: str, field: str) -> Any:
 def check_schema(schema: Any, field: str) -> None:
     """Raise InvalidRequest, with the path, for a keyword that is not supported or a part that is no schema."""
     pending = [(field, schema)]
+    properties = patterns = 0
     while pending:
         path, part = pending.pop()
         if isinstance(part, bool):
@@ -62,7 +68,26 @@ def check_schema(schema: Any, field: str) -> None:
         for keyword in part:
             if keyword in UNSUPPORTED and not _says_nothing(keyword, part):
                 raise InvalidRequest(f"{path}.{keyword} is not supported: no grammar can be made of it")
+        _check_patterns(part, path)
+        properties += _count(part, "properties")
+        patterns += _count(part, "patternProperties")
+        if properties > PROPERTIES or patterns > PATTERNS:
+            raise InvalidRequest(
+                f"{path} is one too many: a schema may have {PROPERTIES} properties and {PATTERNS} patternProperties"
+            )
         pending += subschemas(part, path)
+
+
+def _check_patterns(schema: dict[str, Any], path: str) -> None:
+    patterns = schema.get("patternProperties")
+    for pattern in [schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]:
+        if isinstance(pattern, str) and len(pattern) > PATTERN_CHARACTERS:
+            most = f"a pattern may have at most {PATTERN_CHARACTERS}"
+            raise InvalidRequest(f"{path} has a pattern of {len(pattern)} characters; {most}")
+
+
+def _count(schema: dict[str, Any], keyword: str) -> int:
+    return len(schema[keyword]) if isinstance(schema.get(keyword), dict) else 0
 
 
 def find_path(schema: Any, field: str, error: str, compile_alone: Callable[[Any], str]) -> str:

@@ -12,11 +12,13 @@ from .json_schema import check_schema, decode_json, for_library
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-WHITESPACE = r"[ ]|\r?\n[ \t]{0,60}"
+WHITESPACE = r"[ ]|\n(?:[ ]{0,40}|\t{0,20})"
 """Between the parts of JSON: a space, or a new line with its indentation. More would let a model go on with it for
 ever."""
 DEPTH = 64
 """Brackets of a regular expression or a grammar within one another, at most."""
+LINE_CHARACTERS = 2048
+"""Characters of a line of a grammar at most, and so of a regular expression in it."""
 
 
 def grammar_of(structured: StructuredOutput) -> str:
@@ -37,7 +39,7 @@ def grammar_of(structured: StructuredOutput) -> str:
         check_depth(structured.regex, field)
         return LLMatcher.grammar_from_regex(structured.regex)
     if structured.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_text, structured.choice)))
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_text, structured.choice)))
     if structured.grammar is not None:
         return LLMatcher.grammar_from_lark(_lark(structured.grammar, field))
     assert structured.structural_tag is not None
@@ -85,6 +87,9 @@ def _overrides() -> JsonCompileOptions:
 def _lark(text: str, field: str) -> str:
     """A grammar in Lark's syntax; of one in EBNF, which has ::=, the same in Lark's."""
     check_depth(text, field)
+    longest = max(map(len, text.splitlines()), default=0)
+    if longest > LINE_CHARACTERS:
+        raise InvalidRequest(f"{field} has a line of {longest} characters; each may have at most {LINE_CHARACTERS}")
     if "::=" not in text:
         return text
     from llguidance.gbnf_to_lark import any_to_lark

@@ -6,10 +6,18 @@ import msgspec
 
 from ..errors import InvalidRequest
 
-SOURCE_BYTES = 1 << 19
-"""Bytes of a schema, a grammar or all choices together, at most."""
+SOURCE_BYTES = {
+    "json_schema": 1 << 18,
+    "regex": 1 << 12,
+    "choice": 1 << 18,
+    "grammar": 1 << 15,
+    "structural_tag": 1 << 18,
+}
+"""Bytes of each form at most, all choices together: so that compiling it is bounded."""
 CHOICES = 16384
 """Choices at most."""
+CHOICE_CHARACTERS = 4096
+"""Characters of one choice at most."""
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -61,6 +69,10 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 raise InvalidRequest(f"structured.choice holds {len(choices)} texts; it may hold at most {CHOICES}")
             if not all(choices):
                 raise InvalidRequest(f"structured.choice[{choices.index('')}] is empty: each must be a text")
+            longest = max(map(len, choices), default=0)
+            if longest > CHOICE_CHARACTERS:
+                most = f"each may have at most {CHOICE_CHARACTERS}"
+                raise InvalidRequest(f"structured.choice holds a text of {longest} characters; {most}")
         texts = getattr(self, kind)
         if isinstance(texts, bool):
             return
@@ -71,5 +83,5 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 size += len(text.encode())
             except UnicodeEncodeError as error:
                 raise InvalidRequest(f"structured.{kind} is not valid Unicode text: {error}") from error
-        if not 1 <= size <= SOURCE_BYTES:
-            raise InvalidRequest(f"structured.{kind} has {size} bytes; it must have 1 to {SOURCE_BYTES}")
+        if not 1 <= size <= SOURCE_BYTES[kind]:
+            raise InvalidRequest(f"structured.{kind} has {size} bytes; it must have 1 to {SOURCE_BYTES[kind]}")
