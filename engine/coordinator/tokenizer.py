@@ -54,7 +54,7 @@ class Tokenizer:
             self._template = ChatTemplate(self.chat_template, variables, self._special_ids)
         self._plain_text = PlainText(self._tokenizer, self._special)
         ids = {token.content: token_id for token_id, token in added.items()}
-        self.reasoning_tags = find_tags(ids, self.chat_template)
+        self._reasoning_tags = find_tags(ids, self.chat_template)
         """What the model's thinking is enclosed in."""
         self.token_bytes = TokenBytes(backend, self.size)
         """The bytes of each token by its id."""
@@ -177,8 +177,8 @@ class Tokenizer:
 
     def reasoning_phase(self, prompt: Sequence[int], continues: bool) -> Phase:
         """Whether the answer to a prompt begins with thinking, may begin with it, or does not; see phase_after()."""
-        special = self._special - self.reasoning_tags.ids
-        return phase_after(prompt, self.reasoning_tags, special, self.decode, continues)
+        special = self._special - self._reasoning_tags.ids
+        return phase_after(prompt, self._reasoning_tags, special, self.decode, continues)
 
     def grammar_beginning(self, prompt: Sequence[int], continues: bool) -> Beginning:
         """Where the grammar of an answer to `prompt` begins: after its thinking, if the model thinks.
@@ -193,7 +193,7 @@ class Tokenizer:
 
     def reasoning_splitter(self, phase: Phase) -> ReasoningSplitter:
         """Return what tells the thinking of one completion from its answer."""
-        return ReasoningSplitter(self.reasoning_tags, phase)
+        return ReasoningSplitter(self._reasoning_tags, phase)
 
     def decoder(
         self, skip_special_tokens: bool, prompt: Sequence[int] = (), *, shows_reasoning_tags: bool = False
@@ -204,7 +204,7 @@ class Tokenizer:
         """
         skipped = self._special if skip_special_tokens else frozenset()
         if shows_reasoning_tags:
-            skipped -= self.reasoning_tags.ids
+            skipped -= self._reasoning_tags.ids
         return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -286,5 +286,6 @@ def test_a_tool_is_known_to_the_template_alone(client: Client) -> None:
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     answer = client.chat(tools=[tool], tool_choice="none")
     assert answer.choices[0].message.tool_calls is None
+    # Its template shows no form of calls that a server could read.
     with pytest.raises(openai.BadRequestError, match="tool_choice"):
         client.chat(tools=[tool])

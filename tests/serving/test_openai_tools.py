@@ -138,3 +138,60 @@ def test_thinking_may_be_left_out(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens_details.reasoning_tokens > 5
     plain = ask(client, sums("4+4"), reasoning_effort="none")
     assert (plain.choices[0].message.content, plain.usage.completion_tokens_details.reasoning_tokens) == ("8", 0)
+
+
+COLOUR: Any = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": {"enum": ["red", "blue"]}, "coats": {"type": "integer", "maximum": 9}},
+            "required": ["colour", "coats"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def arguments_of(message: Any) -> list[dict[str, Any]]:
+    return [json.loads(call.function.arguments) for call in message.tool_calls]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_required_is_made_whatever_the_model_would_say(
+    client: openai.OpenAI, choice: Any, stream: bool
+) -> None:
+    fields: dict[str, Any] = {"tools": [*TOOLS, COLOUR], "tool_choice": choice, "parallel_tool_calls": False}
+    for seed in range(4):
+        sampled = {"temperature": 1.0, "seed": seed, "max_tokens": 200, "stream": stream, **fields}
+        made = ask(client, [{"role": "user", "content": "Hello!"}], **sampled)
+        if stream:
+            whole = Streamed(made)
+            calls, ended = [(call["name"], json.loads(call["arguments"])) for call in whole.calls], whole.finish_reason
+        else:
+            message, ended = made.choices[0].message, made.choices[0].finish_reason
+            calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
+        ((name, arguments),) = calls
+        assert ended == "tool_calls"
+        if name == "paint":
+            assert arguments["colour"] in ("red", "blue")
+            assert 9 >= arguments["coats"] == int(arguments["coats"])
+        else:
+            assert (name, choice) == ("get_weather", "required")
+            assert isinstance(arguments["city"], str)
+
+
+def test_an_answer_with_tools_and_a_form_is_one_of_both(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 99}}, "required": ["sum"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    for seed in range(4):
+        sampled = {"temperature": 1.0, "seed": seed, "max_tokens": 120}
+        choice = ask(client, sums("4+4"), tools=TOOLS, response_format=form, **sampled).choices[0]
+        if choice.finish_reason == "tool_calls":
+            assert isinstance(arguments_of(choice.message)[0]["city"], str)
+        elif choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content)["sum"], int)

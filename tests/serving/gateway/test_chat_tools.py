@@ -189,11 +189,53 @@ def test_each_completion_has_calls_of_its_own(thinker: Server) -> None:
         assert choices[-1].finish_reason == "tool_calls"
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "read"}}])
-def test_a_tool_that_must_be_called_needs_a_grammar(thinker: Server, choice: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="constrain") as caught:
-        ask(thinker, tools=TOOLS, tool_choice=choice)
-    assert caught.value.param == "tool_choice"
+def grammar_of(server: Server) -> Any:
+    """The structural tag of the request that the engine got last; None without one."""
+    structured = server.pool.submits[-1].structured
+    return None if structured is None else json.loads(structured.structural_tag or "")
+
+
+NAMED = {"type": "function", "function": {"name": "read"}}
+
+
+@pytest.mark.parametrize(("choice", "names"), [("required", ["read", "write"]), (NAMED, ["read"])])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_that_are_required_go_by_a_grammar(
+    thinker: Server, choice: Any, names: list[str], parallel: bool
+) -> None:
+    thinker.pool.answer = READ
+    form = {"type": "json_object"}
+    answer = ask(thinker, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, response_format=form)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    grammar = grammar_of(thinker)
+    assert grammar["alone"] == ("many" if parallel else "one")
+    begins = [f'<tool_call>\n{{"name": "{name}", "arguments": ' for name in names]
+    assert [structure["begin"] for structure in grammar["structures"]] == begins
+    assert {structure["end"] for structure in grammar["structures"]} == {"}\n</tool_call>"}
+
+
+def test_calls_of_strict_tools_go_by_their_schema_wherever_they_are(thinker: Server) -> None:
+    loose = {"type": "function", "function": {"name": "loose", "parameters": {"type": "object", "required": ["a"]}}}
+    ask(thinker, tools=[TOOLS[0], loose])
+    grammar = grammar_of(thinker)
+    assert grammar["triggers"] == ["<tool_call>"]
+    schemas = [structure["schema"] for structure in grammar["structures"]]
+    assert schemas == [TOOLS[0]["function"]["parameters"], {"type": "object"}]
+    ask(thinker, tools=[loose])
+    assert grammar_of(thinker) is None
+
+
+def test_an_answer_of_a_form_leaves_room_for_a_call(thinker: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    ask(thinker, tools=TOOLS, response_format=form)
+    grammar = grammar_of(thinker)
+    assert grammar["alone"] == "one"
+    assert grammar["structures"][-1] == {"begin": "", "schema": schema, "end": ""}
+    assert len(grammar["structures"]) == 3
+    with pytest.raises(openai.BadRequestError, match="leaves no room for calls") as caught:
+        ask(thinker, tools=TOOLS, extra_body={"structured_outputs": {"regex": "a"}})
+    assert caught.value.param == "structured_outputs"
 
 
 def test_a_server_may_be_told_how_its_model_calls_tools(make_gateway: Callable[[GatewayConfig], Server]) -> None:
