@@ -88,11 +88,11 @@ class RankProcess(Protocol):
 class RankStarter:
     """Starts the ranks of one group, the first time and again after a rank's end. Used by one thread."""
 
-    def __init__(self, folder: Path, size: int, *, fork: bool = sys.platform == "linux") -> None:
+    def __init__(self, folder: Path, size: int, *, fork: bool = True) -> None:
         """`folder` is the group's private one, `size` the number of its ranks; without `fork` none is forked."""
         self._folder = folder
         self._size = size
-        self._fork = fork
+        self._fork = fork and _has_process_handles()
         self._server: _ForkServer | None = None
 
     def __enter__(self) -> RankStarter:
@@ -126,6 +126,26 @@ class RankStarter:
             self.close()
             self._server = _ForkServer(self._folder, self._size)
         return self._server
+
+
+def _has_process_handles() -> bool:
+    """Whether a process can be signalled that is no child of this one, without taking a later one for it: on Linux,
+    where no sandbox forbids it."""
+    if sys.platform != "linux":
+        return False
+    try:
+        handle = os.pidfd_open(os.getpid())
+    except OSError as error:
+        _log.debug("no rank is forked: %s", error)
+        return False
+    try:
+        signal.pidfd_send_signal(handle, 0)
+    except OSError as error:
+        _log.debug("no rank is forked: %s", error)
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 class ForkedRank:

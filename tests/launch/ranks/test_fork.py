@@ -157,6 +157,21 @@ def test_where_no_rank_can_be_forked_each_is_started_by_itself(
     assert not fork or "2 threads" in caplog.text
 
 
+@pytest.mark.parametrize("missing", ["os.pidfd_open", "signal.pidfd_send_signal"])
+def test_a_rank_that_could_not_be_signalled_is_not_forked(
+    folder: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> int:
+        raise PermissionError("by a sandbox")
+
+    monkeypatch.setattr(missing, refuse)
+    with RankStarter(folder, 2) as starter:
+        rank = starter.start(0)
+        assert _server(rank).pid == os.getpid()
+        rank.kill()
+        assert rank.wait(WAIT_S) == -signal.SIGKILL
+
+
 def test_a_process_shows_other_arguments_and_variables_of_no_more_bytes() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", TITLED, "long", "last"],
