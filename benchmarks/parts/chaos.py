@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,12 +260,18 @@ def disturb(options: Options) -> dict[str, Any]:
     verdicts = chaos.verdicts
     for words in chaos.words[:5]:
         print(words, file=sys.stderr)
+    restarts = server.log.count("the group is started again")
+    well = not verdicts["lost"] and not verdicts["different"] and verdicts["same"] > 0 and not left
+    if well:
+        shutil.rmtree(server.folder)
+    else:
+        print(f"what the server said is in {server.folder}", file=sys.stderr)
     return {
         "verdicts": dict(verdicts),
         "faults": dict(chaos.faults),
-        "restarts": server.log.count("the group is started again"),
+        "restarts": restarts,
         "left_behind": left,
-        "well": not verdicts["lost"] and not verdicts["different"] and verdicts["same"] > 0 and not left,
+        "well": well,
     }
 
 

@@ -357,4 +357,5 @@ def _unreadable(data: bytes, error: Exception) -> Failed:
     Raises msgspec.DecodeError, as UNDECODABLE says, for bytes that belong to no request.
     """
     why = f"the engine sent what this client cannot read ({error}); use the same version on both sides"
-    return Failed(msgspec.msgpack.decode(data, type=_Belonging).id, EngineStopped.__name__, why)
+    # No EngineStopped, on which the request would wait for another engine: this one goes on.
+    return Failed(msgspec.msgpack.decode(data, type=_Belonging).id, EngineFault.__name__, why)

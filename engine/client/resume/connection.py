@@ -231,10 +231,10 @@ class ResumingConnection(Connection):
     def _replaced(self, error: EngineStopped) -> None:
         """What was under way is lost: another engine answers, or the same one under which it was aborted."""
         failed: list[Event] = []
+        if self._leaving:
+            self._on_lost(error)
+            return
         with self._lock:
-            if self._leaving:
-                self._on_lost(error)
-                return
             self._heard()
             died, self._epoch = self._inner.epoch != self._epoch, self._inner.epoch
             sent = {request_id: kept for request_id, kept in self._kept.items() if kept.wire_id}

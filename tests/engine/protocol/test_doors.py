@@ -106,7 +106,7 @@ def test_an_event_that_cannot_be_read_fails_its_request_and_no_other(tmp_path: P
         engine.send_multipart([client, msgspec.msgpack.encode(good)])
         failed = events.get(timeout=PATIENCE_S)
         assert isinstance(failed, Failed)
-        assert (failed.id, failed.error) == ("a", "EngineStopped")
+        assert (failed.id, failed.error) == ("a", "EngineFault")
         assert "use the same version on both sides" in failed.message
         assert events.get(timeout=PATIENCE_S) == good
         connection.close()
