@@ -19,6 +19,7 @@ from .gateway import Gateway
 from .http.errors import ApiError, from_engine, internal
 from .http.exchange import ClientGone, Exchange, Receive, Scope, Send
 from .openapi import openapi_document
+from .routes.responses_api import handlers as responses_api
 from .routes.table import OPERATIONS, Handler, Operation
 from .schemas.chat import ChatRequest
 from .schemas.completions import CompletionRequest
@@ -48,9 +49,11 @@ def create_app(
         )
         for operation in OPERATIONS
     ]
+    # Its path is like that of a kept response, with another method: it would be a 405.
+    compact = Route("/v1/responses/compact", Endpoint(gateway, responses_api.compact), methods=["POST"])
     document = Route("/openapi.json", Endpoint(gateway, _openapi), methods=["GET"])
     app = Starlette(
-        routes=[*own, document, *routes],
+        routes=[compact, *own, document, *routes],
         middleware=list(middleware),
         exception_handlers={HTTPException: _RoutingError(gateway.config)},
     )
