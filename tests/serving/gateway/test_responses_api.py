@@ -318,6 +318,12 @@ def test_a_query_is_checked(agent: Server, path: str, param: str) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_there_is_no_compaction(agent: Server) -> None:
+    answer = agent.http.post("/v1/responses/compact", json={"model": "demo", "input": "Hi"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert agent.http.get("/v1/responses/compact").json()["error"]["code"] == "response_not_found"
+
+
 def test_a_server_that_keeps_nothing_says_so(make_gateway: Callable[[GatewayConfig], Server]) -> None:
     server = make_gateway(GatewayConfig(stored_responses=0))
     assert create(server).store is False

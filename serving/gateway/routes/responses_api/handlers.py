@@ -53,6 +53,13 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
         await exchange.respond_json(writer.response)
 
 
+async def compact(gateway: Gateway, exchange: Exchange) -> None:
+    """Say that there is no such route, though its path is like that of a kept response."""
+    path = exchange.scope["path"]
+    why = "this server compacts nothing; shorten the input yourself"
+    raise ApiError(404, f"there is no route {path}: {why}", type="not_found_error", code="not_found")
+
+
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
     """Return a kept response."""
     exchange.read_query(ResponseQuery)
