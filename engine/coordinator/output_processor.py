@@ -69,6 +69,19 @@ class StopStrings:
         return 0
 
 
+class _Skip:
+    """Cuts the beginning off a text that comes in pieces: what the client has already."""
+
+    def __init__(self, characters: int) -> None:
+        self._left = characters
+
+    def rest_of(self, piece: str) -> str:
+        """Return what the client has not of the next piece."""
+        size = min(len(piece), self._left)
+        self._left -= size
+        return piece[size:]
+
+
 @dataclass
 class _CompletionState:
     detokenizer: IncrementalDetokenizer | None
@@ -84,8 +97,10 @@ class _CompletionState:
     """Text that may go out, with the rest of its token's text."""
     held: deque[_HeldToken] = field(default_factory=deque)
     """Tokens that wait for their text."""
-    delivered: ResumedCompletion = field(default_factory=ResumedCompletion)
-    """What the client has from an engine before this one: it is computed like the rest, and not sent again."""
+    tokens_to_skip: int = 0
+    """Tokens that the client has from an engine before this one: they are taken in like the rest, and not sent."""
+    text_to_skip: _Skip = field(default_factory=lambda: _Skip(0))
+    """The same of the text."""
 
 
 @dataclass(slots=True)
@@ -132,7 +147,11 @@ class OutputProcessor:
             if self._tokenizer is not None:
                 decoder = self._tokenizer.decoder(sampling.skip_special_tokens, request.prompt)
             stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-            state.completions.append(_CompletionState(decoder, stops, delivered=each))
+            state.completions.append(
+                _CompletionState(
+                    decoder, stops, tokens_to_skip=len(each.token_ids), text_to_skip=_Skip(each.characters)
+                )
+            )
 
         self._requests[request.id] = state
         first = request.sequences[0]
@@ -254,8 +273,8 @@ class OutputProcessor:
         position = completion.tokens
         completion.tokens += len(token_ids)
         # The client of a resumed request has the beginning, and its log-probabilities.
-        token_ids = token_ids[max(0, len(completion.delivered.token_ids) - position) :]
-        text = text[max(0, completion.delivered.characters - completion.sent + size) :]
+        token_ids = token_ids[max(0, completion.tokens_to_skip - position) :]
+        text = completion.text_to_skip.rest_of(text)
         if token_ids or text:
             position = completion.tokens - len(token_ids)
             self._emit(state.client, Delta(state.id, index, text, token_ids, logprobs or None, position))
