@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import (
@@ -71,6 +70,19 @@ class StopStrings:
         return 0
 
 
+class _Skip:
+    """Cuts the beginning off a text that comes in pieces: what the client has already."""
+
+    def __init__(self, characters: int) -> None:
+        self._left = characters
+
+    def rest_of(self, piece: str) -> str:
+        """Return what the client has not of the next piece."""
+        size = min(len(piece), self._left)
+        self._left -= size
+        return piece[size:]
+
+
 @dataclass
 class _CompletionState:
     detokenizer: IncrementalDetokenizer | None
@@ -88,11 +100,11 @@ class _CompletionState:
     """Text that may go out, with the rest of its token's text."""
     held: deque[_HeldToken] = field(default_factory=deque)
     """Tokens that wait for their text."""
-    delivered: ResumedCompletion = field(default_factory=ResumedCompletion)
-    """What the client has from an engine before this one: it is computed like the rest, and not sent again."""
-    text_sent: int = 0
-    reasoning_sent: int = 0
-    """Characters of either that went out, or that the client had before."""
+    tokens_to_skip: int = 0
+    """Tokens that the client has from an engine before this one: they are taken in like the rest, and not sent."""
+    text_to_skip: _Skip = field(default_factory=lambda: _Skip(0))
+    reasoning_to_skip: _Skip = field(default_factory=lambda: _Skip(0))
+    """The same of the answer's text, and of its thinking."""
     reasoning_tokens: int = 0
     """Tokens of thinking that went out."""
 
@@ -118,7 +130,6 @@ class _RequestState:
     completions: list[_CompletionState] = field(default_factory=list)
 
 
-Items = TypeVar("Items", str, list[int])
 Emit = Callable[[bytes, Event], None]
 StopFound = Callable[[str, int, str], None]
 
@@ -153,7 +164,10 @@ class OutputProcessor:
                 decoder = tokenizer.decoder(sampling.skip_special_tokens, request.prompt, shows_reasoning_tags=splits)
             stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
             splitter = None if tokenizer is None or phase is None else tokenizer.reasoning_splitter(phase)
-            state.completions.append(_CompletionState(decoder, stops, splitter, delivered=each))
+            completion = _CompletionState(decoder, stops, splitter, tokens_to_skip=len(each.token_ids))
+            completion.text_to_skip = _Skip(each.characters)
+            completion.reasoning_to_skip = _Skip(each.reasoning_characters)
+            state.completions.append(completion)
 
         self._requests[request.id] = state
         first = request.sequences[0]
@@ -301,15 +315,12 @@ class OutputProcessor:
         completion.tokens += len(token_ids)
 
         # The client of a resumed request has the beginning, and its log-probabilities.
-        delivered = completion.delivered
-        new_ids = _after(token_ids, position, len(delivered.token_ids))
-        new_text = _after(text, completion.text_sent, delivered.characters)
-        new_reasoning = _after(reasoning, completion.reasoning_sent, delivered.reasoning_characters)
-        completion.text_sent += len(text)
-        completion.reasoning_sent += len(reasoning)
-        if new_ids or new_text or new_reasoning:
-            position = completion.tokens - len(new_ids)
-            delta = Delta(state.id, index, new_text, new_ids, logprobs or None, position, new_reasoning)
+        token_ids = token_ids[max(0, completion.tokens_to_skip - position) :]
+        text = completion.text_to_skip.rest_of(text)
+        reasoning = completion.reasoning_to_skip.rest_of(reasoning)
+        if token_ids or text or reasoning:
+            position = completion.tokens - len(token_ids)
+            delta = Delta(state.id, index, text, token_ids, logprobs or None, position, reasoning)
             self._emit(state.client, delta)
 
     def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
@@ -342,11 +353,6 @@ class OutputProcessor:
             prompt_logprobs = [self._with_bytes(entry) or entry for entry in prompt_logprobs]
         prompt = request.prompt if state.submit.return_prompt_token_ids else None
         return Finished(state.id, completions, usage, timings(request), prompt, prompt_logprobs)
-
-
-def _after(items: Items, before: int, seen: int) -> Items:
-    """What of a text, or of tokens, a client has not seen: `before` were there already, and it has the first `seen`."""
-    return items[max(0, seen - before) :]
 
 
 def timings(request: Request) -> Timings:
