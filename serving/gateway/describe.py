@@ -62,8 +62,8 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
   `reasoning.summary` asks for one (`response.reasoning_summary_text.delta`): the thinking itself, as there is no
   other model that would shorten it.
 * `encrypted_content` (with `include: ["reasoning.encrypted_content"]`) and the `signature` of omitted thinking hold
-  the thinking, encoded and not encrypted, so that clients can send it back; those of another server are a 400 and
-  have no effect, in this order. `redacted_thinking` is left out of the prompt.
+  the thinking, encoded and not encrypted, so that clients can send it back. An `encrypted_content` of another server
+  is a 400; a `signature` of another server has no effect; `redacted_thinking` is left out of the prompt.
 * A response is kept in memory for its own API key, within `stored_responses`, `stored_response_bytes` and
   `stored_response_s`; after a restart there are none. Without `store` a response is kept.
 * `instructions` come first, `previous_response_id` brings the input and output of the response before, without its
@@ -71,7 +71,7 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 * Only a response with `background=true` can be cancelled. It cannot be streamed. Any other ends with its connection.
 * The stream of `/v1/responses` ends with `response.completed`, `response.incomplete` or `response.failed`, and has no
   `[DONE]`. An error in it is an `error` event, and `response.failed` after it.
-* `thinking: {"type": "enabled"}` sets the template's `enable_thinking`, and so does its absence, to false;
+* `thinking` sets the template's `enable_thinking`: `enabled` to true, `disabled` and no `thinking` at all to false;
   `adaptive` leaves it to the template. `budget_tokens` must be below `max_tokens`, and thinking is not cut at it.
 * A `tool_result` with `is_error` begins with a line `Error:` for the model.
 * A last message of the assistant in `/v1/messages` is continued. Messages of one role in a row are one turn.
