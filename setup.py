@@ -138,6 +138,7 @@ setup(
             "openai>=1.60",
             "httpx>=0.27",
             "schemathesis>=4",
+            "jsonschema-rs>=0.30",
             "clang-format==23.1.5",
             # Runs the kernels for GPUs in its interpreter, and compiles them without one: torch's own version of it.
             "triton>=3.6,<3.8; platform_system == 'Linux'",

@@ -16,6 +16,7 @@ from phalanx.engine.errors import ConfigError
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import Delta, Timings, Usage
 from phalanx.engine.protocol.sampling_params import SamplingParams
+from phalanx.engine.protocol.structured import StructuredOutput
 from phalanx.launch.cli.display import AnswerStream
 from phalanx.launch.cli.jsonl import (
     AnswerFile,
@@ -63,6 +64,14 @@ def test_each_kind_of_request_is_read() -> None:
     assert (second.id, second.submit.id) == (2, "2")
     assert second.submit.messages == [{"role": "user", "content": "y"}]
     assert third.submit.token_ids == [1, 2]
+
+
+def test_a_line_says_what_its_answer_must_match() -> None:
+    item = one('{"id": "a", "prompt": "x", "structured": {"choice": ["yes", "no"]}}')
+    assert isinstance(item, LineRequest)
+    assert item.submit.structured == StructuredOutput(choice=("yes", "no"))
+    for wrong in ('{"choices": ["a"]}', '{"regex": 5}', '"a"'):
+        assert isinstance(one(f'{{"id": "a", "prompt": "x", "structured": {wrong}}}'), BadLine)
 
 
 def test_a_lines_sampling_is_laid_over_the_defaults() -> None:
