@@ -41,6 +41,27 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         "`serve.py`: servers of OpenAI's API over real connections, in turns. Figures are the median round's.",
         single.serve,
     ),
+    "chaos": (
+        "Kills, stops and bursts",
+        "`parts/chaos.py`: ranks are killed and stopped at random while requests come; each request is judged by what "
+        "an undisturbed engine says.",
+        single.plain,
+    ),
+    "structured_steps": (
+        "Steps with grammars",
+        "`parts/structured_steps.py`: steps in which half of the rows have a grammar, and the same without, in turns.",
+        single.plain,
+    ),
+    "structured_answers": (
+        "Answers that match a schema",
+        "`parts/structured_answers.py`: schemas and tools of a public suite, at temperature 1.",
+        single.plain,
+    ),
+    "json_schema_suite": (
+        "The official suite of JSON Schema",
+        "`parts/json_schema_suite.py`: each schema constrains rightly, or is refused by name.",
+        single.plain,
+    ),
     "gateway": (
         "What the gateway costs",
         "`gateway.py`: beside AsyncLLM in the same run; from a token to its bytes; memory; time until it is ready.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.protocol.messages import Delta, Event, Failed, Finished, Resume, ResumedCompletion, Submit
+from phalanx.engine.protocol.structured import StructuredOutput
 from phalanx.engine.protocol.transport import InProcess
 from phalanx.parallel.group import local_group
 from phalanx.tests.engine.conftest import CONFIG
@@ -47,8 +49,13 @@ def _output(events: Iterable[Event], n: int) -> RequestOutput:
     return output
 
 
-def _submit(llm: LLM, sampling: SamplingParams) -> Submit:
-    return Submit(id=llm.client.new_id(), prompt=PROMPT, sampling=sampling, return_prompt_token_ids=True)
+def _submit(llm: LLM, sampling: SamplingParams, **fields: Any) -> Submit:
+    return Submit(id=llm.client.new_id(), prompt=PROMPT, sampling=sampling, return_prompt_token_ids=True, **fields)
+
+
+def _thinking(events: Iterable[Event], n: int) -> list[str]:
+    deltas = [event for event in events if isinstance(event, Delta)]
+    return ["".join(delta.reasoning for delta in deltas if delta.index == index) for index in range(n)]
 
 
 def _comparable(output: RequestOutput) -> Any:
@@ -67,9 +74,9 @@ def _same_logprobs(found: list[TokenLogprobs] | None, expected: list[TokenLogpro
         assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-4)
 
 
-def _go_on_from_everywhere(llm: LLM, sampling: SamplingParams) -> RequestOutput:
+def _go_on_from_everywhere(llm: LLM, sampling: SamplingParams, **fields: Any) -> RequestOutput:
     """Compare the uninterrupted answer with those of which an engine had delivered 0, 1, ... events; return it."""
-    submit = _submit(llm, sampling)
+    submit = _submit(llm, sampling, **fields)
     events = _events(llm, submit)
     expected = _output(events, sampling.n)
     for cut in range(1, len(events)):
@@ -81,6 +88,7 @@ def _go_on_from_everywhere(llm: LLM, sampling: SamplingParams) -> RequestOutput:
 
         output = _output([*events[:cut], *new], sampling.n)
         assert _comparable(output) == _comparable(expected)
+        assert _thinking([*events[:cut], *new], sampling.n) == _thinking(events, sampling.n)
         for one, other in zip(output.outputs, expected.outputs, strict=True):
             _same_logprobs(one.logprobs, other.logprobs)
         _same_logprobs(output.prompt_logprobs, expected.prompt_logprobs)
@@ -113,6 +121,15 @@ def test_stop_strings_are_right_across_the_seam(llm: LLM, include: bool) -> None
     values |= {"stop": stops, "include_stop_str_in_output": include, "prompt_logprobs": 0}
     expected = _go_on_from_everywhere(llm, SamplingParams.from_dict(values))
     assert expected.outputs[0].stop_reason == stops[0]
+
+
+def test_grammars_and_thinking_go_on_across_the_seam(llm: LLM) -> None:
+    form = StructuredOutput(regex="<think>[a-c]{3}</think>([a-f]{2} )+[g-i]{3}")
+    sampling = SamplingParams.from_dict({**SEEDED, "n": 2, "max_tokens": 60, "ignore_eos": False, "logprobs": 0})
+    expected = _go_on_from_everywhere(llm, sampling, structured=form, split_reasoning=True)
+    for output in expected.outputs:
+        assert output.finish_reason == "length" or re.fullmatch("([a-f]{2} )+[g-i]{3}", output.text)
+    assert 0 < expected.usage.reasoning_tokens < expected.usage.completion_tokens
 
 
 def test_an_unseeded_answer_goes_on_with_the_seed_it_was_given(llm: LLM) -> None:

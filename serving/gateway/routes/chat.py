@@ -38,7 +38,7 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     affinity = affinity_of(submit.cache_salt, request.prompt_cache_key or first)
     timeout_s = timeout_of(request.timeout, gateway.config)
     async with (
-        structured_errors(request),
+        structured_errors(request, submit.structured, request.tools),
         gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
     ):
         generation.admit(1, tokens)

@@ -53,7 +53,7 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
     affinity = affinity_of(submits[0].cache_salt, request.prompt_cache_key or prompts[0])
     timeout_s = timeout_of(request.timeout, gateway.config)
     async with (
-        structured_errors(request),
+        structured_errors(request, submits[0].structured),
         gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
     ):
         generation.admit(len(prompts), tokens)

@@ -23,6 +23,7 @@ from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest
 from ..schemas.fields import timeout_of
 from ..schemas.responses import LogprobContent
+from ..schemas.structured import structured_errors
 from ..schemas.typed import rename
 from .chat import readers, to_submit
 from .logprobs import chat_logprobs
@@ -110,7 +111,10 @@ async def running(
 ) -> AsyncIterator[Generation]:
     """The turn's generation, let in and sent, until the block ends. Raises ApiError or PhalanxError."""
     timeout_s = timeout_of(turn.chat.timeout, gateway.config)
-    async with gateway.generation(exchange, bool(turn.chat.stream), timeout_s, detached=detached) as generation:
+    async with (
+        structured_errors(turn.chat, turn.submit.structured, turn.chat.tools),
+        gateway.generation(exchange, bool(turn.chat.stream), timeout_s, detached=detached) as generation,
+    ):
         generation.admit(1, turn.prompt_tokens)
         generation.start([turn.submit], turn.affinity)
         yield generation

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
@@ -104,26 +105,64 @@ def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:
 
 
 _PATH = re.compile(r'^structured(?:\.([a-z_]+))?((?:\.[\w$-]+|\[\d+\]|\["(?:[^"\\]|\\.)*"\])*)')
+_STRUCTURE = re.compile(r"^\.structures\[(\d+)\]\.schema")
 
 
 @asynccontextmanager
-async def structured_errors(request: StructuredFields) -> AsyncIterator[None]:
-    """Raise the engine's refusal of what an answer must match as an ApiError that names the request's own field."""
+async def structured_errors(
+    request: StructuredFields, structured: StructuredOutput | None, tools: list[dict[str, Any]] | None = None
+) -> AsyncIterator[None]:
+    """Raise the engine's refusal of what an answer must match as an ApiError that names the request's own field.
+
+    `structured` is what the engine got, in which the parameters of `tools` may be.
+    """
     try:
         yield
     except InvalidRequest as error:
         found = _PATH.match(str(error))
         if found is None:
             raise
-        raise _explained(str(error), found, request) from None
+        raise _explained(str(error), found, _Given(request, structured, tools or [])) from None
 
 
-def _explained(message: str, found: re.Match[str], request: StructuredFields) -> ApiError:
+@dataclass(frozen=True)
+class _Given:
+    request: StructuredFields
+    structured: StructuredOutput | None
+    tools: list[dict[str, Any]]
+
+    def field(self, kind: str | None) -> str | None:
+        """The request's own field for the engine's `kind`; None if it gave no form of its answer."""
+        if self.request.structured_outputs is not None:
+            return "structured_outputs" + {None: "", "json_schema": ".json"}.get(kind, f".{kind}")
+        form = self.request.response_format
+        if form is None or form.type == "text":
+            return None
+        return "response_format" + (".json_schema.schema" if kind == "json_schema" else "")
+
+    def made_of_tools(self) -> bool:
+        """Whether the engine's structural tag is this server's, not the request's."""
+        wanted, form = self.request.structured_outputs, self.request.response_format
+        own = (wanted is not None and wanted.structural_tag) or (form is not None and form.type == "structural_tag")
+        return bool(self.tools) and not own
+
+    def owner(self, index: int) -> str:
+        """The field that the schema of a structure of such a tag comes from."""
+        tag = json.loads((self.structured and self.structured.structural_tag) or '{"structures": []}')
+        begin = str(tag["structures"][index]["begin"]) if index < len(tag["structures"]) else ""
+        for number, tool in enumerate(self.tools):
+            if begin and f'"name": {json.dumps(tool["function"]["name"], ensure_ascii=False)},' in begin:
+                return f"tools[{number}].function.parameters"
+        return self.field("json_schema") or "tools"
+
+
+def _explained(message: str, found: re.Match[str], given: _Given) -> ApiError:
     kind, rest = found[1], found[2]
-    if request.structured_outputs is not None:
-        path = "structured_outputs" + {None: "", "json_schema": ".json"}.get(kind, f".{kind}")
-    elif request.response_format is not None and request.response_format.type != "text":
-        path = "response_format" + (".json_schema.schema" if kind == "json_schema" else "")
+    if kind == "structural_tag" and given.made_of_tools():
+        structure = _STRUCTURE.match(rest)
+        path = "tools" if structure is None else given.owner(int(structure[1]))
+        rest = "" if structure is None else rest[structure.end() :]
     else:
-        path, rest = "tools", ""
+        path = given.field(kind) or "tools"
+        rest = rest if path != "tools" else ""
     return invalid(path + rest + message[found.end() :], path + rest)

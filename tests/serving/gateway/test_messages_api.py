@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,12 @@ def test_tokens_are_counted_as_the_model_gets_them(agent: Server) -> None:
     assert counted.input_tokens == create(agent, **fields).usage.input_tokens == 11
 
 
-def test_a_schema_of_the_answer_is_no_text_that_is_ignored(agent: Server) -> None:
-    form = {"type": "json_schema", "schema": {"type": "no such type"}}
-    error = refusal(agent, {"max_tokens": 1, "messages": HELLO, "output_config": {"format": form}})
-    assert "output_config.format" in error["message"]
+def test_a_schema_of_the_answer_reaches_the_engine(agent: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    create(agent, output_config={"format": {"type": "json_schema", "schema": schema}})
+    structured = agent.pool.submits[-1].structured
+    assert structured is not None
+    assert json.loads(structured.json_schema or "") == schema
 
 
 @pytest.mark.parametrize(

@@ -91,3 +91,69 @@ def test_the_older_fields_are_refused_with_the_name_of_the_newer(server: Server)
         answer = server.http.post(CHAT, json=_body(CHAT, **{name: "a"}))
         assert answer.status_code == 400
         assert f"structured_outputs.{name.removeprefix('guided_')}" in answer.json()["error"]["message"]
+
+
+FUNCTION = {"name": "second", "parameters": SCHEMA}
+CALLED: Any = [{"type": "function", "function": {"name": "first"}}, {"type": "function", "function": FUNCTION}]
+PARAMETERS = "tools[1].function.parameters.properties.a"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "index", "param"),
+    [
+        (CHAT, {"tools": CALLED, "tool_choice": "required"}, 1, PARAMETERS),
+        (CHAT, {"tools": CALLED, "tool_choice": {"type": "function", "function": {"name": "second"}}}, 0, PARAMETERS),
+        (
+            "/v1/responses",
+            {"input": "Hi", "tools": [{"type": "function", **FUNCTION}], "tool_choice": "required"},
+            0,
+            "tools[0].parameters.properties.a",
+        ),
+        (
+            "/v1/messages",
+            {
+                "max_tokens": 9,
+                "tools": [{"name": "second", "input_schema": SCHEMA}],
+                "tool_choice": {"type": "any"},
+            },
+            0,
+            "tools[0].input_schema.properties.a",
+        ),
+    ],
+)
+def test_a_schema_of_a_tool_is_named_where_the_request_has_it(
+    server: Server, path: str, fields: dict[str, Any], index: int, param: str
+) -> None:
+    server.pool.fail_first = InvalidRequest(
+        f"structured.structural_tag.structures[{index}].schema.properties.a is not supported"
+    )
+    body = {"model": "demo", **fields} if "input" in fields else {"model": "demo", **_body(CHAT, **fields)}
+    answer = server.http.post(path, json=body)
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith(f"{param} is not supported"), message
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (
+            "/v1/responses",
+            {"input": "Hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}},
+            "text.format.schema.properties.a",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 9, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+            "output_config.format.schema.properties.a",
+        ),
+    ],
+)
+def test_a_schema_of_an_answer_is_named_where_the_other_faces_have_it(
+    server: Server, path: str, fields: dict[str, Any], param: str
+) -> None:
+    server.pool.fail_first = InvalidRequest("structured.json_schema.properties.a is not supported")
+    body = {"model": "demo", **fields} if "input" in fields else {"model": "demo", **_body(CHAT, **fields)}
+    answer = server.http.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"{param} is not supported")
