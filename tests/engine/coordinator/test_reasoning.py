@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from phalanx import SamplingParams
+from phalanx.engine.constraints.matcher import Beginning
 from phalanx.engine.coordinator.output_processor import OutputProcessor
 from phalanx.engine.coordinator.text.reasoning import Phase, ReasoningSplitter, ReasoningTags, find_tags
 from phalanx.engine.coordinator.tokenizer import Tokenizer
@@ -256,3 +257,20 @@ def test_tags_are_a_models_tokens_or_what_its_template_names() -> None:
     assert find_tags({"[THINK]": 5, "[/THINK]": 6, "<think>": 7}, None) == ReasoningTags("[THINK]", "[/THINK]", 5, 6)
     assert find_tags({}, "{{ '[/THINK]' }}") == ReasoningTags("[THINK]", "[/THINK]")
     assert find_tags({}, None) == ReasoningTags("<think>", "</think>")
+
+
+def test_a_grammar_begins_after_thinking_that_the_prompt_or_the_answer_opens(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["token"]
+    opening, closing = (tokenizer.encode(tag, special=True)[-1] for tag in REASONING_TAGS[0])
+    text = tokenizer.encode("ab")
+    may_open = Beginning(after=closing, opens=opening)
+    for prompt, continues, expected in [
+        ([*text, opening], False, Beginning(after=closing, open=True)),
+        ([*text, opening, *text], True, Beginning(after=closing, open=True)),
+        ([*text, opening, closing], False, Beginning()),
+        ([opening, closing, *text], True, Beginning()),
+        ([opening, closing, *text], False, may_open),  # of an earlier message
+        (text, False, may_open),
+    ]:
+        assert tokenizer.grammar_beginning(prompt, continues) == expected, (prompt, continues)
+    assert tokenizers["text"].grammar_beginning(text, False) == Beginning()
