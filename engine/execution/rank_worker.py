@@ -172,8 +172,10 @@ class Worker:
             if isinstance(message, StepPlan):
                 self.heartbeat.step(message.step, message.num_tokens)
                 self.heartbeat.phase("compute")
-                step = self.forward(message)
-                self.sample(step, _receive_masks(control) if message.masked_samples else ())
+                if message.masked_samples:
+                    self.sample(self.forward(message), _receive_masks(control))
+                else:
+                    self.launch(message)
             elif isinstance(message, Capture):
                 self.capture(message.rows)
             elif isinstance(message, Stop):

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from phalanx import LLM, AsyncLLM, EngineStopped, InvalidRequest, SamplingParams, Timeout
+from phalanx import LLM, AsyncLLM, EngineFault, EngineStopped, InvalidRequest, SamplingParams, Timeout
 from phalanx.engine.client.client import RequestHandle
 from phalanx.engine.client.requests import RequestOutput
 from phalanx.engine.execution.rank_worker import Worker
@@ -321,7 +321,7 @@ def test_a_defect_in_another_thread_leaves_no_request_waiting(
 
     with LLM(str(tiny), **CONFIG) as llm:
         monkeypatch.setattr(InputProcessor if method == "process" else OutputProcessor, method, broken)
-        with pytest.raises((EngineStopped, InvalidRequest), match="a defect"):
+        with pytest.raises((EngineFault, InvalidRequest), match="a defect"):
             llm.generate("abc", ENDLESS)
 
 
