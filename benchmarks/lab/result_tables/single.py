@@ -42,16 +42,15 @@ def latency(result: Result) -> Blocks:
 
 def serve(result: Result) -> Blocks:
     """Tables of serve.py: each server under each load, and the first server's ratios to the others."""
-    shown = ("output_tokens_per_s", "goodput_requests_per_s", "failed", "client_cpu_share")
-    loads: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for run in result.pop("results"):
         load = f"{run['level']:g} requests a second" if run["mode"] == "open" else f"{run['level']} under way"
-        latencies = {f"{name} p50 / p95": f"{run[name]['p50']} / {run[name]['p95']}" for name in ("ttft_ms", "tpot_ms")}
-        loads[f"{run['server']}, {load}"] = {**{name: run[name] for name in shown}, **latencies}
+        for name, value in _without(run, "server", "mode", "level").items():
+            figures.setdefault(heading(name), {})[f"{run['server']}, {load}"] = value
 
     ratios = {f"{each['of']} / {each['to']}, {each['level']}": each for each in result.pop("ratios")}
     rows = {name: _without(each, "of", "to", "level") for name, each in ratios.items()}
-    return [*table("server, load", loads), *table("ratio, median of the rounds", rows), *_rest(result)]
+    return [*table("figure", figures), *table("ratio, median of the rounds", rows), *_rest(result)]
 
 
 def collectives(result: Result) -> Blocks:
