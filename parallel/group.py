@@ -73,13 +73,13 @@ def join_group(
     collectives: str,
     timeout_s: float,
     store_file: Path | None = None,
-    agent_store: bool = False,
+    agent_attempt: str | None = None,
 ) -> Group:
     """Join the ranks that torchrun started (its env:// rendezvous), or those of one host that share `store_file`.
 
     `device` is cpu or cuda. With a `store_file`, in a folder that only the ranks' user may enter, no rendezvous listens
-    anywhere. With `agent_store` CPU ranks of one host meet over the store of torchrun's agent, and open no socket of
-    their own if they can share memory.
+    anywhere. With `agent_attempt`, which names this start among those of one torchrun, CPU ranks of one host meet over
+    the store of torchrun's agent, and open no socket of their own if they can share memory.
 
     `collectives` is how tensors of the model travel; plans and small CPU tensors never go over NCCL:
     * gloo: over it alone, as everything then does; tensors of a GPU by way of the host;
@@ -102,8 +102,8 @@ def join_group(
     # A store is enough for ranks that can share memory; otherwise torch's process group meets over it.
     store: Any = None
     meeting: Any = store_file
-    if meeting is None and agent_store and device == "cpu" and size == local_size:
-        meeting = _torchrun_store(rank, size, timeout_s)
+    if meeting is None and agent_attempt is not None and device == "cpu" and size == local_size:
+        meeting = _torchrun_store(rank, size, timeout_s, agent_attempt)
     if meeting is not None:
         host = FileStoreCollectives(meeting, rank, size, timeout_s)
         if device == "cpu" and collectives in ("auto", "shared_memory"):
@@ -123,13 +123,16 @@ def join_group(
     return _group_of(world, where, local_size, collectives, timeout_s, destroy=dist.destroy_process_group)
 
 
-def _torchrun_store(rank: int, size: int, timeout_s: float) -> Any:
-    """Return the store that torchrun's agent keeps for its ranks."""
+def _torchrun_store(rank: int, size: int, timeout_s: float, attempt: str) -> Any:
+    """Return the store that torchrun's agent keeps for its ranks, as this attempt of theirs may use it.
+
+    It outlives them: what ranks of an earlier attempt wrote would be taken for that of these.
+    """
     from torch.distributed.rendezvous import rendezvous
 
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
-    return torch._C._distributed_c10d.PrefixStore("phalanx", store)
+    return torch._C._distributed_c10d.PrefixStore(f"phalanx/{attempt}", store)
 
 
 def adopt_group(

@@ -25,8 +25,9 @@ class RankInfo:
     local_size: int = 1
     launched: bool = False
     """Started by torchrun or another launcher, which watches this process's end."""
-    agent_store: bool = False
-    """torchrun's agent serves the store by which the ranks meet; otherwise rank 0 would have to."""
+    agent_attempt: str | None = None
+    """Which start of the ranks this is, of a torchrun whose agent serves the store by which they meet: that of a start
+    before still holds what those ranks wrote. None where rank 0 would have to serve it."""
     folder: Path | None = None
     """The private folder of a client's own group, through whose files its ranks meet (see own_group.py)."""
 
@@ -55,7 +56,11 @@ def read_rank_info(folder: Path | None = None) -> RankInfo:
         local_rank=values["LOCAL_RANK"],
         local_size=values["LOCAL_WORLD_SIZE"],
         launched=True,
-        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        agent_attempt=(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            else None
+        ),
         folder=folder,
     )
 

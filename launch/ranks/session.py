@@ -51,7 +51,7 @@ def join(config: EngineConfig, rank_info: RankInfo) -> Group:
             collectives=config.collectives,
             timeout_s=config.timeout_s,
             store_file=None if rank_info.folder is None else rank_info.folder / "store",
-            agent_store=rank_info.agent_store,
+            agent_attempt=rank_info.agent_attempt,
         )
     except CollectivesUnavailable as error:
         raise ConfigError(f"collectives={config.collectives}: {error}; set collectives=auto") from error

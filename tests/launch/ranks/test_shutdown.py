@@ -102,7 +102,7 @@ def test_no_rank_outlives_a_supervisor_that_was_killed(tiny: Path) -> None:
 
 def test_no_rank_outlives_a_fork_server_that_was_killed(tiny: Path) -> None:
     with nothing_left_behind():
-        process = start_generating(tiny, ALONE, 2)
+        process = start_generating(tiny, ALONE, 2, "max_restarts=0")
         everyone = family(process.pid)
         server = next(each for each in everyone if "phalanx.launch.ranks.fork" in each.cmdline())
         server.kill()

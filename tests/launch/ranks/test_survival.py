@@ -127,6 +127,16 @@ def test_nothing_is_lost_whichever_rank_is_killed_and_whenever(smollm2: Path) ->
 
 
 @pytest.mark.slow
+def test_nothing_is_lost_with_the_process_that_ranks_are_forked_from(smollm2: Path) -> None:
+    with _group(smollm2) as llm:
+        expected = _Running(llm, 40).results()
+        running = _Running(llm, 40)
+        running.take_until(60)
+        rank_processes()[0].parent().kill()  # type: ignore[union-attr]
+        assert running.results() == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named_and_nothing_is_lost(
     smollm2: Path, rank: int, capfd: pytest.CaptureFixture[str]
@@ -162,21 +172,23 @@ def test_a_busy_machine_and_long_prompts_are_no_hang(smollm2: Path, capfd: pytes
 def test_a_request_that_kills_the_group_fails_alone(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Rank 1 ends when it is to compute this token.
+    # Rank 1 ends when it is to compute this token. It is a fork of a process in which nothing else may run.
     poison = 4242
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
+        "import os, sys\n"
+        "if any(part.endswith('ranks.fork') for part in sys.orig_argv):\n"
         "    from phalanx.engine.execution.slot_table import SlotTable\n"
         "    apply = SlotTable.apply\n"
         "    def applied(self, plan):\n"
-        f"        if any({poison} in start.token_ids for start in plan.starts):\n"
+        f"        poisoned = any({poison} in start.token_ids for start in plan.starts)\n"
+        "        if poisoned and os.environ['RANK'] == '1':\n"
         "            os._exit(9)\n"
         "        apply(self, plan)\n"
         "    SlotTable.apply = applied\n"
     )
     with contextlib.ExitStack() as stack:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
         llm = stack.enter_context(_group(smollm2, max_restarts=20))
         expected = _Running(llm, 40).results()
         running = _Running(llm, 40)
