@@ -90,6 +90,10 @@ def _engine_room(module: tuple[str, ...]) -> str:
     return "assembly" if module == ("engine", "engine") else module[1]
 
 
+def test_no_docstring_or_help_text_begins_with_of() -> None:
+    assert [path for path in _sources(*LAYERS, "benchmarks") if re.search(r'"""Of\b', path.read_text())] == []
+
+
 def test_serving_speaks_to_the_engine_as_its_clients_do() -> None:
     for path in _sources("serving"):
         rooms = {_engine_room(module) for module in _imported_modules(path) if module[0] == "engine"}

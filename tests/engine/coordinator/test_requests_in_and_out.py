@@ -532,21 +532,3 @@ def test_a_defect_of_either_thread_is_raised_in_the_step_loop(ends: _Ends, monke
     ends.ingress.receive(b"", Submit(id="a", prompt="invalid"))
     with pytest.raises(RuntimeError, match="a defect"):
         ends.loop.next()
-
-
-def test_a_defect_in_one_answers_text_fails_that_request_alone(ends: _Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken, sound = ends.accept(ONE), ends.accept(OTHER)
-    update = OutputProcessor.update
-
-    def defective(self: OutputProcessor, news: SequenceUpdate) -> None:
-        if news.request is broken:
-            raise KeyError("a defect")
-        update(self, news)
-
-    monkeypatch.setattr(OutputProcessor, "update", defective)
-    ends.egress.deliver([_update(broken, 5), _update(sound, 6)])
-    failed = _failed(EngineFault, "the answer could not be made: KeyError('a defect')")
-    assert ends.transport.next() == (ONE.client, [failed])
-    assert ends.transport.next() == (OTHER.client, [Delta("a", 0, "", [6], None, 0)])
-    assert ends.loop.next() == ("abort", ONE.request_id)
-    assert ends.registry.unfinished() == [OTHER.request_id]

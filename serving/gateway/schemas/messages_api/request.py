@@ -181,7 +181,7 @@ class ContextManagement(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 
 class AnthropicMetadata(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Of whom the request is. It has no effect."""
+    """The user whose request this is. It has no effect."""
 
     user_id: str | None = None
 
