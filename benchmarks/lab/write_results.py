@@ -86,6 +86,11 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         "`parts/collectives.py`: all-reduce of ranks, in microseconds.",
         single.collectives,
     ),
+    "before_after": (
+        "Another commit beside this one",
+        "`parts/before_after.py`: both commits on the same weights, in turns. A ratio above 1: this commit is faster.",
+        single.before_after,
+    ),
     "prefix_cache": (
         "Prefix cache",
         "`prefix_cache.py`: what it gains, and costs where nothing is shared.",
@@ -120,6 +125,7 @@ The commands, each with `key=value` options and `out=FILE` for the JSON line:
     python benchmarks/limits.py                                          # what the machine could do
     python benchmarks/quantization.py model=models/smollm2-135m
     python benchmarks/startup.py random=qwen2_5_0_5b ranks=2
+    python benchmarks/parts/before_after.py before=../before/phalanx model=models/qwen2-5-0-5b
     python benchmarks/gpu.py out=gpu.json                                # everything on one GPU, in nine minutes"""
 
 

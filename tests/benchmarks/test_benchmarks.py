@@ -132,6 +132,24 @@ def test_throughput_gives_the_ratio_to_transformers(tiny: Path) -> None:
 
 
 @pytest.mark.slow
+def test_before_after_measures_each_case_at_both_commits(tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "phalanx"
+    other.symlink_to(ROOT)
+    sizes = ("requests=2", "prompt_tokens=20", "new_tokens=2", "repeats=1", "rounds=1", "startups=0")
+    result = last_line(run_benchmark("parts/before_after", f"before={other}", f"model={tiny}", "dtype=float32", *sizes))
+    assert set(result["cases"]) == {"one_request", "many_requests", "prompt", "shared_prompt", "scheduler"}
+    for case in result["cases"].values():
+        assert case["rounds"] == 1
+        assert case["before/after"] == round(case["before_s"] / case["after_s"], 3)
+
+
+def test_before_after_refuses_what_is_no_checkout(tiny: Path, tmp_path: Path) -> None:
+    process = run_benchmark("parts/before_after", f"before={tmp_path}", f"model={tiny}")
+    assert process.returncode == 1
+    assert f"before={tmp_path} must be a checkout of phalanx" in process.stderr
+
+
+@pytest.mark.slow
 def test_startup_measures_a_group_of_ranks(tiny: Path) -> None:
     result = last_line(run_benchmark("startup", f"model={tiny}", "repeats=1", "ranks=2"))
     assert result["import_s"] <= result["ready_s"] <= result["first_token_s"]

@@ -64,6 +64,11 @@ def scheduler(result: Result) -> Blocks:
     return [*table("running requests", result.pop("running")), *_rest(result)]
 
 
+def before_after(result: Result) -> Blocks:
+    """Tables of before_after.py: each case at both commits, and the ratios within the rounds."""
+    return [*table("case", result.pop("cases")), *_rest(result)]
+
+
 def startup(result: Result) -> Blocks:
     """Tables of startup.py: seconds from the start of the process, medians and each run."""
     runs = {f"run {number}": run for number, run in enumerate(result.pop("runs"), 1)}
