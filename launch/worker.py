@@ -27,7 +27,8 @@ class WorkerKeys(Keys):
 def work(job: Job[WorkerKeys]) -> int:
     """Serve until a client or a signal ends the group."""
     config = job.engine_config()
-    address, endpoint = job.keys.address, job.keys.endpoint
+    address = job.keys.address
+    endpoint = job.keys.endpoint
     if address is not None and endpoint not in (None, address):
         raise ConfigError(f"address={address!r} and endpoint={endpoint!r} are two names of one setting: give one")
     address = address or endpoint

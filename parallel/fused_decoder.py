@@ -1,4 +1,5 @@
-"""A rank's decoder layers on a CPU, without Python between their parts, which with few tokens is a tenth of a step."""
+"""A rank's decoder layers and last norm on a CPU, without Python between their parts: with few tokens that is a tenth
+of a step."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ class LogitsIndices:
 
 
 class FusedDecoder:
-    """The layers of one rank over one cache of CpuAttention. Sublayer 2 i is layer i's attention, 2 i + 1 its MLP."""
+    """The layers of one rank over one cache of CpuAttention, and the norm after them.
+
+    Sublayer 2 i is layer i's attention, 2 i + 1 its MLP.
+    """
 
     def __init__(
         self,
@@ -56,16 +60,22 @@ class FusedDecoder:
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         *,
+        last_norm: torch.Tensor,
         heads: int,
         hidden: int,
         eps: float,
         dtype: torch.dtype,
         collectives: Collectives,
     ) -> None:
-        """`keys` and `values` are the layers' pools; `heads` counts this rank's query heads; `eps` is of all norms."""
+        """`keys` and `values` are the layers' pools; `last_norm` is float32 (hidden,), as all norms' weights.
+
+        `heads` counts this rank's query heads; `eps` is of all norms.
+        """
         self._sublayers = range(2 * len(layers))
         self._last_attention = self._sublayers[-2]
         self._kept = layers, keys, values  # whose memory is used by address
+        self._last_norm = last_norm
+        self._eps = eps
         self._collectives = collectives
         self._dtype = dtype
 
@@ -103,13 +113,13 @@ class FusedDecoder:
         logits_indices: LogitsIndices | None = None,
         trace: Callable[[str], None] | None = None,
     ) -> torch.Tensor:
-        """Add to the residual stream `total`, float32 (T, hidden), what the layers, one after the other, make of it.
+        """Hidden states (T, hidden) after the last norm, of the residual stream `total`, float32 (T, hidden).
 
-        Attention stores the tokens' keys and values at `slot_mapping` (T,) and attends by `plan`, of
-        CpuAttention.plan(); `cos` and `sin` are RotaryEmbedding's. Returns `total`; or the stream of the tokens
-        `logits_indices` alone, for the last layer makes nothing but keys and values of the others. A `trace` is called
-        with the name of each sublayer when it is done. Without one all are one call, if nothing has to happen between
-        them. Raises CollectiveError when a rank is lost.
+        The layers, one after the other, add to `total`. Attention stores the tokens' keys and values at `slot_mapping`
+        (T,) and attends by `plan`, of CpuAttention.plan(); `cos` and `sin` are RotaryEmbedding's. With `logits_indices`
+        the result is of these tokens alone, for the last layer makes nothing but keys and values of the others. A
+        `trace` is called with the name of each sublayer when it is done. Without one all are one call, if nothing has
+        to happen between them. Raises CollectiveError when a rank is lost.
         """
         step = cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr(), plan
         partial = None if self._collectives.size == 1 else torch.empty(total.shape, dtype=self._dtype)
@@ -132,7 +142,13 @@ class FusedDecoder:
                 self._all_reduce(piece.start, partial, total)
             if trace is not None:
                 trace(SUBLAYERS[piece.start % 2])
-        return total
+        return self._norm(total)
+
+    def _norm(self, total: torch.Tensor) -> torch.Tensor:
+        hidden = torch.empty(total.shape, dtype=self._dtype)
+        shape = *total.shape, cpu.DTYPES[self._dtype]
+        cpu.native.norm(total.data_ptr(), self._last_norm.data_ptr(), self._eps, hidden.data_ptr(), *shape)
+        return hidden
 
     def _all_reduce(self, sublayer: int, partial: torch.Tensor | None, total: torch.Tensor) -> None:
         """Add the sum of all ranks' `partial`, and the sublayer's bias, to `total`."""

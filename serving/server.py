@@ -129,6 +129,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         pool = Engines(settings.pool, settings.gateway.served_model_names)
         app = make_app(pool, settings)
+
         http = make_server(
             app,
             settings.gateway,
@@ -137,6 +138,7 @@ class Server:
             **self._tls,
         )
         http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+
         stopped = asyncio.create_task(self._stop.wait())
         serving = asyncio.create_task(http.serve([self._socket]))
         try:
@@ -147,6 +149,7 @@ class Server:
                 ready.result()
                 on_ready(self, pool)
                 await asyncio.wait((stopped, serving), return_when=asyncio.FIRST_COMPLETED)
+
             ready.cancel()
             await self._drain(pool)
         finally:
@@ -192,7 +195,8 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
 
 def _listen(config: GatewayConfig, backlog: int) -> socket.socket:
     """Return a socket that listens at the gateway's address. Raises ConfigError if it cannot be had."""
-    host, port = config.host, config.port
+    host = config.host
+    port = config.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

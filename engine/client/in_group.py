@@ -169,7 +169,8 @@ def _last_word(control: ControlChannel) -> Failed | None:
 
 def _agreed_config(process_group: dist.ProcessGroup, values: dict[str, Any]) -> EngineConfig:
     """Return the configuration, if every rank can make its own. Otherwise all raise the first rank's error."""
-    config, problem = None, b""
+    config = None
+    problem = b""
     try:
         config = EngineConfig.from_dict(values)
     except Exception as error:

@@ -95,14 +95,17 @@ def find_path(schema: Any, field: str, error: str, compile_alone: Callable[[Any]
 
     References of a part to the whole are not followed: a fault behind one is found at its definition.
     """
-    path, part, tries = field, schema, 0
+    path = field
+    part = schema
+    tries = 0
     while True:
         for below, child in subschemas(part, path):
             tries += 1
             if tries > TRIES:
                 return path
             if compile_alone(child) == error:
-                path, part = below, child
+                path = below
+                part = child
                 break
         else:
             return path

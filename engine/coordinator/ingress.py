@@ -134,6 +134,7 @@ class Ingress:
         size = _bytes_of(prompt, WAITING_BYTES)
         seed = self._processor.next_seed(submit) if isinstance(submit, Submit) else None
         received = _Received(owner, submit, time.monotonic(), size, seed)
+
         with self._lock:
             if self._closed:
                 return
@@ -154,7 +155,8 @@ class Ingress:
 
     def _refusal(self, received: _Received) -> PhalanxError | None:
         """Why a request is refused unseen. The lock is held."""
-        owner, size = received.owner, received.size
+        owner = received.owner
+        size = received.size
         if owner in self._waiting:
             return id_in_use(owner)
         waiting = self._waiting_bytes.get(owner.client, 0)
@@ -179,7 +181,8 @@ class Ingress:
     # ---- the intake threads
 
     def _take_in(self, received: _Received) -> None:
-        owner, submit = received.owner, received.submit
+        owner = received.owner
+        submit = received.submit
         with self._lock:
             if owner not in self._waiting:
                 return  # refused when the engine was closed

@@ -44,7 +44,9 @@ class InputProcessor:
     ) -> None:
         """`keeps_priorities` says whether a request's own priority counts; otherwise all have priority 0."""
         self._keeps_priorities = keeps_priorities
-        self._config, self._spec, self._tokenizer = config, spec, tokenizer
+        self._config = config
+        self._spec = spec
+        self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
         self._stated = stated_defaults(generation_config)
@@ -129,7 +131,9 @@ class InputProcessor:
             seed = derive_seed(self._config.seed, next(self._unseeded))
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
-        outputs = resumed_outputs(submit, len(prompt), self._max_model_len, self._check_tokens)
+        outputs = []
+        if submit.resume is not None:
+            outputs = resumed_outputs(submit.resume, params.n, len(prompt), self._max_model_len, self._check_tokens)
         resume = submit.resume or Resume(completions=[])
         arrived_at -= resume.age_s
         samplings = self._samplings(params, seed, tuple(sorted(eos | stops)), bad_words)

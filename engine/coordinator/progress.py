@@ -58,7 +58,8 @@ class Progress:
 
     def status(self) -> Status:
         """The engine as it was after the latest step."""
-        latest, went_on_at = self._latest, self._went_on_at
+        latest = self._latest
+        went_on_at = self._went_on_at
         stalled_s = 0.0 if self._resting else max(0.0, self._clock() - went_on_at)
         return msgspec.structs.replace(latest, stalled_s=stalled_s, rank_wait_seconds=self._rank_waits())
 

@@ -6,21 +6,18 @@ import math
 from collections.abc import Callable
 
 from ..errors import InvalidRequest
-from ..protocol.messages import Submit
+from ..protocol.messages import Resume
 
 
 def resumed_outputs(
-    submit: Submit, prompt_length: int, max_model_len: int, check_tokens: Callable[[str, list[int]], None]
+    resume: Resume, n: int, prompt_length: int, max_model_len: int, check_tokens: Callable[[str, list[int]], None]
 ) -> list[list[int]]:
-    """The output tokens of each completion that another engine has delivered; none of a request that is new.
+    """The output tokens of each of `n` completions that another engine has delivered.
 
     `check_tokens` refuses ids outside the vocabulary, by the name of their field. Raises InvalidRequest.
     """
-    if submit.resume is None:
-        return []
-    outputs = [each.token_ids for each in submit.resume.completions]
-    if len(outputs) != submit.sampling.n:
-        n = submit.sampling.n
+    outputs = [each.token_ids for each in resume.completions]
+    if len(outputs) != n:
         raise InvalidRequest(f"resume has {len(outputs)} completions; it must have as many as n={n}")
 
     for tokens in outputs:
@@ -31,7 +28,7 @@ def resumed_outputs(
                 f"max_model_len={max_model_len}: the engine before this one had a larger one"
             )
 
-    times = [submit.resume.age_s, submit.resume.ttft_s or 0.0]
+    times = [resume.age_s, resume.ttft_s or 0.0]
     if not all(0 <= seconds < math.inf for seconds in times):
         raise InvalidRequest(f"resume has age_s and ttft_s of {times}; they must be seconds of at least 0")
     return outputs

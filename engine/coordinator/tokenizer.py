@@ -41,22 +41,21 @@ class Tokenizer:
         if made:
             self._tokenizer = _make(folder)
 
-        probe = list(self._tokenizer("Probe 1")["input_ids"])
-        backend = self._tokenizer.backend_tokenizer
-        added = backend.get_added_tokens_decoder()
+        self._backend = self._tokenizer.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        check_tokens(folder, probe, self._special_ids)
+        check_tokens(folder, self._token_ids("Probe 1"), self._special_ids)
         self._special = frozenset(self._special_ids.values())
         self._takes_parts: bool | None = None
         self._template = None
         if self.chat_template is not None:
             variables = dict(self._tokenizer.special_tokens_map)
             self._template = ChatTemplate(self.chat_template, variables, self._special_ids)
-        self._plain_text = PlainText(self._tokenizer, self._special)
+        self._plain_text = PlainText(self._backend, self._special)
         ids = {token.content: token_id for token_id, token in added.items()}
         self._reasoning_tags = find_tags(ids, self.chat_template)
         """What the model's thinking is enclosed in."""
-        self.token_bytes = TokenBytes(backend, self.size)
+        self.token_bytes = TokenBytes(self._backend, self.size)
         """The bytes of each token by its id."""
 
         if made and stored is not None:
@@ -75,7 +74,7 @@ class Tokenizer:
         """
         if isinstance(self._tokenizer, StoredTokenizer):
             return self._tokenizer.longest_token_bytes
-        backend = self._tokenizer.backend_tokenizer
+        backend = self._backend
         model = json.loads(backend.to_str())["model"]
         decoder = str(backend.decoder)
         # Other models have one token for an unknown word of any length.
@@ -99,14 +98,19 @@ class Tokenizer:
             raise InvalidRequest(f"the text is not valid Unicode: {error}") from error
         if limit is not None:
             self._check_beginnings(text, limit)
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        return self._token_ids(text, special)
+
+    def _token_ids(self, text: str, special: bool = True) -> list[int]:
+        # A batch, unlike a single text, is encoded without the GIL.
+        [encoded] = self._backend.encode_batch([text], add_special_tokens=special)
+        return list(encoded.ids)
 
     def _check_beginnings(self, text: str, limit: int) -> None:
         """To encode a text of many megabytes takes long; a beginning of it tells as well that it is too long."""
         size = USUAL_CHARACTERS * limit
         while size < len(text):
             # Where it is cut, a character or word may be more tokens than in the whole.
-            count = len(self._tokenizer(text[:size], add_special_tokens=False)["input_ids"])
+            count = len(self._token_ids(text[:size], special=False))
             if count > limit + WINDOW_TOKENS:
                 raise InvalidRequest(
                     f"the first {size} of {len(text)} characters have {count} tokens already; the prompt may have at "
@@ -170,7 +174,7 @@ class Tokenizer:
 
     def definition(self) -> str:
         """The text of a tokenizer.json that has everything this tokenizer has."""
-        backend = type(self._tokenizer.backend_tokenizer).from_str(self._tokenizer.backend_tokenizer.to_str())
+        backend = type(self._backend).from_str(self._backend.to_str())
         backend.no_padding()
         backend.no_truncation()
         return str(backend.to_str())
@@ -205,11 +209,11 @@ class Tokenizer:
         skipped = self._special if skip_special_tokens else frozenset()
         if shows_reasoning_tags:
             skipped -= self._reasoning_tags.ids
-        return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, skipped, prompt[-CONTEXT_TOKENS:])
+        return IncrementalDetokenizer(self._backend, skipped, prompt[-CONTEXT_TOKENS:])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included; ids that are no tokens have none."""
-        return str(self._tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
 
     @property
     def kind(self) -> str:
@@ -239,7 +243,7 @@ def _make(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
         )
-        # What fails with every text fails here.
+        # What fails with every text fails here. Truncation and padding, which some folders are saved with, end here.
         tokenizer("Probe 1")
     except BaseException as error:
         # tokenizers are written in Rust, whose panic is no Exception.

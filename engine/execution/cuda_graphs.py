@@ -134,7 +134,9 @@ class DecodeGraphs:
 
         `max_blocks` are the entries of a block table, `dummy_block` is one that no sequence is given.
         """
-        self._compute, self._recorder, self._block_size = compute, recorder, block_size
+        self._compute = compute
+        self._recorder = recorder
+        self._block_size = block_size
         self._sizes = sorted(sizes)
         self._recorded: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
 

@@ -62,7 +62,8 @@ class Heartbeat:
 
     def step(self, number: int, tokens: int) -> None:
         """Note the step whose phases come next."""
-        self._step, self._tokens = number, tokens
+        self._step = number
+        self._tokens = tokens
 
     def phase(self, name: str) -> None:
         """Note what the rank does from now on."""

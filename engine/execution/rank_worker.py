@@ -48,7 +48,8 @@ class LaunchedStep:
         prompt_logprobs: dict[int, list[TokenLogprobs]],
     ) -> None:
         """`token_ids` are int64 (S,), maybe on a GPU that has yet to compute them: they are on their way already."""
-        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
         self._token_ids = token_ids
         self._arrived: torch.cuda.Event | None = None
         if token_ids.device.type == "cuda":
@@ -93,10 +94,15 @@ class Worker:
         capacity: Capacity,
     ) -> None:
         """`graphs` are of `model` over `cache`, None if decode steps have none. `memory` explains where it runs out."""
-        self.rank, self.settings, self.memory = rank, settings, memory
-        self.model, self.load_report = model, load_report
-        self.sampler, self.slot_table = sampler, slot_table
-        self.cache, self.capacity = cache, capacity
+        self.rank = rank
+        self.settings = settings
+        self.memory = memory
+        self.model = model
+        self.load_report = load_report
+        self.sampler = sampler
+        self.slot_table = slot_table
+        self.cache = cache
+        self.capacity = capacity
         self._graphs = graphs
         self.heartbeat = Heartbeat()
         """Set before the first step, where somebody supervises this rank."""

@@ -30,7 +30,8 @@ class SlotTable:
         The rows that pad a batch keep their keys and values in `dummy_block`, which no sequence has.
         """
         self._token_counts = token_counts
-        self._block_size, self._device = block_size, device
+        self._block_size = block_size
+        self._device = device
 
         # The last slot is nobody's: the sequence of one token with which batches are padded.
         count = max_num_seqs + 1

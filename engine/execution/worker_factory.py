@@ -114,7 +114,8 @@ def measure_largest_step(parts: WorkerParts) -> int:
     Every rank calls it, while nothing runs and before any sequence has a slot that matters.
     Raises ConfigError if a GPU has too little memory for the step.
     """
-    config, requirements = parts.memory.requirements.config, parts.memory.requirements
+    config = parts.memory.requirements.config
+    requirements = parts.memory.requirements
     plan = worst_case_plan(
         config.max_num_seqs, config.max_num_batched_tokens, requirements.max_model_len, requirements.block_size
     )
@@ -127,7 +128,9 @@ def assemble(parts: WorkerParts, num_blocks: int, sizes: Sequence[int] = ()) -> 
 
     Every rank calls it with the same values; the graphs are captured here, unless settings.graphs is lazy.
     """
-    group, settings, model = parts.group, parts.settings, parts.loaded.model
+    group = parts.group
+    settings = parts.settings
+    model = parts.loaded.model
     max_num_seqs = parts.memory.requirements.config.max_num_seqs
 
     # One more block, that no sequence is given, for the rows that pad a graph's batches.
@@ -207,7 +210,9 @@ def _fill(
 
 
 def _make_graphs(parts: WorkerParts, cache: KVCache, sizes: Sequence[int], dummy_block: int) -> DecodeGraphs:
-    settings, model, requirements = parts.settings, parts.loaded.model, parts.memory.requirements
+    settings = parts.settings
+    model = parts.loaded.model
+    requirements = parts.memory.requirements
 
     def compute(batch: ForwardBatch) -> torch.Tensor:
         return model.logits(model(batch, cache))

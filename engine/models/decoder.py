@@ -264,11 +264,9 @@ class CausalLM(nn.Module):
 
         fused_decoder = self._fused_decoder(cache)
         if fused_decoder is not None:
-            residual = self._run_fused(fused_decoder, residual, step)
+            hidden = self._run_fused(fused_decoder, residual, step)
         else:
-            residual = self._run_layers(residual, step, cache)
-
-        hidden: torch.Tensor = self.norm(residual)
+            hidden = self.norm(self._run_layers(residual, step, cache))
         if trace is not None:
             trace("norm")
         return hidden
@@ -312,9 +310,9 @@ class CausalLM(nn.Module):
             residual = layer(residual, step, k_cache, v_cache, selected if layer is last else None)
         return residual
 
-    def _run_fused(self, fused_decoder: FusedDecoder, residual: Residual, step: Step) -> Residual:
-        """What _run_layers() does, in one call."""
-        total = fused_decoder.run(
+    def _run_fused(self, fused_decoder: FusedDecoder, residual: Residual, step: Step) -> torch.Tensor:
+        """What _run_layers() and the norm do, in one call."""
+        return fused_decoder.run(
             residual.materialize(),
             step.cos,
             step.sin,
@@ -323,7 +321,6 @@ class CausalLM(nn.Module):
             step.logits_indices,
             step.trace,
         )
-        return Residual(total)
 
     def _fused_decoder(self, cache: KVCache) -> FusedDecoder | None:
         """All layers over this cache, if they can run in one piece."""
@@ -342,6 +339,7 @@ class CausalLM(nn.Module):
             layers,
             cache.keys,
             cache.values,
+            last_norm=self.norm.weight,
             heads=len(build.share.query_heads),
             hidden=self.spec.hidden_size,
             eps=self.spec.rms_norm_eps,

@@ -135,7 +135,8 @@ def _awaited_words(sampling: SlotSampling, known: TokenIds, output_length: int) 
     The last of the `output_length` output tokens is not known yet. -1 stands for any preceding token.
     """
     before = known[: output_length - 1]
-    banned, preceding = [], []
+    banned = []
+    preceding = []
     for word in sampling.bad_words:
         if len(word) == 1 or (output_length >= len(word) - 1 and _ends_with(before, word[:-2])):
             banned.append(word[-1])

@@ -102,7 +102,9 @@ def kept_counts(
     Each of the three keeps a beginning of the sorted vocabulary, so together they keep the shortest. The first `exact`
     keys are certain. `totals` is float64 (R, 1), used where no top-k limits the nucleus. Returns int64 and bool (R, 1).
     """
-    top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
+    top_k = settings.top_k
+    top_p = settings.top_p
+    min_p = settings.min_p
     temperature = settings.temperature.double()
     values = key_values(keys).double()
     likeliest = values[:, :1]

@@ -23,8 +23,7 @@ from ..protocol.logprobs import TokenLogprobs
 from .block_pool import BlockPool, IntegrityError, PrefixSharing
 from .integrity import check_scheduler, check_slots
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate, end_of, taken_up
-from .step_builder import StepBuilder
-from .step_plan import StepPlan, StepResult
+from .step_plan import StepBuilder, StepPlan, StepResult
 
 HEADROOM_TOKENS = 16  # an admission leaves each running sequence the blocks of its next 16 tokens, or of one block
 

@@ -38,37 +38,77 @@ def attend_keys(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr = False,
 ):
     """Attention of queries [M, D] over tiles `begin` to `end`: (result [M, D], log2 of the sum of weights [M]).
 
     Both are float32. D is HEAD_DIM or the next power of two, with zeros. `table` stands at the row, which has `keys`
     keys. A query sees positions up to its last_seen [M]: all of those before tile `full`, and one at least of tile
-    `begin`. Without tiles the result is zero.
+    `begin`. `CAUSAL`: some see fewer keys than others. Without tiles the result is zero.
+
+    What a query does not see changes no bit of its result, were it infinite or NaN. A query that sees such a key or
+    value gets a result that is not finite.
     """
     M: tl.constexpr = queries.shape[0]
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, queries.shape[1]], tl.float32)
 
+    # 0 times what is infinite or NaN is NaN. So the row ends before the first such value of the tiles that not all
+    # queries see, and the queries that do see it get NaN in the end.
+    if CAUSAL:
+        keys = _first_poisoned(v_cache, kv_head, table, full, end, keys, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+
     # A tile's blocks are looked up while the tile before it is computed, so that its loads need not wait for them.
     blocks = _look_up(table, begin * BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
     for tile in range(begin, full):
         first = tile * BLOCK_N
-        k, v = _load_tile(
-            k_cache, v_cache, kv_head, blocks, first, keys, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N
-        )
+        k = _load_tile(k_cache, kv_head, blocks, first, keys, False, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        v = _load_tile(v_cache, kv_head, blocks, first, keys, False, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, False, HEAD_DIM)
 
     # The last tiles, of which some keys are not visible to all queries, or are past the row's end.
     for tile in range(full, end):
         first = tile * BLOCK_N
-        k, v = _load_tile(k_cache, v_cache, kv_head, blocks, first, keys, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        k = _load_tile(k_cache, kv_head, blocks, first, keys, True, False, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        v = _load_tile(v_cache, kv_head, blocks, first, keys, True, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
 
+    if CAUSAL:
+        acc = tl.where((last_seen >= keys)[:, None], float("nan"), acc)
     total = tl.where(total == 0.0, 1.0, total)
     return acc / total[:, None], peak + tl.log2(total)
+
+
+@triton.jit
+def _first_poisoned(
+    v_cache,
+    kv_head,
+    table,
+    full,
+    end,
+    keys,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The first position of tiles `full` to `end` whose value is infinite or NaN; `keys` if there is none.
+
+    A pass of its own: within the walk over the keys, where registers are scarce, to replace such values made prefill
+    of heads of 128 spill up to 124 bytes a thread on sm_80.
+    """
+    found = keys
+    for tile in range(full, end):
+        first = tile * BLOCK_N
+        blocks = _look_up(table, first, keys, BLOCK_SIZE, BLOCK_N)
+        v = _load_tile(v_cache, kv_head, blocks, first, keys, True, True, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        finite = tl.min((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32), 1)
+        n = first + tl.arange(0, BLOCK_N)
+        found = tl.minimum(found, tl.min(tl.where(finite == 1, keys, n), 0))
+    return found
 
 
 @triton.jit
@@ -84,49 +124,43 @@ def _look_up(table, first, keys, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def _load_tile(
-    k_cache,
-    v_cache,
+    pool,
     kv_head,
     blocks,
     first,
-    keys,
+    end,
     MASKED: tl.constexpr,
+    VALUES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys and values [BLOCK_N, D] of positions first to first + BLOCK_N, whose blocks are known.
+    """Keys or values [BLOCK_N, D] of positions first to first + BLOCK_N, whose blocks are known.
 
-    `MASKED`: some may be past the row's end. These are zero, as what a block's last owner left there may be NaN.
+    `MASKED`: some may be from `end` on. These are zero, as what a block's last owner left there may be NaN. (Of keys
+    that come as a whole tile it is enough that nobody sees their scores.)
     """
     n = first + tl.arange(0, BLOCK_N)
-    inside = n < keys
+    inside = n < end
     column = kv_head * HEAD_DIM
 
-    if isinstance(k_cache, tl.tensor_descriptor):
-        entry = blocks * BLOCK_SIZE + first % BLOCK_SIZE
-        k = k_cache.load([entry, column])
-        v = v_cache.load([entry, column])
-        if MASKED:  # of keys it is enough that nobody sees their scores
-            v = tl.where(inside[:, None], v, 0.0)
+    if isinstance(pool, tl.tensor_descriptor):
+        tile = pool.load([blocks * BLOCK_SIZE + first % BLOCK_SIZE, column])
+        if MASKED and VALUES:
+            tile = tl.where(inside[:, None], tile, 0.0)
     else:
         d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
         entries = blocks.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
         offsets = (entries * (KV_HEADS * HEAD_DIM))[:, None] + d
-        k_cache += column
-        v_cache += column
+        pool += column
         if d.shape[1] != HEAD_DIM:
-            present = inside[:, None] & (d < HEAD_DIM)
-            k = tl.load(k_cache + offsets, present, 0.0)
-            v = tl.load(v_cache + offsets, present, 0.0)
+            tile = tl.load(pool + offsets, inside[:, None] & (d < HEAD_DIM), 0.0)
         elif MASKED:
-            k = tl.load(k_cache + offsets, inside[:, None], 0.0)
-            v = tl.load(v_cache + offsets, inside[:, None], 0.0)
+            tile = tl.load(pool + offsets, inside[:, None], 0.0)
         else:
-            k = tl.load(k_cache + offsets)
-            v = tl.load(v_cache + offsets)
-    return k, v
+            tile = tl.load(pool + offsets)
+    return tile
 
 
 @triton.jit

@@ -150,6 +150,7 @@ def prefill_kernel(
         HEAD_DIM,
         BLOCK_SIZE,
         BLOCK_N,
+        CAUSAL=True,
     )
 
     offsets = ((query * (KV_HEADS * GROUP) + head) * HEAD_DIM)[:, None] + d

@@ -144,7 +144,8 @@ def _stored_tensor(file: Path, name: str, entry: _Entry, data: int, size: int) -
 
 def _check_order(file: Path, stored: dict[str, StoredTensor]) -> None:
     """Raise LoadError if two tensors share bytes, which no program that writes the format lets them do."""
-    before, end = "", 0
+    before = ""
+    end = 0
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
         nbytes = math.prod(tensor.shape) * tensor.itemsize
         if nbytes and tensor.offset < end:

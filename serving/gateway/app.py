@@ -71,7 +71,9 @@ class Endpoint:
 
     def __init__(self, gateway: Gateway, handler: Handler, fields: Mapping[str, str] | None = None) -> None:
         """`fields` has the request's path for each field of the protocol."""
-        self._gateway, self._handler, self._fields = gateway, handler, fields
+        self._gateway = gateway
+        self._handler = handler
+        self._fields = fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

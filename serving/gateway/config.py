@@ -87,25 +87,30 @@ class GatewayConfig:
         for name, values in (("tool_syntax", TOOL_SYNTAXES), ("reasoning", REASONING_MODES)):
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
+
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "float") and field.name != "port" and not value >= 0:
                 raise ConfigError(f"{field.name}={value!r} is out of range: it must be in [0, inf)")
             if field.name.startswith("max_") and value < 1:
                 raise ConfigError(f"{field.name}={value!r} is out of range: it must be at least 1")
+
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port!r} is out of range: it must be in [0, 65535]")
         if self.default_temperature is not None and not 0 <= self.default_temperature < float("inf"):
             value = self.default_temperature
             raise ConfigError(f"default_temperature={value!r} is out of range: it must be in [0, inf)")
+
         for name in ("head_timeout_s", "body_timeout_s"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"{name}=0 is out of range: it must be above 0")
+
         if self.max_open_body_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"max_open_body_bytes={self.max_open_body_bytes} is below max_body_bytes={self.max_body_bytes}: raise "
                 f"it, or lower that"
             )
+
         if self.otlp_endpoint is not None and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.otlp_endpoint):
             raise ConfigError(
                 f"otlp_endpoint={self.otlp_endpoint!r} is no address: it must be http://HOST:PORT or https://HOST:PORT"

@@ -28,7 +28,8 @@ class Gateway:
     """One for each app; used on its event loop alone."""
 
     def __init__(self, pool: EnginePool, config: GatewayConfig) -> None:
-        self.pool, self.config = pool, config
+        self.pool = pool
+        self.config = config
         self.admission = Admission(config)
         self.bodies = BodyBudget(config.max_open_body_bytes)
         self.responses = ResponseStore(config)

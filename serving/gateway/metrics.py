@@ -165,7 +165,8 @@ class RequestMetrics:
         self._arrivals[index] = now
 
     def _finished(self, event: Finished) -> None:
-        metrics, labels = self._metrics, self._labels
+        metrics = self._metrics
+        labels = self._labels
         metrics.e2e.labels(*labels).observe(time.monotonic() - self._sent)
         for completion in event.completions:
             reason = completion.finish_reason if completion.finish_reason in FINISH_REASONS else OTHER

@@ -135,7 +135,8 @@ class TracedSubmits:
 
 
 def _attributes(event: Finished) -> dict[str, Any]:
-    times, usage = event.timings, event.usage
+    times = event.timings
+    usage = event.usage
     attributes: dict[str, Any] = {
         "gen_ai.usage.prompt_tokens": usage.prompt_tokens,
         "gen_ai.usage.completion_tokens": usage.completion_tokens,

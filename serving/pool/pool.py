@@ -232,7 +232,8 @@ class PoolTicket:
 
     def send(self, engine: PooledEngine) -> None:
         """Send it to an engine, on the event loop. Raises EngineStopped or InvalidRequest."""
-        token_ids, info = self._submit.token_ids, engine.info
+        token_ids = self._submit.token_ids
+        info = engine.info
         if token_ids is not None and info is not None and len(token_ids) >= info.max_model_len:
             # Megabytes would be sent, and read beside the engine's steps, only to be refused.
             raise prompt_too_long(len(token_ids), info.max_model_len)

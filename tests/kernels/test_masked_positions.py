@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from phalanx.kernels import cpu
+from phalanx.kernels import cpu, cuda
 from phalanx.kernels.attention import AttentionBackend, AttentionMetadata, TorchAttention
 from phalanx.kernels.cpu.attention import CpuAttention
+from phalanx.kernels.cuda.attention import CudaAttention, TritonDecode, TritonPrefill
 
 INSTRUCTION_SETS = [
     name
@@ -28,11 +29,23 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.native.use_kernels(chosen)
 
 
+@pytest.fixture
+def triton() -> Iterator[CudaAttention]:
+    """The Triton kernels, run by Triton's interpreter."""
+    pytest.importorskip("triton")
+    cuda.interpret(True)
+    yield CudaAttention(TritonDecode(), TritonPrefill())
+    cuda.interpret(False)
+
+
 class _Prompt:
     """One sequence, of which some keys and values are not finite: those of `poisoned`, (token, value) each."""
 
-    def __init__(self, tokens: int, group: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, tokens: int, group: int, head_dim: int, dtype: torch.dtype, block_size: int = BLOCK_SIZE
+    ) -> None:
+        self.block_size = block_size
+        generator = torch.Generator().manual_seed(0)
         self.q = torch.randn(tokens, KV_HEADS * group, head_dim, generator=generator).to(dtype)
         self.k, self.v = (torch.randn(tokens, KV_HEADS, head_dim, generator=generator).to(dtype) for _ in range(2))
 
@@ -45,9 +58,9 @@ class _Prompt:
         for token, value in poisoned:
             (k if what == "k" else v)[token, :, 3 : 3 + token % 5 + 1] = value  # of some dimensions
 
-        blocks = -(-tokens // BLOCK_SIZE)
+        blocks = -(-tokens // self.block_size)
         width, kept_as = backend.cache_head(head_dim, self.k.dtype)
-        caches = [torch.zeros(blocks, BLOCK_SIZE, KV_HEADS, width, dtype=kept_as) for _ in range(2)]
+        caches = [torch.zeros(blocks, self.block_size, KV_HEADS, width, dtype=kept_as) for _ in range(2)]
         backend.store_kv(k, v, *caches, torch.arange(tokens))
         metadata = AttentionMetadata(
             num_decodes=int(last - first == 1),
@@ -57,7 +70,7 @@ class _Prompt:
             seqused_k=torch.tensor([last], dtype=torch.int32),
             query_lengths=(last - first,),
             key_lengths=(last,),
-            block_size=BLOCK_SIZE,
+            block_size=self.block_size,
         )
         return backend.attend(self.q[first:last], *caches, backend.plan(metadata))
 
@@ -146,3 +159,32 @@ def test_torchs_attention_keeps_to_it_too(dtype: torch.dtype, what: str) -> None
     for poisoned in POISON:
         for first, last in ((0, 70), (30, 67), (33, 34)):
             _check(TorchAttention(), prompt, first, last, poisoned, what)
+
+
+@pytest.mark.parametrize("what", ["v", "k"])
+def test_tritons_prefill_and_decode_keep_to_it_too(triton: CudaAttention, what: str) -> None:
+    prompt = _Prompt(24, 1, 32, torch.float32)
+    _check(triton, prompt, 0, 24, [(9, torch.inf), (17, torch.nan)], what)
+    _check(triton, prompt, 16, 17, [(17, torch.inf)], what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["v", "k"])
+@pytest.mark.parametrize(("group", "head_dim", "dtype"), [(3, 80, torch.float16), (2, 64, torch.bfloat16)])
+def test_so_they_do_over_several_tiles_of_any_kind(
+    triton: CudaAttention, group: int, head_dim: int, dtype: torch.dtype, what: str
+) -> None:
+    prompt = _Prompt(70, group, head_dim, dtype)
+    _check(triton, prompt, 0, 70, POISON[-1], what)
+    _check(triton, prompt, 30, 67, POISON[-2], what)
+    _check(triton, prompt, 33, 34, [(34, torch.nan)], what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["v", "k"])
+def test_so_they_do_where_a_whole_tile_is_copied_at_once(
+    triton: CudaAttention, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.kernels.cuda.prefill.gains_by_tma", lambda device: True)
+    prompt = _Prompt(150, 2, 64, torch.bfloat16, block_size=128)
+    _check(triton, prompt, 120, 150, [(125, torch.inf), (140, torch.nan)], what)

@@ -22,21 +22,22 @@ class PlainText:
     tokenizer that knows no special token. The tokens of all else are exactly the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Any, special_ids: Collection[int]) -> None:
-        """`tokenizer` is transformers' fast one."""
-        self._tokenizer = tokenizer
+    def __init__(self, backend: Any, special_ids: Collection[int]) -> None:
+        """`backend` is a tokenizers.Tokenizer."""
+        self._backend = backend
         self._special_ids = special_ids
-        self._added_ids = frozenset(tokenizer.backend_tokenizer.get_added_tokens_decoder())
+        self._added_ids = frozenset(backend.get_added_tokens_decoder())
         self._lock = threading.Lock()
         self._copy: Any = None  # made when it is first needed: it takes as much memory as the tokenizer
 
     def encode(self, rendered: Rendered) -> list[int]:
         """Token ids. Raises InvalidRequest if a special token cannot be written as plain text."""
-        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        # A batch, unlike a single text, is encoded without the GIL.
+        [encoded] = self._backend.encode_batch([rendered.text], add_special_tokens=False)
         token_ids: list[int] = []
         piece: list[int] = []
         start = marks = 0
-        found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        found = list(zip(encoded.ids, encoded.offsets, strict=True))
         for token, (first, end) in [*found, (None, (len(rendered.text), len(rendered.text)))]:
             if token is not None and token not in self._added_ids:
                 piece.append(token)
@@ -50,7 +51,8 @@ class PlainText:
             token_ids += piece
             if token is not None:
                 token_ids.append(token)
-            piece, start = [], end
+            piece = []
+            start = end
         return token_ids
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
@@ -66,7 +68,7 @@ class PlainText:
         special = next((token for token in found if token in self._special_ids), None)
         if special is not None:
             raise InvalidRequest(
-                f"the messages hold {self._tokenizer.convert_ids_to_tokens(special)!r}, which this model's tokenizer "
+                f"the messages hold {self._backend.id_to_token(special)!r}, which this model's tokenizer "
                 f"cannot write as plain text"
             )
         return list(found)
@@ -75,7 +77,7 @@ class PlainText:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
 
-        copy = Backend.from_str(self._tokenizer.backend_tokenizer.to_str())
+        copy = Backend.from_str(self._backend.to_str())
         copy.no_truncation()
         copy.no_padding()
         copy.encode_special_tokens = True

@@ -162,12 +162,15 @@ class ReasoningSplitter:
             opened, may_open = token_id == self._tags.opening_id and text in (opening, ""), not text
 
         if opened:
-            self._phase, self._begun_thinking = Phase.THINKING, True
+            self._phase = Phase.THINKING
+            self._begun_thinking = True
             tag = self._pass(blanks + (len(opening) if text else 0))
-            self._thinking_at, self._closing_at = self._passed, None
+            self._thinking_at = self._passed
+            self._closing_at = None
             return tag
         if last or not may_open:
-            self._phase, self._answer_at = Phase.ANSWER, 0
+            self._phase = Phase.ANSWER
+            self._answer_at = 0
         return ""
 
     def _think(self, token_id: int | None, last: bool) -> str:

@@ -33,7 +33,8 @@ class IncrementalDetokenizer:
         self._text = self._decode() if self._window else ""
         # An answer to a prompt that ends within a character is decoded by itself.
         if self._text.endswith(INCOMPLETE):
-            self._window, self._text = [], ""
+            self._window = []
+            self._text = ""
         self._context = len(self._window)  # tokens of the window whose text is shown in full
         self._shown = len(self._text)  # characters of the window's text that were returned, or are the prompt's
 

@@ -49,9 +49,7 @@ class _Stored(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StoredTokenizer:
-    """Does what Tokenizer uses of transformers' tokenizer, and equally."""
-
-    is_fast = True
+    """Has what Tokenizer uses of transformers' tokenizer, the same."""
 
     def __init__(self, stored: _Stored) -> None:
         self.backend_tokenizer = Backend.from_str(stored.backend)
@@ -62,24 +60,8 @@ class StoredTokenizer:
         self.eos_token_id = stored.eos_token_id
         self.longest_token_bytes = stored.longest_token_bytes
 
-    def __call__(
-        self, text: str, add_special_tokens: bool = True, return_offsets_mapping: bool = False
-    ) -> dict[str, list[Any]]:
-        """Token ids of a text, and with `return_offsets_mapping` the characters (first, end) that each is of."""
-        # A batch, unlike a single text, is encoded without the GIL.
-        [encoded] = self.backend_tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        found: dict[str, list[Any]] = {"input_ids": encoded.ids}
-        if return_offsets_mapping:
-            found["offset_mapping"] = encoded.offsets
-        return found
-
     def __len__(self) -> int:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
-
-    def convert_ids_to_tokens(self, token_id: int) -> str | None:
-        """The token of an id, as the vocabulary has it."""
-        token: str | None = self.backend_tokenizer.id_to_token(token_id)
-        return token
 
 
 class TokenizerStore:
@@ -113,6 +95,7 @@ class TokenizerStore:
         """Store `tokenizer`, which transformers made of the folder, and which has encoded a text."""
         if self._name is None:
             return
+
         backend = tokenizer.backend_tokenizer
         eos_token_id = tokenizer.eos_token_id
         stored = _Stored(
@@ -127,6 +110,7 @@ class TokenizerStore:
         if StoredTokenizer(stored).backend_tokenizer.to_str() != stored.backend:
             _log.debug("the tokenizer of %s is not stored: read back it is another one", self._folder)
             return
+
         try:
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()

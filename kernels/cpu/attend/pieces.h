@@ -1,5 +1,15 @@
 // Which keys and values a task of attention reads, and where they stand in the paged cache. Included inside an
 // instruction set's namespace.
+//
+// A row's keys are those of its blocks, in the order of its row of the block table. A piece is 16 of them, and a tile
+// of kKeyTile keys is 16 pieces, wherever they stand. Of block b and one KV head, with blocks of 32:
+//
+//     keys     [words of the head][keys 0-15] | [words of the head][keys 16-31] | scales of 32 keys, if it is int8
+//                piece 0                        piece 1
+//     values   [words of keys 0-31][dimensions 0-15] | [words of keys 0-31][dimensions 16-31] | ... | scales of 32
+//                rows 0-7 are piece 0's, 8-15 piece 1's (two bfloat16 of neighbouring keys are a word)
+//
+// So a block is multiplied as it stands: keys as a panel of 16 columns, values as a panel for each 16 dimensions.
 
 // A task's row of Attention::tasks, by names. `partial` is -1 if the task sees all keys of its queries.
 struct TaskView {

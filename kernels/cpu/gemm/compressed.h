@@ -8,6 +8,16 @@
 //     [table of group 0][table of group 1] ... to whole cache lines
 //     [64 bytes: indices of words 0, 1 low, of words 2, 3 high][64 lower bytes of words 0, 1][64 of words 2, 3] ...
 //
+//     a bfloat16         [s eeeeeee][e mmmmmmm]      becomes   4 bits, its index in the group's table of upper bytes,
+//                         upper byte  lower byte               and the lower byte: 12 bits instead of 16
+//
+// Within 64 bytes, lanes of 16 bytes alternate between the two words, 8 bytes each, so that unpacking indices and lower
+// bytes within lanes, which is what the instruction does, leaves each word in its order:
+//
+//     bytes     0..7          8..15         16..23        24..31        ...
+//     are of    word 0,       word 1,       word 0,       word 1,
+//               columns 0-3   columns 0-3   columns 4-7   columns 4-7   (two numbers a column)
+//
 // A group with more than 16 upper bytes stands apart, uncompressed; its table holds its number there. (That exponents
 // carry so little is DFloat11's observation, arXiv:2504.11651. Codes of different lengths, as it has them, were not
 // taken: those of one length are what a vector can look up.)

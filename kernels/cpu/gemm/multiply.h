@@ -5,6 +5,12 @@
 //
 //     c0[r] += splat(a[k][r]) * b0[k][0..15]        c1[r] += splat(a[k][r]) * b1[k][0..15]
 //
+//                        b0[k] (16 columns)   b1[k] (16 columns)
+//     splat(a[k][0])     c0[0]                c1[0]
+//     splat(a[k][1])     c0[1]                c1[1]               2 R sums, 2 words of B and 1 of x have to fit:
+//     ...                ...                  ...                 kMaxRows is how many rows leave no sum in memory
+//     splat(a[k][R-1])   c0[R-1]              c1[R-1]             (targets/ say so of each instruction set).
+//
 // R is a template's argument, so that the compiler keeps the sums in registers: see with_rows().
 
 // R rows of 32 columns, in registers, to or onto those of c.

@@ -7,6 +7,12 @@
 //     bits     31..28  27..24  23..20  19..16 | 15..12  11..8  7..4   3..0
 //     element  k + 7   k + 5   k + 3   k + 1  | k + 6   k + 4  k + 2  k
 //
+// kInt8 (and, four by four, kW8A8):
+//
+//     bytes     0, 1           2, 3           ...   30, 31          32, 33
+//     are of    column 0,      column 1,            column 15,      column 0,
+//               k and k + 1    k and k + 1          k and k + 1     k + 2 and k + 3
+//
 // kInt8: two numbers of a column stand together, and are multiplied with x rounded to 16 bits, a scale for each row:
 // finer than bfloat16 where x is large, and far finer than the weight. The sums of a group (at most 512 elements, or
 // they would leave 32 bits) are integers, and exact. (One scale for a whole row was tried and lost: 96 % of the

@@ -5,7 +5,14 @@
 
 namespace phalanx {
 
-// Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels.
+// Put a weight of n rows, a multiple of 16, and k columns, in its own memory, into panels. Of rows r0 to r15, whose
+// words are 0, 1, 2, ...:
+//
+//     as it is loaded   r0[0] r0[1] r0[2] ... r0[K-1] | r1[0] r1[1] ... | ... | r15[0] ... r15[K-1]
+//     as a panel        r0[0] r1[0] ... r15[0] | r0[1] r1[1] ... r15[1] | ... | r0[K-1] ... r15[K-1]
+//
+// One vector load of 64 bytes then gives the same word of 16 output columns, and a panel is read from its first byte to
+// its last, which is what the processor foresees best.
 void pack_weight(DType dtype, void* weight, int64_t n, int64_t k);
 
 // Copy such panels to memory that nobody has touched: each thread writes first to what it will multiply with.

@@ -28,7 +28,7 @@ enum class Scratch : int {
     kRotatedHead,   // one token's key heads, normalised and rotated, until rope_token() ends (rows.h)
     kUnpackedRows,  // the rows of the panel that pack_weight() packs, until it has (gemm/weights.cpp)
 
-    // The caller's, in a half of a decoder layer (stack.cpp).
+    // The caller's, in a sublayer of a decoder layer (stack.cpp).
     kNormedRows,     // what the first projection multiplies, until it has
     kProjectedRows,  // attention: its qkv, until attention is done; MLP: silu(gate) * up, until `down` has multiplied
                      // it

@@ -21,7 +21,7 @@ Rows normed(const DecoderStack& stack, const StackStep& step, const float* norm,
     return x;
 }
 
-// The second projection of a half: added at once, or left for the other ranks' parts to be added.
+// The last projection of a sublayer: added at once, or left for the other ranks' parts to be added.
 void project(const Projection& last, const StackStep& step, Rows x) {
     const bool alone = step.partial == nullptr;
     multiply(last.weight, x, step.tokens, last.bias, alone ? Output::kAddFloat : Output::kStore,
@@ -35,7 +35,7 @@ void gather_rows(const void* from, int64_t stride, const int64_t* rows, int coun
 }
 
 // With `choose` the tokens of the choice alone go on.
-void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, StackStep& step, bool choose) {
+void run_attention_sublayer(const DecoderStack& stack, const DecoderLayer& layer, StackStep& step, bool choose) {
     const int64_t item = element_bytes(stack.dtype);
     void* qkv = scratch(Scratch::kProjectedRows, item * step.tokens * layer.qkv.weight.n);
     multiply(layer.qkv.weight, normed(stack, step, layer.attention_norm, layer.qkv), step.tokens, layer.qkv.bias,
@@ -80,7 +80,7 @@ void run_attention_half(const DecoderStack& stack, const DecoderLayer& layer, St
     project(layer.output, step, attended);
 }
 
-void run_mlp_half(const DecoderStack& stack, const DecoderLayer& layer, const StackStep& step) {
+void run_mlp_sublayer(const DecoderStack& stack, const DecoderLayer& layer, const StackStep& step) {
     const Rows product = room_for(layer.down, step, Scratch::kProjectedRows);
     multiply(layer.gate_up.weight, normed(stack, step, layer.mlp_norm, layer.gate_up), step.tokens, layer.gate_up.bias,
              Output::kSiluMul, product);
@@ -91,12 +91,12 @@ void run_mlp_half(const DecoderStack& stack, const DecoderLayer& layer, const St
 
 void DecoderStack::run(StackStep step, int first, int last) const {
     const int last_attention = 2 * static_cast<int>(layers.size()) - 2;
-    for (int half = first; half < last && step.tokens > 0; ++half) {
-        const DecoderLayer& layer = layers[half / 2];
-        if (half % 2 == 0) {
-            run_attention_half(*this, layer, step, half == last_attention && step.chosen >= 0);
+    for (int sublayer = first; sublayer < last && step.tokens > 0; ++sublayer) {
+        const DecoderLayer& layer = layers[sublayer / 2];
+        if (sublayer % 2 == 0) {
+            run_attention_sublayer(*this, layer, step, sublayer == last_attention && step.chosen >= 0);
         } else {
-            run_mlp_half(*this, layer, step);
+            run_mlp_sublayer(*this, layer, step);
         }
 
         if (step.partial == nullptr || add_reduced == nullptr || step.tokens == 0) continue;

@@ -45,11 +45,16 @@ struct DecoderStack {
     bool int8_cache;
     float eps;  // of all norms
     std::vector<DecoderLayer> layers;
-    AddReduced add_reduced;  // null: the caller adds the ranks' partial results up, so it runs one half at a time
+    AddReduced add_reduced;  // null: the caller adds the ranks' partial results up, so it runs one sublayer at a time
     void* group;
 
-    // Halves first to last - 1, of which layer i has two: 2 i, attention, and 2 i + 1, the MLP. Each adds to the total;
-    // with room for partial results it leaves this rank's there, which add_reduced then sums and adds.
+    // Sublayers first to last - 1, of which layer i has two: 2 i, attention, and 2 i + 1, the MLP.
+    //
+    //     total ─┬─ norm ─ qkv ─ rope, store ─ attention ─ output ─┬─ (+) ─┬─ norm ─ gate_up, silu ─ down ─┬─ (+) ─ ...
+    //            └──────────────────────────────────────────────────┘      └───────────────────────────────┘
+    //
+    // Each adds to the total. With room for partial results it leaves this rank's there, which add_reduced then sums
+    // over the ranks and adds.
     void run(StackStep step, int first, int last) const;
 };
 

@@ -1,5 +1,11 @@
 // A rank's end of a segment that several processes map: flags, waiting for one another, and noticing who has gone.
 //
+//     segment    [page 0: a nonce][Line of rank 0][Line of rank 1] ... [to a whole page][data of the operations]
+//     Line       [flag][sleepers][state][waited_ns][signatures of rounds of parity 0, 1]      128 bytes
+//
+// (128 and not 64: many processors fetch cache lines in pairs, and a rank's flag is not to travel because its
+// neighbour's did.)
+//
 // Every rank has a Line: a counter that only it advances (its flag), and a count of the ranks asleep on it. A rank
 // waits for another by watching that rank's flag, first awake and then in a futex. No lost wake-up: the publisher
 // stores its flag and then loads `sleepers`, the sleeper adds to `sleepers` and then loads the flag, all sequentially

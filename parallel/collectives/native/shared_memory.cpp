@@ -1,5 +1,12 @@
 // Collectives and a message ring in shared memory, for shared_memory.py, which says what the operations promise.
 // Knows nothing of torch: addresses, counts and a dtype code come in.
+//
+// A segment of collectives, for ranks 0 to N - 1 (member.h has its first part):
+//
+//     [page: nonce][lines of the ranks, to a whole page][rank 0: slot 0][rank 0: slot 1][rank 1: slot 0] ...
+//
+// A rank's slots are written by it alone, and stand on its own NUMA node (part_ends() says where they end). A ring has
+// its bytes where the slots would be.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,6 +24,12 @@ namespace {
 // Operations in rounds. In round s a rank writes to its slot of parity s, sets its flag to s, and reads others' slots
 // of those whose flag has reached s. It enters round s only when every flag has reached s-1: then every rank is done
 // reading round s-2, whose slots it is about to write. No rank ever waits for others to finish.
+//
+//     round        s                     s+1                   s+2
+//     rank 0       write slot s%2  read  write the other  read write slot s%2: rank 1 is in s+1, it has read s
+//     rank 1          write slot s%2  read  write the other  read ...
+//
+// With one slot a second barrier would be needed in each round, which is what a decode step waits for.
 class Collectives : public Member {
  public:
     Collectives(int fd, int rank, int size, size_t slot_bytes, size_t one_shot_bytes, double timeout_s, int spin_us)
@@ -109,7 +122,8 @@ class Collectives : public Member {
  private:
     enum Kind : uint64_t { kBarrier, kGather, kBroadcast, kOneShot, kScatter, kCollect };
 
-    // Small messages, in one round: each rank reads all messages and sums them by itself.
+    // Small messages, in one round: each rank reads all messages and sums them by itself. (N - 1) messages are read by
+    // each, but there is one wait; a message of a few KB is there sooner than a second flag.
     void reduce_once(char* x, size_t count, Dtype dtype) {
         const size_t bytes = count * item_bytes(dtype);
         begin(kOneShot, int(dtype), bytes);
@@ -120,7 +134,12 @@ class Collectives : public Member {
         sum_(dtype, x, sources_.data(), size_, count);
     }
 
-    // Large messages, in two rounds: each rank sums one slice, then takes the others' sums.
+    // Large messages, in two rounds: each rank sums one slice, then takes the others' sums. Of N = 3:
+    //
+    //     scatter    rank 0 sums slice 0 of all     rank 1 sums slice 1     rank 2 sums slice 2
+    //     collect    and each takes the two slices that the others have summed
+    //
+    // A rank reads (N - 1) / N of a message twice, instead of N - 1 whole ones.
     void reduce_slices(char* x, size_t count, Dtype dtype) {
         const size_t item = item_bytes(dtype);
         const size_t slice = ((count + size_ - 1) / size_ * item + kLine - 1) / kLine * kLine;

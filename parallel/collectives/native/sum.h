@@ -1,5 +1,8 @@
 // Sums of the same elements of several buffers: added in the order given, in fp32 for 16-bit floats, rounded once to
 // the nearest even. One source compiled for several instruction sets, all of which give the same bits.
+//
+// The order is what makes every rank's result the same: x0 + x1 + x2 as floats rounds otherwise than x1 + x2 + x0. So
+// no rank begins with its own part. Nothing is fused or reordered, so a vector's lanes and one number round alike.
 #pragma once
 
 #include <cstddef>
@@ -94,7 +97,8 @@ PHALANX_INLINE void sum_few(typename Type::Stored* out, const typename Type::Sto
     }
 }
 
-// Any number of sources, a block of elements at a time, whose sums are kept beside.
+// Any number of sources, a block of elements at a time, whose sums are kept beside: 2 or 4 KB, which stay in the first
+// cache. Source after source over the whole length would round 16-bit sums in between, or take a message's size again.
 template <class Type>
 PHALANX_INLINE void sum_many(typename Type::Stored* out, const typename Type::Stored* const* sources, int count,
                              size_t length) {

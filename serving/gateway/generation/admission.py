@@ -17,7 +17,8 @@ class Admission:
     """Counts open requests and their prompt tokens. Used on the event loop alone."""
 
     def __init__(self, config: GatewayConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config, self._clock = config, clock
+        self._config = config
+        self._clock = clock
         self.requests = 0
         self.tokens = 0
         self.refused = 0
@@ -30,7 +31,8 @@ class Admission:
 
         Raises ApiError: 400 for more than would ever be let in, 429 with Retry-After for more than there is room for.
         """
-        most_requests, most_tokens = self._config.max_open_requests, self._config.max_open_tokens
+        most_requests = self._config.max_open_requests
+        most_tokens = self._config.max_open_tokens
         if requests > most_requests:
             bound = f"{most_requests} (max_open_requests)"
             raise invalid(f"{requests} prompts are more than the server holds at once, {bound}", "prompt")

@@ -57,7 +57,8 @@ class AnswerReader:
 
         Without `shows_reasoning` thinking is left out. Calls beyond `most_calls` are left out.
         """
-        self._shows_reasoning, self._most_calls = shows_reasoning, most_calls
+        self._shows_reasoning = shows_reasoning
+        self._most_calls = most_calls
         self._calls = 0
         self._scanner: CallScanner | None = None
         if syntax == "hermes":

@@ -34,9 +34,11 @@ class CallReader(ABC):
     """
 
     def __init__(self, opening: str, number: int) -> None:
-        self._opening, self._number = opening, number
+        self._opening = opening
+        self._number = number
         self._state = CallState.OPEN
-        self._text, self._at = "", 0
+        self._text = ""
+        self._at = 0
         self._raw: list[str] = []  # what was read before the call began
         self._begun = self._ended = False
         self._waiting: list[str] = []  # arguments that came before the name
@@ -134,7 +136,8 @@ class CallScanner:
 
     def __init__(self, openings: tuple[str, ...], new_reader: Callable[[str, int], CallReader]) -> None:
         """A call begins with one of `openings`; `new_reader` makes a reader of what follows it, given its number."""
-        self._openings, self._new_reader = openings, new_reader
+        self._openings = openings
+        self._new_reader = new_reader
         self._held = ""
         self._reader: CallReader | None = None
         self._before = ""  # white space and the opening tag, in case that they are no call's

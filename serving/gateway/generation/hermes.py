@@ -103,7 +103,8 @@ class _HermesCall(CallReader):
         name = self._string()
         if name is None:
             return False
-        self._key, self._next = name, self._colon
+        self._key = name
+        self._next = self._colon
         return True
 
     def _colon(self, last: bool) -> bool:
@@ -131,7 +132,8 @@ class _HermesCall(CallReader):
             return False
         if not name:
             return self._fail()
-        self._name, self._next = name, self._after_value
+        self._name = name
+        self._next = self._after_value
         self._begin(name)
         return True
 

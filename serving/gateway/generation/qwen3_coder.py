@@ -46,7 +46,8 @@ class _CoderCall(CallReader):
         name = self._name()
         if name is None:
             return False
-        self._tool, self._next = name, self._between
+        self._tool = name
+        self._next = self._between
         self._begin(name)
         return True
 

@@ -43,7 +43,8 @@ class ResponseStore:
     """
 
     def __init__(self, config: GatewayConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config, self._clock = config, clock
+        self._config = config
+        self._clock = clock
         self._records: collections.OrderedDict[tuple[str, str], StoredResponse] = collections.OrderedDict()
         self._items: dict[tuple[str, str], str] = {}
         self.bytes = 0

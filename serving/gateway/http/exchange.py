@@ -83,7 +83,10 @@ class Exchange:
         self, scope: Scope, receive: Receive, send: Send, config: GatewayConfig, budget: BodyBudget | None = None
     ) -> None:
         """`budget` is what the bodies of all exchanges have together; without one this body has it alone."""
-        self.scope, self._receive, self._send, self._config = scope, receive, send, config
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self._config = config
         self._budget = budget or BodyBudget(config.max_open_body_bytes)
         self.started = False
         """Whether the answer's status has been sent."""
@@ -157,6 +160,7 @@ class Exchange:
         if declared.isdigit() and int(declared) > limit:
             raise self._too_long()
         held.grow_to(int(declared) if declared.isdigit() else 0)
+
         chunks: list[bytes] = []
         size = 0
         try:
@@ -167,6 +171,7 @@ class Exchange:
                 deadline -= asyncio.get_running_loop().time() - before
                 if message["type"] == "http.disconnect":
                     raise ClientGone
+
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
                 if size > limit:
@@ -247,7 +252,8 @@ class Exchange:
             pass
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
-        self.started, self.status = True, status
+        self.started = True
+        self.status = status
         fields = [
             (b"content-type", content_type.encode()),
             (b"x-request-id", self.request_id.encode()),

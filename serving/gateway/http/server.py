@@ -93,7 +93,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head ends, and a body begins."""
-        self._in_head, self._head_bytes = False, 0
+        self._in_head = False
+        self._head_bytes = 0
         self._stop_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests of one connection wait for their answers")

@@ -37,7 +37,10 @@ class ChatStyle:
         self, request: ChatRequest, name: str, model: str, messages: list[dict[str, object]], reasoning: bool
     ) -> None:
         """`reasoning` says whether thinking was split off."""
-        self.request, self.name, self.model, self.reasoning = request, name, model, reasoning
+        self.request = request
+        self.name = name
+        self.model = model
+        self.reasoning = reasoning
         self.created = int(time.time())
         self.n = request.n or 1
         self.as_ids = bool(request.return_tokens_as_token_ids)
@@ -112,7 +115,8 @@ class ChatWriter:
     """The chunks of a streamed answer: the role, what is new, how it ended, the usage."""
 
     def __init__(self, style: ChatStyle, readers: list[AnswerReader]) -> None:
-        self._style, self._readers = style, readers
+        self._style = style
+        self._readers = readers
         self._counter = Counter(style.request.stream_options, style.reasoning)
         self._begun = False
         self._text_events: dict[tuple[int, type[Part]], TextEvent] = {}

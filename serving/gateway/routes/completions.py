@@ -94,6 +94,7 @@ def _to_submits(
         logprobs=request.logprobs,
         prompt_logprobs=max((count for count in of_prompt if count is not None), default=None),
     )
+
     structured = structured_of(request)
     return [
         Submit(
@@ -144,7 +145,10 @@ class _Style:
     """How one request's answers are written."""
 
     def __init__(self, request: CompletionRequest, name: str, model: str, echoes: list[_Echo]) -> None:
-        self.request, self.name, self.model, self.echoes = request, name, model, echoes
+        self.request = request
+        self.name = name
+        self.model = model
+        self.echoes = echoes
         self.created = int(time.time())
         self.n = request.n or 1
         self.prompt_alone = request.max_tokens == 0
@@ -173,7 +177,9 @@ class _Style:
     def _choice(self, number: int, index: int, answer: Answer, finished: Finished) -> CompletionChoice:
         request = self.request
         if self.prompt_alone:
-            answer.text, answer.token_ids, answer.logprobs = "", [], []
+            answer.text = ""
+            answer.token_ids = []
+            answer.logprobs = []
         choice = CompletionChoice(
             index=number * self.n + index,
             text=answer.text,

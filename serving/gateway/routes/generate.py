@@ -79,7 +79,8 @@ class _Writer:
     """The chunks of a streamed answer."""
 
     def __init__(self, request: GenerateRequest, name: str) -> None:
-        self._request, self._name = request, name
+        self._request = request
+        self._name = name
         self._logprobs = request.sampling_params is not None and request.sampling_params.logprobs is not None
         self._counter = Counter(request.stream_options)
 

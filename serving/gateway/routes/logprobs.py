@@ -55,7 +55,8 @@ class CompletionLogprobsWriter:
     """Makes the form of completions of one completion, piece by piece: offsets go on where the last piece ended."""
 
     def __init__(self, as_ids: bool, top: bool) -> None:
-        self._as_ids, self._top = as_ids, top
+        self._as_ids = as_ids
+        self._top = top
         self._offset = 0
         # Characters may be spread over several tokens: each token begins where those before it have come to.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -172,6 +172,7 @@ def to_sampling(
         check_bounds(fields, config)
     except ApiError as error:
         raise invalid(prefix + error.info.message, prefix + (error.info.param or "")) from None
+
     values = {
         name: value
         for name in SamplingParams.__struct_fields__

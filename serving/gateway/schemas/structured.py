@@ -65,7 +65,8 @@ class StructuredFields(Protocol):
 
 def structured_of(request: StructuredFields) -> StructuredOutput | None:
     """What the engine is asked to enforce. Raises ApiError naming the field that is missing, wrong or one too many."""
-    wanted, form = request.structured_outputs, request.response_format
+    wanted = request.structured_outputs
+    form = request.response_format
     if form is None or form.type == "text":
         return None if wanted is None else _from_structured_outputs(wanted)
     if wanted is not None:
@@ -142,7 +143,8 @@ class _Given:
 
     def made_of_tools(self) -> bool:
         """Whether the engine's structural tag is this server's, not the request's."""
-        wanted, form = self.request.structured_outputs, self.request.response_format
+        wanted = self.request.structured_outputs
+        form = self.request.response_format
         own = (wanted is not None and wanted.structural_tag) or (form is not None and form.type == "structural_tag")
         return bool(self.tools) and not own
 

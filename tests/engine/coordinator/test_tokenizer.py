@@ -154,5 +154,5 @@ def test_the_longest_token_bounds_the_bytes_of_a_text(tiny: Path, smollm2: Path)
 def test_a_tokenizer_with_one_token_for_any_unknown_word_bounds_nothing() -> None:
     tokenizer = Tokenizer.__new__(Tokenizer)
     words = Backend(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer._tokenizer = type("Fast", (), {"backend_tokenizer": words})()
+    tokenizer._tokenizer, tokenizer._backend = None, words
     assert tokenizer.longest_token_bytes is None

@@ -52,8 +52,10 @@ class MessageWriter:
         self, message: MessageAnswer, *, stream: bool, omit_thinking: bool, request_id: str | None = None
     ) -> None:
         """Without `stream` there are no events. With `omit_thinking` it is in its block's signature alone."""
-        self.message, self._request_id = message, request_id
-        self._stream, self._omit = stream, omit_thinking
+        self.message = message
+        self._request_id = request_id
+        self._stream = stream
+        self._omit = omit_thinking
         self._events: list[bytes] = []
         self._block: AnswerBlock | None = None
         self._pieces: list[str] = []
@@ -82,7 +84,8 @@ class MessageWriter:
 
     def end(self, finished: Finished, ending: Completion) -> None:
         """The answer has ended."""
-        message, usage = self.message, finished.usage
+        message = self.message
+        usage = finished.usage
         if self._held and self._block is None and not message.content:
             self._say(self._held)  # white space is the whole answer
         self._close()
@@ -139,7 +142,8 @@ class MessageWriter:
 
     def _open(self, block: AnswerBlock) -> None:
         first = not self.message.content
-        self._block, self._pieces = block, []
+        self._block = block
+        self._pieces = []
         self._emit("content_block_start", index=len(self.message.content), content_block=block)
         if first:
             self._emit("ping")

@@ -31,7 +31,8 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
     """Answer an input, in OpenAI's newer form."""
     request = await exchange.read(ResponsesRequest, REFUSED_RESPONSES)
     check_together(request)
-    store, owner = gateway.responses, exchange.owner
+    store = gateway.responses
+    owner = exchange.owner
     if (request.store or request.background) and not store.keeps:
         field = "background" if request.background else "store"
         raise invalid(f"{field}=true is not supported: this server keeps nothing (stored_responses=0)", field)
@@ -176,5 +177,6 @@ def _writer(request: ResponsesRequest, turn: faces.Turn, *, keeps: bool) -> Resp
         safety_identifier=request.safety_identifier,
         prompt_cache_key=request.prompt_cache_key,
     )
+
     sealed = ENCRYPTED in (request.include or ())
     return ResponseWriter(response, Style(stream=bool(request.stream), summary=summary is not None, sealed=sealed))

@@ -30,7 +30,9 @@ class Keeper:
 
     def __init__(self, gateway: Gateway, owner: str, items: list[Item], writer: ResponseWriter) -> None:
         """`items` are all of the input, those of the responses before it included."""
-        self._store, self._owner, self._writer = gateway.responses, owner, writer
+        self._store = gateway.responses
+        self._owner = owner
+        self._writer = writer
         self.keep_alive = writer.keep_alive
         named = [item if item.get("id") else {"id": _new_id(item), **item} for item in items]
         self._input = msgspec.json.encode(named)

@@ -59,7 +59,8 @@ class ResponseWriter:
     keep_alive = KEEP_ALIVE
 
     def __init__(self, response: ResponseObject, style: Style) -> None:
-        self.response, self._style = response, style
+        self.response = response
+        self._style = style
         self._events: list[bytes] = []
         self._sequence = 0
         self._item: OutputMessage | OutputReasoning | OutputCall | None = None
@@ -151,7 +152,8 @@ class ResponseWriter:
             self._held_logprobs += logprobs
             if not self._held.strip():
                 return
-            text, logprobs = self._held, self._held_logprobs
+            text = self._held
+            logprobs = self._held_logprobs
             self._close("completed")
             self._message()
         self._say(text, logprobs)
@@ -162,7 +164,8 @@ class ResponseWriter:
         self._emit("response.content_part.added", **self._place(content_index=0), part=OutputText(text=""))
 
     def _say(self, text: str, logprobs: list[LogprobContent]) -> None:
-        self._held, self._held_logprobs = "", []
+        self._held = ""
+        self._held_logprobs = []
         self._pieces.append(text)
         self._logprobs += logprobs
         self._emit("response.output_text.delta", **self._place(content_index=0), delta=text, logprobs=logprobs)
@@ -193,13 +196,15 @@ class ResponseWriter:
 
     def _open(self, item: OutputMessage | OutputReasoning | OutputCall) -> None:
         self._item = item
-        self._pieces, self._logprobs = [], []
+        self._pieces = []
+        self._logprobs = []
         self._emit("response.output_item.added", output_index=len(self.response.output), item=item)
 
     def _close(self, status: ItemStatus) -> None:
         """End the open item, if there is one, and put it into the output."""
         item, text = self._item, "".join(self._pieces)
-        self._held, self._held_logprobs = "", []
+        self._held = ""
+        self._held_logprobs = []
         if item is None:
             return
         if isinstance(item, OutputMessage):
