@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BEATS_FILE = "beats"
-PHASES = ("starting", "waiting", "schedule", "launch", "wait", "commit", "compute")
+STARTING = ("starting", "joining", "reading", "loading", "preparing")
+"""What a rank does before it can compute, in this order: it meets the others, reads what describes the model, loads the
+weights, and tunes, measures and captures."""
+PHASES = (*STARTING, "waiting", "schedule", "launch", "wait", "commit", "compute")
 """What a rank may be doing: rank 0 what Progress tells of the step loop, the others "waiting" or "compute"."""
 RESTING = ("starting", "waiting")
 """Phases in which nothing is due: no hang is told from them."""
@@ -21,7 +24,8 @@ FLAGS_AT, FLAG_BYTES = 4096, 128
 """Where the ranks' flags are in the shared segment of their collectives (collectives/native/member.h)."""
 
 _RECORD = struct.Struct("<QQQdqQ")
-_BYTES = 64
+BEAT_BYTES = 64
+"""Bytes of a rank's record in the file."""
 _READS = 10
 
 
@@ -46,7 +50,7 @@ class Heartbeat:
     def __init__(self, path: Path | None = None, rank: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """`path` is of a file that make_beats_file() made; None for a rank that nobody supervises."""
         self._clock = clock
-        self._at = rank * _BYTES
+        self._at = rank * BEAT_BYTES
         self._step = self._tokens = 0
         self._segment = -1
         self._memory: mmap.mmap | None = None
@@ -56,9 +60,9 @@ class Heartbeat:
             self.phase("starting")
 
     def shares(self, segment: int | None) -> None:
-        """Tell the file descriptor of the segment in which the ranks raise flags at each of their collectives."""
+        """Tell that the rank has started, and the descriptor of the segment with the flags of its collectives."""
         self._segment = -1 if segment is None else segment
-        self.phase("starting")
+        self.phase("waiting")
 
     def step(self, number: int, tokens: int) -> None:
         """Note the step whose phases come next."""
@@ -81,7 +85,7 @@ class Heartbeat:
 
 def make_beats_file(path: Path, ranks: int) -> None:
     """Make the file for a group that is about to start: every rank is "starting"."""
-    path.write_bytes(bytes(_BYTES * ranks))
+    path.write_bytes(bytes(BEAT_BYTES * ranks))
 
 
 class BeatsReader:
@@ -94,7 +98,7 @@ class BeatsReader:
 
     def read(self) -> list[Beat]:
         """Return what each rank is doing now."""
-        return [self._read(rank * _BYTES) for rank in range(self._ranks)]
+        return [self._read(rank * BEAT_BYTES) for rank in range(self._ranks)]
 
     def _read(self, at: int) -> Beat:
         before = self._memory[at : at + _RECORD.size]
