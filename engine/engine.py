@@ -62,6 +62,7 @@ class Engine:
         self.config = config
         self.group = group
         heartbeat = heartbeat or Heartbeat()
+        heartbeat.shares(group.collectives.segment)
         heartbeat.phase("reading")
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         spec = spec_from_config(read_config(folder), str(folder))
@@ -83,7 +84,7 @@ class Engine:
             assert transport is not None
             assert inputs is not None
             self.coordinator = self._coordinator(spec, tokenizer, inputs, transport)
-        heartbeat.shares(group.collectives.segment)
+        heartbeat.phase("waiting")
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
         """Run steps until the engine is stopped, and return the stop's payload. Rank 0's must have been started."""

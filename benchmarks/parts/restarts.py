@@ -151,11 +151,12 @@ def measure(options: Options, ranks: int, weights: str) -> dict[str, Any]:
 def measure_all(options: Options) -> dict[str, Any]:
     """Every number of ranks, with the weights kept and without."""
     return {
+        "benchmark": "restarts",
         "restarts": {
             f"{ranks} ranks, weights={weights}": measure(options, ranks, weights)
             for ranks in options.ranks
             for weights in ("keep", "read")
-        }
+        },
     }
 
 

@@ -45,7 +45,7 @@ class Beat:
 
 
 class Heartbeat:
-    """A rank's pen. Only the thread that runs its steps uses it; without a file it writes nothing."""
+    """A rank's pen. One thread at a time uses it; without a file it writes nothing."""
 
     def __init__(self, path: Path | None = None, rank: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """`path` is of a file that make_beats_file() made; None for a rank that nobody supervises."""
@@ -53,6 +53,7 @@ class Heartbeat:
         self._at = rank * BEAT_BYTES
         self._step = self._tokens = 0
         self._segment = -1
+        self._phase = PHASES[0]
         self._memory: mmap.mmap | None = None
         if path is not None and path.exists():
             with path.open("r+b") as file:
@@ -60,9 +61,9 @@ class Heartbeat:
             self.phase("starting")
 
     def shares(self, segment: int | None) -> None:
-        """Tell that the rank has started, and the descriptor of the segment with the flags of its collectives."""
+        """Tell the file descriptor of the segment in which the ranks raise flags at each of their collectives."""
         self._segment = -1 if segment is None else segment
-        self.phase("waiting")
+        self.phase(self._phase)
 
     def step(self, number: int, tokens: int) -> None:
         """Note the step whose phases come next."""
@@ -70,6 +71,7 @@ class Heartbeat:
 
     def phase(self, name: str) -> None:
         """Note what the rank does from now on."""
+        self._phase = name
         if self._memory is not None:
             _RECORD.pack_into(
                 self._memory,

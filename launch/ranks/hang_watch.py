@@ -23,6 +23,8 @@ SLACK = 10.0
 """A step may take so many times what its tokens took at the slowest rate seen."""
 LOOK_S = 1.0
 """Most seconds that count between two looks: when this process itself is held up, so are the ranks."""
+START_SHARE, MEETING_SHARE = 0.9, 1.5
+"""Shares of timeout_s after which a group that does not get on with its start hangs: once its ranks have met, or not."""
 FORGET = 0.999
 """What is left of the slowest rate seen at each look at which the group has got on."""
 PROCESSES_S = 0.5
@@ -109,7 +111,9 @@ class HangWatch:
     def _allowed_s(self, sight: Sight) -> float:
         tokens = _tokens(sight)
         if any(beat.phase in STARTING for beat in sight.beats):
-            return self._timeout_s
+            # Those that have met tell by their sums who is behind: a little before the others give up waiting. Until
+            # then whoever waits knows best for whom.
+            return (START_SHARE if sight.flags else MEETING_SHARE) * self._timeout_s
         if not sight.flags and tokens > self._most_tokens:
             return self._timeout_s
         return min(self._timeout_s, max(self._step_timeout_s, SLACK * self._slowest * tokens))

@@ -38,7 +38,6 @@ def serve_rank(
     from ...parallel.collectives.base import CollectiveError
     from .progress import loading_progress
     from .session import bind, join
-    from .torchrun.peer_watch import watch_peers
 
     stopped_by: list[int] = []
 
@@ -60,6 +59,8 @@ def serve_rank(
     binding = bind(config, rank_info)
     group = join(config, rank_info)
     if heartbeat is None and rank_info.launched:
+        from .torchrun.peer_watch import watch_peers
+
         heartbeat = watch_peers(config, group, rank_info)
     try:
         progress = loading_progress(rank_info)
