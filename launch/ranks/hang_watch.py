@@ -24,7 +24,7 @@ SLACK = 10.0
 LOOK_S = 1.0
 """Most seconds that count between two looks: when this process itself is held up, so are the ranks."""
 START_SHARE, MEETING_SHARE = 0.9, 1.5
-"""Shares of timeout_s after which a group that does not get on with its start hangs: once its ranks have met, or not."""
+"""Shares of timeout_s after which a group that does not get on with its start hangs: once it has met, and before."""
 FORGET = 0.999
 """What is left of the slowest rate seen at each look at which the group has got on."""
 PROCESSES_S = 0.5
