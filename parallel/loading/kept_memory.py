@@ -187,5 +187,6 @@ def _map(memory: int, nbytes: int, access: int) -> Any:
         libc.munmap(reserved, room)
         raise OSError(number, f"mmap of {nbytes} bytes")
     buffer = (ctypes.c_char * nbytes).from_address(start)
-    weakref.finalize(buffer, libc.munmap, reserved, room)
+    # Not at the interpreter's end, when threads may still read: the process's end ends the mapping.
+    weakref.finalize(buffer, libc.munmap, reserved, room).atexit = False
     return buffer
