@@ -17,6 +17,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_TIMEOUT_S = 7 * 24 * 3600
 KV_CACHE_DTYPES = ("auto", "int8")
+WEIGHTS = ("keep", "read")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 GRAPHS = ("auto", "none", "all", "lazy", "eager")
 CLIENT_PRIORITIES = ("auto", "always", "never")
@@ -97,6 +98,11 @@ class EngineConfig:
     8 bits."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
+    weights: str = "keep"
+    """What a group of its own processes does with its weights when a rank dies: keep (on a CPU they stand, packed, in
+    shared memory of the supervisor's, and the next ranks map them; they take no more memory, and stand in huge pages as
+    far as the system makes any) or read (they are read and packed again). On a GPU, and where torchrun starts the
+    ranks, they are read again, which the system's page cache makes quick."""
     seed: int = 0
     """Seed of the requests that bring none, and of dummy weights."""
     timeout_s: float = 300.0
@@ -131,6 +137,7 @@ class EngineConfig:
         _one_of("quantization", self.quantization, weight_formats.NAMES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("weights", self.weights, WEIGHTS)
 
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
             _at_least(name, getattr(self, name), 1)

@@ -18,7 +18,7 @@ from ..kernels.torch_threads import one_torch_thread
 from ..parallel.collectives.base import Collectives
 from ..parallel.collectives.rendezvous import all_gather_ints, all_gather_texts
 from ..parallel.group import Group
-from ..parallel.loading.checkpoint import Progress
+from ..parallel.loading.checkpoint import LoadReport, Progress
 from ..parallel.topology.topology import format_cpu_list
 from .config import EngineConfig
 from .coordinator.coordinator import Coordinator
@@ -46,7 +46,7 @@ class Engine:
     """One rank of an engine. Every rank of the group makes one at the same time; rank 0 gives a transport.
 
     A process that is this rank's alone gives its `binding` (engine/execution/cpu_binding.py), and one that somebody
-    supervises a `heartbeat`.
+    supervises a `heartbeat`, and memory in which the weights outlive the process (build_worker()).
     """
 
     def __init__(
@@ -57,9 +57,13 @@ class Engine:
         on_progress: Progress | None = None,
         binding: Binding | None = None,
         heartbeat: Heartbeat | None = None,
+        kept_memory: int | None = None,
     ) -> None:
         self.config = config
         self.group = group
+        heartbeat = heartbeat or Heartbeat()
+        heartbeat.shares(group.collectives.segment)
+        heartbeat.phase("reading")
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         spec = spec_from_config(read_config(folder), str(folder))
         self._untied = config.load_format != "dummy" and has_own_head(spec, read_stored(spec, folder))
@@ -68,10 +72,8 @@ class Engine:
 
         # What rank 0 alone reads is read before the weights, and refused on every rank: none waits for one that left.
         tokenizer, inputs = raise_on_all(group.host, lambda: _inputs(config, folder, spec, transport)) or (None, None)
-        self.worker = build_worker(config, spec, folder, group, on_progress, binding)
-        if heartbeat is not None:
-            heartbeat.shares(group.collectives.segment)
-            self.worker.heartbeat = heartbeat
+        self.worker = build_worker(config, spec, folder, group, on_progress, binding, kept_memory, heartbeat)
+        self.worker.heartbeat = heartbeat
 
         # What each rank chose, for rank 0's report.
         self._threads = [threads for [threads] in all_gather_ints(group.host, [self.worker.settings.binding.threads])]
@@ -82,6 +84,7 @@ class Engine:
             assert transport is not None
             assert inputs is not None
             self.coordinator = self._coordinator(spec, tokenizer, inputs, transport)
+        heartbeat.phase("waiting")
 
     def run(self, payload: Callable[[], bytes] = lambda: b"") -> bytes:
         """Run steps until the engine is stopped, and return the stop's payload. Rank 0's must have been started."""
@@ -185,7 +188,7 @@ class Engine:
             f"{settings.graphs_reason}; steps overlap: {'yes' if settings.overlap else 'no'}",
             _of_ranks(self._bindings),
             *filter(None, [group.words]),
-            f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s",
+            _loading(loaded),
             f"KV cache: {capacity.num_blocks * capacity.block_size:,} tokens in blocks of {capacity.block_size}, "
             f"max_model_len={capacity.max_model_len}",
         ]
@@ -236,6 +239,7 @@ def run_rank(
     on_ready: Callable[[Engine], None] | None = None,
     secret: bytes | None = None,
     heartbeat: Heartbeat | None = None,
+    kept_memory: int | None = None,
 ) -> None:
     """Run a rank in a process of its own, from start to end; rank 0 serves clients over ZeroMQ at `address`.
 
@@ -245,7 +249,7 @@ def run_rank(
     """
     transport = ZmqTransport(address, secret) if group.rank == 0 and address is not None else None
     try:
-        engine = Engine(config, group, transport, on_progress, binding, heartbeat)
+        engine = Engine(config, group, transport, on_progress, binding, heartbeat, kept_memory)
     except BaseException:
         if transport is not None:
             transport.close()
@@ -269,6 +273,12 @@ def device_type(config: EngineConfig) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch finds no GPU here: set device=cpu, or install a CUDA build of torch")
     return config.device
+
+
+def _loading(loaded: LoadReport) -> str:
+    if loaded.kept_bytes:
+        return f"weights: {loaded.kept_bytes / 1e9:.2f} GB a rank, kept from before the restart"
+    return f"loaded {loaded.bytes_read / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s"
 
 
 def _of_ranks(texts: list[str]) -> str:

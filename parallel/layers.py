@@ -19,7 +19,8 @@ from ..kernels.activation import silu_mul
 from ..kernels.huge_pages import empty
 from ..kernels.norm import rms_norm
 from ..kernels.weight_formats import WeightFormat
-from ..kernels.weight_formats.packed import PackedWeight, row_multiple
+from ..kernels.weight_formats.base import Allocate
+from ..kernels.weight_formats.packed import PackedWeight, Stored, row_multiple
 from .collectives.base import Collectives
 from .loading.checkpoint import WeightSlice
 
@@ -87,21 +88,31 @@ class Linear(nn.Module):
         self.rows = rows
         multiple = row_multiple(columns, dtype, device)
         self._padded_piece = -(-(rows // pieces) // multiple) * multiple
-        self._can_pack = multiple > 1 and rows > 0
+        self.can_pack = multiple > 1 and rows > 0
+        """Whether this machine's kernels have a layout of their own for it."""
         self.weight = _parameter(pieces * self._padded_piece, columns, dtype=dtype, device=device)
         self.weight.view(pieces, self._padded_piece, columns)[:, rows // pieces :].zero_()
         self.packed: PackedWeight | None = None
 
-    def pack(self, weight_format: WeightFormat) -> None:
+    def pack(self, weight_format: WeightFormat, allocate: Allocate | None = None) -> None:
         """Lay the loaded weight out for this machine's kernels, if they have a layout of their own.
 
-        It stays in its own memory, or takes less. Raises ValueError if the format cannot keep it.
+        It stays in its own memory, or takes less; with `allocate` it goes to memory that this makes. Raises ValueError
+        if the format cannot keep it.
         """
-        if not self._can_pack:
+        if not self.can_pack:
             return
-        self.packed = weight_format.pack(self.weight.detach(), self.rows)
+        self.packed = weight_format.pack(self.weight.detach(), self.rows, allocate)
         if not self.packed.in_place:
-            self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+            self._give_up_weight()
+
+    def adopt(self, stored: Stored) -> None:
+        """Take a weight that was packed before, of this layer's rows and columns, instead of one to load and pack."""
+        self.packed = PackedWeight(stored, self.rows, self.weight.shape[1], self.weight.dtype, in_place=False)
+        self._give_up_weight()
+
+    def _give_up_weight(self) -> None:
+        self.weight = _parameter(0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, columns) -> (T, rows)."""
@@ -234,9 +245,9 @@ class LogitsLinear(ColumnParallelLinear):
     def __init__(self, in_features: int, vocab: ShardedWeight, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(in_features, [vocab], bias=False, dtype=dtype, device=device)
 
-    def pack(self, weight_format: WeightFormat) -> None:
+    def pack(self, weight_format: WeightFormat, allocate: Allocate | None = None) -> None:
         """Pack as Linear.pack, in what the format keeps a head in: the head decides between tokens."""
-        super().pack(weight_format.for_head())
+        super().pack(weight_format.for_head(), allocate)
 
 
 class ReplicatedNorm(nn.Module):
@@ -285,10 +296,10 @@ class VocabParallelEmbedding(Linear):
         self.collectives = collectives
         self._tied = tied
 
-    def pack(self, weight_format: WeightFormat) -> None:
+    def pack(self, weight_format: WeightFormat, allocate: Allocate | None = None) -> None:
         """Pack as the head, if it is one: forward() then picks rows out of that. A plain table is faster to look up."""
         if self._tied:
-            super().pack(weight_format.for_head())
+            super().pack(weight_format.for_head(), allocate)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 (T,) -> (T, hidden_size), the same on every rank."""

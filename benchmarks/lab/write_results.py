@@ -47,6 +47,11 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         "an undisturbed engine says.",
         single.plain,
     ),
+    "restarts": (
+        "Serving again after a kill",
+        "`parts/restarts.py`: a rank is killed while an answer streams; seconds until its next token, phase by phase.",
+        single.restarts,
+    ),
     "structured_steps": (
         "Steps with grammars",
         "`parts/structured_steps.py`: steps in which half of the rows have a grammar, and the same without, in turns.",

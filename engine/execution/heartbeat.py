@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BEATS_FILE = "beats"
-PHASES = ("starting", "waiting", "schedule", "launch", "wait", "commit", "compute")
+STARTING = ("starting", "joining", "reading", "loading", "preparing")
+"""What a rank does before it can compute, in this order: it meets the others, reads what describes the model, loads the
+weights, and tunes, measures and captures."""
+PHASES = (*STARTING, "waiting", "schedule", "launch", "wait", "commit", "compute")
 """What a rank may be doing: rank 0 what Progress tells of the step loop, the others "waiting" or "compute"."""
 RESTING = ("starting", "waiting")
 """Phases in which nothing is due: no hang is told from them."""
@@ -21,7 +24,8 @@ FLAGS_AT, FLAG_BYTES = 4096, 128
 """Where the ranks' flags are in the shared segment of their collectives (collectives/native/member.h)."""
 
 _RECORD = struct.Struct("<QQQdqQ")
-_BYTES = 64
+BEAT_BYTES = 64
+"""Bytes of a rank's record in the file."""
 _READS = 10
 
 
@@ -41,14 +45,15 @@ class Beat:
 
 
 class Heartbeat:
-    """A rank's pen. Only the thread that runs its steps uses it; without a file it writes nothing."""
+    """A rank's pen. One thread at a time uses it; without a file it writes nothing."""
 
     def __init__(self, path: Path | None = None, rank: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """`path` is of a file that make_beats_file() made; None for a rank that nobody supervises."""
         self._clock = clock
-        self._at = rank * _BYTES
+        self._at = rank * BEAT_BYTES
         self._step = self._tokens = 0
         self._segment = -1
+        self._phase = PHASES[0]
         self._memory: mmap.mmap | None = None
         if path is not None and path.exists():
             with path.open("r+b") as file:
@@ -58,7 +63,7 @@ class Heartbeat:
     def shares(self, segment: int | None) -> None:
         """Tell the file descriptor of the segment in which the ranks raise flags at each of their collectives."""
         self._segment = -1 if segment is None else segment
-        self.phase("starting")
+        self.phase(self._phase)
 
     def step(self, number: int, tokens: int) -> None:
         """Note the step whose phases come next."""
@@ -67,6 +72,7 @@ class Heartbeat:
 
     def phase(self, name: str) -> None:
         """Note what the rank does from now on."""
+        self._phase = name
         if self._memory is not None:
             _RECORD.pack_into(
                 self._memory,
@@ -82,7 +88,7 @@ class Heartbeat:
 
 def make_beats_file(path: Path, ranks: int) -> None:
     """Make the file for a group that is about to start: every rank is "starting"."""
-    path.write_bytes(bytes(_BYTES * ranks))
+    path.write_bytes(bytes(BEAT_BYTES * ranks))
 
 
 class BeatsReader:
@@ -95,7 +101,7 @@ class BeatsReader:
 
     def read(self) -> list[Beat]:
         """Return what each rank is doing now."""
-        return [self._read(rank * _BYTES) for rank in range(self._ranks)]
+        return [self._read(rank * BEAT_BYTES) for rank in range(self._ranks)]
 
     def _read(self, at: int) -> Beat:
         before = self._memory[at : at + _RECORD.size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,7 +14,8 @@ import torch
 
 from ...kernels.weight_formats import get_weight_format
 from ...parallel.group import Group
-from ...parallel.loading.checkpoint import LoadError, LoadReport, Packing, Progress, load_weights
+from ...parallel.kept_weights import KeptWeights
+from ...parallel.loading.checkpoint import LoadError, LoadReport, Packing, Progress, WeightSlice, load_weights
 from ...parallel.loading.dummy_weights import fill_dummy
 from ..config import EngineConfig
 from ..errors import CheckpointError, ConfigError
@@ -29,11 +31,27 @@ from ..sampling.sampler import Sampler
 from ..sampling.token_counts import TokenCounts
 from .cpu_binding import Binding
 from .cuda_graphs import CudaRecorder, DecodeGraphs, EagerRecorder, graph_sizes
+from .fingerprint import fingerprint
+from .heartbeat import Heartbeat
 from .rank_worker import Capacity, Worker
 from .resolved_settings import ResolvedSettings, resolve_settings
 from .slot_table import SlotTable
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """Who hears that loading gets on."""
+
+    on_progress: Progress | None
+    heartbeat: Heartbeat
+
+    def read(self, done: int, total: int) -> None:
+        """Some bytes have come."""
+        self.heartbeat.phase("loading")
+        if self.on_progress is not None:
+            self.on_progress(done, total)
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class WorkerParts:
     token_counts: TokenCounts | None
     """What penalties go by where steps overlap; the sampler reads it, and the slot table tells it."""
     sampler: Sampler
+    heartbeat: Heartbeat
 
 
 def build_worker(
@@ -65,14 +84,18 @@ def build_worker(
     group: Group,
     on_progress: Progress | None = None,
     binding: Binding | None = None,
+    kept_memory: int | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> Worker:
     """This rank's worker. Every rank of the group calls it at the same time: sizes are exchanged with the others.
 
     `folder` holds the weights; `on_progress` hears bytes read and bytes in all. `binding` is that of a process which is
-    this rank's alone; without, only the kernels' own threads may be bound.
+    this rank's alone; without, only the kernels' own threads may be bound. `kept_memory` is of make_kept_memory(), for
+    the weights to outlive this process; it is closed. `heartbeat` is told what is done.
     Raises ConfigError for settings, and for memory, that do not suffice, and CheckpointError for faulty weights.
     """
-    parts = load_parts(config, spec, folder, group, on_progress, binding)
+    parts = load_parts(config, spec, folder, group, on_progress, binding, kept_memory, heartbeat)
+    parts.heartbeat.phase("preparing")
     group.collectives.tune(spec.hidden_size, parts.settings.dtype, config.max_num_seqs)
     if group.device.type == "cuda":
         measure_largest_step(parts)
@@ -88,8 +111,12 @@ def load_parts(
     group: Group,
     on_progress: Progress | None = None,
     binding: Binding | None = None,
+    kept_memory: int | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> WorkerParts:
     """Settings, weights and sampler of this rank, as build_worker() has them. Raises what that raises."""
+    heartbeat = heartbeat or Heartbeat()
+    heartbeat.phase("loading")
     settings = resolve_settings(config, spec, group, binding)
     partition = partition_model(config, spec, group.size)
     share = partition.shares[group.rank]
@@ -102,10 +129,16 @@ def load_parts(
     memory.check_before_loading()
 
     build = Build(spec, share, group.collectives, settings.backend, settings.dtype, group.device)
-    loaded = _load_model(build, settings, config, folder, on_progress)
+    kept = None
+    if kept_memory is not None and group.device.type == "cuda":
+        os.close(kept_memory)
+    elif kept_memory is not None:
+        mark = fingerprint(config, folder, partition, group.rank, settings)
+        kept = KeptWeights(kept_memory, mark, huge_first=settings.binding.placement is None)
+    loaded = _load_model(build, settings, config, folder, _Loading(on_progress, heartbeat), kept)
     token_counts = TokenCounts(config.max_num_seqs, share.vocab, group.device) if settings.overlap else None
     sampler = Sampler(group.collectives, share.vocab, spec.vocab_size, token_counts=token_counts)
-    return WorkerParts(group, settings, memory, layout, loaded, token_counts, sampler)
+    return WorkerParts(group, settings, memory, layout, loaded, token_counts, sampler, heartbeat)
 
 
 def measure_largest_step(parts: WorkerParts) -> int:
@@ -176,33 +209,52 @@ def _load_model(
     settings: ResolvedSettings,
     config: EngineConfig,
     folder: Path,
-    on_progress: Progress | None,
+    loading: _Loading,
+    kept: KeptWeights | None,
 ) -> LoadedModel:
     def load() -> LoadedModel:
         with torch.inference_mode():
             model = CausalLM(build, settings.max_model_len)
-            return LoadedModel(model, _fill(model, config, folder, settings.binding.threads, on_progress))
+            report = kept.map_into(model) if kept is not None else None
+            if report is None:
+                report = _fill(model, config, folder, settings.binding.threads, loading, kept)
+            return LoadedModel(model, report)
 
     return _on_own_thread(load) if build.device.type == "cpu" else load()
 
 
 def _fill(
-    model: CausalLM, config: EngineConfig, folder: Path, threads: int, on_progress: Progress | None
+    model: CausalLM,
+    config: EngineConfig,
+    folder: Path,
+    threads: int,
+    loading: _Loading,
+    kept: KeptWeights | None,
 ) -> LoadReport:
-    """Read, or make up, the model's weights, and pack those that are to be packed."""
+    """Read, or make up, the model's weights, pack those that are to be packed, and keep them if they can be kept."""
+    keeps = kept is not None and kept.begin(model)
     slices = list(model.weight_slices())
-    packing = Packing(slices, get_weight_format(config.quantization))
+    packing = Packing(slices, get_weight_format(config.quantization), kept.allocate if kept and keeps else None)
+
+    def filled(part: WeightSlice) -> None:
+        packing.filled(part)
+        loading.heartbeat.phase("loading")
+
     try:
         if config.load_format == "dummy":
-            return fill_dummy(slices, config.seed, filled=packing.filled)
-        return load_weights(
-            folder,
-            slices,
-            ignore=model.may_be_left_over,
-            progress=on_progress,
-            filled=packing.filled,
-            threads=threads,
-        )
+            report = fill_dummy(slices, config.seed, filled=filled)
+        else:
+            report = load_weights(
+                folder,
+                slices,
+                ignore=model.may_be_left_over,
+                progress=loading.read,
+                filled=filled,
+                threads=threads,
+            )
+        if kept is not None and keeps:
+            kept.keep(model)
+        return report
     except LoadError as error:
         raise CheckpointError(str(error)) from error
     except ValueError as error:
@@ -229,6 +281,7 @@ def _make_graphs(parts: WorkerParts, cache: KVCache, sizes: Sequence[int], dummy
     if settings.graphs != "lazy":
         with torch.inference_mode():
             for size in graphs.missing:
+                parts.heartbeat.phase("preparing")
                 graphs.capture(size)
     return graphs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 PANEL_ROWS = 16
 """Rows of a weight that stand together once it is packed."""
+
+Allocate = Callable[[tuple[int, ...], "torch.dtype", "torch.device"], "torch.Tensor"]
+"""Makes the memory of what is packed: a tensor of this shape, dtype and device."""
 
 
 class WeightFormat(ABC):
@@ -58,10 +62,10 @@ class WeightFormat(ABC):
         """
 
     @abstractmethod
-    def store(self, weight: torch.Tensor) -> Stored:
+    def store(self, weight: torch.Tensor, allocate: Allocate | None = None) -> Stored:
         """Lay out `weight`, contiguous (a multiple of 16 rows, columns), in its own memory or in new one.
 
-        Raises ValueError if this weight cannot be kept so.
+        With `allocate` the whole result is in memory that it makes. Raises ValueError if this weight cannot be kept so.
         """
 
     @abstractmethod
@@ -71,15 +75,16 @@ class WeightFormat(ABC):
         Raises ValueError if rows of this format cannot be looked up.
         """
 
-    def pack(self, weight: torch.Tensor, rows: int) -> PackedWeight:
+    def pack(self, weight: torch.Tensor, rows: int, allocate: Allocate | None = None) -> PackedWeight:
         """Lay out `weight` (padded rows, columns), of which the first `rows` count, for the C++ kernels.
 
-        A format that does not round packs it in its own memory, or in less; one that does only reads it.
+        A format that does not round packs it in its own memory, or in less; one that does only reads it. With
+        `allocate` the whole result is in memory that it makes.
         Raises ValueError.
         """
         from .packed import PackedWeight
 
         if weight.shape[0] % PANEL_ROWS or not weight.is_contiguous():
             raise ValueError(f"a weight of shape {tuple(weight.shape)} must be contiguous, of a multiple of 16 rows")
-        stored = self.store(weight)
+        stored = self.store(weight, allocate)
         return PackedWeight(stored, rows, weight.shape[1], weight.dtype, in_place=stored.numbers is weight)

@@ -10,6 +10,7 @@ from .base import PANEL_ROWS, WeightFormat
 if TYPE_CHECKING:
     import torch
 
+    from .base import Allocate
     from .packed import PackedWeight, Stored
 
 _GROUP_COLUMNS = 128  # of a panel, that share a table of 16 upper bytes
@@ -55,7 +56,7 @@ class Bf16In12Bits(WeightFormat):
         panel = PANEL_ROWS * columns * 12 // 8 + -(-tables // _LINE_BYTES) * _LINE_BYTES
         return -(-rows // PANEL_ROWS) * panel
 
-    def store(self, weight: torch.Tensor) -> Stored:
+    def store(self, weight: torch.Tensor, allocate: Allocate | None = None) -> Stored:
         """Compress into new memory, however little that saves; `weight` holds plain panels from then on."""
         from .. import cpu
 
@@ -63,7 +64,7 @@ class Bf16In12Bits(WeightFormat):
         if weight.shape[1] % self.column_cut:
             raise ValueError(f"12 bits a number need a multiple of {self.column_cut} columns, not {weight.shape[1]}")
         cpu.native.pack_weight(weight.data_ptr(), *weight.shape, cpu.DTYPES[weight.dtype])
-        return self.compress(weight, self.find_apart(weight))
+        return self.compress(weight, self.find_apart(weight), allocate)
 
     def find_apart(self, panels: torch.Tensor) -> GroupsApart:
         """Count the groups of plain bfloat16 panels (padded rows, columns) that have to stand apart."""
@@ -75,8 +76,8 @@ class Bf16In12Bits(WeightFormat):
         count = cpu.native.compress_weight(panels.data_ptr(), *panels.shape, 0, 0, firsts.data_ptr())
         return GroupsApart(firsts, count * cpu.native.GROUP_BYTES)
 
-    def compress(self, panels: torch.Tensor, groups: GroupsApart) -> Stored:
-        """Compress plain panels, which are only read."""
+    def compress(self, panels: torch.Tensor, groups: GroupsApart, allocate: Allocate | None = None) -> Stored:
+        """Compress plain panels, which are only read, into new memory, or into that which `allocate` makes."""
         import torch
 
         from .. import cpu
@@ -84,8 +85,9 @@ class Bf16In12Bits(WeightFormat):
         from .packed import Stored
 
         rows, columns = panels.shape
-        numbers = empty((self.nbytes(rows, columns, panels.itemsize),), torch.uint8, panels.device)
-        apart = empty((groups.nbytes,), torch.uint8, panels.device)
+        make = allocate or empty
+        numbers = make((self.nbytes(rows, columns, panels.itemsize),), torch.uint8, panels.device)
+        apart = make((groups.nbytes,), torch.uint8, panels.device)
         to = numbers.data_ptr(), apart.data_ptr(), groups.firsts.data_ptr()
         cpu.native.compress_weight(panels.data_ptr(), rows, columns, *to)
         return Stored(self, numbers, group=columns, apart=apart)

@@ -11,6 +11,7 @@ from .quantized import QuantizedFormat
 if TYPE_CHECKING:
     import torch
 
+    from .base import Allocate
     from .packed import PackedWeight, Stored
 
 
@@ -27,7 +28,7 @@ class Int4(QuantizedFormat):
         """8 bits."""
         return INT8
 
-    def store(self, weight: torch.Tensor) -> Stored:
+    def store(self, weight: torch.Tensor, allocate: Allocate | None = None) -> Stored:
         """Store the numbers in new memory, with a scale for each group."""
         import torch
 
@@ -37,8 +38,9 @@ class Int4(QuantizedFormat):
 
         self.check_weight(weight)
         rows, columns = weight.shape
-        scales = torch.empty(rows, -(-columns // self.group))
-        numbers = empty((rows, columns // 2), torch.uint8, weight.device)
+        make = allocate or empty
+        scales = make((rows, -(-columns // self.group)), torch.float32, weight.device)
+        numbers = make((rows, columns // 2), torch.uint8, weight.device)
         to = numbers.data_ptr(), scales.data_ptr()
         cpu.native.quantize_int4(weight.data_ptr(), rows, columns, self.group, *to)
         return Stored(self, numbers, group=self.group, scales=scales)

@@ -10,6 +10,7 @@ from .quantized import QuantizedFormat
 if TYPE_CHECKING:
     import torch
 
+    from .base import Allocate
     from .packed import PackedWeight, Stored
 
 
@@ -23,7 +24,7 @@ class EightBitPanels(QuantizedFormat):
         """8 bits, and x of 16."""
         return INT8
 
-    def store(self, weight: torch.Tensor) -> Stored:
+    def store(self, weight: torch.Tensor, allocate: Allocate | None = None) -> Stored:
         """Store the numbers in new memory, with scales and the sum of what each row became."""
         import torch
 
@@ -35,9 +36,10 @@ class EightBitPanels(QuantizedFormat):
         rows, columns = weight.shape
         group = self.group or columns
         together = self.together()
-        scales = torch.empty(rows, -(-columns // group))
-        numbers = empty((rows, columns), torch.int8, weight.device)
-        sums = torch.empty(rows)
+        make = allocate or empty
+        scales = make((rows, -(-columns // group)), torch.float32, weight.device)
+        numbers = make((rows, columns), torch.int8, weight.device)
+        sums = make((rows,), torch.float32, weight.device)
 
         to = numbers.data_ptr(), scales.data_ptr(), sums.data_ptr()
         cpu.native.quantize_int8(weight.data_ptr(), rows, columns, together, group, *to)

@@ -10,6 +10,7 @@ from .bf16_in_12_bits import BF16_IN_12_BITS
 if TYPE_CHECKING:
     import torch
 
+    from .base import Allocate
     from .packed import PackedWeight, Stored
 
 LARGEST_COMPRESSED = 0.85
@@ -41,8 +42,11 @@ class PlainPanels(WeightFormat):
         """The plain numbers: whether a weight is kept in 12 bits depends on its numbers, so none is taken to be."""
         return rows * columns * itemsize
 
-    def store(self, weight: torch.Tensor) -> Stored:
-        """Store panels in the weight's own memory; if threads are bound to CPUs, in memory that they touch first."""
+    def store(self, weight: torch.Tensor, allocate: Allocate | None = None) -> Stored:
+        """Store panels in the weight's own memory; if threads are bound to CPUs, in memory that they touch first.
+
+        With `allocate` they stand in the memory that it makes.
+        """
         from .. import cpu
         from ..huge_pages import empty
         from .packed import Stored
@@ -55,11 +59,11 @@ class PlainPanels(WeightFormat):
             if BF16_IN_12_BITS.nbytes(rows, columns, weight.itemsize) + apart.nbytes <= (
                 LARGEST_COMPRESSED * weight.nbytes
             ):
-                return BF16_IN_12_BITS.compress(weight, apart)
+                return BF16_IN_12_BITS.compress(weight, apart, allocate)
 
         # Whoever writes first to memory has it on its own NUMA node.
-        if cpu.native.bound():
-            panels = empty((rows, columns), weight.dtype, weight.device)
+        if allocate is not None or cpu.native.bound():
+            panels = (allocate or empty)((rows, columns), weight.dtype, weight.device)
             cpu.native.copy_panels(weight.data_ptr(), rows, columns, cpu.DTYPES[weight.dtype], panels.data_ptr())
             weight = panels
         return Stored(self, weight, group=columns)

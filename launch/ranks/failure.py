@@ -30,19 +30,19 @@ def report_failure(error: BaseException, rank_info: RankInfo, *, raised_by_clien
 
     if _saw_a_peer_go(error):
         time.sleep(BYSTANDER_DELAY_S)
-        _record(error, rank_info)
+        record_failure(error, rank_info)
         _print(f"{_name(rank_info)}: {error}")
         return 1
 
     if not isinstance(error, PhalanxError):
         _print(f"{_name(rank_info)} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
-        _record(error, rank_info)
+        record_failure(error, rank_info)
         return 1
 
     if rank_info.rank != 0:
         time.sleep(OTHERS_DELAY_S)
     # The message says it all: the launcher's summary needs no traceback of it.
-    _record(error.with_traceback(None), rank_info)
+    record_failure(error.with_traceback(None), rank_info)
     if not raised_by_client:
         _print(f"{_name(rank_info)}: {error}" if rank_info.rank else f"error: {error}")
     return 2 if isinstance(error, ConfigError | CheckpointError | InvalidRequest) else 1
@@ -59,7 +59,8 @@ def failure_file(folder: Path, rank: int) -> Path:
     return folder / f"failure-{rank}.json"
 
 
-def _record(error: BaseException, rank_info: RankInfo) -> None:
+def record_failure(error: BaseException, rank_info: RankInfo) -> None:
+    """Leave what ended this rank to whoever started it: the supervisor's file, or torchrun's."""
     if not rank_info.launched:
         return
     if rank_info.folder is not None:

@@ -84,15 +84,17 @@ class ForkServer:
                 self._wakeup.recv(MAX_MESSAGE_BYTES)
                 self._reap()
             if self._channel in ready:
-                message = self._channel.recv(MAX_MESSAGE_BYTES)
+                message, memories, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
                 if not message:
                     return
-                self._fork(msgspec.json.decode(message, type=Start).rank)
+                self._fork(msgspec.json.decode(message, type=Start).rank, memories[0] if memories else None)
+                for memory in memories:
+                    os.close(memory)
 
     def _tell(self, event: Event) -> None:
         self._channel.send(msgspec.json.encode(event))
 
-    def _fork(self, rank: int) -> None:
+    def _fork(self, rank: int, kept_memory: int | None) -> None:
         reason = why_not_forkable()
         if reason is not None:
             self._tell(Refused(reason))
@@ -103,7 +105,7 @@ class ForkServer:
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         pid = os.fork()
         if pid == 0:
-            self._become(rank, server)
+            self._become(rank, server, kept_memory)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         self._tell(Started(pid))
 
@@ -117,7 +119,7 @@ class ForkServer:
                 return
             self._tell(Ended(pid, os.waitstatus_to_exitcode(status)))
 
-    def _become(self, rank: int, server: int) -> NoReturn:
+    def _become(self, rank: int, server: int, kept_memory: int | None) -> NoReturn:
         """Be this rank, until its end."""
         try:
             signal.set_wakeup_fd(-1)
@@ -129,7 +131,7 @@ class ForkServer:
             from .rank import run
 
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-            run(self._folder, parent=server)
+            run(self._folder, parent=server, kept_memory=kept_memory)
         except BaseException:
             traceback.print_exc()
         finally:

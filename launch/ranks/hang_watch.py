@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engine.execution.heartbeat import BEATS_FILE, FLAG_BYTES, FLAGS_AT, RESTING, Beat, BeatsReader
+from ...engine.execution.heartbeat import FLAG_BYTES, FLAGS_AT, RESTING, STARTING, Beat, BeatsReader
 
 SLACK = 10.0
 """A step may take so many times what its tokens took at the slowest rate seen."""
 LOOK_S = 1.0
 """Most seconds that count between two looks: when this process itself is held up, so are the ranks."""
+START_SHARE, MEETING_SHARE = 0.9, 1.5
+"""Shares of timeout_s after which a group that does not get on with its start hangs: once it has met, and before."""
 FORGET = 0.999
 """What is left of the slowest rate seen at each look at which the group has got on."""
 PROCESSES_S = 0.5
@@ -61,7 +63,8 @@ class HangWatch:
     def __init__(self, step_timeout_s: float, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """A group hangs after `step_timeout_s` without getting on, or longer where it was seen to take longer.
 
-        No more than `timeout_s`, within which ranks give up waiting for one another. Where collectives cannot be seen a
+        No more than `timeout_s`, within which ranks give up waiting for one another: which they also have while they
+        start. Where collectives cannot be seen a
         step is one piece: one of more tokens than any before has that long.
         """
         self._step_timeout_s = step_timeout_s
@@ -107,6 +110,10 @@ class HangWatch:
 
     def _allowed_s(self, sight: Sight) -> float:
         tokens = _tokens(sight)
+        if any(beat.phase in STARTING for beat in sight.beats):
+            # Those that have met tell by their sums who is behind: a little before the others give up waiting. Until
+            # then whoever waits knows best for whom.
+            return (START_SHARE if sight.flags else MEETING_SHARE) * self._timeout_s
         if not sight.flags and tokens > self._most_tokens:
             return self._timeout_s
         return min(self._timeout_s, max(self._step_timeout_s, SLACK * self._slowest * tokens))
@@ -122,6 +129,11 @@ def _blame(sight: Sight, seconds: float) -> Stall:
     ranks = list(range(len(beats)))
     if sight.stopped:
         ranks = list(sight.stopped)
+    starting = [rank for rank in ranks if beats[rank].phase in STARTING]
+    if starting:
+        # The others wait for the one that has come least far.
+        first = min(STARTING.index(beats[rank].phase) for rank in starting)
+        ranks = [rank for rank in starting if STARTING.index(beats[rank].phase) == first]
     least = min(beats[rank].step for rank in ranks)
     ranks = [rank for rank in ranks if beats[rank].step == least]
     if sight.flags:
@@ -148,10 +160,10 @@ def _words(rank: int, sight: Sight) -> str:
 class RankSights:
     """Looks at the ranks of a group: their heartbeats, their collectives and their processes."""
 
-    def __init__(self, folder: Path, pids: Sequence[int]) -> None:
-        """`folder` is the group's, with the file of its heartbeats."""
+    def __init__(self, beats: Path, pids: Sequence[int | None]) -> None:
+        """`beats` is the file of their heartbeats, `pids` their processes; None of one that is on another host."""
         self._pids = pids
-        self._beats = BeatsReader(folder / BEATS_FILE, len(pids))
+        self._beats = BeatsReader(beats, len(pids))
         self._segment: mmap.mmap | None = None
         self._processes_at = 0.0
         self._stopped: list[int] = []
@@ -159,14 +171,17 @@ class RankSights:
     def look(self) -> Sight:
         """Return how the ranks are now."""
         beats = self._beats.read()
-        if self._segment is None and beats[0].segment >= 0:
-            self._segment = _open_segment(self._pids[0], beats[0].segment, len(self._pids))
+        first = self._pids[0]
+        if self._segment is None and first is not None and beats[0].segment >= 0:
+            self._segment = _open_segment(first, beats[0].segment, len(self._pids))
 
         now = time.monotonic()
         if now - self._processes_at > PROCESSES_S:
             self._processes_at = now
-            self._stopped = [rank for rank, pid in enumerate(self._pids) if _is_stopped(pid)]
-        return Sight(beats, self._flags(), self._stopped, [_starved_s(pid) for pid in self._pids])
+            self._stopped = [rank for rank, pid in enumerate(self._pids) if pid is not None and _is_stopped(pid)]
+        return Sight(
+            beats, self._flags(), self._stopped, [0.0 if pid is None else _starved_s(pid) for pid in self._pids]
+        )
 
     def _flags(self) -> list[int]:
         segment = self._segment

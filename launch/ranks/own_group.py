@@ -33,6 +33,8 @@ from ...engine.client.group_failure import (
 )
 from ...engine.config import EngineConfig
 from ...engine.execution.heartbeat import BEATS_FILE, make_beats_file
+from ...engine.models.hub import resolve_model
+from ...parallel.loading.kept_memory import identity_of_files
 from .failure import failure_file
 from .hang_watch import HangWatch, RankSights, Stall, collect_stacks, stacks_file
 from .process import PARENT_POLL_S, RANK_STOP_TIMEOUT_S, Signalled, exit_within
@@ -51,9 +53,12 @@ def supervise(folder: Path, config: EngineConfig) -> int:
     Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal.
     """
     restarts = Restarts(config.max_restarts, config.restart_window_s)
-    starter = RankStarter(folder, config.ranks)
+    keeps = config.weights == "keep" and config.device != "cuda" and config.max_restarts > 0
+    starter = RankStarter(folder, config.ranks, keep_weights=keeps)
+    model = resolve_model(config.model, weights=config.load_format != "dummy")
     try:
         while True:
+            files = identity_of_files(model)
             failure = _run_once(folder, config, starter, restarts)
             if failure is None:
                 return 0
@@ -61,6 +66,8 @@ def supervise(folder: Path, config: EngineConfig) -> int:
                 return 1
             time.sleep(failure)
             _clear(folder, config.ranks)
+            if identity_of_files(model) != files:
+                starter.forget_weights()
     except Signalled as stopped:
         return stopped.exit_code
     finally:
@@ -108,7 +115,7 @@ def _watch(folder: Path, config: EngineConfig, ranks: list[RankProcess], restart
         threading.Thread(target=_wait_for, args=(rank, process, ended), daemon=True).start()
 
     pids = [process.pid for process in ranks]
-    sights = RankSights(folder, pids)
+    sights = RankSights(folder / BEATS_FILE, pids)
     hangs = HangWatch(config.step_timeout_s, config.timeout_s)
     left = len(ranks)
     ready = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -50,13 +51,18 @@ def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: flo
     """Let the first SIGINT or SIGTERM call `on_first` (by default it raises Signalled), and allow `within_s` seconds.
 
     A second one ends the process at once. `on_first` runs in the signal handler: it may take no lock, for the thread it
-    interrupts may hold it.
+    interrupts may hold it. The time runs from the signal, also while the main thread waits in C, as for a rank that
+    does not come: no handler of Python's is called there.
     """
     seen: list[int] = []
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def limit() -> None:
-        [number] = os.read(reader, 1)
+        number = 0
+        while number not in (signal.SIGINT, signal.SIGTERM):  # other signals wake too
+            [number] = os.read(reader, 1)
         time.sleep(within_s)
         exit_now(128 + number)
 
@@ -66,7 +72,8 @@ def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: flo
         if seen:
             exit_now(128 + number)
         seen.append(number)
-        os.write(writer, bytes([number]))  # starting a thread here would take locks
+        with contextlib.suppress(BlockingIOError):  # full of what the limit has yet to read
+            os.write(writer, bytes([number]))  # starting a thread here would take locks
         if on_first is None:
             raise Signalled(number)
         on_first(number)

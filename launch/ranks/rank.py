@@ -22,10 +22,17 @@ from .process import RANK_STOP_TIMEOUT_S, Signalled, die_on_signals, end_with_pa
 from .rank_info import RankInfo, read_rank_info
 
 
-def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: bytes | None = None) -> int:
+def serve_rank(
+    config: EngineConfig,
+    rank_info: RankInfo,
+    address: str,
+    secret: bytes | None = None,
+    kept_memory: int | None = None,
+) -> int:
     """Join the group and work until a client or a signal ends it; rank 0 serves clients at `address`.
 
-    Over tcp:// clients need the `secret` (engine/protocol/secret.py). Returns the exit code.
+    Over tcp:// clients need the `secret` (engine/protocol/secret.py). `kept_memory` is the supervisor's, in which the
+    weights outlive this process. Returns the exit code.
     """
     from ...engine.engine import Engine, run_rank
     from ...parallel.collectives.base import CollectiveError
@@ -47,10 +54,17 @@ def serve_rank(config: EngineConfig, rank_info: RankInfo, address: str, secret: 
             stop_on_signals(stop, RANK_STOP_TIMEOUT_S)
 
     heartbeat = _heartbeat(rank_info)
+    if heartbeat is not None:
+        heartbeat.phase("joining")
     binding = bind(config, rank_info)
     group = join(config, rank_info)
+    if heartbeat is None and rank_info.launched:
+        from .torchrun.peer_watch import watch_peers
+
+        heartbeat = watch_peers(config, group, rank_info)
     try:
-        run_rank(config, group, address, binding, loading_progress(rank_info), on_ready, secret, heartbeat)
+        progress = loading_progress(rank_info)
+        run_rank(config, group, address, binding, progress, on_ready, secret, heartbeat, kept_memory)
     except CollectiveError:
         # The signal reached the other ranks too, which left at once: losing them is no failure of rank 0.
         if not stopped_by:
@@ -71,10 +85,10 @@ def _heartbeat(rank_info: RankInfo) -> Heartbeat | None:
     return Heartbeat(folder / BEATS_FILE, rank_info.rank)
 
 
-def run(folder: Path, parent: int | None = None) -> NoReturn:
+def run(folder: Path, parent: int | None = None, kept_memory: int | None = None) -> NoReturn:
     """Run the rank that the environment names, of the group in `folder` that own_group.py supervises, and exit.
 
-    `parent` is the process that forked this one, if one did (fork.py).
+    `parent` is the process that forked this one, if one did (fork.py). `kept_memory` is as serve_rank() has it.
     """
     rank_info = read_rank_info(folder)
     end_with_parent(parent)
@@ -84,7 +98,7 @@ def run(folder: Path, parent: int | None = None) -> NoReturn:
         die_on_signals()
     try:
         config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
-        code = serve_rank(config, rank_info, f"ipc://{folder}/engine")
+        code = serve_rank(config, rank_info, f"ipc://{folder}/engine", kept_memory=kept_memory)
     except (Exception, Signalled) as error:
         code = report_failure(error, rank_info, raised_by_client=True)
     # To tear down torch and its threads takes a second that nobody has any use for, and may hang.
@@ -94,4 +108,4 @@ def run(folder: Path, parent: int | None = None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    run(Path(sys.argv[1]), kept_memory=int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import msgspec
 
+from ...parallel.loading.kept_memory import is_complete, make_kept_memory
 from .rank_info import UNKNOWN_RANK, rank_environment
 
 _log = logging.getLogger("phalanx")
@@ -33,7 +34,10 @@ MAX_MESSAGE_BYTES = 4096
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """To the fork server: fork this rank. It answers Started or Refused."""
+    """To the fork server: fork this rank. It answers Started or Refused.
+
+    With it may come the descriptor of memory for the rank's weights, which the rank inherits.
+    """
 
     rank: int
 
@@ -88,8 +92,13 @@ class RankProcess(Protocol):
 class RankStarter:
     """Starts the ranks of one group, the first time and again after a rank's end. Used by one thread."""
 
-    def __init__(self, folder: Path, size: int, *, fork: bool = True) -> None:
-        """`folder` is the group's private one, `size` the number of its ranks; without `fork` none is forked."""
+    def __init__(self, folder: Path, size: int, *, fork: bool = True, keep_weights: bool = False) -> None:
+        """`folder` is the group's private one, `size` the number of its ranks; without `fork` none is forked.
+
+        With `keep_weights` each rank gets memory that outlives it, with what the rank before it has put there.
+        """
+        self._keeps = keep_weights
+        self._memories: dict[int, int] = {}  # descriptors, by rank
         self._folder = folder
         self._size = size
         self._fork = fork and _has_process_handles()
@@ -105,17 +114,47 @@ class RankStarter:
 
     def start(self, rank: int) -> RankProcess:
         """Start a rank's process, whose standard input is empty. The first start waits until the imports are done."""
+        memory = self._memory_of(rank)
         if self._fork:
-            started = self._living_server().start(rank)
+            started = self._living_server().start(rank, memory)
             if not isinstance(started, str):
                 return started
             _log.warning("ranks are started one by one, which takes longer: %s", started)
             self._fork = False
         command = [sys.executable, "-m", f"{__package__}.rank", str(self._folder)]
-        return subprocess.Popen(command, env=rank_environment(rank, self._size), stdin=subprocess.DEVNULL)
+        inherited = [] if memory is None else [memory]
+        command += map(str, inherited)
+        environment = rank_environment(rank, self._size)
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=inherited)
+
+    def forget_weights(self) -> None:
+        """Give up what the ranks have kept: the next ones begin with empty memory."""
+        while self._memories:
+            os.close(self._memories.popitem()[1])
 
     def close(self) -> None:
-        """End the fork server. The ranks that it has forked, which should have ended before, end with it."""
+        """End the fork server, and give up what is kept.
+
+        The ranks that it has forked, which should have ended before, end with it.
+        """
+        self.forget_weights()
+        self._end_server()
+
+    def _memory_of(self, rank: int) -> int | None:
+        """The memory that a rank is to map, if the one before it has filled it, or else is to fill; None without."""
+        memory = self._memories.get(rank)
+        if memory is not None and not is_complete(memory):
+            os.close(self._memories.pop(rank))
+            memory = None
+        if memory is None and self._keeps:
+            try:
+                memory = self._memories[rank] = make_kept_memory()
+            except OSError as error:
+                _log.warning("weights are not kept for a restart: %s", error)
+                self._keeps = False
+        return memory
+
+    def _end_server(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -123,7 +162,7 @@ class RankStarter:
     def _living_server(self) -> _ForkServer:
         """The fork server, or a new one in the place of one that has ended."""
         if self._server is None or not self._server.alive:
-            self.close()
+            self._end_server()
             self._server = _ForkServer(self._folder, self._size)
         return self._server
 
@@ -221,10 +260,10 @@ class _ForkServer:
         """Whether it may still fork."""
         return not self._gone.is_set()
 
-    def start(self, rank: int) -> ForkedRank | str:
-        """Fork a rank once the imports are done. A text says why that cannot be."""
+    def start(self, rank: int, memory: int | None) -> ForkedRank | str:
+        """Fork a rank once the imports are done, and give it that memory. A text says why that cannot be."""
         try:
-            self._channel.send(msgspec.json.encode(Start(rank)))
+            socket.send_fds(self._channel, [msgspec.json.encode(Start(rank))], [] if memory is None else [memory])
         except OSError as error:
             return f"the process that forks them has ended ({error})"
         return self._answers.get()

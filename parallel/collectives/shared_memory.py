@@ -224,7 +224,7 @@ def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Call
     """
     _agree(host, unavailable() or "")
     ends = [0, *part_ends()]
-    fd = _open_segment(host, ends[-1])
+    fd = open_segment(host, ends[-1])
     try:
         # Memory stands on the NUMA node of the rank that allocates it: each does so for what it writes to.
         _, problem = attempt(lambda: _allocate(fd, ends[host.rank], ends[host.rank + 1]))
@@ -240,8 +240,11 @@ def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Call
     return attached
 
 
-def _open_segment(host: Collectives, length: int) -> int:
-    """Open one file of zeros in the memory of all ranks' host; no folder names it once all have it."""
+def open_segment(host: Collectives, length: int) -> int:
+    """Open one file of zeros in the memory of all ranks' host; no folder names it once all have it.
+
+    Its first bytes are no longer zeros. Raises SharedMemoryUnavailable, on all ranks, if they cannot share memory.
+    """
     process = os.stat("/proc/self/ns/pid").st_ino << 22 | os.getpid()  # a pid has at most 22 bits
     rows = all_gather_ints(host, [boot(), process, os.getpid(), secrets.randbits(62)])
     elsewhere = other_host([row[0] for row in rows])

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...kernels.torch_threads import one_torch_thread
 from ...kernels.weight_formats import WeightFormat
+from ...kernels.weight_formats.base import Allocate
 from .json_files import LoadError
 from .safetensors_files import StoredTensor, locate_tensors, name_some
 from .streaming import READERS, CudaLanding, Landing, cut, stream
@@ -62,17 +63,21 @@ class WeightSlice:
 
 
 class Packing:
-    """Calls pack(weight_format) of each slice's owner that has one, once all the slices of that owner are filled."""
+    """Calls pack(weight_format, allocate) of each slice's owner that has one, once all its slices are filled."""
 
-    def __init__(self, slices: Sequence[WeightSlice], weight_format: WeightFormat) -> None:
+    def __init__(
+        self, slices: Sequence[WeightSlice], weight_format: WeightFormat, allocate: Allocate | None = None
+    ) -> None:
+        """What is packed goes to memory that `allocate` makes, if it is given."""
         self._weight_format = weight_format
+        self._allocate = allocate
         self._missing = Counter(id(part.owner) for part in slices)
 
     def filled(self, part: WeightSlice) -> None:
         """Note that a slice holds its values."""
         self._missing[id(part.owner)] -= 1
         if not self._missing[id(part.owner)] and hasattr(part.owner, "pack"):
-            part.owner.pack(self._weight_format)
+            part.owner.pack(self._weight_format, self._allocate)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class LoadReport:
     seconds: float
     files: int
     """Files that the checkpoint consists of."""
+    kept_bytes: int = 0
+    """Bytes that were mapped instead, as the rank before this one left them (parallel/kept_weights.py)."""
 
 
 def take_out(slices: list[WeightSlice]) -> Iterator[WeightSlice]:

@@ -82,6 +82,11 @@ def quantization(result: Result) -> Blocks:
     return [*table("format", formats), *_rest(result)]
 
 
+def restarts(result: Result) -> Blocks:
+    """Tables of restarts.py: medians of each phase, by number of ranks and what happens to the weights."""
+    return [*table("seconds", result.pop("restarts")), *_rest(result)]
+
+
 def plain(result: Result) -> Blocks:
     """One table of all figures, for benchmarks that have few."""
     return _rest(result)

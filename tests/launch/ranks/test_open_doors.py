@@ -82,7 +82,9 @@ def listening(pid: int | None = None) -> set[tuple[int, str, int]]:
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             for connection in process.net_connections("inet"):
-                if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and connection.laddr:
+                # A UDP socket with a peer, as one that asks for a host's name, hears nobody else.
+                waits = connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and not connection.raddr
+                if waits and connection.laddr:
                     found.add((process.pid, connection.laddr.ip, connection.laddr.port))
     return found
 

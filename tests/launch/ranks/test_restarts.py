@@ -146,3 +146,33 @@ def test_a_long_step_has_time_by_its_tokens(watch: HangWatch, clock: _Clock) -> 
 def test_the_first_step_of_its_size_is_not_judged_where_sums_cannot_be_seen(watch: HangWatch, clock: _Clock) -> None:
     assert _look_for(watch, clock, _sight("wait", "compute", tokens=500), 59) is None
     assert _look_for(watch, clock, _sight("wait", "compute", tokens=500), 2) is not None
+
+
+def test_a_start_that_does_not_get_on_is_a_hang_of_the_rank_that_has_come_least_far(clock: _Clock) -> None:
+    watch = HangWatch(2.0, 60.0, clock)
+    met = _sight("preparing", "loading", "preparing", step=0, tokens=0, flags=(3, 2, 3))
+    watch.look(_sight("joining", "joining", "joining", step=0, tokens=0))
+    assert _look_for(watch, clock, met, 53) is None  # ranks that wait for one another have 60 s
+    stall = _look_for(watch, clock, met, 2)
+    assert stall is not None
+    assert "rank 1 does not get on" in stall.why
+    assert "rank 1: 'loading', after 2 sums" in stall.why
+
+
+def test_in_the_same_phase_of_a_start_sums_tell_who_is_behind(clock: _Clock) -> None:
+    watch = HangWatch(2.0, 60.0, clock)
+    sight = _sight("reading", "reading", "reading", step=0, tokens=0, flags=(3, 3, 2))
+    watch.look(sight)
+    stall = _look_for(watch, clock, sight, 56)
+    assert stall is not None
+    assert stall.rank == 2
+
+
+def test_until_they_have_met_ranks_tell_themselves_for_whom_they_wait(clock: _Clock) -> None:
+    watch = HangWatch(2.0, 60.0, clock)
+    sight = _sight("joining", "starting", step=0, tokens=0)
+    watch.look(sight)
+    assert _look_for(watch, clock, sight, 80) is None
+    stall = _look_for(watch, clock, sight, 20)
+    assert stall is not None
+    assert stall.rank == 1

@@ -144,3 +144,16 @@ def test_a_signal_handler_starts_nothing_and_the_limit_holds(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
     assert (done.stdout, done.returncode) == ("0\n", 128 + 15)
+
+
+def test_a_signal_ends_a_process_that_waits_in_c(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, threading, datetime\nfrom torch.distributed import FileStore\n"
+        "from phalanx.launch.ranks.process import stop_on_signals\n"
+        "stop_on_signals(within_s=0.3)\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "store = FileStore(sys.argv[1], 2)\nstore.set_timeout(datetime.timedelta(seconds=60))\n"
+        "store.get('never')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "store")], timeout=30, check=False)
+    assert done.returncode == 128 + 15

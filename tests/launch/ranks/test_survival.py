@@ -116,6 +116,35 @@ def test_nothing_is_lost_when_the_coordinator_is_killed(smollm2: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("weights", "quantization"), [("keep", "none"), ("keep", "int4"), ("read", "none")])
+def test_ranks_after_others_map_the_weights_that_those_have_left(
+    smollm2: Path, weights: str, quantization: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kept() -> list[int]:
+        """Sizes of the memory of weights that each rank maps."""
+        sizes = []
+        for process in rank_processes():
+            found = [each for each in process.memory_maps() if "phalanx-weights" in each.path]
+            sizes.append(sum(each.rss for each in found))
+        return sizes
+
+    settings = {"weights": weights, "quantization": quantization, "dtype": "bfloat16"}
+    with LLM(str(smollm2), ranks=2, max_model_len=512, **settings) as llm:
+        expected = llm.generate([PROMPT], SamplingParams(max_tokens=24, temperature=0))[0].outputs[0].token_ids
+        before = llm.status()
+        for rank in (1, 0):
+            rank_processes()[rank].kill()
+            again = llm.generate([PROMPT], SamplingParams(max_tokens=24, temperature=0))[0].outputs[0].token_ids
+            assert again == expected
+            status = llm.status()
+            # They take no more memory than before, and no less is left for the KV cache.
+            assert status.total_blocks == before.total_blocks
+            assert any("kept from before the restart" in line for line in status.report) == (weights == "keep")
+            assert all(size > 0 for size in kept()) == (weights == "keep")
+    assert "of no use" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
 def test_nothing_is_lost_whichever_rank_is_killed_and_whenever(smollm2: Path) -> None:
     with _group(smollm2, max_restarts=20) as llm:
         expected = _Running(llm, 40).results()

@@ -86,7 +86,13 @@ class Hosts:
             # Both have the same memory, which two hosts have not.
             "collectives=gloo", f"endpoint={ENDPOINT}", f"secret_file={self.secret}",
         ]  # fmt: skip
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "link0", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": "link0",
+            "OMP_NUM_THREADS": "1",
+            # An agent that stays tells a new one where the ranks meet only if they meet anew in each round.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
         with (self._folder / f"{host}.log").open("ab") as log:
             self._agents[host] = subprocess.Popen(
                 self._command(host, command), env=environment, stdout=log, stderr=log, start_new_session=True
@@ -107,6 +113,15 @@ class Hosts:
     def mend(self) -> None:
         """Take the link up again."""
         assert self._within("b", "link", "set", "link0", "up")
+
+    def vanish(self, host: str) -> None:
+        """End all that runs on a host while its link is down: nobody hears of it."""
+        self.cut()
+        for pid in subprocess.run(
+            ["ip", "netns", "pids", self._namespace(host)], capture_output=True, text=True, check=True
+        ).stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        self._agents[host].wait(WAIT_S)
 
     def close(self) -> None:
         """End everything."""
@@ -188,5 +203,18 @@ def test_an_answer_outlives_a_cut_of_the_link(hosts: Hosts, expected: list[int])
     time.sleep(2 * RANKS_TIMEOUT_S)
     assert "as when another rank has gone or is stuck" in hosts.logs()
     hosts.mend()
+    assert reader.end() == 0, hosts.logs()
+    assert reader.token_ids == expected
+
+
+def test_an_answer_outlives_a_host_that_vanishes(hosts: Hosts, expected: list[int]) -> None:
+    reader = Reader(hosts.client())
+    reader.read(8)
+    hosts.vanish("b")
+    time.sleep(2 * RANKS_TIMEOUT_S)
+    assert "as when another rank has gone or is stuck" in hosts.logs()
+    # Another host takes its place, or the same one after its start.
+    hosts.mend()
+    hosts.start("b")
     assert reader.end() == 0, hosts.logs()
     assert reader.token_ids == expected
