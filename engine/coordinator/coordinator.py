@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -283,16 +284,22 @@ class Coordinator:
 
     def _handle_inbox(self) -> bool:
         """Run what other threads asked for; wait for it while there is nothing to compute. False: time to stop."""
-        patience = min(QUIET_S, self._heartbeat_s)
+        first = True
+        idle_at = time.monotonic() + min(QUIET_S, self._heartbeat_s)
         while not self._stopping:
             wait = not self._scheduler.has_work and not self._in_flight
+            # What asks for the state again and again must not keep the other ranks from hearing anything.
+            left = idle_at - time.monotonic()
+            if wait and left <= 0:
+                self._idle(first)
+                first = False
+                idle_at = time.monotonic() + self._heartbeat_s
+                continue
             try:
-                action = self._wait_for_action(patience) if wait else self._inbox.get_nowait()
+                action = self._wait_for_action(left) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 if not wait:
                     return True
-                self._idle(first=patience != self._heartbeat_s)
-                patience = self._heartbeat_s
             else:
                 action()
         return False
