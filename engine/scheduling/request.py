@@ -60,6 +60,8 @@ class Request:
     """With a resumed request: the output tokens of each completion that are known already."""
     first_token_at: float | None = None
     """With a resumed request: when its first output token was known, if one is."""
+    cached_before: int | None = None
+    """With a resumed request: what the engine before had of its prompt in the prefix cache, if it has told."""
 
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
@@ -105,6 +107,8 @@ class Request:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV came from the prefix cache when the first completion was admitted."""
+        if self.cached_before is not None:
+            return self.cached_before
         return self.sequences[0].cached_tokens if self.sequences else 0
 
     @property
