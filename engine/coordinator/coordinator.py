@@ -6,6 +6,7 @@ loop (here) owns the scheduler, the output thread (egress.py) owns the text of e
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -31,6 +32,8 @@ from .progress import Progress, StatusAnswers
 from .registry import Owner, RequestRegistry
 from .threads import as_exception
 from .tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
@@ -155,6 +158,7 @@ class Coordinator:
         progress = self._progress
         with progress.phase("schedule"):
             plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
+            self._fail_rows()
         if plan is not None:
             progress.planned(plan)
             if plan.masked_samples:
@@ -216,6 +220,7 @@ class Coordinator:
         with self._progress.phase("commit"):
             self._fail_invalid(plan, result, masks)
             updates = self._scheduler.commit(plan, result)
+            self._fail_rows()
             self._progress.committed(updates)
             self._deliver(updates)
 
@@ -248,6 +253,14 @@ class Coordinator:
             )
             self._egress.fail(request_id, error)
 
+    def _fail_rows(self) -> None:
+        """Fail the requests whose own rows the scheduler could not make; the others of the step go on."""
+        failures, self._scheduler.failures = self._scheduler.failures, []
+        for request_id, error in failures:
+            _log.error("the row of a request failed", exc_info=error)
+            self._scheduler.abort(request_id, forget=True)
+            self._egress.fail(request_id, EngineFault(f"the request could not be computed: {error!r}"))
+
     def _capture_next(self) -> None:
         """Capture one more CUDA graph, if that is done while serving."""
         if self._worker.uncaptured:
@@ -263,6 +276,9 @@ class Coordinator:
             updates = self._scheduler.add(request)
         except PhalanxError as error:
             self._egress.fail(request.id, error)
+        except Exception as error:
+            _log.exception("a request could not be scheduled")
+            self._egress.fail(request.id, EngineFault(f"the request could not be scheduled: {error!r}"))
         else:
             self._egress.begin(owner, submit, request)
             self._deliver(updates)

@@ -210,12 +210,12 @@ class Sequence:
             return len(logprobs)
         return len(self.tokens) - 1
 
-    def start(self) -> SlotStart:
-        """Return what the ranks need to know when it takes its slot."""
+    def start(self, slot: int) -> SlotStart:
+        """Return what the ranks need to know when it takes a slot."""
         sampling = self.sampling
         if sampling.prompt_logprobs >= 0 and not self.request.needs_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
-        return SlotStart(self.slot, self.prompt_length, list(self.tokens), sampling)
+        return SlotStart(slot, self.prompt_length, list(self.tokens), sampling)
 
     def append(self, token: int, now: float) -> tuple[str | None, int | None]:
         """Take in a token that a step has sampled. Returns (finish_reason, stop_reason) if it ends the sequence."""
