@@ -22,9 +22,9 @@ import psutil
 from phalanx.engine.errors import EngineStopped
 
 STREAMS = 4
-TOKENS = 300
+TOKENS = 160
 WATCHED_S = 60.0
-"""Seconds for which streams that go on or hang are watched after a fault."""
+"""Seconds after the fault, or after the last text of any stream, for which streams that have not ended are watched."""
 AFTER_END_S = 15.0
 """Seconds for which a server is watched after its streams have ended."""
 START_S = 400.0
@@ -162,7 +162,7 @@ class _Trial:
         said: list[str] = []
         exited_s: float | None = None
         ended_at = 0.0
-        while (now := time.monotonic()) - at < WATCHED_S:
+        while (now := time.monotonic()) - max(at, *(stream.last_at for stream in self._streams)) < WATCHED_S:
             status = "no answer"
             with contextlib.suppress(httpx.HTTPError):
                 status = str(httpx.get(f"{self._url}/health", timeout=2.0).status_code)
