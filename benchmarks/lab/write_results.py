@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.benchmarks.lab.common import ROOT
-from phalanx.benchmarks.lab.result_tables import single
+from phalanx.benchmarks.lab.result_tables import single, survival
 from phalanx.benchmarks.lab.result_tables.comparisons import comparison
 from phalanx.benchmarks.lab.result_tables.gpu import gpu
 from phalanx.benchmarks.lab.result_tables.markdown import Blocks, Result, pairs, surroundings
@@ -42,10 +42,12 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         single.serve,
     ),
     "chaos": (
-        "Kills, stops and bursts",
-        "`parts/chaos.py`: ranks are killed and stopped at random while requests come; each request is judged by what "
-        "an undisturbed engine says.",
-        single.plain,
+        "Ranks that are killed, stopped and drowned",
+        "`chaos.py`: each request is judged by what the undisturbed server says. mode=chaos kills and stops at random "
+        "amid requests of every kind, bursts and disconnects; mode=kills and mode=stops disturb each rank in turn amid "
+        "sixteen requests; mode=saturation has prefills of 4,096 tokens without a pause; mode=beside does the same to "
+        "phalanx and to vLLM amid four streams, each time in a server that was just started.",
+        survival.chaos,
     ),
     "restarts": (
         "Serving again after a kill",
@@ -79,7 +81,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
     ),
     "latency": ("Latency", "`latency.py`: by requests at once and by ranks.", single.latency),
     "step": ("Where a step's time goes", "`step.py`: the parts of a decode step and of a prompt.", single.steps),
-    "linear": ("One linear layer", "`linear.py`: by weight format, rows and instruction set.", single.linear),
+    "linear": ("One linear layer", "`parts/linear.py`: by weight format, rows and instruction set.", single.linear),
     "quantization": (
         "Quantization",
         "`quantization.py`: agreement of the likeliest token, divergence and perplexity on real text, against bf16.",
@@ -126,11 +128,12 @@ The commands, each with `key=value` options and `out=FILE` for the JSON line:
     python benchmarks/throughput.py random=qwen2_5_0_5b requests=32 prompt_tokens=128 new_tokens=128 peer=transformers
     python benchmarks/latency.py random=qwen2_5_0_5b                     # by requests at once and ranks
     python benchmarks/step.py random=qwen2_5_0_5b rows=1,32 prompts=1024 # where a step's time goes
-    python benchmarks/linear.py rows=1,32,1024                           # one linear layer by itself
+    python benchmarks/parts/linear.py rows=1,32,1024                     # one linear layer by itself
     python benchmarks/limits.py                                          # what the machine could do
     python benchmarks/quantization.py model=models/smollm2-135m
     python benchmarks/startup.py random=qwen2_5_0_5b ranks=2
     python benchmarks/parts/before_after.py before=../before/phalanx model=models/qwen2-5-0-5b
+    python benchmarks/chaos.py mode=kills times=20                       # what kills cost, and what they do not
     python benchmarks/gpu.py out=gpu.json                                # everything on one GPU, in nine minutes"""
 
 

@@ -29,7 +29,12 @@ class MaskThread:
 def _masks(matchers: Sequence[Matcher | None]) -> list[bytes]:
     masks = []
     for matcher in matchers:
-        words = None if matcher is None else matcher.allowed()
+        words = None
+        if matcher is not None:
+            try:
+                words = matcher.allowed()
+            except Exception as error:  # of the library that follows the grammar: the answer fails, the step goes on
+                matcher.failure = f"its grammar cannot be followed: {error!r}"
         masks.append(b"" if words is None else words.tobytes())
     return masks
 

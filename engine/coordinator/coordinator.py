@@ -6,8 +6,10 @@ loop (here) owns the scheduler, the output thread (egress.py) owns the text of e
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +32,8 @@ from .progress import Progress, StatusAnswers
 from .registry import Owner, RequestRegistry
 from .threads import as_exception
 from .tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
@@ -154,6 +158,7 @@ class Coordinator:
         progress = self._progress
         with progress.phase("schedule"):
             plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
+            self._fail_rows()
         if plan is not None:
             progress.planned(plan)
             if plan.masked_samples:
@@ -215,6 +220,7 @@ class Coordinator:
         with self._progress.phase("commit"):
             self._fail_invalid(plan, result, masks)
             updates = self._scheduler.commit(plan, result)
+            self._fail_rows()
             self._progress.committed(updates)
             self._deliver(updates)
 
@@ -247,6 +253,14 @@ class Coordinator:
             )
             self._egress.fail(request_id, error)
 
+    def _fail_rows(self) -> None:
+        """Fail the requests whose own rows the scheduler could not make; the others of the step go on."""
+        failures, self._scheduler.failures = self._scheduler.failures, []
+        for request_id, error in failures:
+            _log.error("the row of a request failed", exc_info=error)
+            self._scheduler.abort(request_id, forget=True)
+            self._egress.fail(request_id, EngineFault(f"the request could not be computed: {error!r}"))
+
     def _capture_next(self) -> None:
         """Capture one more CUDA graph, if that is done while serving."""
         if self._worker.uncaptured:
@@ -262,6 +276,9 @@ class Coordinator:
             updates = self._scheduler.add(request)
         except PhalanxError as error:
             self._egress.fail(request.id, error)
+        except Exception as error:
+            _log.exception("a request could not be scheduled")
+            self._egress.fail(request.id, EngineFault(f"the request could not be scheduled: {error!r}"))
         else:
             self._egress.begin(owner, submit, request)
             self._deliver(updates)
@@ -283,16 +300,22 @@ class Coordinator:
 
     def _handle_inbox(self) -> bool:
         """Run what other threads asked for; wait for it while there is nothing to compute. False: time to stop."""
-        patience = min(QUIET_S, self._heartbeat_s)
+        first = True
+        idle_at = time.monotonic() + min(QUIET_S, self._heartbeat_s)
         while not self._stopping:
             wait = not self._scheduler.has_work and not self._in_flight
+            # What asks for the state again and again must not keep the other ranks from hearing anything.
+            left = idle_at - time.monotonic()
+            if wait and left <= 0:
+                self._idle(first)
+                first = False
+                idle_at = time.monotonic() + self._heartbeat_s
+                continue
             try:
-                action = self._wait_for_action(patience) if wait else self._inbox.get_nowait()
+                action = self._wait_for_action(left) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 if not wait:
                     return True
-                self._idle(first=patience != self._heartbeat_s)
-                patience = self._heartbeat_s
             else:
                 action()
         return False

@@ -79,7 +79,29 @@ class Egress:
         # What a step brought a client goes as one message: each costs two threads and the client a wake-up.
         outgoing, self._events = self._events, {}
         for client, events in outgoing.items():
-            self._transport.send(client, *events)
+            try:
+                self._transport.send(client, *events)
+            except (TypeError, ValueError, OverflowError):
+                self._send_singly(client, events)
+
+    def _send_singly(self, client: bytes, events: list[Event]) -> None:
+        """Send what can be encoded. A request with an event that cannot fails, and gets no event after that."""
+        failed: set[str] = set()
+        for event in events:
+            name = getattr(event, "id", "")
+            if name in failed:
+                continue
+            try:
+                self._transport.send(client, event)
+            except (TypeError, ValueError, OverflowError) as error:
+                _log.exception("an event of a request could not be sent")
+                failed.add(name)
+                owner = Owner(client, name)
+                self._processor.forget(owner.request_id)
+                self._registry.remove(owner.request_id)
+                self._loop.call_soon(self._loop.abort, owner.request_id)
+                fault = EngineFault(f"the answer could not be sent: {error!r}")
+                self._transport.send(client, Failed(name, type(fault).__name__, str(fault)))
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:

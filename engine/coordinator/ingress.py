@@ -92,7 +92,13 @@ class Ingress:
     def receive(self, client: bytes, command: Command) -> None:
         """Take a command from the transport, on any thread. A request's times count from here."""
         if isinstance(command, Submit | Tokenize | Detokenize):
-            self._receive(Owner(client, command.id), command)
+            owner = Owner(client, command.id)
+            try:
+                self._receive(owner, command)
+            except Exception as error:
+                # It is the transport's thread, which all clients share.
+                _log.exception("a request could not be received")
+                self._egress.refuse(owner, InvalidRequest(f"the request was refused: {error!r}"))
         elif isinstance(command, Abort):
             self._abort(Owner(client, command.id))
         elif isinstance(command, StatusRequest):

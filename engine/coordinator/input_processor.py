@@ -151,6 +151,7 @@ class InputProcessor:
             arrived_at=arrived_at,
             outputs=outputs,
             first_token_at=None if resume.ttft_s is None else arrived_at + resume.ttft_s,
+            cached_before=resume.cached_tokens,
         )
 
     def prepare(self) -> None:

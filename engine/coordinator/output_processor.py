@@ -127,6 +127,9 @@ class _RequestState:
     client: bytes
     id: str
     submit: Submit
+    request: Request
+    tells_cached: bool = True
+    """Whether the next Delta is the first, which tells what came from the prefix cache."""
     completions: list[_CompletionState] = field(default_factory=list)
 
 
@@ -151,7 +154,7 @@ class OutputProcessor:
 
     def start(self, client: bytes, submit: Submit, request: Request) -> None:
         """Tell the client that its request was accepted, and expect updates for it. The scheduler has taken it on."""
-        state = _RequestState(client, submit.id, submit)
+        state = _RequestState(client, submit.id, submit, request)
         sampling = submit.sampling
         tokenizer, phase = self._tokenizer, None
         if tokenizer is not None and submit.split_reasoning:
@@ -320,7 +323,9 @@ class OutputProcessor:
         reasoning = completion.reasoning_to_skip.rest_of(reasoning)
         if token_ids or text or reasoning:
             position = completion.tokens - len(token_ids)
-            delta = Delta(state.id, index, text, token_ids, logprobs or None, position, reasoning)
+            cached = state.request.cached_tokens if state.tells_cached else 0
+            state.tells_cached = False
+            delta = Delta(state.id, index, text, token_ids, logprobs or None, position, reasoning, cached)
             self._emit(state.client, delta)
 
     def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:

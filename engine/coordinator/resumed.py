@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ..errors import InvalidRequest
-from ..protocol.messages import Resume
+from ..protocol.messages import Resume, ResumedCompletion
 
 
 def resumed_outputs(
@@ -28,7 +28,19 @@ def resumed_outputs(
                 f"max_model_len={max_model_len}: the engine before this one had a larger one"
             )
 
+    cached = resume.cached_tokens or 0
+    counts = [cached, *(number for each in resume.completions for number in _characters(each))]
+    if min(counts) < 0 or cached > prompt_length:
+        raise InvalidRequest(
+            f"resume counts {counts} cached tokens and characters; they must be at least 0, and of the prompt no more "
+            f"than its {prompt_length} tokens may be cached"
+        )
+
     times = [resume.age_s, resume.ttft_s or 0.0]
     if not all(0 <= seconds < math.inf for seconds in times):
         raise InvalidRequest(f"resume has age_s and ttft_s of {times}; they must be seconds of at least 0")
     return outputs
+
+
+def _characters(completion: ResumedCompletion) -> tuple[int, int]:
+    return completion.characters, completion.reasoning_characters

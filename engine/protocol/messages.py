@@ -56,6 +56,8 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the request was first sent."""
     ttft_s: float | None = None
     """Seconds from then to its first output token; None if there is none yet."""
+    cached_tokens: int | None = None
+    """What its first Delta told of the prefix cache; None if there was none yet."""
 
 
 class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
@@ -155,6 +157,8 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     """Output tokens of the completion before the first of `token_ids`."""
     reasoning: str = ""
     """New text of thinking, of a request that splits it off. It comes before `text`."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache; the request's first Delta tells them, the others have 0."""
 
 
 class Completion(msgspec.Struct, frozen=True):

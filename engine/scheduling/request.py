@@ -60,6 +60,8 @@ class Request:
     """With a resumed request: the output tokens of each completion that are known already."""
     first_token_at: float | None = None
     """With a resumed request: when its first output token was known, if one is."""
+    cached_before: int | None = None
+    """With a resumed request: what the engine before had of its prompt in the prefix cache, if it has told."""
 
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
@@ -105,6 +107,8 @@ class Request:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV came from the prefix cache when the first completion was admitted."""
+        if self.cached_before is not None:
+            return self.cached_before
         return self.sequences[0].cached_tokens if self.sequences else 0
 
     @property
@@ -206,12 +210,12 @@ class Sequence:
             return len(logprobs)
         return len(self.tokens) - 1
 
-    def start(self) -> SlotStart:
-        """Return what the ranks need to know when it takes its slot."""
+    def start(self, slot: int) -> SlotStart:
+        """Return what the ranks need to know when it takes a slot."""
         sampling = self.sampling
         if sampling.prompt_logprobs >= 0 and not self.request.needs_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
-        return SlotStart(self.slot, self.prompt_length, list(self.tokens), sampling)
+        return SlotStart(slot, self.prompt_length, list(self.tokens), sampling)
 
     def append(self, token: int, now: float) -> tuple[str | None, int | None]:
         """Take in a token that a step has sampled. Returns (finish_reason, stop_reason) if it ends the sequence."""

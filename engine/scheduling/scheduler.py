@@ -80,6 +80,7 @@ class Scheduler:
         self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
         self._arrivals = 0
 
+        self.failures: list[tuple[str, Exception]] = []  # whose own rows failed, and why: the caller aborts them
         self.steps = self.preemptions = 0
         self.waiting_tokens = 0  # of the prompts of the requests in _queued
         self.prefix_queries = self.prefix_hits = 0  # prompt tokens looked up, and found, at first admissions
@@ -292,10 +293,10 @@ class Scheduler:
             cached = self._sharing.match(sequence)
             if self._sharing.is_being_computed(sequence):
                 passed_over.append(sequence)
-            elif self._fits(sequence, cached):
-                self._start(sequence, cached, step, now)
-            else:
+            elif not self._fits(sequence, cached):
                 break
+            elif not self._start(sequence, cached, step, now):
+                passed_over.append(sequence)
             seen += 1
         self._waiting[:seen] = passed_over
 
@@ -314,8 +315,13 @@ class Scheduler:
         soon = len(sequence.tokens) + min(HEADROOM_TOKENS, self.block_size)
         return capacity < min(soon, sequence.length_limit - 1)
 
-    def _start(self, sequence: Sequence, cached: list[int], step: StepBuilder, now: float) -> None:
-        """Give a waiting sequence a slot, and blocks for all it knows: later it competes for new tokens alone."""
+    def _start(self, sequence: Sequence, cached: list[int], step: StepBuilder, now: float) -> bool:
+        """Give a waiting sequence a slot, and blocks for all it knows; False if the ranks cannot be told of it."""
+        try:
+            start = sequence.start(self._free_slots[-1])
+        except Exception as error:
+            self.failures.append((sequence.request.id, error))
+            return False
         known = len(sequence.tokens)
         self._pool.acquire(cached)
         sequence.blocks = cached + self._pool.allocate(-(-known // self.block_size) - len(cached))
@@ -335,9 +341,10 @@ class Scheduler:
             self.prefix_hits += sequence.num_computed_tokens
             self.prefix_queries += sequence.prompt_length if self.prefix_cache else 0
 
-        step.starts.append(sequence.start())
+        step.starts.append(start)
         step.send_blocks(sequence, 0)
         step.schedule_tokens(sequence)
+        return True
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Record a step's results. Returns an update for each new token; sequences that ended meanwhile get none.
@@ -348,7 +355,6 @@ class Scheduler:
             raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
         _, rows, epochs = self._in_flight.popleft()
         now = self._clock()
-
         for row, entries in result.prompt_logprobs.items():
             if rows[row].epoch == epochs[row]:
                 rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
@@ -365,7 +371,10 @@ class Scheduler:
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
             sequence = rows[row]
             if sequence.epoch == epochs[row]:
-                updates.append(self._append(sequence, token, logprobs, now))
+                try:
+                    updates.append(self._append(sequence, token, logprobs, now))
+                except Exception as error:
+                    self.failures.append((sequence.request.id, error))
         return updates
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from phalanx.benchmarks.limits import layer_weights
-from phalanx.benchmarks.linear import (
+from phalanx.benchmarks.parts.linear import (
     FORMATS,
     Layers,
     Options,
@@ -108,7 +108,7 @@ def test_every_format_is_measured_on_every_instruction_set_from_memory_and_cache
         "limits_s=0.01",
         "formats=bf16,int8",
     )
-    program = str(ROOT / "benchmarks" / "linear.py")
+    program = str(ROOT / "benchmarks" / "parts" / "linear.py")
     process = subprocess.run(
         [sys.executable, program, *small, "instructions=portable,emulated_amx"],
         capture_output=True,

@@ -59,7 +59,7 @@ def _thinking(events: Iterable[Event], n: int) -> list[str]:
 
 
 def _comparable(output: RequestOutput) -> Any:
-    """What must not differ. Log-probabilities are compared apart; what was computed anew came from no cache."""
+    """What must not differ. Log-probabilities are compared apart, and how much of the prompt was cached by its test."""
     usage = msgspec.structs.replace(output.usage, cached_tokens=0)
     each = [(one.text, one.token_ids, one.finish_reason, one.stop_reason) for one in output.outputs]
     return output.prompt_token_ids, each, usage
@@ -143,6 +143,23 @@ def test_an_unseeded_answer_goes_on_with_the_seed_it_was_given(llm: LLM) -> None
     assert _comparable(_output([*events[:5], *rest], 1)) == _comparable(_output(events, 1))
 
 
+def test_what_came_from_the_prefix_cache_is_told_as_it_was_before(llm: LLM) -> None:
+    sampling = SamplingParams(max_tokens=4, n=2, temperature=1.0, seed=3, ignore_eos=True)
+    for _ in range(2):
+        submit = Submit(id=llm.client.new_id(), token_ids=[9] * 40, sampling=sampling)
+        events = _events(llm, submit)
+    cached = _output(events, 2).usage.cached_tokens
+    assert cached > 0
+    for cut in range(2, len(events)):
+        delivered = Delivered(submit)
+        for event in events[:cut]:
+            delivered.add(event)
+        again = delivered.resubmit(llm.client.new_id())
+        assert again.resume is not None
+        assert again.resume.cached_tokens == cached
+        assert _output([*events[:cut], *_events(llm, again)], 2).usage.cached_tokens == cached
+
+
 def test_times_count_from_the_first_engine_on(llm: LLM) -> None:
     clock = iter([100.0, 130.0, 160.0]).__next__
     delivered = Delivered(submit := _submit(llm, SamplingParams(**GREEDY)), clock)
@@ -171,6 +188,8 @@ def test_what_was_delivered_before_is_not_handed_on_again() -> None:
         (Resume(completions=[ResumedCompletion(token_ids=[5000])]), "resume.token_ids holds 5000"),
         (Resume(completions=[ResumedCompletion(token_ids=[5] * 600)]), "600 of resume are more than max_model_len"),
         (Resume(completions=[ResumedCompletion()], age_s=float("nan")), "resume has age_s"),
+        (Resume(completions=[ResumedCompletion()], cached_tokens=9), "no more than its 1 tokens may be cached"),
+        (Resume(completions=[ResumedCompletion(characters=-1)]), r"resume counts \[0, -1, 0\]"),
     ],
 )
 def test_what_no_engine_has_delivered_is_refused(llm: LLM, resume: Resume, words: str) -> None:

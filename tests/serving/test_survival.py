@@ -110,6 +110,32 @@ def test_killed_and_stopped_ranks_cost_no_answer(server: RunningServer) -> None:
     assert "rank 1 is stopped: nothing has moved for 2" in server.text
 
 
+def test_a_server_that_is_told_to_end_finishes_what_it_has_though_a_rank_dies(smollm2: Path) -> None:
+    settings = ("ranks=2", "max_model_len=512", "port=0", "dtype=float32", "served_model_names=[demo]")
+    with nothing_left_behind(), running("serve", f"model={smollm2}", "drain_timeout_s=120", *settings) as server:
+        clients = _Clients(server.url)
+        expected = [answer.result() for answer in clients.ask()]
+        answers = clients.ask()
+        assert clients.begun.wait(PATIENCE_S)
+        everyone = family(server.process.pid)
+        server.signal(signal.SIGTERM)
+        _until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+        os.kill(_ranks(server)[0].pid, signal.SIGKILL)
+        refused = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "prompt": "a"})
+        assert (refused.status_code, "shutting down" in refused.text) == (503, True)
+        assert [answer.result() for answer in answers] == expected
+        assert server.wait() == 128 + signal.SIGTERM
+        assert psutil.wait_procs(everyone, timeout=5)[1] == []
+
+
+def test_a_deadline_holds_while_there_is_no_engine(server: RunningServer) -> None:
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}
+    os.kill(_ranks(server)[0].pid, signal.SIGKILL)
+    late = httpx.post(f"{server.url}/v1/completions", json={**body, "timeout": 0.2}, timeout=PATIENCE_S)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+    assert httpx.post(f"{server.url}/v1/completions", json={**body, "max_tokens": 4}, timeout=PATIENCE_S).is_success
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_bare_group_that_is_started_again_gets_what_it_had(
     smollm2: Path, tmp_path: Path, number: signal.Signals

@@ -336,4 +336,6 @@ def _aborted(request_id: str, kept: _Kept) -> Event:
     completions = [Completion(index, "abort") for index in range(kept.command.sampling.n)]
     age_s = delivered.age_s
     timings = Timings(age_s, age_s, 0.0, age_s)
-    return Finished(request_id, completions, Usage(prompt_tokens, delivered.tokens), timings)
+    return Finished(
+        request_id, completions, Usage(prompt_tokens, delivered.tokens, delivered.cached_tokens or 0), timings
+    )

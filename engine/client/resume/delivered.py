@@ -32,6 +32,8 @@ class Delivered:
         self._completions = [_Completion(each) for each in before.completions]
         self._sent_at = clock() - before.age_s
         self._ttft_s = before.ttft_s
+        self.cached_tokens = before.cached_tokens
+        """Prompt tokens that came from the prefix cache; None before the first Delta."""
 
     def add(self, event: Event) -> bool:
         """Take note of an event. Returns whether the client has yet to see it: not what it has seen already."""
@@ -49,6 +51,8 @@ class Delivered:
         completion.characters += len(event.text)
         completion.reasoning_characters += len(event.reasoning)
         self.tokens += len(event.token_ids)
+        if self.cached_tokens is None:
+            self.cached_tokens = event.cached_tokens
         if self._ttft_s is None:
             self._ttft_s = self._clock() - self._sent_at
         return True
@@ -75,5 +79,7 @@ class Delivered:
             id=request_id,
             # Without a seed of its own, its draws follow from the one that the first engine gave it.
             sampling=msgspec.structs.replace(self._submit.sampling, seed=self.accepted.seed),
-            resume=Resume(completions=completions, age_s=self.age_s, ttft_s=self._ttft_s),
+            resume=Resume(
+                completions=completions, age_s=self.age_s, ttft_s=self._ttft_s, cached_tokens=self.cached_tokens
+            ),
         )

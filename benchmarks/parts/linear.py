@@ -1,6 +1,6 @@
 """One packed linear layer by itself: each weight format, number of rows, shape and instruction set of this machine.
 
-    python benchmarks/linear.py [random=qwen2_5_0_5b] [formats=...] [rows=1,2,4,...] [instructions=...]
+    python benchmarks/parts/linear.py [random=qwen2_5_0_5b] [formats=...] [rows=1,2,4,...] [instructions=...]
 
 The weights are those of all layers of a model, multiplied one after another as in a step, so that they come from memory
 (`memory`); or those of one layer, each again and again (`cached`). Instruction sets and places take turns, and the
