@@ -17,7 +17,7 @@ from .openapi import STATUS_MEANINGS
 from .routes.table import OPERATIONS, Operation
 from .schemas.fields import CommonFields, OpenAIFields, StreamOptions
 from .schemas.messages_api.request import ASSISTANT_BLOCKS, THINKING, USER_BLOCKS, CustomTool
-from .schemas.responses_api.request import ITEMS, MESSAGE_PARTS, REASONING_PARTS, FunctionTool
+from .schemas.responses_api.request import ITEMS, MESSAGE_PARTS, REASONING_PARTS, TOOLS
 
 _HEAD = """# HTTP API
 
@@ -100,7 +100,7 @@ def _described_items() -> str:
     groups: list[tuple[str, dict[str, type[msgspec.Struct]]]] = [
         ("/v1/responses: items of input", ITEMS),
         ("/v1/responses: parts of content", {**MESSAGE_PARTS, **REASONING_PARTS}),
-        ("/v1/responses: tools", {"function": FunctionTool}),
+        ("/v1/responses: tools", TOOLS),
         ("/v1/messages: blocks of content", {**USER_BLOCKS, **ASSISTANT_BLOCKS}),
         ("/v1/messages: tools", {"custom": CustomTool}),
         ("/v1/messages: thinking", THINKING),
