@@ -15,8 +15,9 @@ from msgspec import Meta
 from .config import GatewayConfig
 from .openapi import STATUS_MEANINGS
 from .routes.table import OPERATIONS, Operation
+from .schemas.chat import PARTS
 from .schemas.fields import CommonFields, OpenAIFields, StreamOptions
-from .schemas.messages_api.request import ASSISTANT_BLOCKS, THINKING, USER_BLOCKS, CustomTool
+from .schemas.messages_api.request import ASSISTANT_BLOCKS, RESULT_BLOCKS, THINKING, USER_BLOCKS, CustomTool
 from .schemas.responses_api.request import ITEMS, MESSAGE_PARTS, REASONING_PARTS, TOOLS
 
 _HEAD = """# HTTP API
@@ -98,10 +99,11 @@ def page() -> str:
 def _described_items() -> str:
     """The items, blocks, tools and choices that are checked by their type."""
     groups: list[tuple[str, dict[str, type[msgspec.Struct]]]] = [
+        ("/v1/chat/completions: parts of content", PARTS),
         ("/v1/responses: items of input", ITEMS),
         ("/v1/responses: parts of content", {**MESSAGE_PARTS, **REASONING_PARTS}),
         ("/v1/responses: tools", TOOLS),
-        ("/v1/messages: blocks of content", {**USER_BLOCKS, **ASSISTANT_BLOCKS}),
+        ("/v1/messages: blocks of content", {**USER_BLOCKS, **RESULT_BLOCKS, **ASSISTANT_BLOCKS}),
         ("/v1/messages: tools", {"custom": CustomTool}),
         ("/v1/messages: thinking", THINKING),
     ]

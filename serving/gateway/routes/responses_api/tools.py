@@ -19,7 +19,7 @@ from ...schemas.responses_api.request import (
 )
 from ...schemas.typed import typed
 
-_ONLY_FUNCTIONS = "only functions can be called"
+_ONLY_FUNCTIONS = "only functions, and those of namespaces, can be called: this server runs no tools itself"
 _FUNCTION = {"function": FunctionTool}
 _NAMED = {"function": NamedFunction}
 
