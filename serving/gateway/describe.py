@@ -74,6 +74,10 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
   `[DONE]`. An error in it is an `error` event, and `response.failed` after it.
 * `thinking` sets the template's `enable_thinking`: `enabled` to true, `disabled` and no `thinking` at all to false;
   `adaptive` leaves it to the template. `budget_tokens` must be below `max_tokens`, and thinking is not cut at it.
+* The model knows a function of a `namespace` as `namespace__name`; calls of it have its `name` and its `namespace`.
+* A tool of `/v1/messages` with `defer_loading` is left out of the prompt until a `tool_result` has a `tool_reference`
+  to it. From then on it is among the other tools, and the prompt is computed again from there.
+* A prompt that is too long for `/v1/messages` is a 400 that begins `prompt is too long`, which agents look for.
 * A `tool_result` with `is_error` begins with a line `Error:` for the model.
 * A last message of the assistant in `/v1/messages` is continued. Messages of one role in a row are one turn.
 * A call whose arguments were cut off by `max_tokens` has them as text: `{"INVALID_JSON": ...}` in `input`.

@@ -36,7 +36,7 @@ _ANTHROPIC_TYPES: dict[int, AnthropicErrorType] = {
 }
 
 
-_COUNTED = re.compile(r"the prompt has (\d+) tokens; with max_model_len=\d+ it may have at most (\d+)")
+_COUNTED = re.compile(r"the \w+ has (\d+) tokens; with max_model_len=\d+ it may have at most (\d+)")
 
 
 class AnthropicErrorInfo(msgspec.Struct):

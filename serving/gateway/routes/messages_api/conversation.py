@@ -210,7 +210,7 @@ def _add_tools(
     given_tools = [_tool(given, f"tools[{index}]") for index, given in enumerate(request.tools or [])]
     for name in found.keys() - {tool.name for tool in given_tools}:
         raise invalid(f"{found[name]}={name[:100]!r} is not the name of a tool in tools", found[name])
-    tools = []
+    tools: list[dict[str, Any]] = []
     for index, tool in enumerate(given_tools):
         if tool.defer_loading and tool.name not in found:
             continue
