@@ -15,9 +15,10 @@ from msgspec import Meta
 from .config import GatewayConfig
 from .openapi import STATUS_MEANINGS
 from .routes.table import OPERATIONS, Operation
+from .schemas.chat import PARTS
 from .schemas.fields import CommonFields, OpenAIFields, StreamOptions
-from .schemas.messages_api.request import ASSISTANT_BLOCKS, THINKING, USER_BLOCKS, CustomTool
-from .schemas.responses_api.request import ITEMS, MESSAGE_PARTS, REASONING_PARTS, FunctionTool
+from .schemas.messages_api.request import ASSISTANT_BLOCKS, RESULT_BLOCKS, THINKING, USER_BLOCKS, CustomTool
+from .schemas.responses_api.request import ITEMS, MESSAGE_PARTS, REASONING_PARTS, TOOLS
 
 _HEAD = """# HTTP API
 
@@ -73,6 +74,10 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
   `[DONE]`. An error in it is an `error` event, and `response.failed` after it.
 * `thinking` sets the template's `enable_thinking`: `enabled` to true, `disabled` and no `thinking` at all to false;
   `adaptive` leaves it to the template. `budget_tokens` must be below `max_tokens`, and thinking is not cut at it.
+* The model knows a function of a `namespace` as `namespace__name`; calls of it have its `name` and its `namespace`.
+* A tool of `/v1/messages` with `defer_loading` is left out of the prompt until a `tool_result` has a `tool_reference`
+  to it. From then on it is among the other tools, and the prompt is computed again from there.
+* A prompt that is too long for `/v1/messages` is a 400 that begins `prompt is too long`, which agents look for.
 * A `tool_result` with `is_error` begins with a line `Error:` for the model.
 * A last message of the assistant in `/v1/messages` is continued. Messages of one role in a row are one turn.
 * A call whose arguments were cut off by `max_tokens` has them as text: `{"INVALID_JSON": ...}` in `input`.
@@ -98,10 +103,11 @@ def page() -> str:
 def _described_items() -> str:
     """The items, blocks, tools and choices that are checked by their type."""
     groups: list[tuple[str, dict[str, type[msgspec.Struct]]]] = [
+        ("/v1/chat/completions: parts of content", PARTS),
         ("/v1/responses: items of input", ITEMS),
         ("/v1/responses: parts of content", {**MESSAGE_PARTS, **REASONING_PARTS}),
-        ("/v1/responses: tools", {"function": FunctionTool}),
-        ("/v1/messages: blocks of content", {**USER_BLOCKS, **ASSISTANT_BLOCKS}),
+        ("/v1/responses: tools", TOOLS),
+        ("/v1/messages: blocks of content", {**USER_BLOCKS, **RESULT_BLOCKS, **ASSISTANT_BLOCKS}),
         ("/v1/messages: tools", {"custom": CustomTool}),
         ("/v1/messages: thinking", THINKING),
     ]

@@ -22,4 +22,5 @@ def test_ten_thousand_clients_that_leave_leave_nothing_behind(smollm2: Path, tmp
     with place(smollm2, tmp_path) as found:
         report = asyncio.run(soak(found, count=10_000, connections=1000))
     check(report, connections=1000, growth_mb=16.0)
-    assert report.crowd["200"] >= 256
+    # max_open_requests=256 were let in, some of which may be of the hundred clients that gave up.
+    assert report.crowd["200"] + report.crowd["left"] >= 256

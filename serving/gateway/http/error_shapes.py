@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
 
-from .errors import ApiError
+from .errors import CONTEXT_LENGTH, ApiError
 
 MESSAGES_PREFIX = "/v1/messages"
 RESPONSES_PREFIX = "/v1/responses"
@@ -33,6 +34,9 @@ _ANTHROPIC_TYPES: dict[int, AnthropicErrorType] = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+
+
+_COUNTED = re.compile(r"the \w+ has (\d+) tokens; with max_model_len=\d+ it may have at most (\d+)")
 
 
 class AnthropicErrorInfo(msgspec.Struct):
@@ -80,11 +84,21 @@ def anthropic_body(error: ApiError, request_id: str | None = None) -> AnthropicE
     """The error in Anthropic's shape, which has no place for the field: the message names it."""
     info = error.info
     message = info.message
-    if info.param and info.param not in message:
+    if info.code == CONTEXT_LENGTH:
+        message = _too_long(message)
+    elif info.param and info.param not in message:
         message = f"{info.param}: {message}"
     status = 529 if error.status == 503 else error.status
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return AnthropicErrorBody(error=AnthropicErrorInfo(kind, message), request_id=request_id)
+
+
+def _too_long(message: str) -> str:
+    """The refusal of a long prompt as Anthropic's server begins it: its clients shorten a conversation by that."""
+    if counted := _COUNTED.match(message):
+        tokens, most = counted.groups()
+        return f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
+    return f"prompt is too long: {message}"
 
 
 def in_stream(path: str, error: ApiError, request_id: str | None = None) -> bytes:

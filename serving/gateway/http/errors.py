@@ -65,7 +65,11 @@ def internal() -> ApiError:
 
 
 _FIELD = re.compile(r"^(the )?([a-z_]+)(?: key)?(?:\[\w+\])?[= ]")
-_TOO_LONG = re.compile(r"^the (?:prompt has|first \d+ of \d+ characters have) \d+ tokens")
+_TOO_LONG = re.compile(
+    r"^the (?:(?:prompt has|first \d+ of \d+ characters have) \d+ tokens|request begins with more than \d+ bytes)"
+)
+CONTEXT_LENGTH = "context_length_exceeded"
+"""The code by which OpenAI's clients know that they have to shorten a prompt."""
 
 
 def from_engine(error: PhalanxError, fields: Mapping[str, str] | None = None) -> ApiError:
@@ -80,8 +84,7 @@ def from_engine(error: PhalanxError, fields: Mapping[str, str] | None = None) ->
         if found and param and not found[1]:
             message = message.replace(found[2], param, 1)
         if _TOO_LONG.match(message):
-            # The code by which OpenAI's clients know that they have to shorten a prompt.
-            return invalid(message, (fields or {}).get("prompt"), "context_length_exceeded")
+            return invalid(message, (fields or {}).get("prompt"), CONTEXT_LENGTH)
         return invalid(message, param)
     if isinstance(error, CapacityExceeded):
         return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers={"Retry-After": "1"})

@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..config import GatewayConfig
+from . import error_shapes
 from .errors import ApiError, unavailable
 from .exchange import LINGER_S, Exchange
 
@@ -36,6 +37,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _write_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
     _refused = False
+    url = b""
 
     @classmethod
     def bounded_by(cls, config: GatewayConfig) -> type[BoundedHttpProtocol]:
@@ -78,6 +80,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             end = data.find(b"\r\n\r\n")
             self._head_bytes += len(data) if end < 0 else end
             if self._head_bytes > MAX_HEAD_BYTES:
+                self.url = self.url or _target(data)
                 self._refuse(
                     ApiError(431, f"the request's head is longer than {MAX_HEAD_BYTES} bytes", code="head_too_large")
                 )
@@ -159,13 +162,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
 
-        body = error.body
+        status, body = error_shapes.whole(self.url.partition(b"?")[0].decode("latin-1"), error)
+        phrase = "Overloaded" if status == 529 else HTTPStatus(status).phrase
         fields = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items())
-        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n{lines}connection: close\r\n\r\n"
+        head = f"HTTP/1.1 {status} {phrase}\r\n{lines}connection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
         # Closing with unread bytes resets the connection, and a client that still sends would not see the answer.
         self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+
+def _target(head: bytes) -> bytes:
+    """The path in the first line of a request's head."""
+    words = head[:1024].partition(b"\r\n")[0].split(b" ")
+    return words[1] if len(words) > 1 else b""
 
 
 def make_server(app: Any, config: GatewayConfig, **options: Any) -> uvicorn.Server:

@@ -11,19 +11,25 @@ from msgspec import Meta
 from ....engine.protocol.sampling_params import LOGPROBS_LIMIT
 from ..config import GatewayConfig
 from ..http.errors import invalid
-from ..http.json_body import shown
-from .fields import OpenAIFields
+from .fields import CacheControl, OpenAIFields
 from .tools import check_tools
+from .typed import text_of, typed
 
-TEXT_PARTS = ("text", "refusal")
+
+class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A part of a message's content that is a text."""
+
+    text: str
+    cache_control: Annotated[CacheControl, Meta(description="Accepted; every prefix is cached.")] | None = None
 
 
-class Part(msgspec.Struct, kw_only=True):
-    """A part of a message's content. Only text is read; any other type is refused by its name."""
+class RefusalPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A part of a message's content by which the model refused."""
 
-    type: str
-    text: str | None = None
-    refusal: str | None = None
+    refusal: str
+
+
+PARTS: dict[str, type[msgspec.Struct]] = {"text": TextPart, "refusal": RefusalPart}
 
 
 class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -46,7 +52,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -169,29 +175,19 @@ def _template_message(message: Message, path: str) -> dict[str, Any]:
             _template_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)
         ]
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
+    if reasoning != (message.reasoning_content or reasoning):
+        raise invalid(f"{path}.reasoning and {path}.reasoning_content differ; give one of them", f"{path}.reasoning")
     if reasoning is not None:
         # Templates use either name.
         made["reasoning"] = made["reasoning_content"] = reasoning
     return made
 
 
-def _text(content: str | list[Part] | None, path: str) -> str | None:
+def _text(content: str | list[dict[str, Any]] | None, path: str) -> str | None:
     if not isinstance(content, list):
         return content
-    texts = []
-    for index, part in enumerate(content):
-        if part.type not in TEXT_PARTS:
-            why = "the models of this server read text"
-            raise invalid(
-                f"{path}[{index}].type={shown(part.type)} is not supported: {why}",
-                f"{path}[{index}].type",
-                "unsupported_value",
-            )
-        text = part.text if part.type == "text" else part.refusal
-        if text is None:
-            raise invalid(f"{path}[{index}].{part.type} is required", f"{path}[{index}].{part.type}")
-        texts.append(text)
-    return "\n".join(texts)
+    why = "the models of this server read text"
+    return "\n".join(text_of(typed(part, PARTS, f"{path}[{index}]", why)) for index, part in enumerate(content))
 
 
 def _template_call(call: ToolCall, path: str) -> dict[str, Any]:

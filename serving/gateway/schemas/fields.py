@@ -31,6 +31,13 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ) = None
 
 
+class CacheControl(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Where a prefix may be cached. Every prefix is, so that it has no effect."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
 class SamplingFields(msgspec.Struct, kw_only=True):
     """How tokens are chosen, and when to stop."""
 

@@ -67,6 +67,8 @@ def structured_of(request: StructuredFields) -> StructuredOutput | None:
     """What the engine is asked to enforce. Raises ApiError naming the field that is missing, wrong or one too many."""
     wanted = request.structured_outputs
     form = request.response_format
+    if form is not None:
+        _check_form(form)
     if form is None or form.type == "text":
         return None if wanted is None else _from_structured_outputs(wanted)
     if wanted is not None:
@@ -83,6 +85,15 @@ def structured_of(request: StructuredFields) -> StructuredOutput | None:
         field = "response_format.json_schema" + (".schema" if form.json_schema is not None else "")
         raise invalid(f"{field} is required", field, "missing_required_parameter")
     return StructuredOutput(json_schema=json.dumps(form.json_schema.schema, ensure_ascii=False))
+
+
+def _check_form(form: ResponseFormat) -> None:
+    """Raise ApiError for a field that belongs to another type of form: it would have no effect."""
+    owners = {"json_schema": "json_schema", "structures": "structural_tag", "triggers": "structural_tag"}
+    for name, owner in owners.items():
+        if getattr(form, name) is not None and form.type != owner:
+            field = f"response_format.{name}"
+            raise invalid(f"{field} is only for type={owner!r}; got type={form.type!r}", field)
 
 
 def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:

@@ -11,6 +11,9 @@ from ..http.json_body import shown
 
 Mode = Literal["none", "auto", "required"]
 
+_TOOL_FIELDS = ("type", "function")
+_FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
+
 
 @dataclass(frozen=True)
 class ToolChoice:
@@ -25,12 +28,14 @@ def check_tools(tools: list[dict[str, Any]]) -> None:
     """Raise ApiError for a tool that is no function with a name, and for fields of it of a wrong type."""
     for index, tool in enumerate(tools):
         path = f"tools[{index}]"
+        _check_fields(tool, _TOOL_FIELDS, path)
         if tool.get("type") != "function":
             why = 'tools are functions: {"type": "function", "function": {"name": ...}}'
             raise _wrong(f"{path}.type", tool.get("type"), why)
         function = tool.get("function")
         if not isinstance(function, dict):
             raise _wrong(f"{path}.function", function, "it must be an object with a name")
+        _check_fields(function, _FUNCTION_FIELDS, f"{path}.function")
 
         name = function.get("name")
         if not isinstance(name, str) or not 1 <= len(name) <= NAME_LIMIT:
@@ -53,6 +58,10 @@ def tool_choice_of(tools: list[dict[str, Any]] | None, choice: str | dict[str, A
         if not isinstance(name, str):
             forms = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
             raise _wrong("tool_choice", choice, f"it must be {forms}")
+        assert isinstance(choice, dict)
+        assert isinstance(function, dict)
+        _check_fields(choice, _TOOL_FIELDS, "tool_choice")
+        _check_fields(function, ("name",), "tool_choice.function")
         names = [name]
 
     known = [tool["function"]["name"] for tool in tools or ()]
@@ -61,6 +70,15 @@ def tool_choice_of(tools: list[dict[str, Any]] | None, choice: str | dict[str, A
     if names and names[0] not in known:
         raise _wrong("tool_choice.function.name", names[0], "tools has none of that name")
     return ToolChoice("required", names)
+
+
+def _check_fields(values: dict[str, Any], known: tuple[str, ...], path: str) -> None:
+    """Raise ApiError for a field that there is not. A type of tool that there is not is told by its type."""
+    if values.get("type") not in ("function", None) and "type" in known:
+        return
+    for name, value in values.items():
+        if name not in known and value is not None:
+            raise invalid(f"unknown field {shown(name)}", f"{path}.{name[:100]}", "unknown_parameter")
 
 
 def _wrong(path: str, value: object, why: str) -> ApiError:

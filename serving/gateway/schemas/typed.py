@@ -63,7 +63,7 @@ class at:
         if inner and info.message.startswith(inner):
             info.message = info.message.replace(inner, info.param, 1)
         else:
-            info.message = f"{self._path}: {info.message}"
+            info.message = f"{info.param}: {info.message}"
 
 
 def rename(error: ApiError, names: Mapping[str, str]) -> None:

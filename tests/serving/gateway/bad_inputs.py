@@ -142,6 +142,7 @@ _TO = b"POST /v1/completions HTTP/1.1\r\n" + _HOST
 _BODY = b'{"prompt": "Hi", "max_tokens": 1}'
 _LENGTH = b"Content-Length: %d\r\n" % len(_BODY)
 _CHUNKED = b"Transfer-Encoding: chunked\r\n"
+_MESSAGE = b"POST /v1/messages HTTP/1.1\r\n" + _HOST
 _GET = b"GET /health/live HTTP/1.1\r\n" + _HOST
 _UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
 
@@ -161,6 +162,9 @@ RAW: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "http 1.0": (b"GET /health/live HTTP/1.0\r\n\r\n", (200,)),
     "absent host": (b"GET /health/live HTTP/1.1\r\n\r\n", (200, 400)),
     "header of 1 MB": (_GET + b"X: " + b"a" * 2**20 + b"\r\n\r\n", (431,)),
+    "header of 1 MB for messages": (_MESSAGE + b"X: " + b"a" * 2**20 + b"\r\n\r\n", (431,)),
+    "header for messages that never ends": (_MESSAGE, (408,)),
+    "body for messages that never ends": (_MESSAGE + b"Content-Length: 1000\r\n\r\n{", (408,)),
     "many headers": (_GET + b"X: a\r\n" * 20_000 + b"\r\n", (431,)),
     "route of 1 MB": (b"GET /" + b"a" * 2**20 + b" HTTP/1.1\r\n\r\n", (431,)),
     "header without name": (_GET + b": a\r\n\r\n", (400,)),

@@ -10,7 +10,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from phalanx.engine.errors import CapacityExceeded, EngineFault, InvalidRequest
+from phalanx.engine.errors import CapacityExceeded, EngineFault, InvalidRequest, prompt_too_long
 from phalanx.serving.gateway.auth import Auth, AuthConfig
 from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.engine_pool import PoolState
@@ -173,6 +173,30 @@ def test_tokens_are_counted_as_the_model_gets_them(agent: Server) -> None:
     assert counted.input_tokens == create(agent, **fields).usage.input_tokens == 11
 
 
+def test_a_deferred_tool_is_known_once_a_result_refers_to_it(agent: Server) -> None:
+    """As Claude Code searches its tools: those that were found are named in the result of its search."""
+    search = {"name": "ToolSearch", "input_schema": {"type": "object"}}
+    later = {"name": "Later", "input_schema": {"type": "object"}, "defer_loading": True}
+    other = {"name": "Other", "input_schema": {"type": "object"}}
+    request: dict[str, Any] = {"max_tokens": 10, "tools": [search, later, other], "messages": HELLO}
+
+    def known() -> list[str]:
+        answer = agent.http.post("/v1/messages", json=request)
+        assert answer.status_code == 200, answer.text
+        return [tool["function"]["name"] for tool in agent.pool.submits[-1].tools or []]
+
+    assert known() == ["ToolSearch", "Other"]
+    call = {"type": "tool_use", "id": "c", "name": "ToolSearch", "input": {}}
+    found = {"type": "tool_reference", "tool_name": "Later"}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [found]}
+    request["messages"] = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert known() == ["ToolSearch", "Later", "Other"]
+    assert (agent.pool.submits[-1].messages or [])[-1]["content"] == "The tool Later can be called now."
+
+    request["tools"] = [search]
+    assert "messages[2].content[0].content[0].tool_name" in refusal(agent, request)["message"]
+
+
 def test_a_schema_of_the_answer_reaches_the_engine(agent: Server) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     create(agent, output_config={"format": {"type": "json_schema", "schema": schema}})
@@ -203,6 +227,8 @@ def test_a_schema_of_the_answer_reaches_the_engine(agent: Server) -> None:
             ]}]},
             "messages[0]",
         ),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content is empty"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice.type='any'"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
@@ -259,9 +285,26 @@ def test_a_key_is_taken_from_either_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refusal_of_the_engine_is_a_400(server: Server, stream: bool) -> None:
-    server.pool.fail_first = InvalidRequest("the prompt has 5000 tokens, more than max_model_len=4096")
-    with pytest.raises(anthropic.BadRequestError, match="5000 tokens"):
+    server.pool.fail_first = InvalidRequest("top_k=-3 is out of range")
+    with pytest.raises(anthropic.BadRequestError, match="top_k=-3 is out of range"):
         create(server, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (prompt_too_long(5000, 4096), "prompt is too long: 5000 tokens > 4095 maximum"),
+        (InvalidRequest("the request begins with more than 9 bytes of text"), "prompt is too long: the request begins"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_refused_as_agents_expect_it(
+    server: Server, refusal: InvalidRequest, message: str
+) -> None:
+    """Agents shorten a conversation, and try again, by the beginning of this message."""
+    server.pool.fail_first = refusal
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        create(server)
+    assert caught.value.body["error"]["message"].startswith(message)  # type: ignore[index]
 
 
 def test_a_failure_in_mid_stream_is_an_event(server: Server) -> None:

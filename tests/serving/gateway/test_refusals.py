@@ -103,6 +103,14 @@ def test_a_field_out_of_its_range_is_named(server: Server, path: str, fields: di
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}]},
             "messages[0].tool_calls[0].function.arguments",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "image_url": "x"}]}]},
+            "messages[0].content[0].image_url",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi", "reasoning": "a", "reasoning_content": "b"}]},
+            "messages[0].reasoning",
+        ),
         ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": HELLO, "logprobs": 3}, "logprobs"),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -115,6 +123,23 @@ def test_a_field_out_of_its_range_is_named(server: Server, path: str, fields: di
         (
             {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
             "tools[0].function.parameters",
+        ),
+        ({"messages": HELLO, "tools": [{**TOOLS[0], "cached": True}]}, "tools[0].cached"),
+        (
+            {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f", "returns": {}}}]},
+            "tools[0].function.returns",
+        ),
+        (
+            {"messages": HELLO, "tools": TOOLS, "tool_choice": {**TOOLS[0], "mode": "auto"}},
+            "tool_choice.mode",
+        ),
+        (
+            {"messages": HELLO, "response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+        ),
+        (
+            {"messages": HELLO, "response_format": {"type": "json_object", "triggers": ["a"]}},
+            "response_format.triggers",
         ),
         ({"messages": HELLO, "tools": TOOLS}, "tools"),  # the template of this model knows no calls
         ({"messages": HELLO, "tools": TOOLS, "tool_choice": "any"}, "tool_choice"),

@@ -121,6 +121,44 @@ def test_a_call_is_an_item_and_its_tool_is_shown(agent: Server) -> None:
     assert function == {"name": "get_weather", "parameters": WEATHER["parameters"]}
 
 
+def test_functions_of_a_namespace_are_known_by_a_joined_name_and_called_by_their_own(agent: Server) -> None:
+    spawn = {"type": "function", "name": "spawn", "description": "Starts one.", "parameters": {"type": "object"}}
+    wait = {"type": "function", "name": "wait", "strict": False}
+    space: Any = {"type": "namespace", "name": "agents", "description": "Sub-agents.", "tools": [spawn, wait]}
+    said = tool_call("agents__spawn", '{"task": "x"}') + tool_call("get_weather", "{}")
+    agent.pool.answers = [said, said, "done"]
+    answer = agent.http.post("/v1/responses", json={"input": "Hi", "tools": [WEATHER, space]}).json()
+    calls = [item for item in answer["output"] if item["type"] == "function_call"]
+    assert [(call["name"], call.get("namespace")) for call in calls] == [("spawn", "agents"), ("get_weather", None)]
+    assert "namespace" not in calls[1]
+    assert answer["tools"][1]["tools"][0] == {**spawn, "strict": None}
+    functions = [tool["function"] for tool in agent.pool.submits[-1].tools or []]
+    assert [function["name"] for function in functions] == ["get_weather", "agents__spawn", "agents__wait"]
+    assert functions[1]["description"] == "Sub-agents.\n\nStarts one."
+    assert "description" not in functions[2]
+
+    events = [event for event in create(agent, tools=[space], stream=True) if event.type.endswith("item.done")]
+    assert events[0].item.model_dump()["namespace"] == "agents"
+
+    # What is sent back is what the model said.
+    output = {"type": "function_call_output", "call_id": calls[0]["call_id"], "output": "1"}
+    create(agent, input=[USER, calls[0], output], tools=[space], store=False)
+    history = agent.pool.submits[-1].messages or []
+    assert history[1]["tool_calls"][0]["function"]["name"] == "agents__spawn"
+
+
+def test_a_function_of_a_namespace_can_be_chosen(agent: Server) -> None:
+    inner = [{"type": "function", "name": name} for name in ("spawn", "wait")]
+    tools = [WEATHER, {"type": "namespace", "name": "agents", "description": "Sub-agents.", "tools": inner}]
+    named = {"type": "function", "namespace": "agents", "name": "wait"}
+    agent.pool.answers = [tool_call("agents__wait", "{}")] * 2
+    answer = create(agent, tools=tools, tool_choice=named)
+    assert answer.output[-1].name == "wait"
+    create(agent, tools=tools, tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [named]})
+    functions = [tool["function"] for tool in agent.pool.submits[-1].tools or []]
+    assert functions == [{"name": "agents__wait", "description": "Sub-agents."}]
+
+
 def test_allowed_tools_are_the_only_ones_that_the_template_knows(agent: Server) -> None:
     other = {**WEATHER, "name": "other"}
     choice: Any = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "other"}]}

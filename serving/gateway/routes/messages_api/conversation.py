@@ -14,6 +14,7 @@ from ...schemas.messages_api.answer import INVALID_JSON
 from ...schemas.messages_api.request import (
     ASSISTANT_BLOCKS,
     CHOICES,
+    RESULT_BLOCKS,
     TEXT_BLOCKS,
     THINKING,
     USER_BLOCKS,
@@ -28,6 +29,7 @@ from ...schemas.messages_api.request import (
     TextBlock,
     ThinkingBlock,
     ToolChoice,
+    ToolReferenceBlock,
     ToolResultBlock,
     ToolUseBlock,
 )
@@ -36,6 +38,8 @@ from ...schemas.typed import check_count, parts_text, rename, typed
 from ..turns import Turns
 
 _TEXT_ONLY = "the models of this server read text"
+_USER_ONLY = f"{_TEXT_ONLY}, and a user's message may hold {', '.join(USER_BLOCKS)}"
+_ASSISTANT_ONLY = f"an assistant's message may hold {', '.join(ASSISTANT_BLOCKS)}"
 _OWN_TOOLS = 'only tools of the type "custom" can be called: this server runs none itself'
 
 
@@ -46,6 +50,7 @@ def to_chat(request: CountTokensRequest, config: GatewayConfig) -> tuple[ChatReq
     """
     check_count(request.messages, config.max_messages, "max_messages", "messages")
     turns = Turns()
+    found: dict[str, str] = {}
     if request.system is not None:
         turns.add("system", _texts(request.system, "system"), "system", content_path="system")
     for index, message in enumerate(request.messages):
@@ -56,7 +61,7 @@ def to_chat(request: CountTokensRequest, config: GatewayConfig) -> tuple[ChatReq
         if message.role == "assistant":
             _add_assistant(turns, message.content, path)
         elif message.role == "user":
-            _add_user(turns, message.content, path)
+            _add_user(turns, message.content, path, found)
         else:
             turns.add("system", _texts(message.content, path), f"messages[{index}]", content_path=path)
 
@@ -69,7 +74,7 @@ def to_chat(request: CountTokensRequest, config: GatewayConfig) -> tuple[ChatReq
     if request.messages[-1].role == "assistant":
         _continue_last(turns, values, len(request.messages) - 1)
     paths = {**turns.paths, **_PATHS}
-    _add_tools(request, values, paths)
+    _add_tools(request, values, paths, found)
     if request.output_config and request.output_config.format is not None:
         form = typed(
             request.output_config.format, {"json_schema": JsonOutput}, "output_config.format", "use json_schema"
@@ -109,22 +114,41 @@ def _texts(content: str | Blocks, path: str) -> str | list[dict[str, str]]:
     return parts_text(content, TEXT_BLOCKS, path, _TEXT_ONLY)
 
 
-def _add_user(turns: Turns, content: str | Blocks, path: str) -> None:
-    """Results of tools are messages of their own; the texts between them are the user's."""
+def _add_user(turns: Turns, content: str | Blocks, path: str, found: dict[str, str]) -> None:
+    """Results of tools are messages of their own; the texts between them are the user's.
+
+    `found` gets the names of tools that results refer to, each with its path.
+    """
     if isinstance(content, str):
         turns.extend_user([{"type": "text", "text": content}], path)
         return
+    if not content:
+        raise invalid(f"{path} is empty: give a text, or a block at least", path)
     for index, given in enumerate(content):
         where = f"{path}[{index}]"
-        block = typed(given, USER_BLOCKS, where, _TEXT_ONLY)
+        block = typed(given, USER_BLOCKS, where, _USER_ONLY)
         if isinstance(block, TextBlock):
             turns.extend_user([{"type": "text", "text": block.text}], path)
         elif isinstance(block, ToolResultBlock):
-            result = _texts(block.content, f"{where}.content")
+            result = _result(block.content, f"{where}.content", found)
             if block.is_error:
                 # Templates have no other way to tell.
                 result = [{"type": "text", "text": "Error:"}, *_parts(result)]
             turns.add("tool", result, where, content_path=f"{where}.content", tool_call_id=block.tool_use_id)
+
+
+def _result(content: str | Blocks, path: str, found: dict[str, str]) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return content
+    parts = []
+    for index, given in enumerate(content):
+        block = typed(given, RESULT_BLOCKS, f"{path}[{index}]", _TEXT_ONLY)
+        if isinstance(block, ToolReferenceBlock):
+            found[block.tool_name] = f"{path}[{index}].tool_name"
+            parts.append({"type": "text", "text": f"The tool {block.tool_name} can be called now."})
+        elif isinstance(block, TextBlock):
+            parts.append({"type": "text", "text": block.text})
+    return parts
 
 
 def _parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
@@ -137,7 +161,7 @@ def _add_assistant(turns: Turns, content: str | Blocks, path: str) -> None:
         return
     for index, given in enumerate(content):
         where = f"{path}[{index}]"
-        block = typed(given, ASSISTANT_BLOCKS, where, _TEXT_ONLY)
+        block = typed(given, ASSISTANT_BLOCKS, where, _ASSISTANT_ONLY)
         if isinstance(block, TextBlock):
             turns.extend_said([{"type": "text", "text": block.text}], path)
         elif isinstance(block, ThinkingBlock):
@@ -179,19 +203,26 @@ def _template_variables(request: CountTokensRequest) -> dict[str, Any]:
     return made
 
 
-def _add_tools(request: CountTokensRequest, values: dict[str, Any], paths: dict[str, str]) -> None:
-    tools = []
-    for index, given in enumerate(request.tools or []):
+def _add_tools(
+    request: CountTokensRequest, values: dict[str, Any], paths: dict[str, str], found: dict[str, str]
+) -> None:
+    """Put tools and the choice among them into chat's request: those that are deferred only if they were `found`."""
+    given_tools = [_tool(given, f"tools[{index}]") for index, given in enumerate(request.tools or [])]
+    for name in found.keys() - {tool.name for tool in given_tools}:
+        raise invalid(f"{found[name]}={name[:100]!r} is not the name of a tool in tools", found[name])
+    tools: list[dict[str, Any]] = []
+    for index, tool in enumerate(given_tools):
+        if tool.defer_loading and tool.name not in found:
+            continue
         path = f"tools[{index}]"
-        tool = typed(given, {"custom": CustomTool}, path, _OWN_TOOLS, "custom")
-        assert isinstance(tool, CustomTool)
         function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
         if tool.description is not None:
             function["description"] = tool.description
         if tool.strict is not None:
             function["strict"] = tool.strict
-        paths[path] = paths[f"{path}.function"] = path
-        paths[f"{path}.function.parameters"] = f"{path}.input_schema"
+        place = f"tools[{len(tools)}]"
+        paths[place] = paths[f"{place}.function"] = path
+        paths[f"{place}.function.parameters"] = f"{path}.input_schema"
         tools.append({"type": "function", "function": function})
     if tools:
         values["tools"] = tools
@@ -200,9 +231,17 @@ def _add_tools(request: CountTokensRequest, values: dict[str, Any], paths: dict[
         return
     choice = typed(request.tool_choice, CHOICES, "tool_choice", f"use {', '.join(CHOICES)}")
     kind = request.tool_choice["type"]
+    if not tools and kind in ("any", "tool"):
+        raise invalid(f"tool_choice.type={kind!r} is not acceptable: it needs tools", "tool_choice.type")
     if isinstance(choice, ToolChoice):
         values["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
     else:
         values["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}[kind]
     if getattr(choice, "disable_parallel_tool_use", None):
         values["parallel_tool_calls"] = False
+
+
+def _tool(given: dict[str, Any], path: str) -> CustomTool:
+    tool = typed(given, {"custom": CustomTool}, path, _OWN_TOOLS, "custom")
+    assert isinstance(tool, CustomTool)
+    return tool

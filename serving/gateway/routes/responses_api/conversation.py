@@ -10,33 +10,29 @@ from ...http.errors import ApiError, invalid
 from ...http.json_body import to_struct
 from ...schemas.chat import ChatRequest
 from ...schemas.responses_api.request import (
-    CHOICES,
     FORMATS,
     ITEMS,
     LOGPROBS,
     MESSAGE_PARTS,
     OUTPUT_PARTS,
     REASONING_PARTS,
-    AllowedTools,
     FunctionCallItem,
     FunctionCallOutputItem,
-    FunctionTool,
     ItemReference,
     JsonSchemaFormat,
     MessageItem,
-    NamedFunction,
     ReasoningItem,
     ResponsesRequest,
 )
 from ...schemas.sealed import unseal
 from ...schemas.typed import check_count, parts_text, rename, text_of, typed
 from ..turns import Turns
+from .tools import add_tools, joined_name
 
 Item = dict[str, Any]
 
 _TEXT_ONLY = "the models of this server read text"
 _ITEMS = f"the input may hold {', '.join(ITEMS)}"
-_ONLY_FUNCTIONS = "only functions can be called"
 
 
 def input_items(request: ResponsesRequest, find: Callable[[str], Item | None]) -> list[Item]:
@@ -88,7 +84,7 @@ def to_chat(
     if wants_logprobs(request):
         values |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     paths = {**turns.paths, **_PATHS}
-    _add_tools(request, values, paths)
+    add_tools(request, values, paths)
     _add_format(request, values)
     try:
         return to_struct(values, ChatRequest), paths
@@ -132,7 +128,8 @@ def _add(turns: Turns, item: Item, path: str) -> None:
         turns.think(_thinking(checked, path), path)
     elif isinstance(checked, FunctionCallItem):
         where = f"{path}.arguments"
-        turns.call(checked.call_id, checked.name, checked.arguments, path, arguments_path=where)
+        name = joined_name(checked.namespace, checked.name)
+        turns.call(checked.call_id, name, checked.arguments, path, arguments_path=where)
     elif isinstance(checked, FunctionCallOutputItem):
         content = parts_text(checked.output, OUTPUT_PARTS, f"{path}.output", _TEXT_ONLY)
         turns.add("tool", content, path, content_path=f"{path}.output", tool_call_id=checked.call_id)
@@ -153,54 +150,6 @@ def _thinking(item: ReasoningItem, path: str) -> str:
     return summary
 
 
-def _add_tools(request: ResponsesRequest, values: dict[str, Any], paths: dict[str, str]) -> None:
-    """Put tools and the choice among them into chat's request."""
-    choice: str | dict[str, Any] | None = None
-    allowed: set[str] | None = None
-    if isinstance(request.tool_choice, str):
-        choice = request.tool_choice
-    elif request.tool_choice is not None:
-        chosen = typed(request.tool_choice, CHOICES, "tool_choice", _ONLY_FUNCTIONS)
-        if isinstance(chosen, NamedFunction):
-            choice = {"type": "function", "function": {"name": chosen.name}}
-        elif isinstance(chosen, AllowedTools):
-            choice = chosen.mode
-            allowed = _allowed(chosen, {tool.get("name") for tool in request.tools or ()})
-
-    tools: list[dict[str, Any]] = []
-    for index, given in enumerate(request.tools or []):
-        path = f"tools[{index}]"
-        tool = typed(given, {"function": FunctionTool}, path, _ONLY_FUNCTIONS)
-        assert isinstance(tool, FunctionTool)
-        if allowed is not None and tool.name not in allowed:
-            continue
-        function: dict[str, Any] = {"name": tool.name}
-        for name in ("description", "parameters", "strict"):
-            if (value := getattr(tool, name)) is not None:
-                function[name] = value
-        place = f"tools[{len(tools)}]"
-        paths[place] = paths[f"{place}.function"] = path
-        tools.append({"type": "function", "function": function})
-    if tools:
-        values["tools"] = tools
-    if choice is not None:
-        values["tool_choice"] = choice
-
-
-def _allowed(chosen: AllowedTools, known: set[Any]) -> set[str]:
-    names = set()
-    for index, given in enumerate(chosen.tools):
-        path = f"tool_choice.tools[{index}]"
-        tool = typed(given, {"function": NamedFunction}, path, _ONLY_FUNCTIONS)
-        assert isinstance(tool, NamedFunction)
-        if tool.name not in known:
-            raise invalid(f"{path}.name={tool.name[:100]!r} is not the name of a tool in tools", f"{path}.name")
-        names.add(tool.name)
-    if not names:
-        raise invalid("tool_choice.tools is empty: name at least one tool", "tool_choice.tools")
-    return names
-
-
 def _add_format(request: ResponsesRequest, values: dict[str, Any]) -> None:
     form = request.text.format if request.text else None
     if form is None:
@@ -215,20 +164,6 @@ def _add_format(request: ResponsesRequest, values: dict[str, Any]) -> None:
         values["response_format"] = {"type": "json_schema", "json_schema": made}
     elif form["type"] != "text":
         values["response_format"] = {"type": form["type"]}
-
-
-def echoed_tools(request: ResponsesRequest) -> list[dict[str, Any]]:
-    """The tools as the response shows them: with every field."""
-    return [
-        {
-            "type": "function",
-            "name": tool["name"],
-            "description": tool.get("description"),
-            "parameters": tool.get("parameters"),
-            "strict": tool.get("strict"),
-        }
-        for tool in request.tools or ()
-    ]
 
 
 def echoed_format(request: ResponsesRequest) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from ...schemas.responses_api.request import (
     ResponsesRequest,
 )
 from .. import faces
-from .conversation import Item, check_together, echoed_format, echoed_tools, input_items, to_chat
+from .conversation import Item, check_together, echoed_format, input_items, to_chat
 from .keeping import Keeper, start_in_background
+from .tools import echoed_tools, namespaces
 from .writer import ResponseWriter, Style
 
 
@@ -179,4 +180,5 @@ def _writer(request: ResponsesRequest, turn: faces.Turn, *, keeps: bool) -> Resp
     )
 
     sealed = ENCRYPTED in (request.include or ())
-    return ResponseWriter(response, Style(stream=bool(request.stream), summary=summary is not None, sealed=sealed))
+    style = Style(stream=bool(request.stream), summary=summary is not None, sealed=sealed)
+    return ResponseWriter(response, style, namespaces(request))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,9 +59,13 @@ class ResponseWriter:
 
     keep_alive = KEEP_ALIVE
 
-    def __init__(self, response: ResponseObject, style: Style) -> None:
+    def __init__(
+        self, response: ResponseObject, style: Style, namespaces: Mapping[str, tuple[str, str]] | None = None
+    ) -> None:
+        """`namespaces` has the namespace and the name of each function that the model knows by a joined name."""
         self.response = response
         self._style = style
+        self._namespaces = namespaces or {}
         self._events: list[bytes] = []
         self._sequence = 0
         self._item: OutputMessage | OutputReasoning | OutputCall | None = None
@@ -187,7 +192,10 @@ class ResponseWriter:
 
     def _call(self, call: CallBegin) -> None:
         self._close("completed")
-        self._open(OutputCall(id=_new_id("fc"), status="in_progress", call_id=call.id, name=call.name, arguments=""))
+        namespace, name = self._namespaces.get(call.name, (UNSET, call.name))
+        item = OutputCall(id=_new_id("fc"), status="in_progress", call_id=call.id, name=name, arguments="")
+        item.namespace = namespace
+        self._open(item)
 
     def _arguments(self, text: str) -> None:
         if text and isinstance(self._item, OutputCall):

@@ -7,16 +7,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ..fields import ModelName, Stream
+from ..fields import CacheControl, ModelName, Stream
 
 Blocks = list[dict[str, Any]]
-
-
-class CacheControl(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Where a prefix may be cached. Every prefix is, so that it has no effect."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
 
 
 class TextBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +59,15 @@ class ToolResultBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_control: CacheControl | None = None
 
 
+class ToolReferenceBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool that a search has found: from here on the model knows it, though its loading was deferred."""
+
+    tool_name: str
+    cache_control: CacheControl | None = None
+
+
 TEXT_BLOCKS: dict[str, type[msgspec.Struct]] = {"text": TextBlock}
+RESULT_BLOCKS: dict[str, type[msgspec.Struct]] = {"text": TextBlock, "tool_reference": ToolReferenceBlock}
 USER_BLOCKS: dict[str, type[msgspec.Struct]] = {"text": TextBlock, "tool_result": ToolResultBlock}
 ASSISTANT_BLOCKS: dict[str, type[msgspec.Struct]] = {
     "text": TextBlock,
@@ -92,6 +93,9 @@ class CustomTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     strict: bool | None = None
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
+    defer_loading: (
+        Annotated[bool, Meta(description="The model knows it once a tool_result has a tool_reference to it.")] | None
+    ) = None
 
 
 class AutoChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

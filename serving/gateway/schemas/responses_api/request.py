@@ -90,7 +90,10 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     previous_response_id: (
         Annotated[str, Meta(description="A stored response; its input and its output come before this input.")] | None
     ) = None
-    tools: Annotated[list[dict[str, Any]], Meta(description="Functions that may be called.")] | None = None
+    tools: (
+        Annotated[list[dict[str, Any]], Meta(description="Functions that may be called, and namespaces of them.")]
+        | None
+    ) = None
     tool_choice: (
         Annotated[
             Literal["none", "auto", "required"] | dict[str, Any],
@@ -203,6 +206,7 @@ class FunctionCallItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
     id: str | None = None
     status: Status | None = None
@@ -275,10 +279,22 @@ class FunctionTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
+class NamespaceTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Functions that belong together. The model knows each by the names of both: namespace__name."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=126)]
+    tools: list[dict[str, Any]]
+    description: str | None = None
+
+
+TOOLS: dict[str, type[msgspec.Struct]] = {"function": FunctionTool, "namespace": NamespaceTool}
+
+
 class NamedFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A function by its name, in tool_choice."""
 
     name: str
+    namespace: str | None = None
 
 
 class AllowedTools(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
