@@ -21,6 +21,7 @@ from .cli.compose import Job
 from .cli.display import AnswerStream, Display, ProgressBar, write_stdout
 from .cli.jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, count_requests, read_done, read_requests
 from .cli.program import run_program
+from .cli.run_journal import RunJournal
 from .cli.schema import Keys
 from .ranks.process import Signalled
 from .ranks.progress import loading_progress
@@ -42,6 +43,9 @@ class GenerateKeys(Keys):
     """The JSONL file of answers, written as each finishes and replaced unless resume=true; null: standard output."""
     resume: bool = False
     """Continue a killed run: skip the ids that output already has."""
+    journal: str | None = None
+    """With input and output: a file, made if there is none, that notes every second how far each answer has got. With
+    it a killed run is continued from its last tokens, and resume=true is implied; null notes nothing."""
     stream: bool = False
     """With input: show the answers as they are written instead of a progress bar."""
 
@@ -77,8 +81,11 @@ class _UnderWay:
 class Batch:
     """Sends requests through an engine, a bounded number at a time, and writes each record as it is known."""
 
-    def __init__(self, llm: LLM, answers: AnswerFile | None, display: Display, window: int) -> None:
+    def __init__(
+        self, llm: LLM, answers: AnswerFile | None, display: Display, window: int, journal: RunJournal | None = None
+    ) -> None:
         self._llm = llm
+        self._journal = journal
         self._answers = answers
         self._display = display
         self._window = window
@@ -104,11 +111,25 @@ class Batch:
             return
         self._under_way[item.submit.id] = _UnderWay(item.id, OutputBuilder(item.submit.sampling.n))
         self._display.submitted(item)
-        self._llm.submit(item.submit, self._events.put, quick=True)
+        submit = item.submit
+        if self._journal is not None:
+            submit, before = self._journal.begin(item)
+            for event in before:
+                self._replay(event)
+        self._llm.submit(submit, self._events.put, quick=True)
+
+    def _replay(self, event: Event) -> None:
+        """Take in what an earlier run had of an answer."""
+        assert not isinstance(event, Status | ModelInfo)
+        self._under_way[event.id].builder.add(event)
+        if isinstance(event, Delta):
+            self._display.delta(event)
 
     def _take(self, event: Event) -> None:
         assert not isinstance(event, Status | ModelInfo)
         entry = self._under_way[event.id]
+        if self._journal is not None:
+            self._journal.add(event, event.id)
 
         try:
             output = entry.builder.add(event)
@@ -133,6 +154,8 @@ class Batch:
 
     def _end(self, request_id: str, record: dict[str, object]) -> None:
         self._write(record)
+        if self._journal is not None:  # only now: the record is in the file
+            self._journal.end(request_id)
         self._display.ended(request_id, record)
 
     def _write(self, record: dict[str, object]) -> None:
@@ -157,7 +180,7 @@ def check_keys(keys: GenerateKeys) -> None:
     if (keys.prompt is None) == (keys.input is None):
         raise ConfigError("give either prompt=TEXT or input=FILE.jsonl")
     if keys.input is None:
-        for name in ("output", "resume", "stream"):
+        for name in ("output", "resume", "journal", "stream"):
             if getattr(keys, name):
                 raise ConfigError(f"{name}={getattr(keys, name)} goes with input=FILE.jsonl, not with prompt=")
         return
@@ -166,6 +189,8 @@ def check_keys(keys: GenerateKeys) -> None:
         raise ConfigError(f"input={keys.input!r} is not a file")
     if keys.resume and keys.output is None:
         raise ConfigError("resume=true needs output=FILE.jsonl, the file to continue")
+    if keys.journal is not None and keys.output is None:
+        raise ConfigError(f"journal={keys.journal!r} needs output=FILE.jsonl: what is answered is told from it")
     if keys.output is not None and Path(keys.output).resolve() == Path(keys.input).resolve():
         raise ConfigError(f"output={keys.output!r} is the input file: give another")
 
@@ -211,30 +236,51 @@ def _one_summary(end: Finished) -> str:
 def _batch(job: Job[GenerateKeys], config: EngineConfig) -> int:
     keys = job.keys
     assert keys.input is not None
-    done = read_done(Path(keys.output)) if keys.resume and keys.output is not None else set()
+    with _journal(keys, config) as journal:  # first: another run may have it, and its output
+        continues = keys.resume or journal is not None
+        done = read_done(Path(keys.output)) if continues and keys.output is not None else set()
+        if journal is not None:
+            journal.read(done)
+        return _answer_all(job, config, done, journal)
 
+
+def _answer_all(job: Job[GenerateKeys], config: EngineConfig, done: set[str], journal: RunJournal | None) -> int:
+    """Answer the input's requests that are not `done`. Returns 0 if every one was answered, else 1."""
+    keys = job.keys
+    assert keys.input is not None
     with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
         with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
             _say_report(llm)
-            if answers is not None and not keys.resume:
+            if answers is not None and not keys.resume and journal is None:
                 answers.clear()
 
             display: Display = AnswerStream(write_stdout)
             if not keys.stream:
                 display = ProgressBar(count_requests(Path(keys.input)) - len(done), sys.stderr)
 
-            batch = Batch(llm, answers, display, min(config.max_queue, WINDOW * config.max_num_seqs))
+            batch = Batch(llm, answers, display, min(config.max_queue, WINDOW * config.max_num_seqs), journal)
 
             try:
                 batch.run(read_requests(requests, config.sampling, done, config.seed))
             except (Signalled, EngineStopped):
                 display.close()
                 if keys.output is not None:
-                    _say(f"broken off after {batch.summary.answered} answers; resume=true goes on from there")
+                    how = "the same command" if journal is not None else "resume=true"
+                    _say(f"broken off after {batch.summary.answered} answers; {how} goes on from there")
                 raise
             display.close()
         _say(batch.summary.text(len(done)))
     return 1 if batch.summary.failed else 0
+
+
+@contextlib.contextmanager
+def _journal(keys: GenerateKeys, config: EngineConfig) -> Iterator[RunJournal | None]:
+    if keys.journal is None:
+        yield None
+        return
+    model = f"{config.model} {config.dtype} {config.quantization}"
+    with contextlib.closing(RunJournal(keys.journal, model)) as journal:
+        yield journal
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         pool = Engines(settings.pool, settings.gateway.served_model_names)
         app = make_app(pool, settings)
+        app.state.gateway.start()
 
         http = make_server(
             app,
@@ -153,7 +154,8 @@ class Server:
             ready.cancel()
             await self._drain(pool)
         finally:
-            # What is left fails now, and its callers are told.
+            # What is left fails now, and its callers are told; of a journal it is computed after the next start.
+            app.state.gateway.stop()
             await pool.close()
             http.should_exit = True
             await serving

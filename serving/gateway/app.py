@@ -21,7 +21,7 @@ from .http.exchange import ClientGone, Exchange, Receive, Scope, Send
 from .openapi import openapi_document
 from .page import page
 from .routes.responses_api import handlers as responses_api
-from .routes.table import OPERATIONS, Handler, Operation
+from .routes.table import JOURNALED, OPERATIONS, Handler, Operation
 from .schemas.chat import ChatRequest
 from .schemas.completions import CompletionRequest
 from .schemas.tokens import DetokenizeRequest, GenerateRequest, GenerateSampling
@@ -45,7 +45,7 @@ def create_app(
         # A model's name may hold slashes.
         Route(
             operation.path.replace("{model}", "{model:path}"),
-            Endpoint(gateway, operation.handler, _paths(operation)),
+            _endpoint(gateway, operation),
             methods=[operation.method],
         )
         for operation in OPERATIONS
@@ -77,7 +77,10 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        exchange = Exchange(scope, receive, send, self._gateway.config, self._gateway.bodies)
+        await self.answer(Exchange(scope, receive, send, self._gateway.config, self._gateway.bodies))
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Answer an exchange, whoever it belongs to."""
         try:
             try:
                 await self._handler(self._gateway, exchange)
@@ -95,6 +98,20 @@ class Endpoint:
         except Exception:
             _log.exception("request %s failed", exchange.request_id)
             await exchange.fail(internal())
+
+
+def _endpoint(gateway: Gateway, operation: Operation) -> Endpoint:
+    """The route of an operation; by way of the journal, if there is one and it keeps such requests."""
+    endpoint = Endpoint(gateway, operation.handler, _paths(operation))
+    durable = gateway.durable
+    if durable is None or operation.handler not in JOURNALED:
+        return endpoint
+    durable.routes[operation.path] = endpoint.answer
+
+    async def journaled(_: Gateway, exchange: Exchange) -> None:
+        await durable.serve(exchange, endpoint.answer)
+
+    return Endpoint(gateway, journaled)
 
 
 def _paths(operation: Operation) -> dict[str, str]:

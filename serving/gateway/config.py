@@ -66,6 +66,15 @@ class GatewayConfig:
     """Bytes that kept responses take together, each with all of its input; the least recently used make room."""
     stored_response_s: float = 3600.0
     """Seconds after its last use until a kept response is forgotten."""
+    journal: str | None = None
+    """A file, made if there is none, that keeps every request that is accepted and not streamed until it is answered,
+    and its answer for a while: what a crash of this process interrupts is computed after its next start. It holds
+    requests and answers as they are, and API keys only as a digest; null keeps nothing."""
+    journal_max_mb: int = 1024
+    """Most mebibytes that the journal holds; the oldest answers make room, and what then does not fit is answered
+    503."""
+    journal_keep_s: float = 86400.0
+    """Seconds for which the journal keeps an answer."""
     keep_alive_s: float = 15.0
     """Seconds of silence in a stream after which a comment is sent; 0 sends none."""
 
@@ -109,6 +118,11 @@ class GatewayConfig:
             raise ConfigError(
                 f"max_open_body_bytes={self.max_open_body_bytes} is below max_body_bytes={self.max_body_bytes}: raise "
                 f"it, or lower that"
+            )
+        if self.journal is not None and not self.max_body_bytes < self.journal_max_mb * 2**20:
+            raise ConfigError(
+                f"journal_max_mb={self.journal_max_mb} has no room for a body of max_body_bytes={self.max_body_bytes}: "
+                f"raise it, or lower that"
             )
 
         if self.otlp_endpoint is not None and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.otlp_endpoint):

@@ -11,7 +11,11 @@ import uuid
 from collections.abc import AsyncIterator
 
 from ...engine.protocol.messages import Event, ModelInfo
+from ..journal.journal import Journal
 from .config import GatewayConfig
+from .durable.recovery import Recovery
+from .durable.requests import DurableRequests
+from .durable.responses import ResponseMirror
 from .engine_pool import EnginePool, Question, Submits
 from .generation.admission import Admission
 from .generation.bridge import EventBridge
@@ -32,7 +36,19 @@ class Gateway:
         self.config = config
         self.admission = Admission(config)
         self.bodies = BodyBudget(config.max_open_body_bytes)
-        self.responses = ResponseStore(config)
+        self.durable: DurableRequests | None = None
+        mirror = None
+        if config.journal is not None:
+            journal = Journal(
+                config.journal, "gateway", max_bytes=config.journal_max_mb * 2**20, keep_s=config.journal_keep_s
+            )
+            mirror = ResponseMirror(journal)
+        self.responses = ResponseStore(config, mirror=mirror)
+        if mirror is not None:
+            mirror.load(self.responses)
+            self.durable = DurableRequests(journal, config, self.bodies, self.responses)
+            self.recovery = Recovery(self.durable, pool, config)
+        self._mirror = mirror
         self.created = int(time.time())
         self.tracing = None if config.otlp_endpoint is None else Tracing.to(config.otlp_endpoint)
         self._bridge: EventBridge | None = None
@@ -100,7 +116,15 @@ class Gateway:
             most = self.config.max_answer_bytes
             too_much = f"the answer takes more than {most} bytes (max_answer_bytes); set stream=true or ask for less"
         limits = Limits(most, too_much, timeout_s)
-        generation = Generation(self._submits(exchange), self._bridge, self.admission, limits, exchange.request_id)
+        durable = None if stream else exchange.durable
+        generation = Generation(
+            self._submits(exchange),
+            self._bridge,
+            self.admission,
+            limits,
+            exchange.request_id,
+            None if durable is None else durable.accept,
+        )
 
         watcher = None if detached else asyncio.create_task(_watch(exchange, generation))
         try:
@@ -112,13 +136,33 @@ class Gateway:
 
     def _submits(self, exchange: Exchange) -> Submits:
         """Where the requests of an exchange are sent."""
-        if self.tracing is None:
-            return self.pool
-        model = next(iter(self.pool.models()), "")
-        return self.tracing.around(self.pool, exchange.scope["headers"], exchange.request_id, model)
+        submits: Submits = self.pool
+        if self.tracing is not None:
+            model = next(iter(self.pool.models()), "")
+            submits = self.tracing.around(submits, exchange.scope["headers"], exchange.request_id, model)
+        if exchange.durable is not None:
+            info = next(iter(self.pool.models().values()), None)
+            made_by = "" if info is None else f"{info.model} {info.dtype} {info.chat_template}"
+            submits = exchange.durable.around(submits, made_by)
+        return submits
+
+    def start(self) -> None:
+        """Begin to compute what an earlier process has left, on the event loop."""
+        if self.durable is not None:
+            self.recovery.start()
+
+    def stop(self) -> None:
+        """The process ends: what is not answered by now stays in the journal, for the next one."""
+        if self._mirror is not None:
+            self._mirror.closing = True
+            self.recovery.stop()
 
     def close(self) -> None:
-        """Send the spans that have not been sent yet, once every request has ended. May block for some seconds."""
+        """Write what is left to be written, once every request has ended, and send the spans that have not been sent
+        yet. May block for some seconds."""
+        if self.durable is not None:
+            self.stop()
+            self.durable.journal.close()
         if self.tracing is not None:
             self.tracing.close()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx.serving.journal.journal import Journal
 from phalanx.tests.launch.programs import ALONE, TORCHRUN, run, start
 
 pytestmark = pytest.mark.slow
@@ -202,3 +205,64 @@ def test_the_configuration_is_printed_once_and_nothing_is_written(tiny: Path, tm
     assert "\nranks: 2\n" in ended.stdout
     assert "\n  top_k: 5\n" in ended.stdout
     assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_run_with_a_journal_goes_on_from_its_last_tokens(smollm2: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    path = tmp_path / "requests.jsonl"
+    samplings: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 1, "seed": 5, "n": 2}, {"temperature": 0.8, "logprobs": 1},
+        {"temperature": 1, "presence_penalty": 0.5, "stop": ["zebra"]},
+    ]  # fmt: skip
+    lines = [
+        {"id": number, "prompt": f"Story {number}: once upon a time", "sampling": sampling}
+        for number, sampling in enumerate(samplings)
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    settings = ("dtype=float32", "max_model_len=512", "seed=3", "sampling.max_tokens=160", "sampling.ignore_eos=true")
+    arguments = (f"model={smollm2}", f"input={path}", *settings)
+    whole = run("generate", *arguments, f"output={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+
+    journal, output = tmp_path / "journal", tmp_path / "answers.jsonl"
+    noted = 0
+    while not noted:
+        process = start("generate", *arguments, f"output={output}", f"journal={journal}")
+        while not journal.exists() or not _says_ready(process):
+            assert process.poll() is None
+        time.sleep(2.5)
+        process.kill()
+        process.communicate()
+        with contextlib.closing(Journal(str(journal), "generate", max_bytes=2**30, keep_s=0)) as opened:
+            entries = opened.unfinished(0, 100).result()
+            noted = sum(bool(opened.progress_of(entry.number).result()) for entry in entries)
+        assert entries, "the run ended before it was killed"
+
+    ended = run("generate", *arguments, f"output={output}", f"journal={journal}")
+    assert ended.returncode == 0, ended.stderr
+    expected, found = records(tmp_path / "whole"), records(output)
+    assert set(found) == set(expected)
+    for number, record in expected.items():
+        for name in ("text", "token_ids", "finish_reason", "completions"):
+            assert found[number].get(name) == record.get(name)
+        assert found[number]["usage"]["completion_tokens"] == record["usage"]["completion_tokens"]
+        assert len(found[number].get("logprobs", ())) == len(record.get("logprobs", ()))
+    assert int(ended.stderr.rsplit("; ", 2)[1].split()[0]) < 160 * 5  # not from the beginning
+    with contextlib.closing(Journal(str(journal), "generate", max_bytes=2**30, keep_s=0)) as opened:
+        assert (opened.size.unfinished, opened.size.finished) == (0, 0)
+
+
+def _says_ready(process: subprocess.Popen[str]) -> bool:
+    """Read what a program prints up to its report, which it prints when the engine is ready."""
+    assert process.stdout is not None
+    return any("KV" in line for line in iter(process.stdout.readline, ""))
+
+
+def test_a_journal_needs_an_output_and_one_run(tiny: Path, tmp_path: Path, requests: Path) -> None:
+    tmp_path.chmod(0o700)
+    ended = run("generate", f"model={tiny}", f"input={requests}", f"journal={tmp_path / 'journal'}")
+    assert "needs output=FILE.jsonl" in ended.stderr
+    with contextlib.closing(Journal(str(tmp_path / "journal"), "generate", max_bytes=2**30, keep_s=0)):
+        options = (f"output={tmp_path / 'answers'}", f"journal={tmp_path / 'journal'}")
+        ended = run("generate", f"model={tiny}", f"input={requests}", *options)
+    assert "is in use by process" in ended.stderr

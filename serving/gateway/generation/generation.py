@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from ....engine.client.client import to_error
@@ -40,9 +40,18 @@ class Generation:
     `take` returns events as (index of the request, event): deltas of one completion that nobody has taken yet are one.
     """
 
-    def __init__(self, pool: Submits, bridge: EventBridge, admission: Admission, limits: Limits, name: str) -> None:
+    def __init__(
+        self,
+        pool: Submits,
+        bridge: EventBridge,
+        admission: Admission,
+        limits: Limits,
+        name: str,
+        accept: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`accept` makes sure, before anything is sent, that what was let in is not lost."""
         self._pool, self._bridge, self._admission, self._limits = pool, bridge, admission, limits
-        self._name = name
+        self._name, self._accept = name, accept
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + limits.timeout_s if limits.timeout_s else None
 
@@ -60,9 +69,12 @@ class Generation:
         self._admission.enter(requests, tokens)
         self._admitted = (requests, tokens)
 
-    def start(self, submits: Sequence[Submit], affinity: bytes = b"") -> None:
-        """Send the requests that were let in. Raises PhalanxError; none is open then."""
+    async def start(self, submits: Sequence[Submit], affinity: bytes = b"") -> None:
+        """Send the requests that were let in. Raises ApiError, PhalanxError or ClientGone; none is open then."""
         try:
+            if self._accept is not None:
+                await self._accept()
+                self._check()  # the client may have gone meanwhile
             for number, submit in enumerate(submits):
                 self._tickets.append(None)
                 self._open += 1

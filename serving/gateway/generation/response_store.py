@@ -7,7 +7,7 @@ import collections
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -36,15 +36,28 @@ class StoredResponse:
         return _RECORD_BYTES + len(self.response) + len(self.input) + 64 * len(self.item_ids)
 
 
+class Mirror(Protocol):
+    """Hears of what is kept, and no more."""
+
+    def put(self, owner: str, response_id: str, record: StoredResponse) -> None:
+        """A response is kept, as it is now."""
+
+    def delete(self, owner: str, response_id: str) -> None:
+        """A response is kept no more."""
+
+
 class ResponseStore:
     """Belongs to the event loop. What was used longest ago makes room for what is new.
 
     A caller finds its own responses alone: to every other one they are not there.
     """
 
-    def __init__(self, config: GatewayConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: GatewayConfig, clock: Callable[[], float] = time.monotonic, mirror: Mirror | None = None
+    ) -> None:
         self._config = config
         self._clock = clock
+        self._mirror = mirror
         self._records: collections.OrderedDict[tuple[str, str], StoredResponse] = collections.OrderedDict()
         self._items: dict[tuple[str, str], str] = {}
         self.bytes = 0
@@ -59,6 +72,13 @@ class ResponseStore:
 
     def put(self, owner: str, response_id: str, record: StoredResponse) -> bool:
         """Keep a response, in place of the one of the same id. Returns False for one that has no room at all."""
+        kept = self.load(owner, response_id, record)
+        if kept and self._mirror is not None:
+            self._mirror.put(owner, response_id, record)
+        return kept
+
+    def load(self, owner: str, response_id: str, record: StoredResponse) -> bool:
+        """The same for one that the mirror has."""
         self._drop((owner, response_id), cancel=False)
         if not self.keeps or record.size > self._config.stored_response_bytes:
             return False
@@ -114,4 +134,6 @@ class ResponseStore:
             self._items.pop((key[0], item_id), None)
         if cancel and record.task is not None:
             record.task.cancel()
+        if self._mirror is not None:
+            self._mirror.delete(*key)
         return True

@@ -9,7 +9,7 @@ import re
 import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,9 @@ from ..config import GatewayConfig
 from . import error_shapes
 from .errors import ApiError, invalid
 from .json_body import read_struct, to_struct
+
+if TYPE_CHECKING:
+    from ..durable.open_request import OpenRequest
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -93,7 +96,11 @@ class Exchange:
         self.request_id = uuid.uuid4().hex
         """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
         self.status = 0
+        self.durable: OpenRequest | None = None
+        """What the journal has of this request, if there is a journal and nothing of the answer is sent early."""
         self._path = str(scope.get("path", ""))
+        self._held = HeldBytes(self._budget)
+        self._body: bytes | None = None
 
     def header(self, name: bytes) -> str | None:
         """A header's value by its lower-case name; the last one if there are several."""
@@ -143,16 +150,33 @@ class Exchange:
     async def read(self, kind: type[Request], refused: Mapping[str, str] | None = None) -> Request:
         """The body as a struct. Raises ApiError: 400, 408, 413 or 415."""
         self.take_request_id()
+        body = await self.read_body()
+        self._body = None
+        try:
+            return await read_struct(body, kind, refused)
+        finally:
+            self.release_body()
+
+    async def read_body(self) -> bytes:
+        """The body's bytes, which count as held until release_body(). Raises ApiError: 408, 413, 415 or 429."""
+        if self._body is not None:
+            return self._body
         content_type = (self.header(b"content-type") or "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise ApiError(415, f"content-type={content_type!r} is not supported: send application/json")
         if encoding := self.header(b"content-encoding"):
             raise ApiError(415, f"content-encoding={encoding!r} is not supported: send the body as it is")
-        held = HeldBytes(self._budget)
         try:
-            return await read_struct(await self._read_body(held), kind, refused)
-        finally:
-            held.release()
+            self._body = await self._read_body(self._held)
+        except BaseException:
+            self._held.release()
+            raise
+        return self._body
+
+    def release_body(self) -> None:
+        """Hold the body no more."""
+        self._body = None
+        self._held.release()
 
     async def _read_body(self, held: HeldBytes) -> bytes:
         limit = self._config.max_body_bytes

@@ -42,7 +42,7 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
         gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
     ):
         generation.admit(1, tokens)
-        generation.start([submit], affinity)
+        await generation.start([submit], affinity)
         if request.stream:
             await stream(gateway, exchange, generation, ChatWriter(style, each))
         else:

@@ -66,7 +66,7 @@ async def completions(gateway: Gateway, exchange: Exchange) -> None:
             ]
             # The same tokens for the answer as for the echo.
             submits = _to_submits(gateway, exchange, request, info, [answer.token_ids for answer in tokenized])
-        generation.start(submits, affinity)
+        await generation.start(submits, affinity)
 
         style = _Style(request, f"cmpl-{exchange.request_id}", name, echoes)
         if request.stream:

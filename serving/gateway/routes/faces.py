@@ -116,7 +116,7 @@ async def running(
         gateway.generation(exchange, bool(turn.chat.stream), timeout_s, detached=detached) as generation,
     ):
         generation.admit(1, turn.prompt_tokens)
-        generation.start([turn.submit], turn.affinity)
+        await generation.start([turn.submit], turn.affinity)
         yield generation
 
 

@@ -45,7 +45,7 @@ async def generate(gateway: Gateway, exchange: Exchange) -> None:
         exchange, bool(request.stream), timeout_of(request.timeout, gateway.config)
     ) as generation:
         generation.admit(1, len(request.token_ids))
-        generation.start([submit], affinity)
+        await generation.start([submit], affinity)
         if request.stream:
             await stream(gateway, exchange, generation, _Writer(request, exchange.request_id))
             return

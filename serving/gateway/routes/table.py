@@ -13,6 +13,7 @@ from ..http.errors import ErrorBody
 from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest
 from ..schemas.completions import CompletionRequest
+from ..schemas.journal_api.requests import JournaledRequest
 from ..schemas.messages_api.answer import MessageAnswer, MessageEvent, TokenCount
 from ..schemas.messages_api.request import (
     REFUSED_COUNT_TOKENS,
@@ -39,6 +40,7 @@ from ..schemas.responses_api.answer import DeletedResponse, InputItems, Response
 from ..schemas.responses_api.request import REFUSED_RESPONSES, InputItemsQuery, ResponseQuery, ResponsesRequest
 from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from . import chat, completions, generate, information, tokens
+from .journal_api import requests as journal_api
 from .messages_api import handlers as messages_api
 from .responses_api import handlers as responses_api
 
@@ -155,6 +157,7 @@ OPERATIONS: tuple[Operation, ...] = (
         REFUSED_GENERATE,
         _COMPUTES,
     ),
+    Operation("GET", "/v1/requests/{request_id}", journal_api.retrieve, JournaledRequest, statuses=(404, 503)),
     Operation(
         "POST", "/tokenize", tokens.tokenize, TokenizeResponse, TokenizeRequest, None, REFUSED_TOKENIZE, _COMPUTES
     ),
@@ -168,3 +171,12 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("GET", "/health/live", information.live, HealthInfo),
     Operation("GET", "/health/ready", information.ready, HealthInfo, statuses=(503,)),
 )
+
+JOURNALED: tuple[Handler, ...] = (
+    chat.chat_completions,
+    completions.completions,
+    responses_api.create,
+    messages_api.messages,
+    generate.generate,
+)
+"""What a journal keeps until it is answered."""

@@ -192,19 +192,19 @@ def _delta(place: int, text: str = "x", index: int = 0) -> Delta:
     return Delta("a", index, text, [place], None, place)
 
 
-def _generation(pool: _Pool, pending_bytes: int) -> Generation:
+async def _generation(pool: _Pool, pending_bytes: int) -> Generation:
     bridge, admission = EventBridge(asyncio.get_running_loop()), Admission(GatewayConfig())
     limits = Limits(pending_bytes, "read faster", 10.0)
     generation = Generation(pool, bridge, admission, limits, "a")  # type: ignore[arg-type]
     generation.admit(1, 1)
-    generation.start([Submit(id="a", prompt="x")])
+    await generation.start([Submit(id="a", prompt="x")])
     return generation
 
 
 def test_deltas_that_nobody_has_taken_become_one() -> None:
     async def run() -> None:
         pool = _Pool()
-        generation = _generation(pool, 100_000)
+        generation = await _generation(pool, 100_000)
         pool.sinks[0](Accepted(id="a", prompt_tokens=1, seed=1, max_tokens=9))
         for place in range(500):
             pool.sinks[0](_delta(place, index=place % 2))
@@ -227,7 +227,7 @@ def test_an_event_that_cannot_be_taken_in_ends_its_request(monkeypatch: pytest.M
 
     async def run() -> None:
         pool = _Pool()
-        generation = _generation(pool, 10_000)
+        generation = await _generation(pool, 10_000)
         monkeypatch.setattr(Generation, "_push", broken)
         pool.sinks[0](_delta(0))
         with pytest.raises(ZeroDivisionError):
@@ -240,7 +240,7 @@ def test_an_event_that_cannot_be_taken_in_ends_its_request(monkeypatch: pytest.M
 def test_a_slow_reader_is_ended_before_its_answer_fills_the_memory() -> None:
     async def run() -> None:
         pool = _Pool()
-        generation = _generation(pool, 10_000)
+        generation = await _generation(pool, 10_000)
         for place in range(10):
             pool.sinks[0](_delta(place, "y" * 4000))
         await asyncio.sleep(0)

@@ -42,7 +42,10 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
     items = input_items(request, lambda item_id: store.find_item(owner, item_id))
     chat, paths = to_chat(request, before, items, gateway.config)
     turn = faces.prepare(gateway, exchange, chat, paths)
-    writer = _writer(request, turn, keeps=store.keeps)
+    durable = exchange.durable
+    # The same id when it is computed again: its caller may know it.
+    identity = uuid.uuid4().hex if durable is None else durable.request.id
+    writer = _writer(request, turn, f"resp_{identity}", keeps=store.keeps)
 
     keeper = Keeper(gateway, owner, before + items, writer) if writer.response.store else None
     if request.background:
@@ -71,21 +74,26 @@ async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
 
 async def delete(gateway: Gateway, exchange: Exchange) -> None:
     """Forget a kept response, and stop computing it."""
-    response_id, _ = _stored(gateway, exchange)
+    response_id, record = _stored(gateway, exchange)
+    await _give_up(gateway, response_id, record)
     gateway.responses.delete(exchange.owner, response_id)
     await exchange.respond_json(DeletedResponse(id=response_id))
 
 
 async def cancel(gateway: Gateway, exchange: Exchange) -> None:
     """Stop computing a response in the background."""
-    _, record = _stored(gateway, exchange)
-    if not msgspec.json.decode(record.response)["background"]:
+    response_id, record = _stored(gateway, exchange)
+    response = msgspec.json.decode(record.response)
+    if not response["background"]:
         raise invalid(
             "only a response with background=true can be cancelled; close the connection of any other", "response_id"
         )
     if record.task is not None:
         record.task.cancel()
         await asyncio.wait([record.task])
+    elif await _give_up(gateway, response_id, record):
+        cancelled = msgspec.json.encode({**response, "status": "cancelled"})
+        gateway.responses.put(exchange.owner, response_id, StoredResponse(cancelled, record.input))
     _, record = _stored(gateway, exchange)
     await exchange.respond(record.response)
 
@@ -112,6 +120,13 @@ async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
             has_more=len(items) > limit,
         )
     )
+
+
+async def _give_up(gateway: Gateway, response_id: str, record: StoredResponse) -> bool:
+    """Whether a response was one that an earlier process had begun and this one had not: it is not computed now."""
+    if record.task is not None or gateway.durable is None:
+        return False
+    return await gateway.durable.give_up(response_id.removeprefix("resp_"))
 
 
 def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
@@ -148,12 +163,12 @@ def _previous_items(gateway: Gateway, owner: str, response_id: str | None) -> li
     return items + output
 
 
-def _writer(request: ResponsesRequest, turn: faces.Turn, *, keeps: bool) -> ResponseWriter:
+def _writer(request: ResponsesRequest, turn: faces.Turn, response_id: str, *, keeps: bool) -> ResponseWriter:
     sampling = turn.submit.sampling
     reasoning = request.reasoning
     summary = (reasoning.summary or reasoning.generate_summary) if reasoning else None
     response = ResponseObject(
-        id=f"resp_{uuid.uuid4().hex}",
+        id=response_id,
         created_at=int(time.time()),
         status="queued" if request.background else "in_progress",
         model=turn.name,

@@ -76,6 +76,11 @@ class Keeper:
         if not self._store.put(self._owner, response.id, record):
             _log.warning("response %s is not kept: it takes %d bytes (stored_response_bytes)", response.id, record.size)
 
+    @property
+    def response(self) -> bytes:
+        """The response as it is now, JSON."""
+        return msgspec.json.encode(self._writer.response)
+
     def forget(self) -> None:
         """Keep nothing of the response."""
         self._store.delete(self._owner, self._writer.response.id)
@@ -90,14 +95,28 @@ async def start_in_background(gateway: Gateway, exchange: Exchange, turn: faces.
     """Have the answer computed, and return once the engine has the request. Raises ApiError for a refusal."""
     started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     keeper.keep(asyncio.create_task(_compute(gateway, exchange, turn, keeper, started)))
+    durable = exchange.durable
     try:
         await started
     except ApiError:
-        keeper.forget()
+        if durable is None or not durable.recovered:  # else it is tried again later
+            keeper.forget()
         raise
+    if durable is not None:
+        durable.background = True
 
 
 async def _compute(
+    gateway: Gateway, exchange: Exchange, turn: faces.Turn, keeper: Keeper, started: asyncio.Future[None]
+) -> None:
+    await _compute_answer(gateway, exchange, turn, keeper, started)
+    if not started.done() or started.cancelled() or started.exception() is not None:
+        return
+    if exchange.durable is not None and gateway.durable is not None:
+        await gateway.durable.end_background(exchange.durable, keeper.response)
+
+
+async def _compute_answer(
     gateway: Gateway, exchange: Exchange, turn: faces.Turn, keeper: Keeper, started: asyncio.Future[None]
 ) -> None:
     try:

@@ -1,0 +1,134 @@
+"""What a process that died has left: computed again, a bounded number at a time, each once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from ...journal.entries import Entry
+from ...journal.writer import JournalError
+from ..config import GatewayConfig
+from ..engine_pool import EnginePool
+from ..http import error_shapes
+from ..http.errors import ApiError
+from ..logs import log_fields
+from .requests import DurableRequests
+
+MOST_ATTEMPTS = 10
+"""Processes that may die over a request, without any progress of it, before it is given up."""
+SHARE = 4
+"""What is recovered takes at most one part in so many of max_open_requests: those who wait now have the rest."""
+LOOK_S = 0.2
+"""Seconds between two looks at whether an engine takes requests."""
+RETRY_S = 1.0
+"""Seconds until what was refused is tried again."""
+PRUNE_S = 60.0
+"""Seconds between two looks at what may be forgotten."""
+
+_log = logging.getLogger(__name__)
+
+
+class Recovery:
+    """Two tasks of the gateway's event loop: one computes what was left over, the other forgets old answers."""
+
+    def __init__(self, requests: DurableRequests, pool: EnginePool, config: GatewayConfig) -> None:
+        self._requests, self._pool = requests, pool
+        self._most = max(1, config.max_open_requests // SHARE)
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._counted: set[int] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.recovered = 0
+        """Requests of an earlier process that were answered."""
+        self.on_end: Callable[[Entry], None] = lambda entry: None
+        """Told of each request that has ended."""
+
+    def start(self) -> None:
+        """Begin, on the event loop."""
+        if self._requests.journal.size.unfinished:
+            self._requests.left_over.set()
+            _log.info(
+                "requests were accepted and not answered by an earlier process: they are computed now",
+                extra=log_fields(requests=self._requests.journal.size.unfinished),
+            )
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._prune())]
+
+    def stop(self) -> None:
+        """Begin nothing more. What is under way ends with its engine, and stays for the next process."""
+        self._requests.closing = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            await self._requests.left_over.wait()
+            self._requests.left_over.clear()
+            try:
+                await self._pass()
+            except JournalError as error:
+                _log.error("what was left over cannot be read: %s", error)
+                self._requests.left_over.set()
+            if self._requests.left_over.is_set():
+                await asyncio.sleep(RETRY_S)
+
+    async def _pass(self) -> None:
+        """Begin everything that has not ended and that nobody computes, in the order in which it was accepted."""
+        journal, after = self._requests.journal, 0
+        while True:
+            while not self._pool.ready() or len(self._under_way) >= self._most:
+                await self._one_ends()
+            room = self._most - len(self._under_way)
+            entries = await asyncio.wrap_future(journal.unfinished(after, room))
+            if not entries:
+                return
+            after = entries[-1].number
+            for entry in entries:
+                if entry.request.id not in self._requests.open:
+                    task = asyncio.create_task(self._compute(entry))
+                    self._under_way.add(task)
+                    task.add_done_callback(self._under_way.discard)
+
+    async def _one_ends(self) -> None:
+        """Wait until a request has ended, or a little."""
+        if self._under_way and self._pool.ready():
+            await asyncio.wait(self._under_way, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            await asyncio.sleep(LOOK_S)
+
+    async def _compute(self, entry: Entry) -> None:
+        requests = self._requests
+        try:
+            if entry.number not in self._counted:
+                self._counted.add(entry.number)
+                attempts = await asyncio.wrap_future(requests.journal.attempt(entry.number))
+                if attempts > MOST_ATTEMPTS:
+                    await self._give_up(entry)
+                    return
+            opened = await requests.opened(entry)
+            if entry.request.id in requests.open:  # its caller came back meanwhile
+                return
+            answer = await requests.compute(opened, [], waiting=lambda: False)
+            if not requests.closing and not answer.is_refusal:
+                self._counted.discard(entry.number)
+                self.recovered += 1
+                self.on_end(entry)
+        except JournalError as error:
+            _log.error("request %s cannot be recovered: %s", entry.request.name, error)
+            requests.left_over.set()
+        except Exception:
+            _log.exception("request %s cannot be recovered", entry.request.name)
+
+    async def _give_up(self, entry: Entry) -> None:
+        why = f"{MOST_ATTEMPTS} processes have ended while they computed this request, which never got on"
+        error = ApiError(500, why, type="server_error", code="given_up")
+        status, body = error_shapes.whole(entry.request.kind, error, entry.request.name)
+        _log.error("request %s is given up: %s", entry.request.name, why)
+        await asyncio.wrap_future(self._requests.journal.finish(entry.number, status, body))
+        self.on_end(entry)
+
+    async def _prune(self) -> None:
+        while True:
+            await asyncio.sleep(PRUNE_S)
+            with contextlib.suppress(JournalError):
+                await asyncio.wrap_future(self._requests.journal.prune())

@@ -1,0 +1,1 @@
+"""The routes that a journal makes possible: what became of requests, files, and batches of requests."""

@@ -1,0 +1,1 @@
+"""What the routes of the journal take and answer."""

@@ -1,0 +1,234 @@
+"""The journal's rows, read and written. Everything here runs on the writer's thread, within its transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from .entries import Entry, Request, taken
+
+PROGRESS_BYTES = 64
+"""About what a row of progress takes beside its bytes."""
+
+_COLUMNS = (
+    "number, id, kind, owner, name, key, salt, digest, body, batch, custom_id, accepted_at, attempts, finished_at, "
+    "status, answer"
+)
+
+
+class Size(Protocol):
+    """What is counted."""
+
+    bytes: int
+    unfinished: int
+    finished: int
+
+
+S = TypeVar("S", bound=Size)
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """The requests of a batch."""
+
+    total: int
+    completed: int
+    """Answered with a status below 400."""
+    failed: int
+
+
+def measure(connection: sqlite3.Connection, size: S) -> S:
+    """Count everything into `size`, and return it."""
+    total, finished, taken_bytes = connection.execute(
+        "SELECT count(*), count(finished_at), coalesce(sum(size), 0) FROM request"
+    ).fetchone()
+    (documents,) = connection.execute("SELECT coalesce(sum(size), 0) FROM document").fetchone()
+    size.bytes, size.finished, size.unfinished = taken_bytes + documents, finished, total - finished
+    return size
+
+
+def is_known(connection: sqlite3.Connection, request: Request) -> bool:
+    """Whether a request has the same id, or the same owner and key."""
+    same = connection.execute(
+        "SELECT 1 FROM request WHERE id = ? UNION ALL SELECT 1 FROM request WHERE owner = ? AND key = ? LIMIT 1",
+        (request.id, request.owner, request.key),
+    )
+    return same.fetchone() is not None
+
+
+def insert(connection: sqlite3.Connection, request: Request, now: float) -> int:
+    """Write a new request, and return its number."""
+    cursor = connection.execute(
+        "INSERT INTO request (id, kind, owner, name, key, salt, digest, body, batch, custom_id, accepted_at, size) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            request.id,
+            request.kind,
+            request.owner,
+            request.name,
+            request.key,
+            request.salt,
+            request.digest,
+            request.body,
+            request.batch,
+            request.custom_id,
+            now,
+            request.size,
+        ),
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def insert_progress(connection: sqlite3.Connection, number: int, place: int, data: bytes, size: int) -> None:
+    """Write more progress of a request, which has got on."""
+    connection.execute(
+        "INSERT INTO progress SELECT ?, ?, coalesce(max(part) + 1, 0), ? FROM progress WHERE number = ? AND place = ?",
+        (number, place, data, number, place),
+    )
+    connection.execute("UPDATE request SET size = size + ?, attempts = 0 WHERE number = ?", (size, number))
+
+
+def progress_of(connection: sqlite3.Connection, number: int) -> dict[int, list[bytes]]:
+    """The progress of a request by place, in the order in which it was written."""
+    found: dict[int, list[bytes]] = {}
+    query = "SELECT place, data FROM progress WHERE number = ? ORDER BY place, part"
+    for place, data in connection.execute(query, (number,)):
+        found.setdefault(place, []).append(data)
+    return found
+
+
+def is_open(connection: sqlite3.Connection, number: int) -> bool:
+    """Whether there is such a request, and it has not ended."""
+    query = "SELECT 1 FROM request WHERE number = ? AND finished_at IS NULL"
+    return connection.execute(query, (number,)).fetchone() is not None
+
+
+def size_of(connection: sqlite3.Connection, number: int) -> int:
+    """Bytes of a request that there is."""
+    (size,) = connection.execute("SELECT size FROM request WHERE number = ?", (number,)).fetchone()
+    return int(size)
+
+
+def finish(connection: sqlite3.Connection, number: int, status: int, answer: bytes | None, now: float) -> int:
+    """Write a request's end over its body and its progress; returns its new size."""
+    connection.execute("DELETE FROM progress WHERE number = ?", (number,))
+    entry = find(connection, "number = ?", (number,))
+    assert entry is not None
+    size = entry.request.size - taken(len(entry.request.body)) + taken(len(answer or b""))
+    connection.execute(
+        "UPDATE request SET finished_at = ?, status = ?, answer = ?, body = NULL, size = ? WHERE number = ?",
+        (now, status, answer, size, number),
+    )
+    return size
+
+
+def delete(connection: sqlite3.Connection, number: int) -> tuple[int, bool] | None:
+    """Delete a request; returns its size and whether it had ended, None without one."""
+    query = "SELECT size, finished_at IS NOT NULL FROM request WHERE number = ?"
+    found = connection.execute(query, (number,)).fetchone()
+    if found is None:
+        return None
+    connection.execute("DELETE FROM progress WHERE number = ?", (number,))
+    connection.execute("DELETE FROM request WHERE number = ?", (number,))
+    return int(found[0]), bool(found[1])
+
+
+def find(connection: sqlite3.Connection, condition: str, values: tuple[object, ...]) -> Entry | None:
+    """The last request for which a condition of this package's own holds."""
+    query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number DESC LIMIT 1"
+    found = connection.execute(query, values).fetchone()
+    return None if found is None else _entry(found)
+
+
+def select(connection: sqlite3.Connection, condition: str, values: tuple[object, ...], most: int) -> list[Entry]:
+    """The first `most` requests for which a condition of this package's own holds."""
+    query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number LIMIT ?"
+    return [_entry(row) for row in connection.execute(query, (*values, most))]
+
+
+def unfinished(connection: sqlite3.Connection, after: int, most: int) -> list[Entry]:
+    """The first `most` requests above the number `after` that have not ended."""
+    return select(connection, "finished_at IS NULL AND number > ?", (after,), most)
+
+
+_FORGETTABLE = "finished_at IS NOT NULL AND batch IS NULL"  # a batch's answers are wanted together
+
+
+def finished_bytes(connection: sqlite3.Connection) -> int:
+    """Bytes of the requests that have ended and may be forgotten."""
+    (size,) = connection.execute(f"SELECT coalesce(sum(size), 0) FROM request WHERE {_FORGETTABLE}").fetchone()
+    return int(size)
+
+
+def finished_in_order(connection: sqlite3.Connection) -> Iterator[int]:
+    """The numbers of the requests that have ended and may be forgotten, those that ended longest ago first."""
+    query = f"SELECT number FROM request WHERE {_FORGETTABLE} ORDER BY finished_at, number LIMIT 256"
+    before: list[tuple[int]] = []
+    while (found := connection.execute(query).fetchall()) and found != before:
+        yield from (number for (number,) in found)
+        before = found
+
+
+def finished_before(connection: sqlite3.Connection, moment: float) -> list[int]:
+    """The numbers of requests that ended before a moment."""
+    query = f"SELECT number FROM request WHERE {_FORGETTABLE} AND finished_at < ? ORDER BY finished_at LIMIT 4096"
+    return [number for (number,) in connection.execute(query, (moment,))]
+
+
+def numbers_of_batch(connection: sqlite3.Connection, batch: str, finished: bool) -> list[int]:
+    """The numbers of a batch's requests that have not ended, or of all."""
+    condition = "" if finished else " AND finished_at IS NULL"
+    return [
+        number for (number,) in connection.execute(f"SELECT number FROM request WHERE batch = ?{condition}", (batch,))
+    ]
+
+
+def count_of_batch(connection: sqlite3.Connection, batch: str) -> BatchCounts:
+    """How the requests of a batch ended."""
+    query = "SELECT count(*), total(status < 400), total(status >= 400) FROM request WHERE batch = ?"
+    total, completed, failed = connection.execute(query, (batch,)).fetchone()
+    return BatchCounts(total, int(completed), int(failed))
+
+
+def _entry(row: tuple[object, ...]) -> Entry:
+    (number, identity, kind, owner, name, key, salt, digest, body, batch, custom_id, accepted_at, attempts) = row[:13]
+    finished_at, status, answer = row[13:]
+    request = Request(
+        id=_text(identity),
+        kind=_text(kind),
+        owner=_text(owner),
+        name=_text(name),
+        key=None if key is None else _text(key),
+        salt=_text(salt),
+        body=_bytes(body),
+        digest=_bytes(digest),
+        batch=None if batch is None else _text(batch),
+        custom_id=None if custom_id is None else _text(custom_id),
+    )
+    return Entry(
+        request,
+        int(str(number)),
+        float(str(accepted_at)),
+        int(str(attempts)),
+        None if finished_at is None else float(str(finished_at)),
+        None if status is None else int(str(status)),
+        None if answer is None else _bytes(answer),
+    )
+
+
+def _text(value: object) -> str:
+    """A column that SQLite would let be anything. Raises sqlite3.DatabaseError for what this package never writes."""
+    if not isinstance(value, str):
+        raise sqlite3.DatabaseError(f"a text of the journal is {type(value).__name__}")
+    return value
+
+
+def _bytes(value: object) -> bytes:
+    if value is None:
+        return b""
+    if not isinstance(value, bytes):
+        raise sqlite3.DatabaseError(f"bytes of the journal are {type(value).__name__}")
+    return value
