@@ -21,6 +21,8 @@ class GroupFailure(msgspec.Struct, frozen=True):
     rank: int
     error: str  # a type of engine/errors.py, or any other exception's name
     message: str
+    from_outside: bool = False
+    """Whether somebody has killed or stopped it, so that no request of it is to blame."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} failed: {self.error}: {self.message}"

@@ -59,7 +59,9 @@ class GroupProcess:
             start_new_session=True,
         )
         connection: Connection = ZmqConnection(f"ipc://{self._folder}/engine")
-        self.client = Client(ResumingConnection(connection) if config.max_restarts else connection)
+        if config.max_restarts:
+            connection = ResumingConnection(connection, killed_from_outside=self._was_killed_from_outside)
+        self.client = Client(connection)
 
         self._state = GroupState("starting")
         self._state_written = 0
@@ -113,6 +115,10 @@ class GroupProcess:
         self._watch.join(STOP_TIMEOUT_S)
         self.client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _was_killed_from_outside(self) -> bool:
+        failure = read_failure(self._folder / FAILURE_FILE)
+        return failure is not None and failure.from_outside
 
     def _wait_for_end(self) -> None:
         code = self._process.wait()

@@ -8,7 +8,7 @@ from functools import partial
 
 from ..errors import EngineFault, EngineStopped, PhalanxError
 from ..protocol.messages import Event, Failed, Submit
-from ..protocol.transport import Transport
+from ..protocol.transport import CannotEncode, Transport
 from ..scheduling.request import Request, SequenceUpdate
 from .output_processor import OutputProcessor
 from .registry import Owner, RequestRegistry
@@ -81,7 +81,7 @@ class Egress:
         for client, events in outgoing.items():
             try:
                 self._transport.send(client, *events)
-            except (TypeError, ValueError, OverflowError):
+            except CannotEncode:
                 self._send_singly(client, events)
 
     def _send_singly(self, client: bytes, events: list[Event]) -> None:
@@ -93,7 +93,7 @@ class Egress:
                 continue
             try:
                 self._transport.send(client, event)
-            except (TypeError, ValueError, OverflowError) as error:
+            except CannotEncode as error:
                 _log.exception("an event of a request could not be sent")
                 failed.add(name)
                 owner = Owner(client, name)

@@ -45,6 +45,10 @@ def _ignore(_: object) -> None:
     return
 
 
+class CannotEncode(Exception):
+    """An event holds what no message can carry, such as half a character."""
+
+
 class Transport(ABC):
     """The coordinator's side. Commands arrive on any thread; send() is called from one thread at a time."""
 
@@ -61,7 +65,10 @@ class Transport(ABC):
 
     @abstractmethod
     def send(self, client: bytes, *events: Event) -> None:
-        """Deliver events to a client, in order; one that has gone loses them."""
+        """Deliver events to a client, in order; one that has gone loses them.
+
+        Raises CannotEncode if one of them cannot be; none is sent then.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -209,7 +216,11 @@ class ZmqTransport(Transport):
     def send(self, client: bytes, *events: Event) -> None:
         """Queue events for a client; the transport's thread sends them."""
         # Frames of one message: threads and the client wake up once for all.
-        self._wire.send([client, *map(self._encoder.encode, events)])
+        try:
+            frames = [client, *map(self._encoder.encode, events)]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CannotEncode(str(error)) from error
+        self._wire.send(frames)
 
     def close(self) -> None:
         """Send what is queued, waiting at most a second for a slow client, then close the socket."""

@@ -42,6 +42,8 @@ class Stall:
     rank: int
     """The one that the others wait for, as far as can be told."""
     why: str
+    stopped: bool = False
+    """Whether its process is stopped, so that somebody has stopped it."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _blame(sight: Sight, seconds: float) -> Stall:
 
     what = "is stopped" if rank in sight.stopped else "does not get on"
     each = "; ".join(f"rank {number}: {_words(number, sight)}" for number in range(len(beats)))
-    return Stall(rank, f"rank {rank} {what}: nothing has moved for {seconds:.1f} s ({each})")
+    return Stall(rank, f"rank {rank} {what}: nothing has moved for {seconds:.1f} s ({each})", rank in sight.stopped)
 
 
 def _words(rank: int, sight: Sight) -> str:

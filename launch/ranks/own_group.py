@@ -43,6 +43,8 @@ from .restarts import Restarts
 
 GRACE_S = 1.0
 """Seconds beyond RANK_STOP_TIMEOUT_S after which this process leaves; the ranks notice that it has."""
+OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that no process sends itself for a fault of its own; SIGKILL may also come from a system without memory."""
 TICK_S = 0.1
 """Seconds between two looks at how the ranks are."""
 
@@ -119,6 +121,7 @@ def _watch(folder: Path, config: EngineConfig, ranks: list[RankProcess], restart
     hangs = HangWatch(config.step_timeout_s, config.timeout_s)
     left = len(ranks)
     ready = False
+    oom_kills = count_oom_kills()
     try:
         while left:
             try:
@@ -132,7 +135,7 @@ def _watch(folder: Path, config: EngineConfig, ranks: list[RankProcess], restart
                     return _report(folder, stall, pids, restarts)
                 continue
             if process.returncode:
-                return first_failure(folder, rank, process)
+                return first_failure(folder, rank, process, oom_kills)
             left -= 1
     finally:
         sights.close()
@@ -143,7 +146,7 @@ def _report(folder: Path, stall: Stall, pids: list[int], restarts: int) -> Group
     """Tell the client and the log of a group that hangs."""
     write_whole(folder / STATE_FILE, GroupState("stalled", stall.why, restarts))
     print(f"{stall.why}; the ranks' stacks:\n{collect_stacks(folder, pids)}", file=sys.stderr, flush=True)
-    return GroupFailure(stall.rank, "Hung", stall.why)
+    return GroupFailure(stall.rank, "Hung", stall.why, stall.stopped)
 
 
 def _clear(folder: Path, size: int) -> None:
@@ -164,14 +167,29 @@ def _wait_for(rank: int, process: RankProcess, ended: queue.SimpleQueue[tuple[in
     ended.put((rank, process))
 
 
-def first_failure(folder: Path, rank: int, process: RankProcess) -> GroupFailure:
-    """Return how the rank that ended first failed: as it recorded it, or by the signal or exit code that ended it."""
+def first_failure(folder: Path, rank: int, process: RankProcess, oom_kills: int | None = None) -> GroupFailure:
+    """Return how the rank that ended first failed: as it recorded it, or by the signal or exit code that ended it.
+
+    `oom_kills` is what count_oom_kills() returned when it was started.
+    """
     recorded = read_failure(failure_file(folder, rank))
     if recorded is not None:
         return recorded
     if process.returncode is not None and process.returncode < 0:
-        return GroupFailure(rank, signal.Signals(-process.returncode).name, f"process {process.pid} was killed")
+        number = signal.Signals(-process.returncode)
+        from_outside = number in OUTSIDE and oom_kills is not None and count_oom_kills() == oom_kills
+        return GroupFailure(rank, number.name, f"process {process.pid} was killed", from_outside)
     return GroupFailure(rank, "SystemExit", f"process {process.pid} ended with exit code {process.returncode}")
+
+
+def count_oom_kills() -> int | None:
+    """Return how many processes this machine has killed for want of memory since it was started; None if not known."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            name, _, number = line.partition(" ")
+            if name == "oom_kill":
+                return int(number)
+    return None
 
 
 def _stop(ranks: list[RankProcess], number: signal.Signals) -> None:

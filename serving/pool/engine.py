@@ -16,6 +16,9 @@ from .config import PoolConfig
 
 Phase = Literal["loading", "ready", "draining", "stopped"]
 
+LOOK_S = 0.5
+"""Seconds between two looks at whether an engine that owes an answer is started again."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -112,7 +115,10 @@ class PooledEngine:
         self._wake.set()
 
     async def ask(self, question: Question, timeout_s: float) -> Event:
-        """Return the answer. Raises Timeout, or the error of a Failed, or EngineStopped."""
+        """Return the answer. Raises Timeout, or the error of a Failed, or EngineStopped.
+
+        A question about text waits for an engine that is started again, as requests do; one about the engine does not.
+        """
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Event] = loop.create_future()
 
@@ -127,14 +133,27 @@ class PooledEngine:
         client = self.client
         client.ask(question, on_answer)
         try:
-            event = await asyncio.wait_for(answered, timeout_s)
-        except asyncio.TimeoutError:
-            raise Timeout(f"engine {self.name} has not answered within {timeout_s:g} s") from None
+            event = await self._answer(question, answered, timeout_s)
         finally:
             client.forget(question, on_answer)
         if isinstance(event, Failed):
             raise to_error(event)
         return event
+
+    async def _answer(self, question: Question, answered: asyncio.Future[Event], timeout_s: float) -> Event:
+        about_itself = isinstance(question, StatusRequest | ModelInfoRequest)
+        left, silence_left = timeout_s, self._config.restart_wait_s
+        while left > 0:
+            waits_s = min(left, LOOK_S)
+            if (await asyncio.wait([answered], timeout=waits_s))[0]:
+                return answered.result()
+            if not about_itself and self._outlook():
+                left = timeout_s
+            elif not about_itself and self.trouble and silence_left > 0:
+                left, silence_left = timeout_s, silence_left - waits_s
+            else:
+                left -= waits_s
+        raise Timeout(f"engine {self.name} has not answered within {timeout_s:g} s")
 
     async def stop(self) -> None:
         """End the polling and the client."""

@@ -144,8 +144,16 @@ class Engines:
         return ticket
 
     async def ask(self, command: Question) -> Event:
-        """Ask the emptiest engine."""
-        return await self.choose().ask(command, self.config.answer_timeout_s)
+        """Ask the emptiest engine, and another one if that stops."""
+        tried: tuple[PooledEngine, ...] = ()
+        while True:
+            engine = self.choose(but=tried)
+            try:
+                return await engine.ask(command, self.config.answer_timeout_s)
+            except EngineStopped:
+                tried = (*tried, engine)
+                if not any(other.phase == "ready" and other not in tried for other in self.engines):
+                    raise
 
     # ---- where requests go
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from phalanx import LLM, EngineFault, InvalidRequest, PhalanxError, SamplingParams
 from phalanx.engine.client.client import to_error
@@ -191,11 +192,18 @@ def test_an_event_that_cannot_be_encoded_fails_its_own_request_alone(
     send = ZmqTransport.send
     hit_id = ""
 
-    def hit(self: ZmqTransport, client: bytes, *events: Event) -> bool:
-        return any(isinstance(event, Delta) and event.id == hit_id and event.position > 2 for event in events)
+    def sent(self: ZmqTransport, client: bytes, *events: Event) -> None:
+        """Half a character in the text of the request that is hit, amid its answer."""
+        made = [
+            msgspec.structs.replace(event, text="\ud800")
+            if isinstance(event, Delta) and event.id == hit_id and event.position > 2
+            else event
+            for event in events
+        ]
+        send(self, client, *made)
 
     llm, _ = shared
-    monkeypatch.setattr(ZmqTransport, "send", _raises(TypeError("a defect"), hit, send))
+    monkeypatch.setattr(ZmqTransport, "send", sent)
     new_id = llm.client.new_id
     monkeypatch.setattr(llm.client, "new_id", lambda: hit_id or new_id())
     neighbours = _ask(llm, NEIGHBOURS)

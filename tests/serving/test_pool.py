@@ -202,6 +202,49 @@ def test_a_drained_engine_gets_nothing_new_and_finishes_what_it_has(engines: lis
     asyncio.run(main())
 
 
+def test_a_question_about_text_waits_for_an_engine_that_is_started_again(tmp_path: Path) -> None:
+    config = PoolConfig(poll_interval_s=0.05, answer_timeout_s=0.2, restart_wait_s=0.2)
+    outlook = "rank 0 was killed"
+
+    async def main() -> None:
+        nonlocal outlook
+        pool = Engines(config)
+        engine = pool.add("own group")
+        engine.start(Client(ZmqConnection(address(tmp_path))), pool.on_change, lambda: outlook)
+        asked = asyncio.create_task(engine.ask(Tokenize(id="t", prompt="a"), config.answer_timeout_s))
+        await asyncio.sleep(1.0)
+        assert not asked.done()
+        with pytest.raises(Timeout):
+            await engine.ask(StatusRequest(), config.answer_timeout_s)
+
+        started = FakeEngine(address(tmp_path))
+        assert isinstance(await asyncio.wait_for(asked, PATIENCE_S), Tokenized)
+        started.close()
+        outlook = ""
+        with pytest.raises(Timeout):  # nobody says that it comes back
+            await engine.ask(Tokenize(id="u", prompt="a"), config.answer_timeout_s)
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_question_to_an_engine_that_stops_is_answered_by_another(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            first = pool.choose()
+
+            async def stops(question: object, timeout_s: float) -> Event:
+                raise EngineStopped("it has gone")
+
+            first.ask = stops  # type: ignore[method-assign, assignment]
+            assert isinstance(await pool.ask(Tokenize(id="t", prompt="a")), Tokenized)
+            next(engine for engine in pool.engines if engine is not first).draining = True
+            with pytest.raises(EngineStopped, match="it has gone"):
+                await pool.ask(Tokenize(id="t", prompt="a"))
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_is_silent_is_out_until_it_answers_again(engines: list[FakeEngine]) -> None:
     async def main() -> None:
         async with open_pool(*(engine.address for engine in engines)) as pool:

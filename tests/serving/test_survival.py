@@ -129,11 +129,12 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has_though_a_rank_dies(sm
 
 
 def test_a_deadline_holds_while_there_is_no_engine(server: RunningServer) -> None:
+    url = f"{server.url}/v1/completions"
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}
     os.kill(_ranks(server)[0].pid, signal.SIGKILL)
-    late = httpx.post(f"{server.url}/v1/completions", json={**body, "timeout": 0.2}, timeout=PATIENCE_S)
+    late = httpx.post(url, json={**body, "timeout": 0.2}, timeout=PATIENCE_S)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
-    assert httpx.post(f"{server.url}/v1/completions", json={**body, "max_tokens": 4}, timeout=PATIENCE_S).is_success
+    assert httpx.post(url, json={**body, "max_tokens": 4}, timeout=PATIENCE_S).is_success
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -120,7 +120,7 @@ class Server:
         for name, process in lasting.items():
             with contextlib.suppress(psutil.Error, OSError):
                 found[name] = {**_descriptors(process.pid), "threads": process.num_threads()}
-        found["server"] = {"processes": 1 + len(self.process.children(recursive=True))}
+        found["server"] = {"processes": len(self._processes())}
         found["machine"] = {"shared segments": len(_shared_memory() - self._shared)}
         found["temporary folder"] = {"files": sum(1 for _ in self._temporary.rglob("*"))}
         return found
@@ -153,16 +153,27 @@ class Server:
 
     def stop(self) -> list[str]:
         """End it. Returns what it leaves behind."""
-        everyone = [self.process, *self.process.children(recursive=True)]
         self.http.close()
+        everyone = self._processes()
         self.process.send_signal(signal.SIGTERM)
-        left = [f"process {each.pid}" for each in psutil.wait_procs(everyone, timeout=END_S)[1]]
-        for each in everyone:
+        psutil.wait_procs(everyone, timeout=END_S)
+        still = self._processes()
+        left = [f"process {each.pid}: {' '.join(each.cmdline())[:100]}" for each in still]
+        for each in still:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         self._log.close()
         left += [f"/dev/shm/{name}" for name in _shared_memory() - self._shared]
         return left + [str(path) for path in self._temporary.iterdir()]
+
+    def _processes(self) -> list[psutil.Process]:
+        """All that it has started, whoever their parent is by now: known by the folder that they inherit."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TMPDIR") == str(self._temporary):
+                    found.append(process)
+        return found
 
     def remove(self) -> None:
         """Take its folder away, log and all."""

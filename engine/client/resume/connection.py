@@ -70,9 +70,13 @@ class ResumingConnection(Connection):
     A request of which engines die again and again fails with EngineFault (suspects.py); the others go on.
     """
 
-    def __init__(self, inner: Connection, wait_s: float | None = None) -> None:
+    def __init__(
+        self, inner: Connection, wait_s: float | None = None, killed_from_outside: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`killed_from_outside` tells, of the engine that died last, whether no request can be to blame."""
         self._inner = inner
         self._wait_s = wait_s
+        self._killed_from_outside = killed_from_outside
         self._lock = threading.RLock()
         self._kept: dict[str, _Kept] = {}
         """By the client's id, in the order in which they came."""
@@ -245,7 +249,7 @@ class ResumingConnection(Connection):
                 kept.wire_id = ""
 
             blamed = None
-            if died:
+            if died and not self._killed_from_outside():
                 blamed = self._suspects.died([each for each, kept in sent.items() if kept.delivered is not None])
             for request_id, kept in list(self._kept.items()):
                 if request_id == blamed or (kept.aborted and not kept.wire_id):

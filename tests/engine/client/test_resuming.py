@@ -250,6 +250,24 @@ def test_a_request_that_kills_engines_fails_alone(engines: _Engines) -> None:
     client.close()
 
 
+def test_no_request_is_blamed_for_engines_that_somebody_kills(engines: _Engines) -> None:
+    killed = True
+    client = Client(ResumingConnection(engines, killed_from_outside=lambda: killed))
+    events = _submit(client, "a", "b")
+    for _ in range(6):
+        engines.replace()
+        assert [submit.id.partition("~")[0] for submit in engines.submits] == ["a", "b"]
+    killed = False
+    engines.replace()
+    engines.replace()
+    assert [submit.id.partition("~")[0] for submit in engines.submits] == ["a"]  # one suspect alone
+    killed = True
+    engines.replace()
+    assert [submit.id.partition("~")[0] for submit in engines.submits] == ["a"]  # as before
+    assert all(each.empty() for each in events.values())
+    client.close()
+
+
 def test_new_requests_wait_while_one_is_tried_alone(engines: _Engines) -> None:
     client = _client(engines)
     _submit(client, "a", "b")

@@ -101,6 +101,7 @@ def test_a_group_that_does_not_get_on_hangs_and_the_rank_furthest_behind_is_name
     assert stall is not None
     assert stall.rank == 1
     assert "rank 1 does not get on" in stall.why
+    assert not stall.stopped
     assert "rank 0: 'wait' of step 5 (4 tokens), after 9 sums" in stall.why
 
 
@@ -116,6 +117,7 @@ def test_a_stopped_rank_is_named_also_when_nothing_is_due(watch: HangWatch, cloc
     assert stall is not None
     assert stall.rank == 1
     assert "rank 1 is stopped" in stall.why
+    assert stall.stopped
 
 
 def test_one_more_sum_of_any_rank_is_progress(watch: HangWatch, clock: _Clock) -> None:

@@ -13,7 +13,7 @@ import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.engine.client.group_failure import GroupFailure, read_failure
 from phalanx.launch.ranks.failure import failure_file, report_failure
-from phalanx.launch.ranks.own_group import first_failure
+from phalanx.launch.ranks.own_group import count_oom_kills, first_failure
 from phalanx.launch.ranks.rank_info import RankInfo
 
 RECORDER = """
@@ -51,6 +51,10 @@ def test_a_failed_rank_is_named_with_its_own_words(tmp_path: Path, monkeypatch: 
 def test_a_rank_that_could_say_nothing_is_named_by_how_it_ended(tmp_path: Path) -> None:
     killed = _ended("import os; os.kill(os.getpid(), 9)")
     assert first_failure(tmp_path, 1, killed) == GroupFailure(1, "SIGKILL", f"process {killed.pid} was killed")
+    assert first_failure(tmp_path, 1, killed, count_oom_kills()).from_outside
+    assert not first_failure(tmp_path, 1, killed, -1).from_outside  # the system had no memory left meanwhile
+    crashed = _ended("import os; os.kill(os.getpid(), 11)")
+    assert not first_failure(tmp_path, 1, crashed, count_oom_kills()).from_outside
     left = _ended("raise SystemExit(5)")
     assert first_failure(tmp_path, 0, left).message == f"process {left.pid} ended with exit code 5"
 
