@@ -17,7 +17,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_TIMEOUT_S = 7 * 24 * 3600
 KV_CACHE_DTYPES = ("auto", "int8")
-WEIGHTS = ("keep", "read")
+WEIGHTS = ("auto", "keep", "read")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 GRAPHS = ("auto", "none", "all", "lazy", "eager")
 CLIENT_PRIORITIES = ("auto", "always", "never")
@@ -98,11 +98,12 @@ class EngineConfig:
     8 bits."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
-    weights: str = "keep"
+    weights: str = "auto"
     """What a group of its own processes does with its weights when a rank dies: keep (on a CPU they stand, packed, in
-    shared memory of the supervisor's, and the next ranks map them; they take no more memory, and stand in huge pages as
-    far as the system makes any) or read (they are read and packed again). On a GPU, and where torchrun starts the
-    ranks, they are read again, which the system's page cache makes quick."""
+    shared memory of the supervisor's, and the next ranks map them; they take no more memory), read (they are read and
+    packed again), or auto (keep where that costs a step nothing, which is where the system makes huge pages of shared
+    memory: Linux 6.1 and later). On a GPU, and where torchrun starts the ranks, they are read again, from the system's
+    page cache as far as it holds them."""
     seed: int = 0
     """Seed of the requests that bring none, and of dummy weights."""
     timeout_s: float = 300.0

@@ -68,14 +68,16 @@ class KeptWeights:
     keep() puts the rest there and closes it.
     """
 
-    def __init__(self, memory: int, fingerprint: str, *, huge_first: bool) -> None:
+    def __init__(self, memory: int, fingerprint: str, *, huge_first: bool, only_in_huge_pages: bool = False) -> None:
         """`memory` is of make_kept_memory(), and is closed by this object; `fingerprint` says of what weights it is.
 
-        `huge_first` is as KeptWriter has it.
+        `huge_first` is as KeptWriter has it. With `only_in_huge_pages` nothing is kept where the system makes none of
+        this memory, because steps would take longer.
         """
         self._memory = memory
         self._fingerprint = fingerprint
         self._huge_first = huge_first
+        self._only_in_huge_pages = only_in_huge_pages
         self._writer: KeptWriter | None = None
 
     def map_into(self, model: nn.Module) -> LoadReport | None:
@@ -109,11 +111,16 @@ class KeptWeights:
         # Integers may have float32 scales: of few columns they take more than the numbers did.
         most = sum(2 * parameter.nbytes + 64 * 1024 for parameter in model.parameters())
         try:
-            self._writer = KeptWriter(self._memory, most, huge_first=self._huge_first)
+            writer = KeptWriter(self._memory, most, huge_first=self._huge_first)
         except OSError as error:
             _log.warning("weights are not kept for a restart: %s", error)
             self._close()
-        return self._writer is not None
+            return False
+        if self._only_in_huge_pages and not writer.makes_huge_pages():
+            self._close()
+            return False
+        self._writer = writer
+        return True
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a tensor of zeros in the memory. `device` is the CPU. Raises KeptMemoryError if there is no room."""

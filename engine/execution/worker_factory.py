@@ -134,7 +134,12 @@ def load_parts(
         os.close(kept_memory)
     elif kept_memory is not None:
         mark = fingerprint(config, folder, partition, group.rank, settings)
-        kept = KeptWeights(kept_memory, mark, huge_first=settings.binding.placement is None)
+        kept = KeptWeights(
+            kept_memory,
+            mark,
+            huge_first=settings.binding.placement is None,
+            only_in_huge_pages=config.weights == "auto",
+        )
     loaded = _load_model(build, settings, config, folder, _Loading(on_progress, heartbeat), kept)
     token_counts = TokenCounts(config.max_num_seqs, share.vocab, group.device) if settings.overlap else None
     sampler = Sampler(group.collectives, share.vocab, spec.vocab_size, token_counts=token_counts)

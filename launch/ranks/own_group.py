@@ -55,7 +55,7 @@ def supervise(folder: Path, config: EngineConfig) -> int:
     Returns 0, 1 if a rank failed (and failure.json says which), or 128 + signal.
     """
     restarts = Restarts(config.max_restarts, config.restart_window_s)
-    keeps = config.weights == "keep" and config.device != "cuda" and config.max_restarts > 0
+    keeps = config.weights != "read" and config.device != "cuda" and config.max_restarts > 0
     starter = RankStarter(folder, config.ranks, keep_weights=keeps)
     model = resolve_model(config.model, weights=config.load_format != "dummy")
     try:

@@ -96,6 +96,10 @@ class KeptWriter:
             self._collapse(self._huge_to, _up(self._end, HUGE_PAGE))
         return first
 
+    def makes_huge_pages(self) -> bool:
+        """Whether the system makes huge pages of this memory."""
+        return self._collapse(0, HUGE_PAGE)
+
     def offset_of(self, address: int) -> int:
         """Return where in the memory this address is. Raises KeptMemoryError if it is elsewhere."""
         offset = address - ctypes.addressof(self.buffer)
@@ -125,14 +129,14 @@ class KeptWriter:
             raise OSError(ctypes.get_errno(), "mprotect")
         return used
 
-    def _collapse(self, first: int, last: int) -> None:
-        """Have huge pages in a range of whole ones. Where the system has none, small pages hold the same."""
+    def _collapse(self, first: int, last: int) -> bool:
+        """Have huge pages in a range of whole ones, if the system makes any: small pages hold the same."""
         address = ctypes.addressof(self.buffer)
         for at in range(max(first, self._huge_to), last, HUGE_PAGE):
             self.buffer[at] = self.buffer[at]  # a huge page is made only around one that is there
         self._huge_to = last
         # Unlike MADV_HUGEPAGE it asks nobody's leave: shared memory has huge pages where this works.
-        _libc().madvise(address + first, last - first, _MADV_COLLAPSE)
+        return bool(_libc().madvise(address + first, last - first, _MADV_COLLAPSE) == 0)
 
 
 class KeptReader:

@@ -124,6 +124,13 @@ def test_no_second_copy_of_a_weight_is_held(memory: int) -> None:
         assert {id(parameter) for parameter in tensors} == {id(each.layer.bias), id(each.norm.weight)}
 
 
+def test_nothing_is_kept_where_steps_would_take_longer(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptWeights(os.dup(memory), "a", huge_first=True, only_in_huge_pages=True)
+    monkeypatch.setattr(KeptWriter, "makes_huge_pages", lambda self: False)
+    assert not kept.begin(Model(torch.float32, True))
+    assert not is_complete(memory)
+
+
 def test_what_is_kept_cannot_be_written_to(memory: int) -> None:
     writer = KeptWriter(memory, 5000, huge_first=False)
     offset = writer.take(100)
