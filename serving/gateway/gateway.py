@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from ...engine.protocol.messages import Event, ModelInfo
 from ..journal.journal import Journal
 from .config import GatewayConfig
+from .durable.batches import Batches
 from .durable.recovery import Recovery
 from .durable.requests import DurableRequests
 from .durable.responses import ResponseMirror
@@ -36,6 +37,7 @@ class Gateway:
         self.admission = Admission(config)
         self.bodies = BodyBudget(config.max_open_body_bytes)
         self.durable: DurableRequests | None = None
+        self.batches: Batches | None = None
         mirror = None
         if config.journal is not None:
             journal = Journal(
@@ -46,7 +48,8 @@ class Gateway:
         if mirror is not None:
             mirror.load(self.responses)
             self.durable = DurableRequests(journal, config, self.bodies, self.responses)
-            self.recovery = Recovery(self.durable, pool, config)
+            self.batches = Batches(self.durable, config.max_body_bytes)
+            self.recovery = Recovery(self.durable, pool, config, self.batches)
         self._mirror = mirror
         self.created = int(time.time())
         self.tracing = None if config.otlp_endpoint is None else Tracing.to(config.otlp_endpoint)

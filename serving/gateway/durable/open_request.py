@@ -69,7 +69,7 @@ class OpenRequest:
             _log.error("the answer of request %s is not kept: %s", self.request.name, error)
         else:
             if not first:
-                _log.warning("request %s had ended before: its answer is not kept", self.request.name)
+                _log.info("request %s was given up while it was computed: its answer is not kept", self.request.name)
 
     async def withdraw(self) -> None:
         """Forget the request: its caller was told that it is not computed."""
