@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .entries import ROW_BYTES, taken
-from .writer import WriterThread
+from .writer import JournalFull, WriterThread
+
+MOST_OF_A_KIND = 65536
+"""Most documents of one kind; lists of them are made as a whole."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Documents:
     def put_now(self, connection: sqlite3.Connection, document: Document) -> None:
         """The same on the writer's thread, within its transaction."""
         before = _size_of(connection, document.kind, document.owner, document.id)
+        if not before:
+            (count,) = connection.execute("SELECT count(*) FROM document WHERE kind = ?", (document.kind,)).fetchone()
+            if count >= MOST_OF_A_KIND:
+                raise JournalFull(
+                    f"the journal has {count} of the kind {document.kind}, as many as it may: delete some"
+                )
         self._reserve(connection, document.size - before)
         values = (document.kind, document.owner, document.id, self._clock(), document.head, document.content)
         connection.execute(

@@ -16,14 +16,10 @@ from . import rows
 from .documents import Document, Documents
 from .entries import Entry, Request, taken
 from .file import JournalFile
-from .writer import WriterThread
+from .writer import JournalFull, WriterThread
 
 BACKLOG = 4096
 """Actions that wait for the writer above which no progress is noted: a disk that is slow must not fill the memory."""
-
-
-class JournalFull(Exception):
-    """There is no room, though every answer that may be forgotten is."""
 
 
 class KeyInUse(Exception):

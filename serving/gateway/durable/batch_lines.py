@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def read_lines(
     requests: list[Request] = []
     errors: list[BatchError] = []
     seen: set[str] = set()
-    for number, raw in enumerate(content.split(b"\n"), 1):
+    for number, raw in enumerate(io.BytesIO(content), 1):
         if not raw.strip():
             continue
         if len(requests) == MOST_LINES:

@@ -13,8 +13,7 @@ import msgspec
 
 from ...journal.documents import Document
 from ...journal.entries import Entry
-from ...journal.journal import JournalFull
-from ...journal.writer import JournalError
+from ...journal.writer import JournalError, JournalFull
 from ..http.errors import ApiError, unavailable
 from ..schemas.journal_api.batches import BatchErrors, BatchObject, BatchRequest, FileObject, RequestCounts
 from .batch_lines import read_lines

@@ -10,9 +10,9 @@ import msgspec
 
 from ....engine.protocol.messages import Accepted, Event, Submit
 from ...journal.entries import Entry, Request, digest_of
-from ...journal.journal import Journal, JournalFull, KeyInUse
+from ...journal.journal import Journal, KeyInUse
 from ...journal.progress import ProgressNotes, digest_of_submit, resume
-from ...journal.writer import JournalError
+from ...journal.writer import JournalError, JournalFull
 from ..engine_pool import OnEvent, Submits, Ticket
 from ..http.errors import ApiError, unavailable
 

@@ -27,29 +27,39 @@ class Form:
 
 
 def boundary_of(content_type: str) -> bytes:
-    """What stands between the parts of a form. Raises ApiError (415) for another content type."""
+    """What stands before each part of a form. Raises ApiError (415) for another content type."""
     found = _BOUNDARY.fullmatch(content_type)
     if found is None:
         raise ApiError(415, f"content-type={content_type[:100]!r} is not supported: send multipart/form-data")
-    return b"\r\n--" + found[1].rstrip().encode("ascii")
+    return b"--" + found[1].rstrip().encode("ascii")
 
 
 def parse_form(body: bytes, boundary: bytes) -> Form:
     """The form in a body; its file is the field "file". Raises ApiError (400)."""
-    parts = (b"\r\n" + body).split(boundary, _MOST_PARTS + 2)
-    if len(parts) < 3 or not parts[-1].startswith(b"--"):
-        raise invalid(f"the form is cut off, or has more than {_MOST_PARTS} parts", code="invalid_form")
     form = Form()
-    for part in parts[1:-1]:
-        head, separator, content = part.partition(b"\r\n\r\n")
-        found = _NAME.search(head)
-        if not separator or found is None or len(head) > _MOST_HEAD_BYTES:
-            raise invalid("a part of the form has no name", code="invalid_form")
-        name = found[1].decode("utf-8", "replace")
-        if name == "file" and form.content is None:
-            form.content, form.filename = content, (found[2] or b"").decode("utf-8", "replace")[:255]
-        elif name in form.fields or name == "file" or len(content) > _MOST_FIELD_BYTES:
-            raise invalid(f"{name[:100]} occurs twice, or is longer than {_MOST_FIELD_BYTES} bytes", name[:100])
-        else:
-            form.fields[name] = content.decode("utf-8", "replace")
-    return form
+    begin = len(boundary) if body.startswith(boundary) else -1
+    for _ in range(_MOST_PARTS):
+        end = body.find(b"\r\n" + boundary, begin) if begin >= 0 else -1
+        if end < 0:
+            break
+        _take_part(form, body, begin, end)
+        begin = end + 2 + len(boundary)
+        if body.startswith(b"--", begin):
+            return form
+    raise invalid(f"the form is cut off, or has more than {_MOST_PARTS} parts", code="invalid_form")
+
+
+def _take_part(form: Form, body: bytes, begin: int, end: int) -> None:
+    """Take in the part of a body between two boundaries."""
+    head_end = body.find(b"\r\n\r\n", begin, min(end, begin + _MOST_HEAD_BYTES))
+    found = _NAME.search(body, begin, head_end) if head_end >= 0 else None
+    if found is None:
+        raise invalid("a part of the form has no name", code="invalid_form")
+    name = found[1].decode("utf-8", "replace")
+    begin = head_end + 4
+    if name == "file" and form.content is None:
+        form.content, form.filename = body[begin:end], (found[2] or b"").decode("utf-8", "replace")[:255]
+    elif name in form.fields or name == "file" or end - begin > _MOST_FIELD_BYTES:
+        raise invalid(f"{name} occurs twice, or is longer than {_MOST_FIELD_BYTES} bytes", name)
+    else:
+        form.fields[name] = body[begin:end].decode("utf-8", "replace")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.durable.batch_lines import read_lines
 from phalanx.serving.gateway.http.errors import ApiError
 from phalanx.serving.gateway.http.multipart import boundary_of, parse_form
-from phalanx.tests.serving.journal.test_journaled_gateway import Gate, client, gate, gateway, kill, until, whole
+from phalanx.tests.serving.fake_engine import address
+from phalanx.tests.serving.journal.gate import Gate, client, gateway, kill, until, whole
 from phalanx.tests.serving.servers import RunningServer, running
 
-__all__ = ["gate"]
 CHAT = "/v1/chat/completions"
 
 
@@ -136,7 +139,8 @@ def test_forms_are_read_strictly() -> None:
     boundary = boundary_of(request.headers["content-type"])
     form = parse_form(request.read(), boundary)
     assert (form.fields, form.filename, form.content) == ({"purpose": "batch"}, "n.jsonl", content)
-    for body in (b"", request.read()[:-10], request.read() * 10, b"--" + boundary[4:] + b"\r\n\r\n\r\n"):
+    many = boundary + request.read().removeprefix(boundary).removesuffix(b"--\r\n") * 10
+    for body in (b"", request.read()[:-10], many, boundary + b"\r\n\r\n\r\n" + boundary + b"--"):
         with pytest.raises(ApiError):
             parse_form(body, boundary)
     for content_type in ("application/json", "multipart/form-data", "multipart/form-data; boundary="):
@@ -148,3 +152,58 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for changes in ({"journal_max_mb": 4}, {"max_file_bytes": 2**30}):
         with pytest.raises(Exception, match="raise it"):
             GatewayConfig(journal="/tmp/j", **changes)
+
+
+@pytest.mark.slow
+def test_a_batch_of_a_real_model_survives_kills_at_random_moments(smollm2: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    engine = address(tmp_path)
+    samplings: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 1, "seed": 7}, {"temperature": 0.8, "seed": 8, "n": 2},
+        {"temperature": 1, "seed": 9, "logprobs": 1, "stop": [" sea"], "presence_penalty": 0.5},
+    ]  # fmt: skip
+    bodies = [
+        {"model": "demo", "prompt": f"Tale {number}", "max_tokens": 100, "ignore_eos": True, **samplings[number % 4]}
+        for number in range(32)
+    ]
+    lines = [
+        {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+        for number, body in enumerate(bodies)
+    ]
+    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    options = (f"engines=[{engine}]", "port=0", "poll_interval_s=0.05", "served_model_names=[demo]")
+    journal = (*options, f"journal={tmp_path}/journal")
+    moments = random.Random(3)
+
+    with running("worker", f"model={smollm2}", "max_model_len=512", "dtype=float32", f"address={engine}"):
+        with running("gateway", *options) as server, client(server) as http, ThreadPoolExecutor(32) as threads:
+            asked = [threads.submit(http.post, "/v1/completions", json=body, timeout=300) for body in bodies]
+            expected = [essence(each.result().json()) for each in asked]
+
+        with running("gateway", *journal) as server, official(server) as http:
+            file = http.files.create(file=("a", content), purpose="batch")
+            batch = http.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            time.sleep(moments.uniform(0.0, 2.0))
+            kill(server)
+        for _ in range(4):
+            with running("gateway", *journal) as server, official(server) as http:
+                assert http.batches.retrieve(batch.id).request_counts is not None
+                time.sleep(moments.uniform(0.0, 3.0))
+                kill(server)
+        with running("gateway", *journal) as server, official(server) as http:
+            until(lambda: http.batches.retrieve(batch.id).status == "completed")
+            output_id = http.batches.retrieve(batch.id).output_file_id
+            assert output_id is not None
+            output = [json.loads(line) for line in http.files.content(output_id).read().splitlines()]
+    assert [line["custom_id"] for line in output] == [str(number) for number in range(32)]
+    assert [essence(line["response"]["body"]) for line in output] == expected
+
+
+def essence(answer: dict[str, Any]) -> Any:
+    """What of an answer does not depend on when it was computed."""
+    choices = [(each["text"], each["finish_reason"], _tokens(each)) for each in answer["choices"]]
+    return choices, answer["usage"]["completion_tokens"]
+
+
+def _tokens(choice: dict[str, Any]) -> list[str] | None:
+    return choice["logprobs"] and choice["logprobs"]["tokens"]
