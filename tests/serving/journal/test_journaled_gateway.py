@@ -217,6 +217,9 @@ def test_a_request_over_which_processes_die_again_and_again_is_given_up(gate: Ga
         for name, status in (("a", 500), ("b", 200)):
             until(lambda name=name: http.get(f"/v1/requests/{name}").json()["status"] == "completed")  # type: ignore[misc]
             assert http.get(f"/v1/requests/{name}").json()["response"]["status_code"] == status
+        metrics = http.get("/metrics").text
+        assert 'phalanx:journal_requests{state="finished"} 2.0' in metrics
+        assert "phalanx:journal_requests_recovered_total 1.0" in metrics
     assert len(gate.finished) == 1
 
 

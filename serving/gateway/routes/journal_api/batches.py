@@ -99,10 +99,10 @@ async def cancel(gateway: Gateway, exchange: Exchange) -> None:
 
 
 def _batches(gateway: Gateway) -> Batches:
-    if gateway.batches is None:
+    if gateway.journaling is None:
         why = "files and batches need the setting journal, which is null"
         raise ApiError(404, f"this server keeps no journal: {why}", type="not_found_error", code="no_journal")
-    return gateway.batches
+    return gateway.journaling.batches
 
 
 def _path(exchange: Exchange, name: str) -> str:
