@@ -26,6 +26,7 @@ from .gateway.admin import admin_routes
 from .gateway.app import create_app
 from .gateway.auth import Auth, AuthConfig, read_keys
 from .gateway.config import GatewayConfig
+from .gateway.durable.journal_metrics import JournalMetrics
 from .gateway.http.server import make_server
 from .gateway.logs import LEVELS, AccessLog, configure_logging, log_fields
 from .gateway.metrics import CONTENT_TYPE
@@ -191,6 +192,8 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
     admission = app.state.gateway.admission
     pool.metrics.refused = lambda: int(admission.refused)
     pool.metrics.tasks = lambda: len(asyncio.all_tasks())
+    if (journaling := app.state.gateway.journaling) is not None:
+        pool.metrics.registry.register(JournalMetrics(journaling))
     ProcessCollector(registry=pool.metrics.registry)  # the gateway's own memory, file descriptors, processor time
     return app
 

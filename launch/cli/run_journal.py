@@ -8,8 +8,9 @@ from concurrent.futures import Future
 
 from ...engine.protocol.messages import Event, Submit
 from ...serving.journal.entries import Request
-from ...serving.journal.journal import Journal, JournalFull
+from ...serving.journal.journal import Journal
 from ...serving.journal.progress import ProgressNotes, digest_of_submit, resume
+from ...serving.journal.writer import JournalFull
 from .jsonl import LineRequest
 
 JOURNAL_BYTES = 2**30

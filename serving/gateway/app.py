@@ -103,9 +103,9 @@ class Endpoint:
 def _endpoint(gateway: Gateway, operation: Operation) -> Endpoint:
     """The route of an operation; by way of the journal, if there is one and it keeps such requests."""
     endpoint = Endpoint(gateway, operation.handler, _paths(operation))
-    durable = gateway.durable
-    if durable is None or operation.handler not in JOURNALED:
+    if gateway.journaling is None or operation.handler not in JOURNALED:
         return endpoint
+    durable = gateway.journaling.requests
     durable.routes[operation.path] = endpoint.answer
 
     async def journaled(_: Gateway, exchange: Exchange) -> None:

@@ -29,6 +29,8 @@ class GatewayConfig:
     max_body_bytes: int = 8 * 1024 * 1024
     """Longest request body in bytes; a longer one is answered 413 and not read on. Other requests wait while the lists
     of a long body are made, some 20 ms for a megabyte."""
+    max_file_bytes: int = 64 * 1024 * 1024
+    """Longest file of requests for a batch in bytes; a longer one is answered 413."""
     max_open_body_bytes: int = 256 * 1024 * 1024
     """Bytes of request bodies that are held until they are parsed, one long body at a time; more are answered 429."""
     head_timeout_s: float = 30.0
@@ -117,6 +119,11 @@ class GatewayConfig:
         if self.max_open_body_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"max_open_body_bytes={self.max_open_body_bytes} is below max_body_bytes={self.max_body_bytes}: raise "
+                f"it, or lower that"
+            )
+        if self.journal is not None and self.max_open_body_bytes < self.max_file_bytes:
+            raise ConfigError(
+                f"max_open_body_bytes={self.max_open_body_bytes} is below max_file_bytes={self.max_file_bytes}: raise "
                 f"it, or lower that"
             )
         if self.journal is not None and not self.max_body_bytes < self.journal_max_mb * 2**20:

@@ -65,8 +65,8 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 * `encrypted_content` (with `include: ["reasoning.encrypted_content"]`) and the `signature` of omitted thinking hold
   the thinking, encoded and not encrypted, so that clients can send it back. An `encrypted_content` of another server
   is a 400; a `signature` of another server has no effect; `redacted_thinking` is left out of the prompt.
-* A response is kept in memory for its own API key, within `stored_responses`, `stored_response_bytes` and
-  `stored_response_s`; after a restart there are none. Without `store` a response is kept.
+* A response is kept for its own API key, within `stored_responses`, `stored_response_bytes` and `stored_response_s`;
+  after a restart there are none, unless the server has a `journal`. Without `store` a response is kept.
 * `instructions` come first, `previous_response_id` brings the input and output of the response before, without its
   instructions.
 * Only a response with `background=true` can be cancelled. It cannot be streamed. Any other ends with its connection.
@@ -84,6 +84,29 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 """
 
 
+_JOURNAL = """## What a journal adds
+
+With the setting `journal` a request that is accepted, and not streamed, is answered once, though the server's process
+dies meanwhile. It is accepted when it is on the disk, before an engine has it: then it survives a SIGKILL, and a loss
+of power. After the next start it is computed again, from the tokens that were noted of it every second, or else from
+its beginning, in both cases with the seed that it had.
+
+* A request with the header `Idempotency-Key` goes on when its connection closes. Sent again with the same key, by the
+  same API key, it gets the answer that there is, with the header `Idempotency-Replayed: true`, or waits for the one
+  that is computed. The same key with another path or body is a 409.
+* A request without one ends with its connection, as it does without a journal; but after a crash it is computed, since
+  nobody knows who still waits. `GET /v1/requests/{request_id}` has its answer, by its `X-Request-Id`.
+* A 429 or 503 is no answer: the request may be sent again with the same key.
+* Responses that are kept are there after a restart, and those with `background=true` go on.
+* Files and batches are OpenAI's. A batch is accepted whole, or is `failed` with the lines that are wrong. What became
+  of its requests is in the order of its file. After `completion_window` what has not ended is given up.
+* Callers see what is their own API key's alone. The file has requests and answers as they are, and of API keys a
+  digest of their hash. It belongs to one process, which alone may read it: `chmod 600`, in a folder of its user's.
+* Answers are forgotten `journal_keep_s` after their end, and sooner where room is needed; files and batches after
+  `journal_keep_s`.
+"""
+
+
 def page() -> str:
     """The page, Markdown."""
     parts = [_HEAD, _routes(), _statuses()]
@@ -96,7 +119,7 @@ def page() -> str:
             parts.append(_refused(operation))
         if operation.query is not None:
             parts.append(_fields(f"{operation.path} (query)", operation.query, set()))
-    parts += [_described_items(), _FACES, _DIFFERENCES, _settings()]
+    parts += [_described_items(), _FACES, _DIFFERENCES, _JOURNAL, _settings()]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 

@@ -11,11 +11,8 @@ import uuid
 from collections.abc import AsyncIterator
 
 from ...engine.protocol.messages import Event, ModelInfo
-from ..journal.journal import Journal
 from .config import GatewayConfig
-from .durable.recovery import Recovery
-from .durable.requests import DurableRequests
-from .durable.responses import ResponseMirror
+from .durable.journaling import Journaling
 from .engine_pool import EnginePool, Question, Submits
 from .generation.admission import Admission
 from .generation.bridge import EventBridge
@@ -36,19 +33,8 @@ class Gateway:
         self.config = config
         self.admission = Admission(config)
         self.bodies = BodyBudget(config.max_open_body_bytes)
-        self.durable: DurableRequests | None = None
-        mirror = None
-        if config.journal is not None:
-            journal = Journal(
-                config.journal, "gateway", max_bytes=config.journal_max_mb * 2**20, keep_s=config.journal_keep_s
-            )
-            mirror = ResponseMirror(journal)
-        self.responses = ResponseStore(config, mirror=mirror)
-        if mirror is not None:
-            mirror.load(self.responses)
-            self.durable = DurableRequests(journal, config, self.bodies, self.responses)
-            self.recovery = Recovery(self.durable, pool, config)
-        self._mirror = mirror
+        self.journaling = None if config.journal is None else Journaling(config.journal, pool, config, self.bodies)
+        self.responses = ResponseStore(config) if self.journaling is None else self.journaling.responses
         self.created = int(time.time())
         self.tracing = None if config.otlp_endpoint is None else Tracing.to(config.otlp_endpoint)
         self._bridge: EventBridge | None = None
@@ -148,21 +134,19 @@ class Gateway:
 
     def start(self) -> None:
         """Begin to compute what an earlier process has left, on the event loop."""
-        if self.durable is not None:
-            self.recovery.start()
+        if self.journaling is not None:
+            self.journaling.start()
 
     def stop(self) -> None:
         """The process ends: what is not answered by now stays in the journal, for the next one."""
-        if self._mirror is not None:
-            self._mirror.closing = True
-            self.recovery.stop()
+        if self.journaling is not None:
+            self.journaling.stop()
 
     def close(self) -> None:
         """Write what is left to be written, once every request has ended, and send the spans that have not been sent
         yet. May block for some seconds."""
-        if self.durable is not None:
-            self.stop()
-            self.durable.journal.close()
+        if self.journaling is not None:
+            self.journaling.close()
         if self.tracing is not None:
             self.tracing.close()
 

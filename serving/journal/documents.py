@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .entries import ROW_BYTES, taken
-from .writer import WriterThread
+from .writer import JournalFull, WriterThread
+
+MOST_OF_A_KIND = 65536
+"""Most documents of one kind; lists of them are made as a whole."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,25 @@ class Documents:
     def put(self, document: Document) -> Future[None]:
         """Keep a document, in place of the one of the same kind, owner and id. The Future's error: JournalFull."""
 
-        def action(connection: sqlite3.Connection) -> None:
-            before = _size_of(connection, document.kind, document.owner, document.id)
-            self._reserve(connection, document.size - before)
-            connection.execute(
-                "INSERT OR REPLACE INTO document (kind, owner, id, used_at, head, content, size) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    document.kind,
-                    document.owner,
-                    document.id,
-                    self._clock(),
-                    document.head,
-                    document.content,
-                    document.size,
-                ),
-            )
-            self._size.bytes += document.size - before
+        return self._writer.run(lambda connection: self.put_now(connection, document))
 
-        return self._writer.run(action)
+    def put_now(self, connection: sqlite3.Connection, document: Document) -> None:
+        """The same on the writer's thread, within its transaction."""
+        before = _size_of(connection, document.kind, document.owner, document.id)
+        if not before:
+            (count,) = connection.execute("SELECT count(*) FROM document WHERE kind = ?", (document.kind,)).fetchone()
+            if count >= MOST_OF_A_KIND:
+                raise JournalFull(
+                    f"the journal has {count} of the kind {document.kind}, as many as it may: delete some"
+                )
+        self._reserve(connection, document.size - before)
+        values = (document.kind, document.owner, document.id, self._clock(), document.head, document.content)
+        connection.execute(
+            "INSERT OR REPLACE INTO document (kind, owner, id, used_at, head, content, size) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*values, document.size),
+        )
+        self._size.bytes += document.size - before
 
     def get(self, kind: str, owner: str, document_id: str) -> Future[Document | None]:
         """A document; None if there is none of this id."""

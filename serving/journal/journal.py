@@ -13,17 +13,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from . import rows
-from .documents import Documents
+from .documents import Document, Documents
 from .entries import Entry, Request, taken
 from .file import JournalFile
-from .writer import WriterThread
+from .writer import JournalFull, WriterThread
 
 BACKLOG = 4096
 """Actions that wait for the writer above which no progress is noted: a disk that is slow must not fill the memory."""
-
-
-class JournalFull(Exception):
-    """There is no room, though every answer that may be forgotten is."""
 
 
 class KeyInUse(Exception):
@@ -60,16 +56,22 @@ class Journal:
         self._writer = WriterThread(file, lambda connection: _measure_again(connection, self.size))
         self.documents = Documents(self._writer, self._reserve, self.size, clock)
 
-    def accept(self, requests: Sequence[Request]) -> Future[list[int]]:
-        """Take requests in, all or none; the Future has their numbers. Its errors: JournalFull, KeyInUse."""
+    def accept(self, requests: Sequence[Request], document: Document | None = None) -> Future[list[int]]:
+        """Take requests in, with the document that tells of them: all or nothing. The Future has their numbers.
+
+        Its errors: JournalFull, KeyInUse.
+        """
 
         def action(connection: sqlite3.Connection) -> list[int]:
             for request in requests:
                 if rows.is_known(connection, request):
                     raise KeyInUse(f"a request with the id {request.id!r} or its key is in the journal")
-            self._reserve(connection, sum(request.size for request in requests))
+            size = sum(request.size for request in requests)
+            self._reserve(connection, size + (0 if document is None else document.size))
+            if document is not None:
+                self.documents.put_now(connection, document)
             numbers = [rows.insert(connection, request, self._clock()) for request in requests]
-            self.size.bytes += sum(request.size for request in requests)
+            self.size.bytes += size
             self.size.unfinished += len(requests)
             return numbers
 

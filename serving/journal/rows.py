@@ -37,6 +37,8 @@ class BatchCounts:
     completed: int
     """Answered with a status below 400."""
     failed: int
+    finished_at: float | None
+    """When the last one of them ended, Unix time in seconds."""
 
 
 def measure(connection: sqlite3.Connection, size: S) -> S:
@@ -188,9 +190,9 @@ def numbers_of_batch(connection: sqlite3.Connection, batch: str, finished: bool)
 
 def count_of_batch(connection: sqlite3.Connection, batch: str) -> BatchCounts:
     """How the requests of a batch ended."""
-    query = "SELECT count(*), total(status < 400), total(status >= 400) FROM request WHERE batch = ?"
-    total, completed, failed = connection.execute(query, (batch,)).fetchone()
-    return BatchCounts(total, int(completed), int(failed))
+    query = "SELECT count(*), total(status < 400), total(status >= 400), max(finished_at) FROM request WHERE batch = ?"
+    total, completed, failed, finished_at = connection.execute(query, (batch,)).fetchone()
+    return BatchCounts(total, int(completed), int(failed), finished_at)
 
 
 def _entry(row: tuple[object, ...]) -> Entry:

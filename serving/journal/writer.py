@@ -28,6 +28,10 @@ class JournalError(Exception):
     """The journal could not be written or read: the disk is full, or broken."""
 
 
+class JournalFull(Exception):
+    """There is no room, though every answer that may be forgotten is."""
+
+
 class WriterThread:
     """Runs actions on the connection, in their order. An action's result is there once it is on the disk."""
 

@@ -10,9 +10,9 @@ import msgspec
 
 from ....engine.protocol.messages import Accepted, Event, Submit
 from ...journal.entries import Entry, Request, digest_of
-from ...journal.journal import Journal, JournalFull, KeyInUse
+from ...journal.journal import Journal, KeyInUse
 from ...journal.progress import ProgressNotes, digest_of_submit, resume
-from ...journal.writer import JournalError
+from ...journal.writer import JournalError, JournalFull
 from ..engine_pool import OnEvent, Submits, Ticket
 from ..http.errors import ApiError, unavailable
 
@@ -69,7 +69,7 @@ class OpenRequest:
             _log.error("the answer of request %s is not kept: %s", self.request.name, error)
         else:
             if not first:
-                _log.warning("request %s had ended before: its answer is not kept", self.request.name)
+                _log.info("request %s was given up while it was computed: its answer is not kept", self.request.name)
 
     async def withdraw(self) -> None:
         """Forget the request: its caller was told that it is not computed."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable
 
 from ...journal.entries import Entry
 from ...journal.writer import JournalError
@@ -14,6 +12,7 @@ from ..engine_pool import EnginePool
 from ..http import error_shapes
 from ..http.errors import ApiError
 from ..logs import log_fields
+from .batches import Batches
 from .requests import DurableRequests
 
 MOST_ATTEMPTS = 10
@@ -33,16 +32,14 @@ _log = logging.getLogger(__name__)
 class Recovery:
     """Two tasks of the gateway's event loop: one computes what was left over, the other forgets old answers."""
 
-    def __init__(self, requests: DurableRequests, pool: EnginePool, config: GatewayConfig) -> None:
-        self._requests, self._pool = requests, pool
+    def __init__(self, requests: DurableRequests, pool: EnginePool, config: GatewayConfig, batches: Batches) -> None:
+        self._requests, self._pool, self._batches = requests, pool, batches
         self._most = max(1, config.max_open_requests // SHARE)
         self._under_way: set[asyncio.Task[None]] = set()
         self._counted: set[int] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self.recovered = 0
         """Requests of an earlier process that were answered."""
-        self.on_end: Callable[[Entry], None] = lambda entry: None
-        """Told of each request that has ended."""
 
     def start(self) -> None:
         """Begin, on the event loop."""
@@ -112,7 +109,6 @@ class Recovery:
             if not requests.closing and not answer.is_refusal:
                 self._counted.discard(entry.number)
                 self.recovered += 1
-                self.on_end(entry)
         except JournalError as error:
             _log.error("request %s cannot be recovered: %s", entry.request.name, error)
             requests.left_over.set()
@@ -125,10 +121,12 @@ class Recovery:
         status, body = error_shapes.whole(entry.request.kind, error, entry.request.name)
         _log.error("request %s is given up: %s", entry.request.name, why)
         await asyncio.wrap_future(self._requests.journal.finish(entry.number, status, body))
-        self.on_end(entry)
 
     async def _prune(self) -> None:
         while True:
             await asyncio.sleep(PRUNE_S)
-            with contextlib.suppress(JournalError):
+            try:
                 await asyncio.wrap_future(self._requests.journal.prune())
+                await self._batches.prune()
+            except (JournalError, ApiError) as error:
+                _log.error("nothing old is forgotten: %s", error)

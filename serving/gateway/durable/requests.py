@@ -172,10 +172,10 @@ class DurableRequests:
                 raise other_body()
             elif entry.finished_at is not None:
                 return kept_answer(entry), True
-            elif (found := self.open.get(entry.request.id)) is not None:
-                return await self._follow(found), True
             else:
                 opened = await self.opened(entry)
+                if (found := self.open.get(entry.request.id)) is not None:  # what was left over is computed already
+                    return await self._follow(found), True
         except JournalError as error:
             raise unavailable(str(error), "journal_failed") from None
         answer = await self.compute(opened, headers, waiting=lambda: self._running[key].waiting > 0)

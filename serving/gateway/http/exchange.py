@@ -167,7 +167,17 @@ class Exchange:
         if encoding := self.header(b"content-encoding"):
             raise ApiError(415, f"content-encoding={encoding!r} is not supported: send the body as it is")
         try:
-            self._body = await self._read_body(self._held)
+            self._body = await self._read_body(self._held, self._config.max_body_bytes, "max_body_bytes")
+        except BaseException:
+            self._held.release()
+            raise
+        return self._body
+
+    async def read_file(self) -> bytes:
+        """The same of a body that is a file, whatever its type is."""
+        self.take_request_id()
+        try:
+            self._body = await self._read_body(self._held, self._config.max_file_bytes, "max_file_bytes")
         except BaseException:
             self._held.release()
             raise
@@ -178,11 +188,10 @@ class Exchange:
         self._body = None
         self._held.release()
 
-    async def _read_body(self, held: HeldBytes) -> bytes:
-        limit = self._config.max_body_bytes
+    async def _read_body(self, held: HeldBytes, limit: int, setting: str) -> bytes:
         declared = self.header(b"content-length") or ""
         if declared.isdigit() and int(declared) > limit:
-            raise self._too_long()
+            raise _too_long(limit, setting)
         held.grow_to(int(declared) if declared.isdigit() else 0)
 
         chunks: list[bytes] = []
@@ -199,7 +208,7 @@ class Exchange:
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
                 if size > limit:
-                    raise self._too_long()
+                    raise _too_long(limit, setting)
                 held.grow_to(size)
                 if not message.get("more_body"):
                     return b"".join(chunks)
@@ -210,15 +219,6 @@ class Exchange:
                 code="body_timeout",
                 headers={"Connection": "close"},
             ) from None
-
-    def _too_long(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the body is longer than {self._config.max_body_bytes} bytes (max_body_bytes)",
-            code="body_too_large",
-            # What is still to come is not read: the connection cannot serve another request.
-            headers={"Connection": "close"},
-        )
 
     async def wait_until_gone(self) -> None:
         """Return when the client has closed the connection. To be called once the body has been read."""
@@ -246,6 +246,10 @@ class Exchange:
         # X-Accel-Buffering: proxies of nginx's kind would hold events back otherwise.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         await self._start(200, "text/event-stream; charset=utf-8", headers)
+
+    async def start_file(self) -> None:
+        """Send the head of a file whose length is not known yet."""
+        await self._start(200, "application/octet-stream", {})
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """Send a part of the stream; returns when the connection takes more."""
@@ -285,3 +289,13 @@ class Exchange:
             *((n.encode(), v.encode()) for n, v in error_shapes.extra_headers(self._path, self.request_id).items()),
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": fields})
+
+
+def _too_long(limit: int, setting: str) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is longer than {limit} bytes ({setting})",
+        code="body_too_large",
+        # What is still to come is not read: the connection cannot serve another request.
+        headers={"Connection": "close"},
+    )

@@ -13,6 +13,15 @@ from ..http.errors import ErrorBody
 from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest
 from ..schemas.completions import CompletionRequest
+from ..schemas.journal_api.batches import (
+    BatchList,
+    BatchObject,
+    BatchRequest,
+    DeletedFile,
+    FileList,
+    FileObject,
+    ListQuery,
+)
 from ..schemas.journal_api.requests import JournaledRequest
 from ..schemas.messages_api.answer import MessageAnswer, MessageEvent, TokenCount
 from ..schemas.messages_api.request import (
@@ -40,6 +49,7 @@ from ..schemas.responses_api.answer import DeletedResponse, InputItems, Response
 from ..schemas.responses_api.request import REFUSED_RESPONSES, InputItemsQuery, ResponseQuery, ResponsesRequest
 from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from . import chat, completions, generate, information, tokens
+from .journal_api import batches as batch_api
 from .journal_api import requests as journal_api
 from .messages_api import handlers as messages_api
 from .responses_api import handlers as responses_api
@@ -158,6 +168,15 @@ OPERATIONS: tuple[Operation, ...] = (
         _COMPUTES,
     ),
     Operation("GET", "/v1/requests/{request_id}", journal_api.retrieve, JournaledRequest, statuses=(404, 503)),
+    Operation("POST", "/v1/files", batch_api.upload, FileObject, statuses=(400, 404, 408, 413, 415, 429, 503)),
+    Operation("GET", "/v1/files", batch_api.list_files, FileList, statuses=(400, 404, 503), query=ListQuery),
+    Operation("GET", "/v1/files/{file_id}/content", batch_api.file_content, FileObject, statuses=(404, 503)),
+    Operation("GET", "/v1/files/{file_id}", batch_api.retrieve_file, FileObject, statuses=(404, 503)),
+    Operation("DELETE", "/v1/files/{file_id}", batch_api.delete_file, DeletedFile, statuses=(404, 503)),
+    Operation("POST", "/v1/batches", batch_api.create, BatchObject, BatchRequest, statuses=(*_BODY, 404, 429, 503)),
+    Operation("GET", "/v1/batches", batch_api.list_batches, BatchList, statuses=(400, 404, 503), query=ListQuery),
+    Operation("POST", "/v1/batches/{batch_id}/cancel", batch_api.cancel, BatchObject, statuses=(404, 503)),
+    Operation("GET", "/v1/batches/{batch_id}", batch_api.retrieve, BatchObject, statuses=(404, 503)),
     Operation(
         "POST", "/tokenize", tokens.tokenize, TokenizeResponse, TokenizeRequest, None, REFUSED_TOKENIZE, _COMPUTES
     ),

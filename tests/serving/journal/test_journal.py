@@ -17,7 +17,8 @@ import pytest
 from phalanx.engine.errors import ConfigError
 from phalanx.serving.journal.documents import Document
 from phalanx.serving.journal.entries import Request, digest_of
-from phalanx.serving.journal.journal import Journal, JournalFull, KeyInUse
+from phalanx.serving.journal.journal import Journal, KeyInUse
+from phalanx.serving.journal.writer import JournalError, JournalFull
 
 WRITER = """
 import itertools, sys
@@ -290,7 +291,7 @@ def test_a_transaction_that_fails_fails_its_requests_and_counts_nothing(
             raise sqlite3.OperationalError("disk I/O error")
 
         patch.setattr("phalanx.serving.journal.rows.insert", broken)
-        with pytest.raises(Exception, match="disk I/O error"):
+        with pytest.raises(JournalError, match="disk I/O error"):
             journal.accept([ask(2)]).result()
     assert journal.size.bytes == before
     journal.accept([ask(2)]).result()

@@ -5,88 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from phalanx.engine.protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit, Timings, Usage
-from phalanx.tests.serving.fake_engine import FakeEngine, address
-from phalanx.tests.serving.servers import RunningServer, running
-
-PATIENCE_S = 60.0
-KEYS = {"ann": "sk-ann-0123456789", "bob": "sk-bob-0123456789"}
-COMPLETION = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 4}
-PATHS: dict[str, dict[str, Any]] = {
-    "/v1/completions": COMPLETION,
-    "/v1/chat/completions": {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]},
-    "/v1/responses": {"model": "fake", "input": "Hi"},
-    "/v1/messages": {"model": "fake", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]},
-    "/inference/v1/generate": {"model": "fake", "token_ids": [1, 2], "sampling_params": {"max_tokens": 4}},
-}
-
-
-class Gate:
-    """An engine that answers when it is told to, and each time with the request's seed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.engine = FakeEngine(address(folder), self._answer)
-        self.open = True
-        self.finished: list[Submit] = []
-
-    def _answer(self, submit: Submit) -> list[Event]:
-        if not self.open:
-            return [Accepted(id=submit.id, prompt_tokens=3, seed=submit.sampling.seed or 0, max_tokens=4)]
-        self.finished.append(submit)
-        return whole(submit)
-
-
-def whole(submit: Submit) -> list[Event]:
-    seed = submit.sampling.seed
-    return [
-        Accepted(id=submit.id, prompt_tokens=3, seed=seed or 0, max_tokens=4),
-        Delta(submit.id, 0, f"seed {seed}", [1, 2]),
-        Finished(submit.id, [Completion(0, "stop")], Usage(3, 2), Timings(0.1, 0.2, 5.0, 0.5)),
-    ]
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    tmp_path.chmod(0o700)
-    (tmp_path / "keys").write_text("\n".join(KEYS.values()))
-    (tmp_path / "keys").chmod(0o600)
-    gate = Gate(tmp_path)
-    with contextlib.closing(gate.engine):
-        yield gate
-
-
-@contextlib.contextmanager
-def gateway(folder: Path, *more: str, keys: bool = False) -> Iterator[RunningServer]:
-    options = [f"engines=[{address(folder)}]", "port=0", "poll_interval_s=0.05", f"journal={folder}/journal", *more]
-    with running("gateway", *options, *([f"api_keys_file={folder}/keys"] if keys else [])) as server:
-        assert server.url
-        yield server
-
-
-def client(server: RunningServer, who: str | None = None) -> httpx.Client:
-    headers = {"x-api-key": KEYS[who]} if who is not None else {}
-    return httpx.Client(base_url=server.url, timeout=PATIENCE_S, headers=headers)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        threading.Event().wait(0.02)
-
-
-def kill(server: RunningServer) -> None:
-    server.signal(signal.SIGKILL)
-    server.process.wait()
+from phalanx.engine.protocol.messages import Completion, Delta, Finished, Timings, Usage
+from phalanx.serving.gateway.durable.recovery import MOST_ATTEMPTS
+from phalanx.serving.journal.entries import Request
+from phalanx.serving.journal.journal import Journal
+from phalanx.tests.serving.fake_engine import address
+from phalanx.tests.serving.journal.gate import (
+    COMPLETION,
+    KEYS,
+    PATHS,
+    PATIENCE_S,
+    Gate,
+    client,
+    gateway,
+    kill,
+    until,
+    whole,
+)
+from phalanx.tests.serving.servers import running
 
 
 def ask_all(threads: ThreadPoolExecutor, http: httpx.Client, who: str) -> list[Future[Any]]:
@@ -241,7 +184,7 @@ def test_the_journal_is_checked_at_the_door(gate: Gate, tmp_path: Path) -> None:
 def test_a_full_journal_refuses_with_its_setting(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     long = {"model": "fake", "prompt": "x" * 600_000, "max_tokens": 4}
-    small = ("journal_max_mb=1", "max_body_bytes=1000000", "max_open_body_bytes=4000000")
+    small = ("journal_max_mb=1", "max_body_bytes=1000000", "max_open_body_bytes=4000000", "max_file_bytes=1000000")
     with ThreadPoolExecutor(1) as threads, gateway(tmp_path, *small) as server, client(server) as http:
         first = threads.submit(http.post, "/v1/completions", json=long)
         until(lambda: len(gate.engine.requests) == 1)
@@ -262,3 +205,36 @@ def test_streams_are_not_journaled(gate: Gate, tmp_path: Path) -> None:
         assert streamed.text.endswith("data: [DONE]\n\n")
         assert json.loads(streamed.text.split("\n")[0][6:])["choices"][0]["text"].startswith("seed None")
         assert http.get("/v1/requests/s").status_code == 404
+
+
+def test_a_request_over_which_processes_die_again_and_again_is_given_up(gate: Gate, tmp_path: Path) -> None:
+    body = json.dumps(COMPLETION).encode()
+    with contextlib.closing(Journal(f"{tmp_path}/journal", "gateway", max_bytes=2**20, keep_s=60)) as journal:
+        numbers = journal.accept([Request(name, "/v1/completions", name=name, body=body) for name in "ab"]).result()
+        for _ in range(MOST_ATTEMPTS):
+            journal.attempt(numbers[0]).result()
+    with gateway(tmp_path) as server, client(server) as http:
+        for name, status in (("a", 500), ("b", 200)):
+            until(lambda name=name: http.get(f"/v1/requests/{name}").json()["status"] == "completed")  # type: ignore[misc]
+            assert http.get(f"/v1/requests/{name}").json()["response"]["status_code"] == status
+        metrics = http.get("/metrics").text
+        assert 'phalanx:journal_requests{state="finished"} 2.0' in metrics
+        assert "phalanx:journal_requests_recovered_total 1.0" in metrics
+    assert len(gate.finished) == 1
+
+
+def test_a_response_that_waits_for_its_turn_can_be_cancelled(gate: Gate, tmp_path: Path) -> None:
+    gate.open = False
+    with gateway(tmp_path) as server, client(server) as http:
+        body = {"model": "fake", "input": "Hi", "background": True}
+        first, second = (http.post("/v1/responses", json=body).json()["id"] for _ in range(2))
+        kill(server)
+    with gateway(tmp_path, "max_open_requests=4") as server, client(server) as http:  # one of them has its turn
+        until(lambda: len(gate.engine.requests) == 3)
+        for each in (first, second):
+            assert http.post(f"/v1/responses/{each}/cancel").json()["status"] == "cancelled"
+        assert http.delete(f"/v1/responses/{first}").status_code == 200
+    with gateway(tmp_path) as server, client(server) as http:
+        assert http.get(f"/v1/responses/{first}").status_code == 404
+        assert http.get(f"/v1/responses/{second}").json()["status"] == "cancelled"
+    assert gate.finished == []

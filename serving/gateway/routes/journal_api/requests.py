@@ -17,10 +17,10 @@ from ...schemas.journal_api.requests import JournaledAnswer, JournaledRequest
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
     """Return the answer of a request that the journal keeps, by its X-Request-Id."""
     name = str(exchange.scope["path_params"]["request_id"])
-    if gateway.durable is None:
+    if gateway.journaling is None:
         raise _unknown(name, "this server keeps no journal (journal=null)")
     try:
-        entry = await asyncio.wrap_future(gateway.durable.journal.by_name(exchange.owner, name))
+        entry = await asyncio.wrap_future(gateway.journaling.journal.by_name(exchange.owner, name))
     except JournalError as error:
         raise unavailable(str(error), "journal_failed") from None
     if entry is None:

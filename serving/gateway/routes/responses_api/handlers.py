@@ -124,9 +124,9 @@ async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
 
 async def _give_up(gateway: Gateway, response_id: str, record: StoredResponse) -> bool:
     """Whether a response was one that an earlier process had begun and this one had not: it is not computed now."""
-    if record.task is not None or gateway.durable is None:
+    if record.task is not None or gateway.journaling is None:
         return False
-    return await gateway.durable.give_up(response_id.removeprefix("resp_"))
+    return await gateway.journaling.requests.give_up(response_id.removeprefix("resp_"))
 
 
 def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:

@@ -112,8 +112,8 @@ async def _compute(
     await _compute_answer(gateway, exchange, turn, keeper, started)
     if not started.done() or started.cancelled() or started.exception() is not None:
         return
-    if exchange.durable is not None and gateway.durable is not None:
-        await gateway.durable.end_background(exchange.durable, keeper.response)
+    if exchange.durable is not None and gateway.journaling is not None:
+        await gateway.journaling.requests.end_background(exchange.durable, keeper.response)
 
 
 async def _compute_answer(
