@@ -52,6 +52,19 @@ _OPENCODE = """{{
   "model": "phalanx/demo"
 }}
 """
+_PI = """{{
+  "providers": {{
+    "phalanx": {{"baseUrl": "{url}%s", "api": "%s", "apiKey": "none", "models": [{{"id": "demo", "reasoning": true}}]}}
+  }}
+}}
+"""
+
+
+def _pi(path: str, api: str) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """pi, which speaks each of the three APIs."""
+    arguments = ["--provider", "phalanx", "--model", "demo", "-p", TASK]
+    return arguments, {"PI_OFFLINE": "1"}, {"home/.pi/agent/models.json": _PI % (path, api)}
+
 
 AGENTS: dict[str, tuple[list[str], dict[str, str], dict[str, str]]] = {
     "codex": (
@@ -81,6 +94,9 @@ AGENTS: dict[str, tuple[list[str], dict[str, str], dict[str, str]]] = {
         {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "none"},
         {},
     ),
+    "pi-chat": _pi("/v1", "openai-completions"),
+    "pi-responses": _pi("/v1", "openai-responses"),
+    "pi-messages": _pi("", "anthropic-messages"),
 }  # fmt: skip
 """The arguments, the environment and the files of each agent."""
 
@@ -112,7 +128,8 @@ class CodingModel(AgentPool):
         return _call(tools, ("Read", "read", "read_file"), values) or _shell(tools, "cat greet.py")
 
     def _edit(self, tools: dict[str, Any]) -> str:
-        values = {r"file_?path|path": str(self._file), r"old_?string": "helo", r"new_?string": "hello"}
+        values: dict[str, Any] = {r"file_?path|path": str(self._file), r"old_?string": "helo", r"new_?string": "hello"}
+        values |= {"edits": [{"oldText": "helo", "newText": "hello"}]}
         return _call(tools, ("Edit", "edit"), values) or _shell(tools, "sed -i s/helo/hello/ greet.py")
 
     def _look(self, tools: dict[str, Any]) -> str:
