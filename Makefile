@@ -34,6 +34,7 @@ test-gpu: setup
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml __init__.py engine kernels launch parallel serving
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp')
 	mkdir -p $(VENV)/typecheck && ln -sfn "$(CURDIR)" $(VENV)/typecheck/phalanx
 	cd $(VENV)/typecheck && ../bin/mypy phalanx/engine phalanx/parallel phalanx/serving phalanx/launch

@@ -45,9 +45,13 @@ STRICTER = {"date": f"^{_DAY}$", "time": f"^{_SECONDS}$", "date-time": f"^{_DAY}
 
 
 def decode_json(text: str, field: str) -> Any:
-    """Return the value of JSON text. Raises InvalidRequest for what is none, or is nested too deeply."""
+    """Return the value of JSON text. Raises InvalidRequest for what is none, is nested too deeply, or no Unicode."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{field} holds half of a surrogate pair, which is no Unicode text") from None
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {error}"
         raise InvalidRequest(f"{field} {why}") from None

@@ -83,7 +83,7 @@ class Ingress:
         self._short.start()
 
     def prepare(self) -> None:
-        """Make ready what the first request with a grammar would wait for; on any thread."""
+        """Make ready what the first conversation or the first grammar would wait for; on any thread."""
         try:
             self._processor.prepare()
         except PhalanxError as error:
@@ -128,6 +128,7 @@ class Ingress:
         deadline = time.monotonic() + CLOSE_S
         for threads in (self._short, self._chats, self._long, self._grammars):
             threads.close(max(0.0, deadline - time.monotonic()))
+        self._processor.close()
         with self._lock:
             self._closed = True
             left = list(self._waiting)

@@ -155,9 +155,16 @@ class InputProcessor:
         )
 
     def prepare(self) -> None:
-        """Make ready what the first request with a grammar would wait for."""
+        """Make ready what the first conversation and the first request with a grammar would wait for."""
+        if self._tokenizer is not None:
+            self._tokenizer.prepare()
         if self._grammars is not None:
             self._grammars.prepare()
+
+    def close(self) -> None:
+        """End what was made ready. No request is processed any more."""
+        if self._tokenizer is not None:
+            self._tokenizer.close()
 
     def _constraints(self, submit: Submit, prompt: list[int], samplings: list[SlotSampling]) -> tuple[Matcher, ...]:
         """A matcher for each completion of a request that says what its answers must match."""

@@ -15,6 +15,7 @@ from ..protocol.messages import Prompt
 from .text.chat_template import ChatTemplate
 from .text.plain_text import PlainText
 from .text.reasoning import Phase, ReasoningSplitter, find_tags, phase_after
+from .text.template_processes import TemplateProcesses
 from .text.token_text import WINDOW_TOKENS, IncrementalDetokenizer, TokenBytes
 from .text.tokenizer_store import StoredTokenizer, TokenizerStore
 from .tokenizer_files import check_tokenizer_files, check_tokens, explain_unreadable
@@ -29,8 +30,10 @@ CONTEXT_TOKENS = 6
 class Tokenizer:
     """transformers' tokenizer of a folder. Thread-safe: encoding runs in Rust and releases the GIL."""
 
-    def __init__(self, folder: Path, store: Path | None = None) -> None:
+    def __init__(self, folder: Path, store: Path | None = None, processes: TemplateProcesses | None = None) -> None:
         """`store` is a folder that keeps tokenizers from one start to the next; without one this is not kept.
+
+        The chat template is rendered in `processes`, without them in some of its own, which close() ends.
 
         Raises CheckpointError if the folder holds no tokenizer that transformers can read.
         """
@@ -50,7 +53,7 @@ class Tokenizer:
         self._template = None
         if self.chat_template is not None:
             variables = dict(self._tokenizer.special_tokens_map)
-            self._template = ChatTemplate(self.chat_template, variables, self._special_ids)
+            self._template = ChatTemplate(self.chat_template, variables, self._special_ids, processes)
         self._plain_text = PlainText(self._backend, self._special)
         ids = {token.content: token_id for token_id, token in added.items()}
         self._reasoning_tags = find_tags(ids, self.chat_template)
@@ -172,6 +175,16 @@ class Tokenizer:
         """The special token whose text this is."""
         return self._special_ids.get(text)
 
+    def prepare(self) -> None:
+        """Make ready what the first conversation would wait for. Raises InvalidRequest if that cannot be."""
+        if self._template is not None:
+            self._template.prepare()
+
+    def close(self) -> None:
+        """End what renders conversations."""
+        if self._template is not None:
+            self._template.close()
+
     def definition(self) -> str:
         """The text of a tokenizer.json that has everything this tokenizer has."""
         backend = type(self._backend).from_str(self._backend.to_str())
@@ -240,7 +253,7 @@ def _make(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a folder of this host: nothing is fetched
             str(folder), config=_default_config(folder), local_files_only=True, trust_remote_code=False
         )
         # What fails with every text fails here. Truncation and padding, which some folders are saved with, end here.

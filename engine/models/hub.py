@@ -38,7 +38,7 @@ def _from_hub(name: str, weights: bool) -> Path:
     # A whole snapshot in the cache needs no network.
     where = "is not in the local hub cache"
     try:
-        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES))
+        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES))  # nosec B615 # fetches nothing
     except LocalEntryNotFoundError:
         pass  # the hub is asked
     else:
@@ -49,7 +49,8 @@ def _from_hub(name: str, weights: bool) -> Path:
     try:
         # One request with a time limit first: snapshot_download alone retries for minutes without a network.
         HfApi().model_info(name, timeout=CONNECT_TIMEOUT_S)
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        # Files of data alone, read as anybody's: the latest are what model=NAME asks for.
+        return Path(snapshot_download(name, allow_patterns=_FILES))  # nosec B615 # no code among them
     except Exception as error:
         raise ConfigError(
             f"model={name!r} {where} and cannot be fetched from the hub "

@@ -15,6 +15,7 @@ import torch
 from ...engine.errors import CheckpointError, ConfigError, PhalanxError
 from ...engine.models.spec import spec_from_config
 from ...parallel.loading.json_files import shortened
+from .gguf_header import check_header
 from .gguf_tokenizer import check_token_id, write_tokenizer
 from .model_folder import DTYPES, is_made, model_folder, write_json, write_weights
 from .random_model import tensor_shapes
@@ -90,7 +91,14 @@ def _convert(file: Path, folder: Path, dtype: str, origin: dict[str, Any], force
     # The checkpoint must have exactly the tensors of its metadata's shape.
     tensors = {_checkpoint_name(name, file): tensor for name, tensor in stored.items() if name != ROPE_FACTORS}
     config = {**_config(file, metadata, stored), "torch_dtype": dtype}
-    shapes = tensor_shapes(spec_from_config(config, str(file)))
+    spec = spec_from_config(config, str(file))
+    # Before a name is made for every tensor of every layer: there may be millions.
+    if spec.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{file}: its metadata say {config['model_type']}.block_count={spec.num_layers}, but it holds only "
+            f"{len(tensors)} tensors; copy it again"
+        )
+    shapes = tensor_shapes(spec)
     if different := sorted(shapes.keys() ^ tensors.keys()):
         state = "lacks" if different[0] in shapes else "has an unexpected"
         raise CheckpointError(f"{file} {state} tensor {different[0]} for a {config['architectures'][0]}")
@@ -121,6 +129,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         from gguf import GGUFReader
     except ImportError as error:
         raise ConfigError("reading GGUF files needs the gguf package: pip install gguf") from error
+    check_header(file)
     try:
         reader = GGUFReader(file)
         metadata = {name: _value(field) for name, field in reader.fields.items()}

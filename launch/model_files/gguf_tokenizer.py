@@ -118,7 +118,7 @@ def _set_pre_tokenizer(tokenizer: Any, pre: str) -> None:
 def _write_sentencepiece(folder: Path, file: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a folder of this host: nothing is fetched
         str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
     )
     tokenizer.save_pretrained(str(folder))

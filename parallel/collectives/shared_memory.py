@@ -273,7 +273,7 @@ def _open_by_process(host: Collectives, length: int, pid: int, nonce: int) -> in
 
 def _open_by_name(host: Collectives, length: int, nonce: int) -> int:
     """A file in /dev/shm, whose name goes as soon as every rank has opened it."""
-    path = f"/dev/shm/phalanx-{nonce:016x}"
+    path = f"/dev/shm/phalanx-{nonce:016x}"  # nosec B108 # a random name, made with O_EXCL, for its owner alone
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd, problem = attempt(lambda: _fill(os.open(path, flags, 0o600), length, nonce)) if host.rank == 0 else (None, "")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from phalanx.engine.errors import PhalanxError
+from phalanx.engine.errors import CheckpointError, PhalanxError
 from phalanx.launch.model_files.gguf_model import convert_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -53,6 +54,18 @@ def _write(file: Path, **changes: Any) -> None:
     writer.close()
 
 
+def _header(tensors: int, entries: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries)
+
+
+def _text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _numbers(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
 def _refused(file: Path, out: Path) -> bool:
     said = ""
     try:
@@ -74,6 +87,37 @@ def test_every_value_of_the_metadata_is_right_or_refused(tmp_path: Path, key: st
         _write(tmp_path / "m.gguf", **{key: value})
         refused = _refused(tmp_path / "m.gguf", tmp_path / "out")
         assert refused or not key.endswith("token_id") or value == 0
+
+
+def test_layers_that_the_file_does_not_hold_take_no_time_and_no_memory(tmp_path: Path) -> None:
+    _write(tmp_path / "m.gguf", **{"qwen2.block_count": 2**24})
+    with pytest.raises(CheckpointError, match=r"qwen2\.block_count=16777216, but it holds only 14 tensors"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        (b"", "ends at byte 0"),
+        (b"GGML" + bytes(20), "its first bytes are not GGUF"),
+        (_header(2**40, 0), "tensor_count is 1099511627776; it may be at most 131072"),
+        (_header(0, 2**63), "kv_count is 9223372036854775808; it may be at most"),
+        (_header(0, 2**20), "ends at byte 24, within a key|ends at byte 24, within the length of a key"),
+        (_header(0, 1) + _text(b"a") + _numbers(9, 0) + struct.pack("<Q", 2**62), "length of an array is"),
+        (_header(0, 1) + _text(b"a") + _numbers(9, 4) + struct.pack("<Q", 2**20), "within a value of its metadata"),
+        (_header(0, 1) + _text(b"a") + _numbers(9, 9) + struct.pack("<Q", 1), "type 9"),
+        (_header(0, 1) + _text(b"a") + _numbers(77), "type 77"),
+        (_header(0, 1) + struct.pack("<Q", 2**62), "the length of a key of its metadata is"),
+        (_header(1, 0) + _text(b"t") + _numbers(2**31), "the dimensions of a tensor is 2147483648"),
+        (_header(1, 0) + _text(b"t") + _numbers(4), "within the description of a tensor"),
+    ],
+)
+def test_a_header_that_states_more_than_the_file_holds_is_refused_at_once(
+    tmp_path: Path, header: bytes, why: str
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(header)
+    with pytest.raises(CheckpointError, match=why):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
 def test_bytes_turned_over_bring_an_error_of_ours_or_a_model(tmp_path: Path) -> None:

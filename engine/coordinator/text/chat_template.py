@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidRequest
-from .sandbox import RenderError, Sandbox
+from .template_processes import RenderError, TemplateProcesses
 
 Message = dict[str, Any]
 
@@ -64,8 +64,17 @@ class Rendered:
 class ChatTemplate:
     """One template. Used by any number of threads."""
 
-    def __init__(self, source: str, variables: dict[str, Any], special_tokens: Iterable[str]) -> None:
-        """`variables` are the tokenizer's own, such as bos_token; `special_tokens` the texts of its special tokens."""
+    def __init__(
+        self,
+        source: str,
+        variables: dict[str, Any],
+        special_tokens: Iterable[str],
+        processes: TemplateProcesses | None = None,
+    ) -> None:
+        """`variables` are the tokenizer's own, such as bos_token; `special_tokens` the texts of its special tokens.
+
+        It is rendered in `processes`, without them in some of its own.
+        """
         self._source = source
         self._variables = variables
         special = sorted((text for text in special_tokens if text), key=len, reverse=True)
@@ -74,7 +83,18 @@ class ChatTemplate:
         self._joined = "\0".join(special)
         self._beginnings = tuple({text[:size] for text in special for size in range(1, len(text))})
         self._ends = tuple({text[size:] for text in special for size in range(1, len(text))})
-        self._sandbox = Sandbox()
+        self._processes = processes or TemplateProcesses()
+
+    def prepare(self) -> None:
+        """Make ready what the first conversation would wait for. Raises InvalidRequest if that cannot be."""
+        try:
+            self._processes.prepare()
+        except RenderError as error:
+            raise InvalidRequest(f"chat templates cannot be rendered: {error}") from error
+
+    def close(self) -> None:
+        """End the processes that render it."""
+        self._processes.close()
 
     def render(
         self,
@@ -115,7 +135,7 @@ class ChatTemplate:
 
     def _render(self, given: dict[str, Any], chat: list[Message]) -> str:
         try:
-            return self._sandbox.render(self._source, given)
+            return self._processes.render(self._source, given)
         except RenderError:
             # A template that needs a text of every message has none of an answer that only calls tools.
             without = [message for message in chat if message.get("role") == "assistant" and "content" not in message]
@@ -123,7 +143,7 @@ class ChatTemplate:
                 raise
         for message in without:
             message["content"] = ""
-        return self._sandbox.render(self._source, given)
+        return self._processes.render(self._source, given)
 
     def _mark(self, value: Any, marks: Marks, users_keys: bool) -> Any:
         """A copy in which special tokens are marked, within values and within keys that users choose."""
@@ -138,7 +158,10 @@ class ChatTemplate:
         for key, item in value.items():
             inside = users_keys or key in _USERS_KEYS
             known = key in ("role", "type") and isinstance(item, str) and item in _KNOWN_WORDS
-            name = self._mark_text(key, marks) if users_keys and isinstance(key, str) else key
+            name = key
+            # Templates ask for keys that are plain words; any other is a user's wherever it stands.
+            if isinstance(key, str) and (users_keys or not key.isidentifier() or self._pattern.search(key)):
+                name = self._mark_text(key, marks)
             copy[name] = item if known else self._mark(item, marks, inside)
         return copy
 

@@ -1,251 +1,46 @@
-"""Renders a model's chat template, which is a program that nobody here has read, within bounds of time and size.
+"""Renders a model's chat template, which is a program that nobody here has read, in a process that can be ended.
 
-Jinja's immutable sandbox keeps it from everything but its variables. What it may still do is loop and build texts: it
-runs on a thread that is interrupted, and whatever makes a text or list longer is checked before it is made.
+`python -m phalanx.engine.coordinator.text.sandbox` serves the requests of its standard input, a socket, until that
+closes. Jinja's immutable sandbox keeps a template from everything but its variables. What it may still do is take time
+and memory: the system ends the process at a limit of CPU time, also within one call of C, and refuses it more memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 import json
-import re
-import threading
+import os
+import resource
+import select
+import signal
+import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 import jinja2
+import jinja2.debug
 import jinja2.ext
 import jinja2.utils
+import msgspec
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-T = TypeVar("T")
+from .template_processes import CPU_LIMIT_S, REPLY, REQUEST
 
-CPU_LIMIT_S = 2.0
-"""Seconds of a core that a template may take; a usual one takes milliseconds."""
-WALL_LIMIT_S = 20.0
-"""The same by the clock, on a machine that is busy with other things."""
-SPARE_CHARACTERS = 1 << 20
-"""Characters of a text, and elements of a list, that a template may make beyond a multiple of what it was given."""
-GROWTH = 8
-"""Times what it was given that one of its texts may be long."""
-WORK = 64
-"""Times that limit that all its texts together may be long, intermediate ones included."""
+MEMORY_BYTES = 256 * 2**20
+"""What a template may take beyond a multiple of what it was given."""
+MEMORY_FACTOR = 24
+"""Times what it was given: of text in UTF-8 a character takes up to four bytes, and a template copies its texts."""
+SPARE_CHARACTERS, GROWTH = 1 << 20, 8
+"""Characters that the whole text may have, and times the bytes of what the template was given that it may have
+beyond."""
+ERROR_CHARACTERS = 1000
 
-# Filters that no chat template needs, and that make long texts of short ones.
-_REMOVED_FILTERS = ("batch", "center", "pprint", "slice", "striptags", "urlize", "wordwrap", "xmlattr")
-_WIDTH = re.compile(r"\d{4}|\*")
-
-
-class RenderError(Exception):
-    """A template took too long, made too long a text, or failed."""
-
-
-class _Interrupted(BaseException):
-    """Raised in a thread whose template takes too long; not an Exception, which Jinja would catch."""
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """transformers' environment for chat templates, with limits. Used by any number of threads."""
-
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-        self._limits = threading.local()
-        self.code_generator_class = _CheckedCode
-        self.concat = self.join  # type: ignore[method-assign]
-        self.finalize = self.checked
-
-        self.filters["tojson"] = _tojson
-        for name in _REMOVED_FILTERS:
-            del self.filters[name]
-        for name, function in list(self.filters.items()):
-            self.filters[name] = self._checked_filter(name, function)
-        self.globals = {
-            "range": self.globals["range"],
-            "cycler": self.globals["cycler"],
-            "joiner": self.globals["joiner"],
-            "dict": _TemplateDict(),
-            "namespace": _Namespace,
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-        }
-
-    def render(self, source: str, variables: dict[str, Any]) -> str:
-        """Compile and render a template. Raises RenderError, also when it takes or makes too much."""
-        limit = GROWTH * _weight(variables, None) + SPARE_CHARACTERS
-
-        def work() -> str:
-            self._limits.size, self._limits.left = limit, limit * WORK
-            return self.join(_compiled(self, source).generate(**variables))
-
-        return _within_time(work)
-
-    # ---- what templates do
-
-    def join(self, parts: Iterable[Any]) -> str:
-        """Join texts, as `~`, blocks, macros and the whole template do."""
-        texts = []
-        size = 0
-        for part in parts:
-            text = part if isinstance(part, str) else str(self.checked(part))
-            size += len(text)
-            self._check(size)
-            texts.append(text)
-        self._charge(size)
-        return "".join(texts)
-
-    def checked(self, value: T) -> T:
-        """Return a value whose text is no longer than allowed: one that holds another twice may be endless."""
-        if isinstance(value, dict | list | tuple):
-            _weight(value, self._size)
-        return value
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """One of the operators that make long values."""
-        if operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
-                    self._charge(len(value) * max(0, times))
-            self._check(_bits(left) + _bits(right))
-        elif operator == "**":
-            self._check(_bits(left) * max(1, abs(right)) if isinstance(right, int) else 0)
-        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            self._charge(len(left) + len(right))
-        elif operator == "%" and isinstance(left, str):
-            self._check_format(left, right)
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function, macro or method."""
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str | bytes):
-            args = self._checked_method(owner, function.__name__, args, kwargs)
-        result = super().call(context, function, *args, **kwargs)
-        if isinstance(result, str):
-            self._charge(len(result))
-        return self.checked(result)
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """The sandbox's own str.format, which call() cannot tell from other functions."""
-        wrapped = super().wrap_str_format(value)
-        if wrapped is None:
-            return None
-
-        def checked(*args: Any, **kwargs: Any) -> str:
-            self._check_format(value.__self__, [*args, *kwargs.values()])
-            return wrapped(*args, **kwargs)
-
-        return checked
-
-    def _checked_method(self, text: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-            widths = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
-            self._charge(max(widths, default=8) * (1 + text.count("\t") if name == "expandtabs" else 1))
-        elif name == "replace" and len(args) >= 2:
-            self._charge(len(text) + text.count(args[0]) * len(args[1]))
-        elif name == "join" and args:
-            args = (list(args[0]),)
-            self._charge(_weight(args[0], self._size) + len(text) * len(args[0]))
-        elif name in ("format", "format_map"):
-            self._check_format(text, [*args, *kwargs.values()])
-        elif name == "translate" and args:
-            self._charge(len(text) * _weight(args[0], self._size))
-        return args
-
-    def _checked_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            value, *others = args[skipped:]
-            options = [*others, *kwargs.values()]
-            if name == "join":
-                value = list(value)
-                args = (*args[:skipped], value, *others)
-                glue = max((len(option) for option in options if isinstance(option, str)), default=0)
-                self._charge(_weight(value, self._size) + len(value) * glue)
-            elif name == "replace" and len(others) >= 2:
-                self._charge(len(str(value)) + str(value).count(str(others[0])) * len(str(others[1])))
-            elif name == "indent":
-                width = max((len(o) if isinstance(o, str) else int(o) for o in options), default=4)
-                self._charge(len(str(value)) + (1 + str(value).count("\n")) * width)
-            elif name == "format":
-                self._check_format(str(value), options)
-            elif name == "tojson":
-                width = max(
-                    (len(o) if isinstance(o, str) else o for o in options if isinstance(o, str | int)), default=0
-                )
-                self._charge((1 + width) * _weight(value, self._size))
-            elif name == "sum":
-                value = list(value)
-                args = (*args[:skipped], value, *others)
-                self._charge(_weight(value, self._size) * (1 + len(value)) if any(map(_is_list, value)) else 0)
-            else:
-                self.checked(value)
-
-            result = function(*args, **kwargs)
-            if isinstance(result, str):
-                self._charge(len(result))
-            return self.checked(result)
-
-        return checked
-
-    def _check_format(self, text: str, values: Any) -> None:
-        if _WIDTH.search(text) or re.search(r"\{[^}]*\{", text):
-            raise RenderError("it formats to a width of a thousand or more")
-        self._charge(len(text) * (1 + _weight(values, self._size)) if len(text) < 4096 else len(text) * 64)
-
-    # ---- the bounds
-
-    @property
-    def _size(self) -> int:
-        return int(getattr(self._limits, "size", SPARE_CHARACTERS))
-
-    def _check(self, size: float) -> None:
-        if size > self._size:
-            raise RenderError(f"it makes a text or list longer than {self._size}, {GROWTH} times what it was given")
-
-    def _charge(self, size: int) -> None:
-        self._check(size)
-        left = getattr(self._limits, "left", None)
-        if left is not None:
-            self._limits.left = left - size
-            if left < size:
-                raise RenderError(f"its texts are longer than {self._size * WORK} together")
-
-
-class _CheckedCode(CodeGenerator):
-    """Compiles a template so that what it joins and the lists it makes are checked, too."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
-        self.write("environment.join((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_List(self, node: nodes.List, frame: Any) -> None:
-        self.write("environment.checked(")
-        super().visit_List(node, frame)
-        self.write(")")
-
-    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
-        self.write("environment.checked(")
-        super().visit_Dict(node, frame)
-        self.write(")")
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
-        loads = node.ctx == "load"
-        self.write("environment.checked(" if loads else "")
-        super().visit_Tuple(node, frame)
-        self.write(")" if loads else "")
+_ORPHAN_MS = 1000
+"""Milliseconds between two looks at whether the process that started this one still lives."""
+_RECEIVED_AT_ONCE = 1 << 20
 
 
 class _Generation(jinja2.ext.Extension):
@@ -277,83 +72,127 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise RenderError(f"it stores {name!r} in a namespace")
+            raise jinja2.TemplateError(f"it stores {name!r} in a namespace")
         super().__setitem__(name, value)
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(sandbox: Sandbox, source: str) -> jinja2.Template:
-    return sandbox.from_string(source)
+@cache
+def environment() -> ImmutableSandboxedEnvironment:
+    """transformers' environment for chat templates."""
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], cache_size=0
+    )
+    made.filters["tojson"] = _tojson
+    made.globals = {
+        "range": made.globals["range"],
+        "cycler": made.globals["cycler"],
+        "joiner": made.globals["joiner"],
+        "dict": _TemplateDict(),
+        "namespace": _Namespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+    }
+    return made
 
 
-def _within_time(work: Callable[[], str]) -> str:
-    """Run `work` on a thread of its own, which is interrupted if it takes too long. Raises RenderError."""
-    results: list[str] = []
-    errors: list[BaseException] = []
+class Renderer:
+    """Keeps the template that was used last, compiled."""
 
-    def run() -> None:
+    def __init__(self) -> None:
+        self._source: str | None = None
+        self._template: jinja2.Template | None = None
+
+    def reply(self, request: bytes) -> tuple[bool, bytes]:
+        """(whether it is the text, the text or what went wrong) of a request."""
+        most = GROWTH * len(request) + SPARE_CHARACTERS
         try:
-            results.append(work())
+            source, variables = msgspec.msgpack.decode(request)
+            text = self._compiled(source).render(variables)
+            if len(text) > most:
+                return False, b"it makes a text longer than %d, %d times what it was given" % (most, GROWTH)
+            return True, text.encode()
+        except MemoryError:
+            return False, b"it takes more than %d MiB of memory" % (_memory_limit(len(request)) >> 20)
         except BaseException as error:
-            errors.append(error)
+            why = str(error)[:ERROR_CHARACTERS] or type(error).__name__
+            return False, why.encode(errors="replace")
 
-    thread = threading.Thread(target=run, name="phalanx-template", daemon=True)
-    started = time.monotonic()
-    thread.start()
-    assert thread.ident is not None
-    patience = CPU_LIMIT_S
-    while thread.is_alive():
-        thread.join(patience)
-        patience = 0.1
-        waited = time.monotonic() - started
-        if thread.is_alive() and (waited > WALL_LIMIT_S or _cpu_seconds(thread.ident) > CPU_LIMIT_S):
-            _interrupt(thread)
-            raise RenderError(f"it took longer than {CPU_LIMIT_S:g} s")
-    if results:
-        return results[0]
-    error = errors[0]
-    raise RenderError(str(error) or type(error).__name__) from error
+    def _compiled(self, source: str) -> jinja2.Template:
+        if self._template is None or source != self._source:
+            self._template, self._source = environment().from_string(source), source
+        return self._template
 
 
-def _interrupt(thread: threading.Thread) -> None:
-    """End a thread that runs Python code; nothing is left of it within moments."""
-    for _ in range(20):
-        assert thread.ident is not None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Interrupted))
-        thread.join(0.05)
-        if not thread.is_alive():
+def serve(channel: socket.socket, address_space: int) -> None:
+    """Answer requests until the other side is gone. `address_space` is what this process has mapped without them."""
+    renderer = Renderer()
+    waiting = select.poll()
+    waiting.register(channel, select.POLLIN)
+    parent = os.getppid()
+    while True:
+        while not waiting.poll(_ORPHAN_MS):
+            if os.getppid() != parent:
+                return
+        header = _receive(channel, REQUEST.size)
+        if header is None:
             return
 
-
-def _cpu_seconds(ident: int) -> float:
-    with contextlib.suppress(OSError):  # a thread that has just ended has no clock
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
-    return 0.0
-
-
-def _weight(value: Any, limit: int | None) -> int:
-    """Characters and elements that a value has when it is written out. Raises RenderError above the limit."""
-    total = 0
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        total += len(item) + 1 if isinstance(item, str | bytes) else 1
-        if isinstance(item, dict):
-            pending += item.keys()
-            pending += item.values()
-        elif isinstance(item, list | tuple):
-            pending += item
-        if limit is not None and total + len(pending) > limit:
-            raise RenderError(f"it makes a text or list longer than {limit}, {GROWTH} times what it was given")
-    return total
+        (size,) = REQUEST.unpack(header)
+        _limit(resource.RLIMIT_AS, address_space + _memory_limit(size))
+        request = _receive(channel, size)
+        if request is None:
+            return
+        # At its end the signal ends the process, whatever it does.
+        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
+        right, text = renderer.reply(request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        channel.sendall(REPLY.pack(right, len(text)) + text)
+        del request, text
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple | str)
+def _receive(channel: socket.socket, size: int) -> bytes | None:
+    """The next `size` bytes; None at the end."""
+    pieces = []
+    while size:
+        piece = channel.recv(min(size, _RECEIVED_AT_ONCE))
+        if not piece:
+            return None
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
-def _bits(value: Any) -> int:
-    return value.bit_length() if isinstance(value, int) else 0
+def _memory_limit(size: int) -> int:
+    """Bytes that a template may take for a request of `size` bytes."""
+    return MEMORY_BYTES + MEMORY_FACTOR * size
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _limit(what: int, most: int) -> None:
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _give_up_rights() -> None:
+    """Open no file any more, and start no process, for the case that a template leaves its sandbox."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+
+
+def _prepare() -> None:
+    """Do what would open a file later: Jinja imports some modules when they are needed, and the clock's time zone."""
+    import pprint  # noqa: F401
+    import textwrap  # noqa: F401
+    import unicodedata  # noqa: F401
+
+    time.localtime()
+    environment().from_string("{{ raise_exception('x') if y }}{{ 1 | pprint }}").render()
 
 
 def _tojson(
@@ -369,3 +208,21 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format[:200])
+
+
+def main() -> None:
+    """Serve standard input."""
+    channel = socket.socket(fileno=0)
+    _prepare()
+    address_space = _address_space()
+    _give_up_rights()
+    try:
+        serve(channel, address_space)
+    except (BrokenPipeError, ConnectionResetError):
+        return  # the other side has gone
+    finally:
+        channel.detach()
+
+
+if __name__ == "__main__":
+    main()

@@ -147,6 +147,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_path(
         ({"grammar": "root ::= ("}, "no EBNF"),
         ({"json_schema": "{"}, "not JSON"),
         ({"json_schema": "[" * 100 + "]" * 100}, "nested"),
+        ({"json_schema": '{"const": "\\ud800"}'}, "half of a surrogate pair"),
         ({"json_schema": "false"}, "Unsatisfiable"),
         ({"json_schema": '{"$ref": "#"}'}, "met by no text"),
         ({"structural_tag": "{}"}, "structures must be a list"),

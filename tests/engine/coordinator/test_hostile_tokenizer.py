@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 from phalanx import EngineConfig
 from phalanx.engine.coordinator.input_processor import InputProcessor
+from phalanx.engine.coordinator.text.template_processes import TemplateProcesses
 from phalanx.engine.coordinator.tokenizer import Tokenizer, read_generation_config
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.protocol.messages import Submit
@@ -22,6 +24,12 @@ from phalanx.tests.hostile_values import NO_OBJECTS, VALUES, little_memory, read
 GENERATION, SETTINGS, TOKENIZER = "generation_config.json", "tokenizer_config.json", "tokenizer.json"
 MAX_MODEL_LEN = 256
 CHAT = [{"role": "user", "content": "hi"}]
+
+
+@functools.cache
+def _processes() -> TemplateProcesses:
+    """The same for every tokenizer, so that not each starts one; they end with this process."""
+    return TemplateProcesses()
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +134,7 @@ SETTINGS_FIELDS = (
 
 def _tokenize(folder: Path, spec: ModelSpec) -> None:
     """Make the tokenizer, and text of tokens and tokens of text with it."""
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, processes=_processes())
     processor = InputProcessor(EngineConfig(model="m"), spec, tokenizer, {}, MAX_MODEL_LEN)
     prompt = processor.process(Submit(id="a", prompt="Hello <|im_end|> a"), "i", 1.0).prompt
     assert all(0 <= token < spec.vocab_size for token in prompt)

@@ -108,6 +108,9 @@ class _Processor:
         if size > MOST_BYTES:
             raise InvalidRequest("too many bytes")
 
+    def close(self) -> None:
+        self.closed = True
+
     def process(self, submit: Submit, request_id: str, arrived_at: float, seed: int | None) -> Request:
         self.processed.append(submit.id)
         self.seeds[request_id] = seed

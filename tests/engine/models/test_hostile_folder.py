@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from phalanx.engine.models.spec import ModelSpec, RopeSpec, read_config, spec_fr
 from phalanx.engine.models.stored import read_stored
 from phalanx.kernels.rope import RotaryEmbedding
 from phalanx.tests.engine.conftest import CONFIG
+from phalanx.tests.engine.coordinator.test_hostile_tokenizer import GENERATION_FIELDS, SETTINGS_FIELDS
 from phalanx.tests.hostile_values import NO_OBJECTS, VALUES, little_memory, read_json, refusal
 
 INDEX = "model.safetensors.index.json"
@@ -305,12 +307,25 @@ STARTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "token": ("tokenizer_config.json", {"eos_token": ["a"]}, ["tokenizer_config.json", "eos_token"]),
     "template": ("tokenizer_config.json", {"chat_template": [None]}, ["tokenizer_config.json", "chat_template"]),
     "vocab": ("tokenizer.json", {"model": {"type": "BPE", "vocab": None}}, ["tokenizer.json"]),
+    "index": (INDEX, {"metadata": None}, []),
+    "no map": (INDEX, {"weight_map": None}, [INDEX, "weight_map=None"]),
+    "elsewhere": (INDEX, {"weight_map": {"model.norm.weight": "../x"}}, [INDEX, "'../x'", "a file of the folder"]),
 }
+SAMPLES = 24
+"""Fields with a value, out of all of them, that engines of one and of two ranks are started with."""
 
 
 def _start(folder: Path, name: str, ranks: int) -> list[int] | str:
     """The tokens of an engine on the changed folder, or the words with which it did not start."""
     file, changes, words = STARTS[name]
+    outcome = _start_changed(folder, file, changes, ranks, *words)
+    assert isinstance(outcome, str) == bool(words), outcome
+    return outcome
+
+
+def _start_changed(folder: Path, file: str, changes: dict[str, Any], ranks: int, *words: str) -> list[int] | str:
+    if file == INDEX:
+        _shard(folder)
     (folder / file).write_text(json.dumps({**read_json(folder / file), **changes}))
     tokens: list[int] = []
 
@@ -319,9 +334,7 @@ def _start(folder: Path, name: str, ranks: int) -> list[int] | str:
             completion = llm.generate(["abc"], SamplingParams(max_tokens=8, ignore_eos=True, seed=1))[0].outputs[0]
             tokens.extend(completion.token_ids)
 
-    message = refusal(name, answer, *words)
-    assert (message is None) == (not words), message
-    return message or tokens
+    return refusal(f"{file}: {changes!r:.200} at ranks={ranks}", answer, *words) or tokens
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -333,14 +346,34 @@ def test_an_engine_answers_or_says_why_it_does_not_start(folder: Path, name: str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_two_ranks_answer_as_one_or_say_the_same(tiny: Path, tmp_path: Path, name: str) -> None:
-    # One folder for both, one after the other: messages name it.
-    folder = tmp_path / "model"
-    outcomes = []
-    for ranks in (1, 2):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tiny, folder)
-        outcomes.append(_start(folder, name, ranks))
-    one, two = outcomes
+    one, two = (_start(_copied(tiny, tmp_path / "model"), name, ranks) for ranks in (1, 2))
     assert type(one) is type(two)
     # How much room there is depends on the number of ranks.
     assert one == two or name == "positions"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(SAMPLES))
+def test_two_ranks_make_of_any_value_what_one_makes_of_it(tiny: Path, tmp_path: Path, number: int) -> None:
+    draw = random.Random(number)
+    fields = {
+        "config.json": list(CONFIG_FIELDS),
+        "generation_config.json": list(GENERATION_FIELDS),
+        "tokenizer_config.json": list(SETTINGS_FIELDS),
+        INDEX: ["weight_map", "metadata", "other"],
+    }
+    file = draw.choice(list(fields))
+    field, value = draw.choice(fields[file]), draw.choice(list(VALUES))
+    one, two = (
+        _start_changed(_copied(tiny, tmp_path / "model"), file, {field: VALUES[value]}, ranks) for ranks in (1, 2)
+    )
+    if isinstance(one, str) and isinstance(two, str):
+        assert file in one
+        assert file in two
+    assert one == two, (file, field, value)
+
+
+def _copied(model: Path, folder: Path) -> Path:
+    """The same folder for one and two ranks, one after the other: messages name it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return Path(shutil.copytree(model, folder))
