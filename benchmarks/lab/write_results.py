@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Result], Blocks]]] = {
         single.serve,
     ),
     "chaos": (
-        "Ranks that are killed, stopped and drowned",
+        "Ranks that are killed and stopped",
         "`chaos.py`: each request is judged by what the undisturbed server says. mode=chaos kills and stops at random "
         "amid requests of every kind, bursts and disconnects; mode=kills and mode=stops disturb each rank in turn amid "
         "sixteen requests; mode=saturation has prefills of 4,096 tokens without a pause; mode=beside does the same to "

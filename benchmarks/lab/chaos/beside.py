@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ WATCHED_S = 60.0
 """Seconds after the fault, or after the last text of any stream, for which streams that have not ended are watched."""
 AFTER_END_S = 15.0
 """Seconds for which a server is watched after its streams have ended."""
-START_S = 400.0
+START_S = 700.0
 LOOK_S = 0.1
 PROMPT = "Once upon a time, in a village by the sea,"
-FAULTS = (signal.SIGKILL, signal.SIGSTOP)
+FAULTS = (signal.SIGSTOP, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,18 @@ def contenders(model: Path, vllm: Path, port: int, step_timeout_s: float) -> lis
 
 
 def disturb_both(model: Path, vllm: Path, step_timeout_s: float) -> dict[str, Any]:
-    """Each fault in each server, one after the other, each time in one that was just started."""
-    found: dict[str, Any] = {}
-    for number in FAULTS:
-        for contender in contenders(model, vllm, _free_port(), step_timeout_s):
-            figures = _disturb(contender, number)
-            print(f"{number.name} in {contender.name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
-            found.setdefault(f"{number.name} of a worker", {})[contender.name] = figures
+    """Each fault in each server, one server after the other: what ends with a fault is started again for the next."""
+    found: dict[str, Any] = {f"{number.name} of a worker": {} for number in FAULTS}
+    for contender in contenders(model, vllm, _free_port(), step_timeout_s):
+        faults = list(FAULTS)
+        while faults:
+            faults = _disturb(contender, faults, found)
     ours = [each["phalanx"]["streams"] for each in found.values()]
     return {"faults": found, "well": all(streams == {"finished": STREAMS} for streams in ours)}
 
 
-def _disturb(contender: Contender, number: signal.Signals) -> dict[str, Any]:
+def _disturb(contender: Contender, faults: list[signal.Signals], found: dict[str, Any]) -> list[signal.Signals]:
+    """Start a server and disturb it, as long as it answers afterwards. Returns the faults that are left."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, open(os.path.join(folder, "log"), "w+") as log:
         began = time.monotonic()
         process = psutil.Popen(
@@ -91,8 +91,15 @@ def _disturb(contender: Contender, number: signal.Signals) -> dict[str, Any]:
         try:
             url = f"http://127.0.0.1:{_port(contender)}"
             _wait_until_ready(process, url)
-            ready_s = time.monotonic() - began
-            return {"ready_s": round(ready_s, 1), **_Trial(contender, process, url).run(number)}
+            ready_s = round(time.monotonic() - began, 1)
+            answers = True
+            while faults and answers:
+                number, *faults = faults
+                figures = {"ready_s": ready_s, **_Trial(contender, process, url).run(number)}
+                print(f"{number.name} in {contender.name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+                found[f"{number.name} of a worker"][contender.name] = figures
+                answers = bool(figures["answers_afterwards"])
+            return faults
         except (EngineStopped, httpx.HTTPError) as error:
             log.seek(0)
             raise EngineStopped(f"{contender.name}: {error}; it said: {log.read()[-2000:]}") from error
@@ -117,7 +124,6 @@ class _Stream:
     """finished, failed, or nothing yet."""
     ended_at: float = 0.0
     why: str = ""
-    texts: list[str] = field(default_factory=list)
 
 
 class _Trial:
@@ -126,6 +132,11 @@ class _Trial:
     def __init__(self, contender: Contender, process: psutil.Popen, url: str) -> None:
         self._contender, self._process, self._url = contender, process, url
         self._streams = [_Stream() for _ in range(STREAMS)]
+        # Letters, so that every token of a model of random weights has a text, too.
+        letters = {"model": "m", "prompt": "a b c d e f g h i j k l", "add_special_tokens": False}
+        answer = httpx.post(f"{url}/tokenize", json=letters, timeout=START_S)
+        answer.raise_for_status()
+        self._letters = sorted(set(answer.json()["tokens"]))
 
     def run(self, number: signal.Signals) -> dict[str, Any]:
         """Return what was seen, in seconds since the fault."""
@@ -146,11 +157,14 @@ class _Trial:
         health, exited_s = self._watch(at)
 
         ends = [stream.ended or "hung" for stream in self._streams]
+        silence_s = max(self._silence(stream) for stream in self._streams)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers[-1].send_signal(signal.SIGCONT)  # all is noted: the server may serve the next trial
         times = [stream.ended_at - at for stream in self._streams if stream.ended]
         return {
             "streams": {end: ends.count(end) for end in dict.fromkeys(ends)},
             "streams_ended_s": {"first": round(min(times), 1), "last": round(max(times), 1)} if times else None,
-            "longest_silence_s": round(max(self._silence(stream) for stream in self._streams), 1),
+            "longest_silence_s": round(silence_s, 1),
             "errors": sorted({stream.why for stream in self._streams if stream.why}),
             "health": health,
             "server_exited_s": exited_s,
@@ -184,7 +198,7 @@ class _Trial:
         """Whether a new request is answered."""
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 4}
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.post(f"{self._url}/v1/completions", json=body, timeout=10.0).status_code == 200
+            return httpx.post(f"{self._url}/v1/completions", json=body, timeout=30.0).status_code == 200
         return False
 
     def _workers(self) -> list[psutil.Process]:
@@ -197,10 +211,11 @@ class _Trial:
 
     def _follow(self, stream: _Stream) -> None:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+        body |= {"temperature": 0, "allowed_token_ids": self._letters}
         url = f"{self._url}/v1/completions"
         stream.last_at = time.monotonic()
         try:
-            with httpx.stream("POST", url, json={**body, "temperature": 0}, timeout=None) as answer:
+            with httpx.stream("POST", url, json=body, timeout=None) as answer:
                 for line in answer.iter_lines():
                     if line.startswith("data: "):
                         self._note(stream, line)
