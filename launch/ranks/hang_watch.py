@@ -64,7 +64,7 @@ class HangWatch:
         """A group hangs after `step_timeout_s` without getting on, or longer where it was seen to take longer.
 
         No more than `timeout_s`, within which ranks give up waiting for one another, and which they have for each phase
-        of their start. Where collectives cannot be seen a step is one piece: one of more tokens than any before has that
+        of their start. Where collectives cannot be seen a step is one piece: one of more tokens than any before has as
         long.
         """
         self._step_timeout_s = step_timeout_s
