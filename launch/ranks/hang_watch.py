@@ -65,9 +65,9 @@ class HangWatch:
     def __init__(self, step_timeout_s: float, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """A group hangs after `step_timeout_s` without getting on, or longer where it was seen to take longer.
 
-        No more than `timeout_s`, within which ranks give up waiting for one another: which they also have while they
-        start. Where collectives cannot be seen a
-        step is one piece: one of more tokens than any before has that long.
+        No more than `timeout_s`, within which ranks give up waiting for one another, and which they have for each phase
+        of their start. Where collectives cannot be seen a step is one piece: one of more tokens than any before has as
+        long.
         """
         self._step_timeout_s = step_timeout_s
         self._timeout_s = max(step_timeout_s, timeout_s)
@@ -101,7 +101,8 @@ class HangWatch:
         return None
 
     def _got_on(self, last: Sight | None, sight: Sight) -> None:
-        if last is not None:
+        # How long a start takes says nothing of steps.
+        if last is not None and not _starts(last):
             tokens = _tokens(last)
             self._slowest = max(FORGET * self._slowest, self._still_s / max(1, tokens))
             if max(beat.step for beat in sight.beats) > max(beat.step for beat in last.beats):
@@ -112,13 +113,17 @@ class HangWatch:
 
     def _allowed_s(self, sight: Sight) -> float:
         tokens = _tokens(sight)
-        if any(beat.phase in STARTING for beat in sight.beats):
+        if _starts(sight):
             # Those that have met tell by their sums who is behind: a little before the others give up waiting. Until
             # then whoever waits knows best for whom.
             return (START_SHARE if sight.flags else MEETING_SHARE) * self._timeout_s
         if not sight.flags and tokens > self._most_tokens:
             return self._timeout_s
         return min(self._timeout_s, max(self._step_timeout_s, SLACK * self._slowest * tokens))
+
+
+def _starts(sight: Sight) -> bool:
+    return any(beat.phase in STARTING for beat in sight.beats)
 
 
 def _tokens(sight: Sight) -> int:

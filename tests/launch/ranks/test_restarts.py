@@ -178,3 +178,10 @@ def test_until_they_have_met_ranks_tell_themselves_for_whom_they_wait(clock: _Cl
     stall = _look_for(watch, clock, sight, 20)
     assert stall is not None
     assert stall.rank == 1
+
+
+def test_a_long_start_gives_steps_no_more_time(clock: _Clock) -> None:
+    watch = HangWatch(2.0, 60.0, clock)
+    assert _look_for(watch, clock, _sight("loading", "loading", step=0, tokens=0, flags=(1, 1)), 40) is None
+    watch.look(_sight("waiting", "waiting", step=0, tokens=0, flags=(2, 2)))
+    assert _look_for(watch, clock, _sight("wait", "compute", flags=(3, 3)), 2.5) is not None
