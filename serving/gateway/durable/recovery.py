@@ -112,8 +112,9 @@ class Recovery:
                 self._counted.discard(entry.number)
                 self.recovered += 1
         except JournalError as error:
-            _log.error("request %s cannot be recovered: %s", entry.request.name, error)
-            requests.left_over.set()
+            if not requests.closing:
+                _log.error("request %s cannot be recovered: %s", entry.request.name, error)
+                requests.left_over.set()
         except Exception:
             _log.exception("request %s cannot be recovered", entry.request.name)
 
