@@ -160,6 +160,14 @@ class Journal:
         """What was noted of a request, by place, in its order."""
         return self._writer.run(lambda connection: rows.progress_of(connection, number))
 
+    def resume(self, number: int) -> Future[dict[int, list[bytes]] | None]:
+        """The same of a request that has not ended; None of one that has, or that there is not."""
+
+        def action(connection: sqlite3.Connection) -> dict[int, list[bytes]] | None:
+            return rows.progress_of(connection, number) if rows.is_open(connection, number) else None
+
+        return self._writer.run(action)
+
     def of_batch(self, batch: str, after: int, most: int) -> Future[list[Entry]]:
         """The first `most` requests of a batch above the number `after`, whether they have ended or not."""
         return self._writer.run(

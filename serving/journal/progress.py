@@ -23,7 +23,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """What came since the note before."""
 
     digest: bytes
-    """Of what was asked of which model: tokens of another question are no beginning of an answer."""
+    """A digest of what was asked of which model: tokens of another question are no beginning of an answer."""
     accepted: Accepted | None
     deltas: list[Delta]
     """At most one for each completion."""

@@ -38,7 +38,9 @@ class OpenRequest:
         self.background = False
         """Whether it goes on after its HTTP answer, and is ended by what computes it."""
         self.left = asyncio.Event()
-        """Set when its task has done with it."""
+        """Set when its HTTP answer is made."""
+        self.ended = asyncio.Event()
+        """Set when what goes on in the background has ended too."""
         self._journal = journal
         self._notes = notes or {}
 

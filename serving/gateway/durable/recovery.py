@@ -103,15 +103,18 @@ class Recovery:
                     await self._give_up(entry)
                     return
             opened = await requests.opened(entry)
-            if entry.request.id in requests.open:  # its caller came back meanwhile
+            if opened is None:  # its caller came back meanwhile
                 return
             answer = await requests.compute(opened, [], waiting=lambda: False)
+            if opened.background:
+                await opened.ended.wait()
             if not requests.closing and not answer.is_refusal:
                 self._counted.discard(entry.number)
                 self.recovered += 1
         except JournalError as error:
-            _log.error("request %s cannot be recovered: %s", entry.request.name, error)
-            requests.left_over.set()
+            if not requests.closing:
+                _log.error("request %s cannot be recovered: %s", entry.request.name, error)
+                requests.left_over.set()
         except Exception:
             _log.exception("request %s cannot be recovered", entry.request.name)
 

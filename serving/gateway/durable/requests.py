@@ -124,6 +124,7 @@ class DurableRequests:
         self.open.pop(opened.request.id, None)
         if not self.closing:
             await opened.finish(200, answer)
+        opened.ended.set()
 
     async def give_up(self, request_id: str) -> bool:
         """Forget a request that was accepted and that nobody computes. Whether there was one."""
@@ -137,9 +138,14 @@ class DurableRequests:
         except JournalError as error:
             raise unavailable(str(error), "journal_failed") from None
 
-    async def opened(self, entry: Entry) -> OpenRequest:
-        """A request that was accepted before, as it is computed again. Raises JournalError."""
-        notes = await asyncio.wrap_future(self.journal.progress_of(entry.number))
+    async def opened(self, entry: Entry) -> OpenRequest | None:
+        """A request that was accepted before, as it is computed again; None if it has ended, or is being computed.
+
+        The caller computes it at once: nobody else may begin in between. Raises JournalError.
+        """
+        notes = await asyncio.wrap_future(self.journal.resume(entry.number))
+        if notes is None or entry.request.id in self.open:
+            return None
         return OpenRequest(self.journal, entry.request, entry, notes)
 
     async def _first(self, request: Request, headers: Headers) -> tuple[Answer, bool]:
@@ -164,35 +170,35 @@ class DurableRequests:
 
     async def _known(self, request: Request, headers: Headers, key: tuple[str, str]) -> tuple[Answer, bool]:
         """The answer of a request with a key: as it was given before, or computed now."""
+        opened: OpenRequest | None = OpenRequest(self.journal, request)
         try:
             entry = await asyncio.wrap_future(self.journal.by_key(*key))
-            if entry is None:
-                opened = OpenRequest(self.journal, request)
-            elif entry.request.digest != request.digest:
+            if entry is not None and entry.request.digest != request.digest:
                 raise other_body()
-            elif entry.finished_at is not None:
-                return kept_answer(entry), True
-            else:
-                opened = await self.opened(entry)
-                if (found := self.open.get(entry.request.id)) is not None:  # what was left over is computed already
-                    return await self._follow(found), True
+            if entry is not None:
+                opened = await self.opened(entry) if entry.finished_at is None else None
+                if opened is None:
+                    return await self._follow(entry), True
         except JournalError as error:
             raise unavailable(str(error), "journal_failed") from None
+        assert opened is not None
         answer = await self.compute(opened, headers, waiting=lambda: self._running[key].waiting > 0)
         return answer, False
 
-    async def _follow(self, opened: OpenRequest) -> Answer:
-        """The answer of a request that was recovered, or goes on in the background."""
-        if not opened.background:
+    async def _follow(self, entry: Entry) -> Answer:
+        """The answer of a request that has ended, or that somebody else computes."""
+        opened = self.open.get(entry.request.id)
+        if opened is not None and not opened.background:
             await opened.left.wait()
-        if opened.background:
-            record = self._responses.get(opened.request.owner, f"resp_{opened.request.id}")
+        if opened is not None and opened.background:
+            record = self._responses.get(entry.request.owner, f"resp_{entry.request.id}")
             if record is not None:
-                return Answer(200, record.response, opened.request.name, {})
-        entry = await asyncio.wrap_future(self.journal.by_id(opened.request.id))
-        if entry is None or entry.finished_at is None:
-            raise unavailable("the request is being computed; try again soon", "in_progress")
-        return kept_answer(entry)
+                return Answer(200, record.response, entry.request.name, {})
+
+        found = await asyncio.wrap_future(self.journal.by_id(entry.request.id))
+        if found is None or found.finished_at is None:
+            raise unavailable("the request was put off; try again soon", "in_progress")
+        return kept_answer(found)
 
 
 def kept_answer(entry: Entry) -> Answer:

@@ -81,6 +81,7 @@ def test_every_request_of_a_batch_completes_once_though_the_gateway_is_killed(ga
     assert not answered & set(seeds)
 
 
+@pytest.mark.slow
 def test_a_batch_tells_what_failed_and_can_be_cancelled(gate: Gate, tmp_path: Path) -> None:
     with gateway(tmp_path, "max_open_requests=8") as server, official(server) as http:
         wrong = lines_of(1).replace(b'"fake"', b'"none"')

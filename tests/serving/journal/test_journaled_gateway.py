@@ -119,6 +119,7 @@ def test_a_key_is_for_one_body_and_one_running_request(gate: Gate, tmp_path: Pat
         assert http.post("/v1/completions", json=COMPLETION, headers={"Idempotency-Key": "n"}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_caller_without_a_key_that_goes_away_gives_its_request_up(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     with gateway(tmp_path) as server, client(server) as http:
@@ -129,6 +130,7 @@ def test_a_caller_without_a_key_that_goes_away_gives_its_request_up(gate: Gate, 
         assert http.get("/load").json()["server_load"] == 0
 
 
+@pytest.mark.slow
 def test_what_a_signal_interrupts_stays_for_the_next_start(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     with ThreadPoolExecutor(1) as threads, gateway(tmp_path, "drain_timeout_s=0.2") as server, client(server) as http:
@@ -145,6 +147,7 @@ def test_what_a_signal_interrupts_stays_for_the_next_start(gate: Gate, tmp_path:
     assert len(gate.finished) == 2
 
 
+@pytest.mark.slow
 def test_long_answers_go_on_from_the_tokens_that_were_noted(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     with ThreadPoolExecutor(1) as threads, gateway(tmp_path) as server, client(server) as http:
@@ -181,6 +184,7 @@ def test_the_journal_is_checked_at_the_door(gate: Gate, tmp_path: Path) -> None:
             assert http.get("/v1/requests/none").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_full_journal_refuses_with_its_setting(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     long = {"model": "fake", "prompt": "x" * 600_000, "max_tokens": 4}
@@ -207,6 +211,7 @@ def test_streams_are_not_journaled(gate: Gate, tmp_path: Path) -> None:
         assert http.get("/v1/requests/s").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_request_over_which_processes_die_again_and_again_is_given_up(gate: Gate, tmp_path: Path) -> None:
     body = json.dumps(COMPLETION).encode()
     with contextlib.closing(Journal(f"{tmp_path}/journal", "gateway", max_bytes=2**20, keep_s=60)) as journal:
@@ -223,6 +228,7 @@ def test_a_request_over_which_processes_die_again_and_again_is_given_up(gate: Ga
     assert len(gate.finished) == 1
 
 
+@pytest.mark.slow
 def test_a_response_that_waits_for_its_turn_can_be_cancelled(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     with gateway(tmp_path) as server, client(server) as http:
