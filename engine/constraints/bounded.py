@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,8 @@ CPU_S = 2.0
 ABANDONED = 2
 """Threads that may still run although nobody waits for them: with as many, nothing new is begun."""
 POLL_S = 0.02
+NICENESS = 10
+"""How much such a thread gives way to others of its process: what it takes of a busy machine it takes from steps."""
 
 _lock = threading.Lock()
 _abandoned: list[threading.Thread] = []
@@ -43,12 +47,20 @@ class _Work(threading.Thread, Generic[T]):
             return 0.0
 
     def run(self) -> None:
+        give_way(NICENESS)
         if hasattr(time, "pthread_getcpuclockid"):
             self._clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             self.result = self._function()
         except BaseException as error:  # whoever waits raises it
             self.error = error
+
+
+def give_way(niceness: int) -> None:
+    """Have the calling thread give way to the others of its process, where the system has priorities of threads."""
+    if sys.platform == "linux":
+        this = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, this, min(19, os.getpriority(os.PRIO_PROCESS, this) + niceness))
 
 
 def run_bounded(function: Callable[[], T], what: str) -> T:

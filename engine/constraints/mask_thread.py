@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from ..scheduling.step_plan import SlotSampling
+from .bounded import give_way
 from .matcher import Matcher
 
 SLOW_NICENESS = 10
@@ -90,8 +90,7 @@ class MaskThreads:
 
     def _run(self, lane: queue.SimpleQueue[Matcher | None]) -> None:
         if lane is self._slow:
-            this = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, this, min(19, os.getpriority(os.PRIO_PROCESS, this) + SLOW_NICENESS))
+            give_way(SLOW_NICENESS)
         while (matcher := lane.get()) is not None:
             was_slow = matcher.slow
             started = time.perf_counter()

@@ -120,7 +120,7 @@ def test_a_grammar_that_is_being_compiled_holds_up_nobody(engine: LLM, monkeypat
 
     def held(self: GrammarCompiler, structured: StructuredOutput) -> CompiledGrammar:
         if structured == SLOW:
-            gate.wait(LIMIT_S)
+            assert gate.wait(LIMIT_S)
         return compile_one(self, structured)
 
     monkeypatch.setattr(GrammarCompiler, "_compile", held)
