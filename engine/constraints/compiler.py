@@ -47,7 +47,7 @@ class CompiledGrammar:
     compile_again: Callable[[], LLMatcher]
     """Returns the same state, with a lexer that nobody shares."""
     seconds: float
-    """Of a processor's time, that compiling it took."""
+    """A processor's time that compiling it took."""
     spent: bool = False
     """Whether the shared lexer has learned all that it may."""
 
