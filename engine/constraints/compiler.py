@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidRequest
 from ..protocol.structured import StructuredOutput
+from .bounded import run_bounded
 from .json_schema import decode_json, find_path
 from .matcher import Beginning, Matcher
 from .sources import grammar_of, schema_grammar
@@ -20,25 +23,42 @@ if TYPE_CHECKING:
 INSTALL = "structured output needs the package llguidance: pip install 'llguidance>=1.9'"
 CACHED = 128
 """Compiled grammars that are kept, at most."""
-CACHED_BYTES = 1 << 22
-"""Bytes of the sources of the grammars that are kept, at most: what a compiled one takes grows with its source."""
-LEXER_FUEL, GRAMMAR_SIZE = 1_000_000, 200_000
-"""Bounds of compiling, in the library's own measures: they keep it below two seconds and 200 MB."""
+CACHED_CPU_S = 2.0
+"""Seconds of a processor's time that compiling all that is kept took, at most: what a grammar takes of memory grows
+with its own, to about 150 MB for each second."""
+EXPLAIN_S = 0.5
+"""Seconds of a processor's time that are spent to find which part of a schema is wrong."""
+LEXER_FUEL, GRAMMAR_SIZE = 250_000, 200_000
+"""Bounds of compiling, in the library's own measures: they keep it below a second and 100 MB."""
 STEP_FUEL, STEP_ITEMS, LEXER_STATES = 100_000, 20_000, 50_000
-"""Bounds of one mask: about 15 milliseconds; a grammar that needs more fails its request."""
+"""Bounds of one mask in the same measures: a grammar that needs more fails its request (see also MASK_CPU_S)."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CompiledGrammar:
-    """A grammar, and the state in which every answer begins."""
+    """A grammar, and the state in which every answer begins.
+
+    Copies of the state share a lexer: what one answer made it learn, the next one finds there.
+    """
 
     state: LLMatcher
     vocab_size: int
     library_ends: tuple[int, ...]
+    compile_again: Callable[[], LLMatcher]
+    """Returns the same state, with a lexer that nobody shares."""
+    seconds: float
+    """A processor's time that compiling it took."""
+    spent: bool = False
+    """Whether the shared lexer has learned all that it may."""
 
     def matcher(self, end_token_ids: Sequence[int], beginning: Beginning | None = None) -> Matcher:
         """A matcher for one completion that may end with any of these tokens."""
-        return Matcher(self.state.deep_copy(), self.vocab_size, end_token_ids, self.library_ends, beginning)
+        shared = self.state.deep_copy()
+        return Matcher(shared, self.vocab_size, end_token_ids, self.library_ends, beginning, self._leave)
+
+    def _leave(self, spent: bool) -> LLMatcher:
+        self.spent |= spent
+        return run_bounded(self.compile_again, "the grammar")
 
 
 class GrammarCompiler:
@@ -56,7 +76,6 @@ class GrammarCompiler:
         self._vocabulary_lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._kept: OrderedDict[StructuredOutput, CompiledGrammar] = OrderedDict()
-        self._kept_bytes = 0
 
     def prepare(self) -> None:
         """Read the vocabulary, which takes up to a second once. Does nothing without the library."""
@@ -71,10 +90,11 @@ class GrammarCompiler:
         structured.check()
         with self._lock:
             kept = self._kept.get(structured)
-            if kept is not None:
+            if kept is not None and not kept.spent:
                 self._kept.move_to_end(structured)
                 return kept
-        compiled = self._compile(structured)
+        self.prepare()
+        compiled = run_bounded(partial(self._compile, structured), f"structured.{structured.kind}")
         self._keep(structured, compiled)
         return compiled
 
@@ -83,16 +103,19 @@ class GrammarCompiler:
             from llguidance import LLMatcher
         except ImportError:
             raise InvalidRequest(INSTALL) from None
+        started = time.thread_time()
         grammar = grammar_of(structured)
         tokens = self._tokens()
-        state = LLMatcher(tokens, grammar, limits=_limits(), log_level=0)
+        compile_again = partial(LLMatcher, tokens, grammar, limits=_limits(), log_level=0)
+        state = compile_again()
         if state.is_error():
             raise InvalidRequest(self._explain(structured, state.get_error()))
         warnings = state.get_grammar_warnings()
         if warnings:
             raise InvalidRequest(f"structured.{structured.kind}: {_first_lines(warnings[0])}")
 
-        compiled = CompiledGrammar(state, self._vocab_size, tuple(tokens.eos_tokens))
+        took = time.thread_time() - started
+        compiled = CompiledGrammar(state, self._vocab_size, tuple(tokens.eos_tokens), compile_again, took)
         # What no text matches is refused at once.
         probe = compiled.matcher(())
         words = probe.allowed()
@@ -104,8 +127,11 @@ class GrammarCompiler:
         """The library's message, for a schema with the path of the part that it is about."""
         path = field = f"structured.{structured.kind}"
         if structured.json_schema is not None:
+            until = time.thread_time() + EXPLAIN_S
 
             def compile_alone(part: object) -> str:
+                if time.thread_time() > until:
+                    return ""
                 return LLMatcher(self._tokens(), schema_grammar(part), limits=_limits(), log_level=0).get_error()
 
             from llguidance import LLMatcher
@@ -115,13 +141,10 @@ class GrammarCompiler:
 
     def _keep(self, structured: StructuredOutput, compiled: CompiledGrammar) -> None:
         with self._lock:
-            if structured in self._kept:
-                return
             self._kept[structured] = compiled
-            self._kept_bytes += _size(structured)
-            while len(self._kept) > CACHED or self._kept_bytes > CACHED_BYTES:
-                dropped, _ = self._kept.popitem(last=False)
-                self._kept_bytes -= _size(dropped)
+            self._kept.move_to_end(structured)
+            while len(self._kept) > CACHED or sum(kept.seconds for kept in self._kept.values()) > CACHED_CPU_S:
+                self._kept.popitem(last=False)
 
     def _tokens(self) -> LLTokenizer:
         from llguidance import LLTokenizer
@@ -148,13 +171,6 @@ def _limits() -> LLParserLimits:
         max_lexer_states=LEXER_STATES,
         verbose_errors=False,
     )
-
-
-def _size(structured: StructuredOutput) -> int:
-    texts = getattr(structured, structured.kind)
-    if isinstance(texts, bool):
-        return 0
-    return len(texts) if isinstance(texts, str) else sum(map(len, texts))
 
 
 def _first_lines(message: str) -> str:

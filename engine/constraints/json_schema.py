@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import InvalidRequest
+from .formats import as_schemas, why_refused
+from .patterns import from_ecma
+from .schema_size import SchemaSize
 
 _PLAIN = re.compile(r"[\w$-]{1,100}", re.ASCII)
 DEPTH = 64
 """Objects and lists of a schema within one another, at most."""
-PROPERTIES, PATTERNS = 2000, 64
-"""Properties and patternProperties in all of a schema, at most: compiling them takes a time that grows with the square
-of their number."""
 PATTERN_CHARACTERS = 1024
 """Characters of a regular expression in a schema, at most."""
 TRIES = 300
@@ -28,20 +28,12 @@ SINGLE = (
 UNSUPPORTED = {
     "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "unevaluatedItems",
     "unevaluatedProperties", "dependentSchemas", "dependentRequired", "dependencies", "uniqueItems", "$dynamicRef",
-    "$recursiveRef", "x-guidance",
+    "$recursiveRef", "x-guidance", "extends", "disallow", "divisibleBy",
 }  # fmt: skip
 """Keywords that would constrain the answer, and that no grammar can express here."""
 
 
 COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
-_DAY = (
-    "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-    "|02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"
-    "|(?:[02468][048]|[13579][26])00)-02-29)"
-)
-_SECONDS = "[0-9]{2}:[0-9]{2}:[0-5][0-9].*"
-STRICTER = {"date": f"^{_DAY}$", "time": f"^{_SECONDS}$", "date-time": f"^{_DAY}[Tt ]{_SECONDS}$"}
-"""Formats whose days must be in the calendar, and whose seconds are below 60: a leap second is never written."""
 
 
 def decode_json(text: str, field: str) -> Any:
@@ -62,7 +54,7 @@ def decode_json(text: str, field: str) -> Any:
 def check_schema(schema: Any, field: str) -> None:
     """Raise InvalidRequest, with the path, for a keyword that is not supported or a part that is no schema."""
     pending = [(field, schema)]
-    properties = patterns = 0
+    size = SchemaSize()
     while pending:
         path, part = pending.pop()
         if isinstance(part, bool):
@@ -72,26 +64,24 @@ def check_schema(schema: Any, field: str) -> None:
         for keyword in part:
             if keyword in UNSUPPORTED and not _says_nothing(keyword, part):
                 raise InvalidRequest(f"{path}.{keyword} is not supported: no grammar can be made of it")
-        _check_patterns(part, path)
-        properties += _count(part, "properties")
-        patterns += _count(part, "patternProperties")
-        if properties > PROPERTIES or patterns > PATTERNS:
-            raise InvalidRequest(
-                f"{path} is one too many: a schema may have {PROPERTIES} properties and {PATTERNS} patternProperties"
-            )
+        _check_values(part, path)
+        size.add(part, path)
         pending += subschemas(part, path)
+    size.check(schema, field)
 
 
-def _check_patterns(schema: dict[str, Any], path: str) -> None:
+def _check_values(schema: dict[str, Any], path: str) -> None:
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise InvalidRequest(f"{path}.required must be a list of names, not {json.dumps(required)[:100]}")
+    refused = why_refused(schema)
+    if refused is not None:
+        raise InvalidRequest(f"{path}.format={str(schema['format'])[:100]!r} {refused}")
     patterns = schema.get("patternProperties")
     for pattern in [schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]:
         if isinstance(pattern, str) and len(pattern) > PATTERN_CHARACTERS:
             most = f"a pattern may have at most {PATTERN_CHARACTERS}"
             raise InvalidRequest(f"{path} has a pattern of {len(pattern)} characters; {most}")
-
-
-def _count(schema: dict[str, Any], keyword: str) -> int:
-    return len(schema[keyword]) if isinstance(schema.get(keyword), dict) else 0
 
 
 def find_path(schema: Any, field: str, error: str, compile_alone: Callable[[Any], str]) -> str:
@@ -135,8 +125,8 @@ def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
 def for_library(schema: Any) -> Any:
     """Return a checked schema as the library takes it rightly.
 
-    Unsupported keywords that constrain nothing are left out, counts are integers, and of dates and times those are
-    excluded that the library's own formats let through.
+    Unsupported keywords that constrain nothing are left out, counts are integers, formats are regular expressions, and
+    these are in the library's syntax.
     """
     if not isinstance(schema, dict):
         return schema
@@ -144,9 +134,12 @@ def for_library(schema: Any) -> Any:
     for keyword in COUNTS & made.keys():
         if isinstance(made[keyword], float) and made[keyword].is_integer():
             made[keyword] = int(made[keyword])
-    stricter = STRICTER.get(made["format"]) if isinstance(made.get("format"), str) else None
-    if stricter is not None and isinstance(made.setdefault("allOf", []), list):
-        made["allOf"] = [*made["allOf"], {"pattern": stricter}]
+    if isinstance(made.get("pattern"), str):
+        made["pattern"] = from_ecma(made["pattern"])
+    if isinstance(made.get("patternProperties"), dict):
+        patterns = {from_ecma(name): child for name, child in made["patternProperties"].items()}
+        if len(patterns) == len(made["patternProperties"]):
+            made["patternProperties"] = patterns
     for keyword in OF_SCHEMAS:
         if isinstance(made.get(keyword), dict):
             made[keyword] = {name: for_library(child) for name, child in made[keyword].items()}
@@ -156,6 +149,10 @@ def for_library(schema: Any) -> Any:
     for keyword in SINGLE:
         if isinstance(made.get(keyword), dict):
             made[keyword] = for_library(made[keyword])
+
+    formats = as_schemas(made.pop("format", None))
+    if formats and isinstance(made.setdefault("allOf", []), list):
+        made["allOf"] += formats
     return made
 
 
@@ -174,7 +171,7 @@ def _says_nothing(keyword: str, schema: dict[str, Any]) -> bool:
     if keyword in ("minContains", "maxContains"):
         return "contains" not in schema
     if keyword == "uniqueItems":
-        return value is False
+        return value is False or schema.get("maxItems") in (0, 1)
     if keyword == "not":
         return value is False
     if keyword.startswith("depend"):

@@ -1,42 +1,111 @@
-"""Masks of a step, computed beside its forward pass."""
+"""Masks of constrained rows, made on threads of their own beside the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from ..scheduling.step_plan import SlotSampling
+from .bounded import give_way
 from .matcher import Matcher
 
+SLOW_NICENESS = 10
+"""How much the slow ones' threads give way: where each core has a thread of the kernels, they take from the steps."""
+PATIENCE_S = 0.002
+"""Seconds that a step waits for a mask when all else that it needs is there."""
+POLL_S = 0.0005
+FAST_THREADS, SLOW_THREADS = 2, 1
+"""Threads for the masks that a step waits for, so that one that turns out to be slow holds up no other, and for those
+that are known to be slow."""
 
-class MaskThread:
-    """Computes the masks of one step at a time on a thread of its own, which the first one starts."""
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="phalanx-masks")
+class MaskThreads:
+    """Makes the masks of constrained rows on threads of its own, beside the steps that do not need them.
 
-    def start(self, matchers: Sequence[Matcher | None]) -> Future[list[bytes]]:
-        """The masks of these sequences' next tokens, as a plan's Masks have them; empty where there is no sequence."""
-        return self._threads.submit(_masks, matchers)
+    A mask is begun when the token before it is known. A step that wants to sample takes those that are there, and waits
+    for the others a short time at most: a row whose mask is late gives no token in that step. A sequence whose masks
+    are slow is not planned before its mask is there (see Matcher.ready).
+    """
+
+    def __init__(self, made_late: Callable[[], None] = lambda: None) -> None:
+        """`made_late` is called, on any thread, when a mask is there that steps have done without."""
+        self._made_late = made_late
+        self._made = threading.Condition()
+        self._fast: queue.SimpleQueue[Matcher | None] = queue.SimpleQueue()
+        self._slow: queue.SimpleQueue[Matcher | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._begun_at = 0.0
+        self._window_s = 0.0  # how long after their beginning masks were wanted, lately
+
+    def begin(self, matchers: Iterable[Matcher]) -> None:
+        """Make the masks of these matchers, each of which has taken in a token."""
+        for matcher in matchers:
+            if not self._threads:
+                self._start()
+            self._begun_at = time.perf_counter()
+            (self._slow if matcher.slow else self._fast).put(matcher)
+
+    def collect(self, matchers: Sequence[Matcher | None], computed: Callable[[], bool] = lambda: True) -> list[bool]:
+        """Wait for the masks of a step's rows. Returns which are there; so is that of a row without a matcher.
+
+        `computed` tells whether the forward pass is done: until then waiting costs nobody anything.
+        """
+        awaited = [matcher for matcher in matchers if matcher is not None and matcher.mask is None]
+        deadline: float | None = None
+        with self._made:
+            while True:
+                while awaited and awaited[-1].mask is not None:
+                    awaited.pop()
+                now = time.perf_counter()
+                if deadline is None and (not awaited or computed()):
+                    deadline = now + PATIENCE_S
+                    self._window_s += 0.2 * (now - self._begun_at - self._window_s)
+                left = POLL_S if deadline is None else deadline - now
+                if not awaited or left <= 0:
+                    break
+                self._made.wait(left)
+
+        # Who makes a mask sets it, and then looks whether it is late: one of the two sees the other.
+        for matcher in awaited:
+            matcher.late = True
+        return [matcher is None or matcher.mask is not None for matcher in matchers]
 
     def close(self) -> None:
-        """End the thread; nobody waits for it."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads; nobody waits for them."""
+        for lane in (self._fast, self._slow):
+            for _ in self._threads:
+                lane.put(None)
 
+    def _start(self) -> None:
+        lanes = [self._fast] * FAST_THREADS + [self._slow] * SLOW_THREADS
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name="phalanx-masks", daemon=True) for lane in lanes
+        ]
+        for thread in self._threads:
+            thread.start()
 
-def _masks(matchers: Sequence[Matcher | None]) -> list[bytes]:
-    masks = []
-    for matcher in matchers:
-        words = None
-        if matcher is not None:
+    def _run(self, lane: queue.SimpleQueue[Matcher | None]) -> None:
+        if lane is self._slow:
+            give_way(SLOW_NICENESS)
+        while (matcher := lane.get()) is not None:
+            was_slow = matcher.slow
+            started = time.perf_counter()
             try:
-                words = matcher.allowed()
-            except Exception as error:  # of the library that follows the grammar: the answer fails, the step goes on
-                matcher.failure = f"its grammar cannot be followed: {error!r}"
-        masks.append(b"" if words is None else words.tobytes())
-    return masks
+                matcher.make_mask()
+            except BaseException as error:  # a panic of the library is no Exception
+                matcher.fail(f"its grammar cannot be followed: {error!r}")
+            if matcher.mask is None:
+                self._slow.put(matcher)
+                continue
+            matcher.slow = time.perf_counter() - started > max(PATIENCE_S, self._window_s / 2)
+            with self._made:
+                self._made.notify_all()
+            if was_slow or matcher.slow or matcher.late:
+                self._made_late()
 
 
 def no_token_left(sampling: SlotSampling, mask: bytes, output: Sequence[int]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest
@@ -17,6 +18,8 @@ WHITESPACE = r"[ ]|\n(?:[ ]{0,40}|\t{0,20})"
 ever."""
 DEPTH = 64
 """Brackets of a regular expression or a grammar within one another, at most."""
+_LITERALS = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n])+/')
+"""Comments, strings and regular expressions of a Lark grammar, of which & and ~ are no operators."""
 LINE_CHARACTERS = 2048
 """Characters of a line of a grammar at most, and so of a regular expression in it."""
 
@@ -90,8 +93,11 @@ def _lark(text: str, field: str) -> str:
     longest = max(map(len, text.splitlines()), default=0)
     if longest > LINE_CHARACTERS:
         raise InvalidRequest(f"{field} has a line of {longest} characters; each may have at most {LINE_CHARACTERS}")
+    operator = re.search(r"&|~(?!\s*\d)", _LITERALS.sub("", text))
+    if operator is not None:
+        raise InvalidRequest(f"{field} has the operator {operator[0]}, which is not supported: it may take for ever")
     if "::=" not in text:
-        return text
+        return _with_checked_schemas(text, field)
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
@@ -100,6 +106,23 @@ def _lark(text: str, field: str) -> str:
         raise InvalidRequest(f"{field} is nested too deeply") from None
     except Exception as error:  # the converter has no error type of its own
         raise InvalidRequest(f"{field} is no EBNF: {error}") from error
+
+
+def _with_checked_schemas(text: str, field: str) -> str:
+    """A Lark grammar whose schemas (`%json {...}`, the library's own syntax) are checked as any others are."""
+    pieces, at = [], 0
+    for found in re.finditer(r"%json\s+(?=\{)", text):
+        if found.start() < at:  # within a schema
+            continue
+        try:
+            schema, end = json.JSONDecoder().raw_decode(text, found.end())
+        except ValueError as error:
+            raise InvalidRequest(
+                f"{field} has %json at character {found.start()} before what is no JSON: {error}"
+            ) from None
+        pieces += [text[at : found.start()], inline_schema(schema, f"{field}.%json")]
+        at = end
+    return "".join([*pieces, text[at:]])
 
 
 def _structural_tag(tag: Any, field: str) -> str:

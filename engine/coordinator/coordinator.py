@@ -11,18 +11,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import ParamSpec
 
 from ...parallel.control import ControlChannel
-from ..constraints.mask_thread import MaskThread, no_token_left
+from ..constraints.mask_thread import MaskThreads, no_token_left
 from ..constraints.matcher import Matcher
 from ..errors import EngineFault, InvalidRequest, PhalanxError
 from ..execution.rank_worker import LaunchedStep, Worker
 from ..protocol.messages import ModelInfo, Submit
 from ..protocol.transport import Transport
-from ..scheduling.request import Request, Sequence, SequenceUpdate
+from ..scheduling.request import Request, Sequence, SequenceStatus, SequenceUpdate
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.step_plan import Capture, Idle, Masks, StepPlan, StepResult, Stop, encode
 from .egress import Egress
@@ -83,9 +83,11 @@ class Coordinator:
         self._ingress = Ingress(input_processor, self._registry, self._egress, self)
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._masks = MaskThread()
+        self._masks = MaskThreads(made_late=lambda: self.call_soon(_look_again))
         # Launched, not committed; oldest first. With the masks of its constrained rows, by row.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, dict[int, bytes]]] = deque()
+        self._no_token = bytes(4 * -(-info.vocab_size // 32))  # a mask
+        self._has_rows = True  # False while every row waits for its mask, whose making wakes the loop
         self._prepared = False
         self._stopping = self._hand_over = False
         self.stopped: Exception | None = None  # what ended run(), if it was an error
@@ -159,6 +161,7 @@ class Coordinator:
         with progress.phase("schedule"):
             plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
             self._fail_rows()
+        self._has_rows = plan is not None or bool(self._in_flight)
         if plan is not None:
             progress.planned(plan)
             if plan.masked_samples:
@@ -174,37 +177,39 @@ class Coordinator:
             self._capture_next()
 
     def _launch_masked(self, plan: StepPlan) -> None:
-        """Launch a step some of whose tokens a grammar limits: the masks are computed beside its forward pass.
+        """Launch a step some of whose tokens a grammar limits: the masks are made beside its forward pass.
 
-        With overlap they follow from the tokens of the step before, which is committed meanwhile.
+        With overlap they follow from the tokens of the step before, which is committed meanwhile. A row whose mask is
+        late is sent one that allows no token, and its last token is computed again in a later step.
         """
-        masks = None
         with self._progress.phase("launch"):
             self._control.send(encode(plan))
-            if not self._in_flight:
-                masks = self._masks.start(self._matchers(plan))
             step = self._worker.forward(plan)
         while self._in_flight:
             self._commit_oldest()
 
         with self._progress.phase("launch"):
-            if masks is None:
-                masks = self._masks.start(self._matchers(plan))
-            found = masks.result()
-            self._control.send(encode(Masks(found)))
+            sequences = self._scheduler.masked_sequences(plan)
+            matchers = [matcher_of(sequence) for sequence in sequences]
             rows = [plan.sample_rows[i] for i in plan.masked_samples]
-            self._in_flight.append((plan, self._worker.sample(step, found), dict(zip(rows, found, strict=True))))
-        self._end_constrained(self._scheduler.masked_sequences(plan))
+            made: dict[int, bytes] = {}
+            for row, matcher, there in zip(rows, matchers, self._masks.collect(matchers, step.computed), strict=True):
+                if there:
+                    made[row] = b"" if matcher is None or matcher.mask is None else matcher.mask
+                else:
+                    self._scheduler.postpone(row)
+                    made[row] = self._no_token
 
-    def _matchers(self, plan: StepPlan) -> list[Matcher | None]:
-        sequences = self._scheduler.masked_sequences(plan)
-        return [matcher_of(sequence) for sequence in sequences]
+            found = list(made.values())
+            self._control.send(encode(Masks(found)))
+            self._in_flight.append((plan, self._worker.sample(step, found), made))
+        self._end_constrained(sequences)
 
     def _end_constrained(self, sequences: list[Sequence | None]) -> None:
         """End the answers that turned out to be complete, or to have failed, when their masks were computed."""
         for sequence in sequences:
             matcher = matcher_of(sequence)
-            if sequence is None or matcher is None:
+            if sequence is None or matcher is None or matcher.mask is None:
                 continue
             request_id = sequence.request.id
             if matcher.failure is not None:
@@ -221,8 +226,14 @@ class Coordinator:
             self._fail_invalid(plan, result, masks)
             updates = self._scheduler.commit(plan, result)
             self._fail_rows()
+            self._begin_masks(update.sequence for update in updates)
             self._progress.committed(updates)
             self._deliver(updates)
+
+    def _begin_masks(self, sequences: Iterable[Sequence]) -> None:
+        """Have the masks made that follow from what the sequences have just taken in."""
+        matchers = (matcher_of(sequence) for sequence in sequences if sequence.status is not SequenceStatus.FINISHED)
+        self._masks.begin(matcher for matcher in matchers if matcher is not None and matcher.mask is None)
 
     def _fail_invalid(self, plan: StepPlan, result: StepResult, masks: dict[int, bytes]) -> None:
         """A row whose logits were not numbers fails its own request; the others of the step go on.
@@ -281,6 +292,7 @@ class Coordinator:
             self._egress.fail(request.id, EngineFault(f"the request could not be scheduled: {error!r}"))
         else:
             self._egress.begin(owner, submit, request)
+            self._begin_masks(request.sequences)
             self._deliver(updates)
 
     def abort(self, request_id: str) -> None:
@@ -303,13 +315,14 @@ class Coordinator:
         first = True
         idle_at = time.monotonic() + min(QUIET_S, self._heartbeat_s)
         while not self._stopping:
-            wait = not self._scheduler.has_work and not self._in_flight
+            wait = not self._in_flight and not (self._scheduler.has_work and self._has_rows)
             # What asks for the state again and again must not keep the other ranks from hearing anything.
             left = idle_at - time.monotonic()
             if wait and left <= 0:
                 self._idle(first)
                 first = False
                 idle_at = time.monotonic() + self._heartbeat_s
+                self._has_rows = True
                 continue
             try:
                 action = self._wait_for_action(left) if wait else self._inbox.get_nowait()
@@ -318,6 +331,7 @@ class Coordinator:
                     return True
             else:
                 action()
+                self._has_rows = True
         return False
 
     def _wait_for_action(self, patience: float) -> Callable[[], None]:
@@ -347,6 +361,10 @@ class Coordinator:
     def _refuse_all(self, why: str) -> None:
         """Accept nothing more, and fail every request that is left, after the events that are due."""
         self._egress.fail_all(self._registry.close(why))
+
+
+def _look_again() -> None:
+    """What wakes the step loop for a mask that is there now."""
 
 
 def matcher_of(sequence: Sequence | None) -> Matcher | None:

@@ -30,7 +30,7 @@ from .threads import FairThreads, QueueThread, StepLoop, raise_in_loop
 
 LONG_BYTES = 64 * 2**10
 """Text of more bytes is encoded beside the short texts, so that these never wait for it."""
-CHAT_THREADS, LONG_THREADS, GRAMMAR_THREADS = 4, 2, 2
+CHAT_THREADS, LONG_THREADS, GRAMMAR_THREADS = 4, 2, 4
 WAITING_BYTES = 64 * 2**20
 """Most bytes of one client's requests that wait to be encoded; one request may have more."""
 CLOSE_S = 2.0

@@ -176,7 +176,15 @@ class InputProcessor:
         beginning = None
         if submit.split_reasoning and self._tokenizer is not None:
             beginning = self._tokenizer.grammar_beginning(prompt, submit.continue_final_message)
-        return tuple(grammar.matcher(sampling.end_token_ids, beginning) for sampling in samplings)
+        matchers = tuple(grammar.matcher(sampling.end_token_ids, beginning) for sampling in samplings)
+
+        # The first masks are made here, so that no step waits for them; a resumed request has tokens to take in first.
+        for matcher in matchers:
+            if submit.resume is None:
+                matcher.make_mask()
+            else:
+                matcher.defer()
+        return matchers
 
     def answer(self, question: Tokenize | Detokenize) -> Tokenized | Detokenized:
         """Answer a question about text. Raises InvalidRequest as process() does."""

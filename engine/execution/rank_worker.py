@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,6 +74,11 @@ class ForwardPass:
     logits: torch.Tensor | None
     """Float32 (S, vocabulary shard); None if the step samples nothing. Good until the next step is launched."""
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    end: torch.cuda.Event | None = None
+
+    def computed(self) -> bool:
+        """Whether the device has computed the logits."""
+        return self.end is None or self.end.query()
 
 
 class Worker:
@@ -122,7 +127,12 @@ class Worker:
     def forward(self, plan: StepPlan) -> ForwardPass:
         """The first part of launch(), for which nobody needs to know which tokens a grammar allows next."""
         with self._explained(), torch.inference_mode():
-            return self._forward(plan)
+            step = self._forward(plan)
+            if self.rank != 0 or not plan.masked_samples or step.logits is None or step.logits.device.type != "cuda":
+                return step
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            end.record()
+            return replace(step, end=end)
 
     def sample(self, step: ForwardPass, masks: Sequence[bytes] = ()) -> LaunchedStep:
         """The second part; `masks` are those of the plan's masked_samples (see Masks)."""

@@ -23,23 +23,28 @@ def apply_masks(logits: torch.Tensor, vocab: range, masks: Mapping[int, bytes]) 
     words = words[:, vocab.start // 32 : -(-vocab.stop // 32)]
     offset = vocab.start % 32
     if logits.device.type == "cpu":
-        forbidden = forbidden_on_cpu(words, offset, len(vocab))
-        for row, mask in zip(rows, forbidden, strict=True):
-            logits[row].masked_fill_(mask, -torch.inf)
+        for row, mask in zip(rows, words, strict=True):
+            torch.minimum(logits[row], limits_on_cpu(mask, offset, len(vocab)), out=logits[row])
         return
 
     index, packed = to_device([np.array(rows, dtype=np.int64)], logits.device)[0], to_device([words], logits.device)[0]
     logits[index] = logits[index].masked_fill_(forbidden_on_device(packed, offset, len(vocab)), -torch.inf)
 
 
-def forbidden_on_cpu(words: np.ndarray, offset: int, size: int) -> torch.Tensor:
-    """The bits of int32 (R, W) from `offset` that are not set, as bool (R, size): numpy unpacks them fastest."""
-    bits = np.unpackbits(np.ascontiguousarray(~words).view(np.uint8), axis=1, bitorder="little")
-    return torch.from_numpy(bits[:, offset : offset + size]).bool()
+def limits_on_cpu(words: np.ndarray, offset: int, size: int) -> torch.Tensor:
+    """Infinity where the bits of int32 (W,) from `offset` are set, else -infinity, as float32 (size,).
+
+    A look-up of each byte, and then a minimum, take a fifth of the time of masked_fill_ with as many bools.
+    """
+    return torch.from_numpy(_LIMITS.take(words.view(np.uint8), axis=0).reshape(-1)[offset : offset + size])
 
 
 def forbidden_on_device(words: torch.Tensor, offset: int, size: int) -> torch.Tensor:
-    """The same of a tensor, on its device."""
+    """The bits of int32 (R, W) from `offset` that are not set, as bool (R, size), on their device."""
     shifts = torch.arange(32, dtype=torch.int32, device=words.device)
     bits = (words.unsqueeze(2) >> shifts) & 1
     return bits.flatten(1)[:, offset : offset + size] == 0
+
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_LIMITS = np.where(_BITS, np.float32(np.inf), np.float32(-np.inf))

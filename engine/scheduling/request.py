@@ -29,6 +29,10 @@ class Constraint(Protocol):
     def active(self) -> bool:
         """Whether some tokens may be forbidden now."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether what it allows next is known, or will be by the time that a step planned now samples."""
+
     def advance(self, token_id: int) -> bool:
         """Take in the next token, no end token. Returns whether the answer is complete, so that nothing may follow."""
 

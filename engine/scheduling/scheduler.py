@@ -23,7 +23,7 @@ from ..protocol.logprobs import TokenLogprobs
 from .block_pool import BlockPool, IntegrityError, PrefixSharing
 from .integrity import check_scheduler, check_slots
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate, end_of, taken_up
-from .step_plan import StepBuilder, StepPlan, StepResult
+from .step_plan import StepBuilder, StepInFlight, StepPlan, StepResult
 
 HEADROOM_TOKENS = 16  # an admission leaves each running sequence the blocks of its next 16 tokens, or of one block
 
@@ -76,8 +76,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._sharing = PrefixSharing(self._pool, block_size, prefix_cache)
-        # Steps not yet committed: number, the rows' sequences and their epochs; a row of an earlier one is dropped.
-        self._in_flight: deque[tuple[int, list[Sequence], list[int]]] = deque()
+        self._in_flight: deque[StepInFlight] = deque()  # oldest first
         self._arrivals = 0
 
         self.failures: list[tuple[str, Exception]] = []  # whose own rows failed, and why: the caller aborts them
@@ -95,18 +94,19 @@ class Scheduler:
         return list(self._requests)
 
     def sequence_of_row(self, row: int) -> Sequence | None:
-        """The sequence of a row of the oldest step in flight; None if it has given its slot up since."""
-        _, sequences, epochs = self._in_flight[0]
-        return sequences[row] if sequences[row].epoch == epochs[row] else None
+        """The sequence that gets the token of a row of the oldest step in flight; None if none does."""
+        return self._in_flight[0].sampled(row)
 
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """The sequences of the plan's masked_samples; None for one that has given its slot up since.
 
         `plan` is the newest step in flight.
         """
-        _, sequences, epochs = self._in_flight[-1]
-        rows = [plan.sample_rows[i] for i in plan.masked_samples]
-        return [sequences[row] if sequences[row].epoch == epochs[row] else None for row in rows]
+        return [self._in_flight[-1].sequence(plan.sample_rows[i]) for i in plan.masked_samples]
+
+    def postpone(self, row: int) -> None:
+        """Have a row of the newest step in flight give no token: a later step computes its last token once more."""
+        self._in_flight[-1].postpone(row)
 
     @property
     def can_run_ahead(self) -> bool:
@@ -222,10 +222,11 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute yet.
 
+        A decode row whose constraint is not ready is left out, and keeps its slot and its blocks.
         Raises IntegrityError with two steps in flight.
         """
         if not self.can_run_ahead:
-            raise IntegrityError(f"step {self._in_flight[0][0]} must be committed before another is scheduled")
+            raise IntegrityError(f"step {self._in_flight[0].step} must be committed before another is scheduled")
         step = StepBuilder(self.max_num_batched_tokens)
         self._schedule_running(step)
         if self._waiting:
@@ -236,7 +237,7 @@ class Scheduler:
         step.spend_leftover_budget()
         self.steps += 1
         plan = step.build(self.steps)
-        self._in_flight.append((self.steps, *step.mark_in_flight()))
+        self._in_flight.append(step.mark_in_flight(self.steps))
         return plan
 
     def _schedule_running(self, step: StepBuilder) -> None:
@@ -247,6 +248,8 @@ class Scheduler:
                 prompts.append(sequence)
                 continue
             if sequence.num_pending_tokens and known + 1 >= sequence.length_limit:  # the pending token will be its last
+                continue
+            if sequence.constraint is not None and not sequence.constraint.ready:
                 continue
             if sequence.num_scheduled_tokens == sequence.capacity and not self._grow(sequence, step):
                 break
@@ -351,26 +354,25 @@ class Scheduler:
 
         Raises IntegrityError if `plan` is not the oldest step in flight.
         """
-        if not self._in_flight or plan.step != self._in_flight[0][0]:
+        if not self._in_flight or plan.step != self._in_flight[0].step:
             raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
-        _, rows, epochs = self._in_flight.popleft()
+        step = self._in_flight.popleft()
         now = self._clock()
         for row, entries in result.prompt_logprobs.items():
-            if rows[row].epoch == epochs[row]:
-                rows[row].request.add_prompt_logprobs(plan.positions[row], entries)
+            if (sequence := step.sequence(row)) is not None:
+                sequence.request.add_prompt_logprobs(plan.positions[row], entries)
 
         # Publish the blocks that are full now.
-        for sequence, epoch, count in zip(rows, epochs, plan.counts, strict=True):
+        for row, (sequence, epoch, count) in enumerate(zip(step.sequences, step.epochs, plan.counts, strict=True)):
             if sequence.epoch == epoch:
                 full = sequence.num_computed_tokens // self.block_size
-                sequence.num_computed_tokens += count
+                sequence.num_computed_tokens += count - (row in step.postponed)
                 if sequence.num_computed_tokens // self.block_size > full:
                     self._sharing.publish(sequence, full)
 
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
-            sequence = rows[row]
-            if sequence.epoch == epochs[row]:
+            if (sequence := step.sampled(row)) is not None:
                 try:
                     updates.append(self._append(sequence, token, logprobs, now))
                 except Exception as error:

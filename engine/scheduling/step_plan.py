@@ -6,6 +6,7 @@ scheduler puts it together in a StepBuilder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -96,6 +97,36 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
         return sum(self.counts)
 
 
+@dataclass(eq=False, slots=True)
+class StepInFlight:
+    """A step that is not committed yet."""
+
+    step: int
+    sequences: list[Sequence]
+    """By row."""
+    epochs: list[int]
+    """Each sequence's epoch when the step was planned: the row of an earlier one is dropped."""
+    postponed: set[int] = field(default_factory=set)
+    """Rows whose last token is computed once more in a later step, which samples what this one did not."""
+
+    def sequence(self, row: int) -> Sequence | None:
+        """The sequence of a row; None if it has given its slot up since."""
+        sequence = self.sequences[row]
+        return sequence if sequence.epoch == self.epochs[row] else None
+
+    def sampled(self, row: int) -> Sequence | None:
+        """The sequence that gets the token of a row; None if none does."""
+        return None if row in self.postponed else self.sequence(row)
+
+    def postpone(self, row: int) -> None:
+        """Take back that a row's last token is scheduled, and that the next one is pending."""
+        sequence = self.sequence(row)
+        if sequence is not None:
+            sequence.num_scheduled_tokens -= 1
+            sequence.num_pending_tokens -= 1
+            self.postponed.add(row)
+
+
 class StepBuilder:
     """A step while the scheduler puts it together: its rows, what is new for the ranks, and the budget that is left."""
 
@@ -182,11 +213,8 @@ class StepBuilder:
             masked_samples=masked,
         )
 
-    def mark_in_flight(self) -> tuple[list[Sequence], list[int]]:
-        """Count the step's tokens as scheduled, and a pending one for each row that reaches its sequence's end.
-
-        Returns the rows' sequences, and the epoch of each.
-        """
+    def mark_in_flight(self, step: int) -> StepInFlight:
+        """Count the step's tokens as scheduled, and a pending one for each row that reaches its sequence's end."""
         for sequence in self.decodes:
             sequence.num_scheduled_tokens += 1
             sequence.num_pending_tokens += 1
@@ -194,7 +222,7 @@ class StepBuilder:
             sequence.num_scheduled_tokens += count
             sequence.num_pending_tokens += sequence.num_scheduled_tokens == len(sequence.tokens)
         rows = self.decodes + self.chunks
-        return rows, [sequence.epoch for sequence in rows]
+        return StepInFlight(step, rows, [sequence.epoch for sequence in rows])
 
 
 class Masks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):

@@ -6,7 +6,7 @@ shows at once; the next token is a function of that hash and of the seed, so out
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from phalanx.engine.protocol.logprobs import TokenLogprobs
 from phalanx.engine.scheduling.request import Request, SequenceStatus
@@ -71,7 +71,8 @@ class FakeRanks:
         self._tables: list[dict[int, int]] = [{} for _ in range(scheduler.max_num_seqs)]
         self.computed = 0
 
-    def execute(self, sent: StepPlan) -> StepResult:
+    def execute(self, sent: StepPlan, late: Collection[int] = ()) -> StepResult:
+        """`late` are rows that no token may be sampled for."""
         plan = decode(encode(sent))
         assert plan == sent
         assert isinstance(plan, StepPlan)
@@ -82,6 +83,10 @@ class FakeRanks:
         self.computed += plan.num_tokens
         tokens, logprobs = [], []
         for row in plan.sample_rows:
+            if row in late:
+                tokens.append(-1)
+                logprobs.append(None)
+                continue
             slot = plan.slots[row]
             prefix, sampling = self._prefixes[slot][-1], self._samplings[slot]
             token = next_token(prefix, sampling, len(self._tokens[slot]) - self._prompts[slot])

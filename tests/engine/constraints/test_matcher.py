@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from phalanx import InvalidRequest, StructuredOutput
 from phalanx.engine.constraints.compiler import CACHED, GrammarCompiler
-from phalanx.engine.constraints.mask_thread import MaskThread, no_token_left
+from phalanx.engine.constraints.mask_thread import MaskThreads, no_token_left
 from phalanx.engine.constraints.matcher import Beginning, Matcher
 from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.scheduling.step_plan import SlotSampling
@@ -75,6 +75,11 @@ def schema(value: object) -> StructuredOutput:
         (StructuredOutput(regex="[0-9]{2,3}x?"), ["12", "123x"], ["1", "1234", "x"]),
         (StructuredOutput(choice=("yes", 'né\n"🙂"')), ["yes", 'né\n"🙂"'], ["no", "ye"]),
         (StructuredOutput(grammar='start: "a" B?\nB: /[0-9]+/'), ["a", "a17"], ["b", "17"]),
+        (
+            StructuredOutput(grammar='start: "on " %json {"format": "date", "type": "string"} "."'),
+            ['on "2024-02-29".'],
+            ['on "2023-02-29".', "on 1."],
+        ),
         (StructuredOutput(grammar='root ::= "a" b?\nb ::= [0-9]+'), ["a", "a17"], ["b", "17"]),
         (
             StructuredOutput(
@@ -113,7 +118,10 @@ def test_white_space_of_json_ends(compiler: GrammarCompiler, tokenizer: Tokenize
         ({"properties": {"a": {"pattern": "(?=a)"}}}, "properties.a", "look-around"),
         ({"$defs": {"b": {"minLength": -1}}, "$ref": "#/$defs/b"}, "$defs.b", "minLength"),
         ({"properties": {"a": 3}}, "properties.a", "must be a schema"),
-        ({"format": "poem"}, "", "Unknown format"),
+        ({"items": {"format": "poem"}}, "items.format='poem'", "is not supported: it must be one of date, "),
+        ({"format": "regex"}, "format='regex'", "is not supported"),
+        ({"format": "unknown"}, "format='unknown'", "is not supported"),
+        ({"type": "number", "format": "int32"}, "format='int32'", 'is for {"type": "integer"} alone'),
         ({"$ref": "https://example.com/schema"}, "", "not present"),
         ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance", "not supported"),
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "", "oneOf"),
@@ -145,6 +153,9 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_path(
         ({"grammar": "start: foo"}, "unknown name"),
         ({"grammar": "start: start"}, "met by no text"),
         ({"grammar": "root ::= ("}, "no EBNF"),
+        ({"grammar": 'start: %json {"not": {}}'}, r"grammar.%json.not is not supported"),
+        ({"grammar": 'start: %json {"x-guidance": {"lenient": true}}'}, r"grammar.%json.x-guidance is not supported"),
+        ({"grammar": 'start: %json {"type": }'}, "no JSON"),
         ({"json_schema": "{"}, "not JSON"),
         ({"json_schema": "[" * 100 + "]" * 100}, "nested"),
         ({"json_schema": '{"const": "\\ud800"}'}, "half of a surrogate pair"),
@@ -213,9 +224,19 @@ def test_completions_of_one_grammar_do_not_know_of_each_other(compiler: GrammarC
     assert first.advance(yes)
     assert not second.finished
     assert second.advance(no)
-    masks = MaskThread()
-    assert masks.start([None, first, grammar.matcher(())]).result()[:2] == [b"", b""]
+    third = grammar.matcher(())
+    masks = MaskThreads()
+    masks.begin([third])
+    while not all(masks.collect([None, first, third])):
+        pass
     masks.close()
+    assert (first.mask, third.mask) == (b"", grammar_mask(grammar.matcher(())))
+
+
+def grammar_mask(matcher: Matcher) -> bytes:
+    words = matcher.allowed()
+    assert words is not None
+    return words.tobytes()
 
 
 def test_a_token_that_does_not_match_fails_the_answer(compiler: GrammarCompiler) -> None:
@@ -286,3 +307,36 @@ def test_tools_that_cannot_be_called_are_refused(compiler: GrammarCompiler) -> N
     bad = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
     with pytest.raises(InvalidRequest, match=r"structures\[0\].schema.properties.a.not"):
         compiler.compile(tool_grammar([bad]))
+
+
+def test_an_answer_that_spends_the_lexer_it_shares_hurts_no_other(compiler: GrammarCompiler) -> None:
+    greedy = StructuredOutput(regex="((a{1,1000}){1,1000}){1,1000}")
+    grammar = compiler.compile(greedy)
+
+    def follow(matcher: Matcher) -> list[int]:
+        """Tokens of an answer that goes on as long as it may."""
+        chance, taken = np.random.default_rng(0), []
+        while len(taken) < 50 and (tokens := allowed(matcher)) is not None:
+            taken.append(int(chance.choice(sorted(tokens - {END}))))
+            matcher.advance(taken[-1])
+        return taken
+
+    first, second = grammar.matcher((END,)), grammar.matcher((END,))
+    taken = follow(first)
+    assert grammar.spent
+    assert first.failure is not None
+    assert "too complex to be followed" in first.failure
+    assert follow(second) == taken  # with the lexer of its own that it got, for the shared one lets nothing through
+    assert compiler.compile(greedy) is not grammar
+
+    # So it is on the threads that make masks.
+    third = grammar.matcher((END,))
+    masks = MaskThreads()
+    for token in taken[:3]:
+        third.advance(token)
+        masks.begin([third])
+        while not all(masks.collect([third])):
+            pass
+        assert third.failure is None
+        assert third.mask
+    masks.close()

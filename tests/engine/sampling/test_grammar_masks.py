@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from phalanx.engine.sampling.grammar_masks import apply_masks, forbidden_on_cpu, forbidden_on_device
+from phalanx.engine.sampling.grammar_masks import apply_masks, forbidden_on_device, limits_on_cpu
 
 
 @pytest.mark.parametrize("shard", [range(100), range(37), range(37, 69), range(64, 100), range(99, 100), range(50, 50)])
@@ -26,6 +26,6 @@ def test_a_shard_is_masked_as_the_whole_would_be(shard: range) -> None:
 def test_the_devices_way_of_unpacking_agrees_with_the_hosts() -> None:
     words = np.random.default_rng(1).integers(-(2**31), 2**31, (3, 4), dtype=np.int64).astype(np.int32)
     for offset, size in ((0, 128), (5, 100), (31, 97)):
-        assert torch.equal(
-            forbidden_on_cpu(words, offset, size), forbidden_on_device(torch.from_numpy(words), offset, size)
-        )
+        on_cpu = torch.stack([limits_on_cpu(row, offset, size) for row in words])
+        assert torch.equal(on_cpu == -torch.inf, forbidden_on_device(torch.from_numpy(words), offset, size))
+        assert bool(on_cpu.isinf().all())
