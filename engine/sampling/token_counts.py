@@ -47,9 +47,12 @@ class TokenCounts:
         output[start.slot, self._columns(token_ids)] = to_device([counts.astype(np.int32)], self._device)[0]
 
     def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Count one more token, int64 (S,), in each of different slots, int64 (S,), without waiting for the device."""
+        """Count one more token, int64 (S,), in each of different slots, int64 (S,), without waiting for the device.
+
+        What is no token, below 0, counts for nothing: its row is dropped, or computed once more.
+        """
         if self._last is not None:
-            self._last[slots] = token_ids
+            self._last[slots] = torch.where(token_ids < 0, self._last[slots], token_ids)
         if self._tables is None:
             return
         first = self._vocab.start

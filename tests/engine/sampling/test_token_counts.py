@@ -120,6 +120,7 @@ def test_bad_words_and_all_but_the_allowed_tokens_are_masked_whoever_knows_the_l
         slots = [slot for slot, (_, _, output) in enumerate(sequences) if place <= len(output)]
         token_ids = [sequences[slot][2][-place] for slot in slots]
         token_counts.add(torch.tensor(slots, dtype=torch.int64), torch.tensor(token_ids, dtype=torch.int64))
+        token_counts.add(torch.tensor(slots, dtype=torch.int64), torch.full((len(slots),), -1))  # gave them no token
 
     rows = [_row(sampling, prompt, output, slot) for slot, (sampling, prompt, output) in enumerate(sequences)]
     late = [SampleRow(r.sampling, r.token_ids[:-1], r.prompt_length, r.position, r.slot) for r in rows]
