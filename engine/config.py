@@ -98,7 +98,7 @@ class EngineConfig:
     8 bits."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
-    weights: str = "auto"
+    weights: str = "read"
     """What a group of its own processes does with its weights when a rank dies: keep (on a CPU they stand, packed, in
     shared memory of the supervisor's, and the next ranks map them; they take no more memory), read (they are read and
     packed again), or auto (keep where that costs a step nothing, which is where the system makes huge pages of shared
