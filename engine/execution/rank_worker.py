@@ -78,7 +78,7 @@ class ForwardPass:
 
     def computed(self) -> bool:
         """Whether the device has computed the logits."""
-        return self.end is None or self.end.query()
+        return self.end is None or bool(self.end.query())  # type: ignore[no-untyped-call]
 
 
 class Worker:
