@@ -76,9 +76,9 @@ def attend_keys(
         blocks = _look_up(table, first + BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
 
-    if CAUSAL:
-        acc = tl.where((last_seen >= keys)[:, None], float("nan"), acc)
     total = tl.where(total == 0.0, 1.0, total)
+    if CAUSAL:
+        total = tl.where(last_seen >= keys, float("nan"), total)
     return acc / total[:, None], peak + tl.log2(total)
 
 
