@@ -51,6 +51,7 @@ PACKAGES = [
     "phalanx.launch.cli",
     "phalanx.launch.model_files",
     "phalanx.launch.ranks",
+    "phalanx.launch.ranks.torchrun",
     "phalanx.configs",
 ]
 

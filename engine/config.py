@@ -23,6 +23,20 @@ GRAPHS = ("auto", "none", "all", "lazy", "eager")
 CLIENT_PRIORITIES = ("auto", "always", "never")
 BIND_CPUS = ("auto", "always", "never")
 COLLECTIVES = ("auto", "shared_memory", "gloo", "nccl", "symmetric_memory")
+_CHOICES = {
+    "dtype": DTYPES,
+    "device": DEVICES,
+    "collectives": COLLECTIVES,
+    "client_priorities": CLIENT_PRIORITIES,
+    "bind_cpus": BIND_CPUS,
+    "attention": ATTENTION_BACKENDS,
+    "graphs": GRAPHS,
+    "quantization": weight_formats.NAMES,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+    "load_format": LOAD_FORMATS,
+    "weights": WEIGHTS,
+}
+"""By the name of a field: the names it may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +142,8 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model={self.model!r} must be a folder or a hub name")
 
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, DEVICES)
-        _one_of("collectives", self.collectives, COLLECTIVES)
-        _one_of("client_priorities", self.client_priorities, CLIENT_PRIORITIES)
-        _one_of("bind_cpus", self.bind_cpus, BIND_CPUS)
-        _one_of("attention", self.attention, ATTENTION_BACKENDS)
-        _one_of("graphs", self.graphs, GRAPHS)
-        _one_of("quantization", self.quantization, weight_formats.NAMES)
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _one_of("load_format", self.load_format, LOAD_FORMATS)
-        _one_of("weights", self.weights, WEIGHTS)
-
+        for name, allowed in _CHOICES.items():
+            _one_of(name, getattr(self, name), allowed)
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_model_len", "block_size"):

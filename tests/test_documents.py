@@ -67,7 +67,7 @@ def test_every_command_that_a_document_gives_is_there(document: Path) -> None:
     for module, others in _MODULE.findall(text):
         *rooms, last = module[1:].split(".")
         for name in (last, *others.split("|")[1:]):
-            if not ROOT.joinpath(*rooms, f"{name}.py").is_file():
+            if not any(ROOT.joinpath(*rooms, path).is_file() for path in (f"{name}.py", f"{name}/__main__.py")):
                 missing.append(f"-m phalanx.{'.'.join([*rooms, name])}")
 
     targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -86,10 +86,7 @@ class InputProcessor:
         return derive_seed(self._config.seed, next(self._unseeded))
 
     def check_bytes(self, submit: Submit, size: int) -> None:
-        """Raise InvalidRequest for `size` bytes of text that are too many for max_model_len, however they are encoded.
-
-        What is checked before it is encoded takes no time and no memory.
-        """
+        """Raise InvalidRequest for `size` bytes of text that are too many for max_model_len, however it is encoded."""
         if submit.truncate_prompt_tokens is not None:
             return
         longest = None if self._tokenizer is None else self._tokenizer.longest_token_bytes

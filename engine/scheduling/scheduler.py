@@ -357,7 +357,6 @@ class Scheduler:
         if not self._in_flight or plan.step != self._in_flight[0].step:
             raise IntegrityError(f"step {plan.step} was committed, but it is not the oldest one in flight")
         step = self._in_flight.popleft()
-        now = self._clock()
         for row, entries in result.prompt_logprobs.items():
             if (sequence := step.sequence(row)) is not None:
                 sequence.request.add_prompt_logprobs(plan.positions[row], entries)
@@ -370,6 +369,7 @@ class Scheduler:
                 if sequence.num_computed_tokens // self.block_size > full:
                     self._sharing.publish(sequence, full)
 
+        now = self._clock()
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
             if (sequence := step.sampled(row)) is not None:
@@ -380,7 +380,6 @@ class Scheduler:
         return updates
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
-        request = sequence.request
         if sequence.ended is not None:
             self._finish(sequence, *sequence.ended, now)
             return end_of(sequence)
@@ -389,9 +388,8 @@ class Scheduler:
         if reason is not None:
             self._finish(sequence, reason, stop_reason, now)
         entries = [logprobs] if logprobs is not None else None
-        return SequenceUpdate(request, sequence, [token], entries, reason, stop_reason, request.unfinished == 0)
-
-    # -- integrity
+        last = sequence.request.unfinished == 0
+        return SequenceUpdate(sequence.request, sequence, [token], entries, reason, stop_reason, last)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if state contradicts itself or is lost. Visits all of it: for idle moments and tests."""
