@@ -116,17 +116,17 @@ class _Exchange(threading.Thread):
         super().__init__(name="phalanx-beats", daemon=True)
         self._memory = memory
         self._group = group
-        import torch.distributed as dist
+        from torch._C import _distributed_c10d
 
         # A connection of its own: another's may be waiting in it for a rank that does not come.
-        store = dist.TCPStore(
+        store = _distributed_c10d.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             timeout=datetime.timedelta(seconds=STORE_TIMEOUT_S),
             wait_for_workers=False,
         )
-        self._store: Any = dist.PrefixStore(prefix, store)
+        self._store: Any = _distributed_c10d.PrefixStore(prefix, store)
 
     def run(self) -> None:
         try:
