@@ -139,7 +139,6 @@ class EngineConfig:
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("weights", self.weights, WEIGHTS)
-
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_model_len", "block_size"):
