@@ -15,7 +15,7 @@ from phalanx.engine.protocol.messages import Accepted, Completion, Delta, Event,
 from phalanx.tests.serving.fake_engine import FakeEngine, address
 from phalanx.tests.serving.servers import RunningServer, running
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 KEYS = {"ann": "sk-ann-0123456789", "bob": "sk-bob-0123456789"}
 COMPLETION = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 4}
 PATHS: dict[str, dict[str, Any]] = {

@@ -164,7 +164,7 @@ def test_a_batch_of_a_real_model_survives_kills_at_random_moments(smollm2: Path,
         {"temperature": 1, "seed": 9, "logprobs": 1, "stop": [" sea"], "presence_penalty": 0.5},
     ]  # fmt: skip
     bodies = [
-        {"model": "demo", "prompt": f"Tale {number}", "max_tokens": 100, "ignore_eos": True, **samplings[number % 4]}
+        {"model": "demo", "prompt": f"Tale {number}", "max_tokens": 32, "ignore_eos": True, **samplings[number % 4]}
         for number in range(32)
     ]
     lines = [
