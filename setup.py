@@ -132,7 +132,8 @@ setup(
             "hypothesis>=6.100",
             "bandit>=1.8",
             # Guides the fuzzers of tests/fuzz by coverage; the fast tests do without it.
-            "atheris>=3; platform_system == 'Linux' and python_version < '3.14'",
+            "atheris>=3; platform_system == 'Linux' and platform_machine == 'x86_64' "
+            "and python_version >= '3.11' and python_version < '3.14'",
             "ruff>=0.9",
             "mypy>=1.14",
             "pre-commit>=4",

@@ -172,7 +172,7 @@ class Tokenizer:
         return self._special_ids.get(text)
 
     def prepare(self) -> None:
-        """Make ready what the first conversation would wait for. Raises InvalidRequest if that cannot be."""
+        """Make ready what the first conversation would wait for. Raises EngineFault if that cannot be."""
         if self._template is not None:
             self._template.prepare()
 

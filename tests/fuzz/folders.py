@@ -13,8 +13,8 @@ from phalanx.tests.models import TINY_SHAPE
 
 @cache
 def scratch() -> Path:
-    """A folder that goes with the process."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    """A folder that goes with the process: in memory, since most inputs are written to files."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -86,11 +86,8 @@ class ChatTemplate:
         self._processes = processes or TemplateProcesses()
 
     def prepare(self) -> None:
-        """Make ready what the first conversation would wait for. Raises InvalidRequest if that cannot be."""
-        try:
-            self._processes.prepare()
-        except RenderError as error:
-            raise InvalidRequest(f"chat templates cannot be rendered: {error}") from error
+        """Make ready what the first conversation would wait for. Raises EngineFault if that cannot be."""
+        self._processes.prepare()
 
     def close(self) -> None:
         """End the processes that render it."""
@@ -107,7 +104,8 @@ class ChatTemplate:
     ) -> Rendered:
         """Render a conversation as transformers' apply_chat_template does.
 
-        Raises InvalidRequest if the template refuses it or exceeds its bounds, and for variables of reserved names.
+        Raises InvalidRequest if the template refuses it or exceeds its bounds, and for variables of reserved names; an
+        error of TemplateProcesses.render for what is not the template's.
         """
         for name in RESERVED:
             if name in (variables or {}):

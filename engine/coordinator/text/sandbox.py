@@ -146,7 +146,8 @@ def serve(channel: socket.socket, address_space: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
         right, text = renderer.reply(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        channel.sendall(REPLY.pack(right, len(text)) + text)
+        channel.sendall(REPLY.pack(right, len(text)))
+        channel.sendall(text)
         del request, text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import InvalidRequest
+from ...errors import CapacityExceeded, EngineFault, InvalidRequest
 
 CPU_LIMIT_S = 2.0
 """Seconds of a core that a template may take; a usual one takes milliseconds."""
@@ -52,11 +52,15 @@ class TemplateProcesses:
         self._closed = False
 
     def prepare(self) -> None:
-        """Start a process, which the first request would wait for otherwise."""
+        """Start a process, which the first request would wait for otherwise. Raises EngineFault if that fails."""
         self._give_back(self._take())
 
     def render(self, source: str, variables: dict[str, Any]) -> str:
-        """The text of a template. Raises RenderError, and InvalidRequest for variables that no message can hold."""
+        """The text of a template.
+
+        Raises RenderError, InvalidRequest for variables that no message can hold, EngineFault if no process can be
+        started, and CapacityExceeded if all are busy for long.
+        """
         try:
             request = msgspec.msgpack.encode([source, variables])
         except UnicodeEncodeError as error:
@@ -88,12 +92,14 @@ class TemplateProcesses:
             self._drop(process)
 
     def _take(self) -> _Process:
-        """A process that is idle, or a new one. Raises RenderError if none can be had."""
+        """A process that is idle, or a new one."""
         with self._changed:
             if self._count:
                 self._changed.wait_for(lambda: self._idle, PATIENCE_S)
             if not self._changed.wait_for(lambda: self._idle or self._count < PROCESSES, BUSY_LIMIT_S):
-                raise RenderError(f"other conversations have kept it busy for {BUSY_LIMIT_S:g} s; try again later")
+                raise CapacityExceeded(
+                    f"other conversations have kept the chat template busy for {BUSY_LIMIT_S:g} s; try again later"
+                )
             if self._idle:
                 return self._idle.pop()
             self._count += 1
@@ -101,7 +107,7 @@ class TemplateProcesses:
             return _Process()
         except BaseException as error:
             self._left()
-            raise RenderError(f"the process that renders it cannot be started: {error}") from error
+            raise EngineFault(f"the process that renders chat templates cannot be started: {error}") from error
 
     def _give_back(self, process: _Process) -> None:
         with self._changed:
@@ -137,9 +143,9 @@ class _Process:
         self._fresh = True
 
     def render(self, request: bytes) -> tuple[bool, str]:
-        """(whether it is the text, the text or what went wrong). Raises RenderError, after which it must be ended.
+        """(whether it is the text, the text or what went wrong).
 
-        Raises _GoneError if it had ended since the request before.
+        Raises RenderError or EngineFault, after which it must be ended, and _GoneError if it had ended before.
         """
         deadline = time.monotonic() + WALL_LIMIT_S
         try:
@@ -150,7 +156,7 @@ class _Process:
         except TimeoutError:
             raise RenderError(f"it took longer than {WALL_LIMIT_S:g} s") from None
         except (OSError, EOFError):
-            raise RenderError(self._why_it_ended()) from None
+            raise self._why_it_ended() from None
         self._fresh = False
         return right, text
 
@@ -179,11 +185,15 @@ class _Process:
             received += piece
         return bytes(received)
 
-    def _why_it_ended(self) -> str:
+    def _why_it_ended(self) -> Exception:
         try:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
-            return "the process that renders it has closed its socket"
+            return RenderError("the process that renders it has closed its socket")
         if code == -signal.SIGPROF:
-            return f"it took longer than {CPU_LIMIT_S:g} s"
-        return f"the process that renders it ended with exit code {code}"
+            return RenderError(f"it took longer than {CPU_LIMIT_S:g} s")
+        if self._fresh and code > 0:
+            return EngineFault(
+                f"the process that renders chat templates ended with exit code {code}; standard error says why"
+            )
+        return RenderError(f"the process that renders it ended with exit code {code}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from phalanx import LLM, InvalidRequest, SamplingParams
+from phalanx import LLM, EngineFault, InvalidRequest, SamplingParams
 from phalanx.engine.coordinator.text import template_processes
 from phalanx.engine.coordinator.text.chat_template import ChatTemplate
 from phalanx.engine.coordinator.text.sandbox import MEMORY_BYTES
@@ -183,6 +183,17 @@ def test_processes_end_when_they_are_closed_dropped_or_left_alone(processes: Tem
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("program", ["/no/such/python", "/bin/false"])
+def test_a_process_that_does_not_start_is_no_fault_of_the_template(
+    processes: TemplateProcesses, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        with pytest.raises(EngineFault, match=r"cannot be started|ended with exit code 1"):
+            processes.render("{{ a }}", {"a": 1})
+    assert processes.render("{{ a }}", {"a": 1}) == "1"
 
 
 def test_many_threads_share_few_processes(processes: TemplateProcesses) -> None:

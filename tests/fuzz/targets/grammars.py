@@ -59,6 +59,7 @@ def _compiler() -> GrammarCompiler:
 def fuzz_one(data: bytes) -> None:
     """Compile what a request gives, and go some tokens along it."""
     choices = Choices(data)
+    _compiler().prepare()
     try:
         structured = StructuredOutput(**_given(choices))
         with in_time(COMPILE_S):

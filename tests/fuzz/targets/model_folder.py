@@ -64,6 +64,7 @@ def _folder() -> Path:
 def fuzz_one(data: bytes) -> None:
     """Change one file or two, and set up what an engine makes of them."""
     choices = Choices(data)
+    _tokenizer()  # the first one imports transformers, which is no input's time
     for name, original in _originals().items():
         (_folder() / name).write_bytes(original)
     changed = [choices.pick(FILES) for _ in range(1 + choices.number(2))]

@@ -112,6 +112,7 @@ def fuzz_one(data: bytes) -> None:
             frame = b"\x91" * 3000 + frame
 
     ends = _ends()
+    _processor()
     ends.commands.clear()
     ends.events.clear()
     with in_time():
