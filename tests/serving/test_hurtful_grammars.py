@@ -90,7 +90,7 @@ def _refused(http: httpx.Client, path: str, body: Body) -> str:
 def test_schemas_made_to_hurt_are_refused_by_every_field(http: httpx.Client, field: str) -> None:
     for name in REFUSED:
         path, body = BY_SCHEMA[field](json.loads(SCHEMAS[name][0]["json_schema"]))
-        if SCHEMAS[name][1] == "is met by no text":  # beside other texts there are some
+        if "met by no text" in (SCHEMAS[name][1] or ""):  # beside other texts there are some
             continue
         _refused(http, path, body)
     assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
@@ -122,17 +122,3 @@ def test_grammars_that_are_let_in_end_in_an_answer_or_in_a_reason(http: httpx.Cl
         answer = http.post(path, json={**body, "max_tokens": 24})
         assert answer.status_code in (200, 400), answer.text[:300]
         assert answer.status_code == 200 or "tokens of the answer" in answer.json()["error"]["message"]
-
-
-@pytest.mark.slow
-def test_many_tools_are_bounded_together(http: httpx.Client) -> None:
-    tools = [_tool({"type": "object", "properties": {f"p{i}": {"type": "integer"}}}, strict=True) for i in range(120)]
-    for i, tool in enumerate(tools):
-        tool["function"]["name"] = f"f{i}"
-    assert http.post("/v1/chat/completions", json={**CHAT, "tools": tools}).status_code == 200
-    wide = [_tool({"type": "object", "properties": {f"p{j}": {} for j in range(500)}}, strict=True) for _ in range(100)]
-    for i, tool in enumerate(wide):
-        tool["function"]["name"] = f"f{i}"
-    answer = http.post("/v1/chat/completions", json={**CHAT, "tools": wide})
-    assert answer.status_code == 400
-    assert "bytes" in answer.text or "too many" in answer.text or "too complex" in answer.text
