@@ -17,8 +17,8 @@ class PoolConfig:
     answer_timeout_s: float = 10.0
     """Seconds within which an engine must say how it is; one that does not gets no requests until it does."""
     stall_timeout_s: float = 60.0
-    """Seconds without a finished step, although there is work, after which an engine counts as not ready; above the
-    longest step."""
+    """With engines elsewhere: seconds without a finished step, although there is work, after which one counts as not
+    ready; above the longest step. For its own group a server asks the supervisor instead (step_timeout_s)."""
     restart_wait_s: float = 60.0
     """With one engine elsewhere: seconds for which requests wait, once it is silent, for another to answer at its
     address, where they go on. After that they fail."""

@@ -41,6 +41,7 @@ class PooledEngine:
         self._config = config
         self._client: Client | None = None
         self._outlook: Callable[[], str] = str
+        self._supervised = False
         self._why_stopped: str | None = None
         self._unfit: str | None = None
         self._answered_at = 0.0
@@ -78,7 +79,8 @@ class PooledEngine:
         silent = time.monotonic() - self._answered_at
         if silent > self._config.answer_timeout_s + self._config.poll_interval_s:
             return f"engine {self.name} has not answered for {silent:.0f} s"
-        if self.status.stalled_s > self._config.stall_timeout_s:
+        # A supervisor knows better: its limit follows the steps that the engine takes, and what it finds is restarted.
+        if not self._supervised and self.status.stalled_s > self._config.stall_timeout_s:
             return f"engine {self.name} has work, but has finished no step for {self.status.stalled_s:.0f} s"
         return ""
 
@@ -89,14 +91,15 @@ class PooledEngine:
         return (self.open_requests + self._others) / max(1, rows)
 
     def start(
-        self, client: Client, on_change: Callable[[PooledEngine], None], outlook: Callable[[], str] = str
+        self, client: Client, on_change: Callable[[PooledEngine], None], outlook: Callable[[], str] | None = None
     ) -> None:
         """Begin to watch the engine at the other end of `client`; `on_change` hears of it when its phase changes.
 
         `outlook` says what its supervisor, if it has one, knows of its trouble; nothing while all is well.
         """
         self._client = client
-        self._outlook = outlook
+        self._supervised = outlook is not None
+        self._outlook = outlook or str
         self._polling = asyncio.get_running_loop().create_task(self._poll(on_change), name=f"poll {self.name}")
 
     def fail(self, error: PhalanxError) -> None:

@@ -289,6 +289,25 @@ def test_an_engine_that_is_started_again_is_not_ready_and_takes_requests_still(e
     asyncio.run(main())
 
 
+def test_where_a_supervisor_watches_it_says_when_steps_take_too_long(engines: list[FakeEngine]) -> None:
+    outlook = ""
+
+    async def main() -> None:
+        nonlocal outlook
+        pool = Engines(CONFIG)
+        engine = pool.add("own group")
+        engine.start(Client(ZmqConnection(engines[0].address)), pool.on_change, lambda: outlook)
+        await until(pool.ready)
+        engines[0].status = status(stalled_s=600.0)
+        await until(lambda: engine.status is not None and engine.status.stalled_s == 600.0)
+        assert pool.ready()  # a step may take long on a busy machine
+        outlook = "rank 1 hangs"
+        assert (pool.ready(), engine.trouble) == (False, "engine own group: rank 1 hangs")
+        await pool.close()
+
+    asyncio.run(main())
+
+
 def test_readiness_is_progress_not_a_living_process(engines: list[FakeEngine]) -> None:
     async def main() -> None:
         async with open_pool(engines[0].address) as pool:
