@@ -267,7 +267,8 @@ def test_the_grid_is_split_until_an_h100_is_full(programs: int, max_k: int, expe
 def _load_far(pool, block, k, v):
     blocks = tl.load(block)
     start = pool - blocks.to(tl.int64) * (16 * 2 * 64)
-    keys, values = paged._load_tile(start, start + 64, 0, blocks, 0, 16, False, 2, 64, 16, 16)
+    keys = paged._load_tile(start, 0, blocks, 0, 16, False, False, 2, 64, 16, 16)
+    values = paged._load_tile(start + 64, 0, blocks, 0, 16, False, True, 2, 64, 16, 16)
     places = tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(k + places, keys)
     tl.store(v + places, values)
