@@ -232,8 +232,10 @@ class Coordinator:
 
     def _begin_masks(self, sequences: Iterable[Sequence]) -> None:
         """Have the masks made that follow from what the sequences have just taken in."""
-        matchers = (matcher_of(sequence) for sequence in sequences if sequence.status is not SequenceStatus.FINISHED)
-        self._masks.begin(matcher for matcher in matchers if matcher is not None and matcher.mask is None)
+        going_on = (matcher_of(sequence) for sequence in sequences if sequence.status is not SequenceStatus.FINISHED)
+        matchers = [matcher for matcher in going_on if matcher is not None and matcher.mask is None]
+        if matchers:
+            self._masks.begin(matchers)
 
     def _fail_invalid(self, plan: StepPlan, result: StepResult, masks: dict[int, bytes]) -> None:
         """A row whose logits were not numbers fails its own request; the others of the step go on.

@@ -28,6 +28,7 @@ import httpx
 import psutil
 from phalanx.benchmarks.lab.http_load.client import Target
 from phalanx.engine.client.client import Client
+from phalanx.engine.coordinator.text.template_processes import PROCESSES
 from phalanx.engine.protocol.messages import Status
 from phalanx.engine.protocol.transport import ZmqConnection
 from phalanx.tests.launch.programs import family
@@ -37,6 +38,7 @@ MOMENTS = ("head", "body", "sent", "waiting", "prefill", "first", "middle", "end
 """When a client leaves: within the head or the body, once it has sent them, after a moment without reading, at the
 first byte of the answer, in its middle, at its last bytes; the last kind stays."""
 TIMEOUT_S = 240.0
+TEMPLATES = "phalanx.engine.coordinator.text.sandbox"
 WORDS = ("time", "people", "way", "water", "day", "man", "year", "good", "work", "life", "world", "hand", "part")
 SETTINGS = ("max_open_requests=256", "poll_interval_s=0.2", "log_level=warning", "port=0")
 
@@ -49,6 +51,7 @@ class Holding:
     group_mb: float
     descriptors: int
     group_descriptors: int
+    template_processes: int  # each is one descriptor of the group's
     tasks: int
     free_blocks: int
     total_blocks: int
@@ -113,10 +116,16 @@ class Place:
             group_mb=float(round(sum(process.memory_info().rss for process in self._group) / 2**20, 1)),
             descriptors=int(numbers["process_open_fds"]),
             group_descriptors=sum(process.num_fds() for process in self._group),
+            template_processes=sum(template_processes(process) for process in self._group),
             tasks=int(numbers["phalanx:gateway_tasks"]),
             free_blocks=status.free_blocks,
             total_blocks=status.total_blocks,
         )
+
+
+def template_processes(process: psutil.Process) -> int:
+    """How many processes a rank has that render chat templates."""
+    return sum(TEMPLATES in child.cmdline() for child in process.children())
 
 
 @contextlib.contextmanager
@@ -286,7 +295,9 @@ def check(report: Report, connections: int, growth_mb: float) -> None:
         assert held.free_blocks == held.total_blocks
         assert held.tasks <= first.tasks
         assert held.descriptors <= first.descriptors + 2, report.held
-        assert held.group_descriptors <= first.group_descriptors + 2, report.held
+        assert held.template_processes <= PROCESSES
+        started = held.template_processes - first.template_processes
+        assert held.group_descriptors <= first.group_descriptors + started + 2, report.held
     assert last.gateway_mb - report.held[1].gateway_mb <= growth_mb, report.held
     assert last.group_mb - warm.group_mb <= growth_mb, report.held
 
