@@ -76,7 +76,7 @@ def test_ranks_of_torchrun_that_stop_are_named_and_nothing_is_lost(workers: Work
         expected = llm.generate([PROMPT], SAMPLING)[0].outputs[0].text
         for rank in (1, 0):
             text = ""
-            for event in llm.stream(PROMPT, SAMPLING):
+            for event in llm.stream(PROMPT, sampling=SAMPLING):
                 if isinstance(event, Delta):
                     if not text:
                         workers.ranks()[rank].send_signal(signal.SIGSTOP)
