@@ -140,14 +140,14 @@ def delete(connection: sqlite3.Connection, number: int) -> tuple[int, bool] | No
 
 def find(connection: sqlite3.Connection, condition: str, values: tuple[object, ...]) -> Entry | None:
     """The last request for which a condition of this package's own holds."""
-    query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number DESC LIMIT 1"
+    query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number DESC LIMIT 1"  # nosec B608 # conditions are of this package
     found = connection.execute(query, values).fetchone()
     return None if found is None else _entry(found)
 
 
 def select(connection: sqlite3.Connection, condition: str, values: tuple[object, ...], most: int) -> list[Entry]:
     """The first `most` requests for which a condition of this package's own holds."""
-    query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number LIMIT ?"
+    query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number LIMIT ?"  # nosec B608 # conditions are of this package
     return [_entry(row) for row in connection.execute(query, (*values, most))]
 
 
@@ -161,13 +161,15 @@ _FORGETTABLE = "finished_at IS NOT NULL AND batch IS NULL"  # a batch's answers 
 
 def finished_bytes(connection: sqlite3.Connection) -> int:
     """Bytes of the requests that have ended and may be forgotten."""
-    (size,) = connection.execute(f"SELECT coalesce(sum(size), 0) FROM request WHERE {_FORGETTABLE}").fetchone()
+    query = f"SELECT coalesce(sum(size), 0) FROM request WHERE {_FORGETTABLE}"  # nosec B608 # a constant of this module
+    (size,) = connection.execute(query).fetchone()
     return int(size)
 
 
 def finished_in_order(connection: sqlite3.Connection) -> Iterator[int]:
     """The numbers of the requests that have ended and may be forgotten, those that ended longest ago first."""
-    query = f"SELECT number FROM request WHERE {_FORGETTABLE} ORDER BY finished_at, number LIMIT 256"
+    order = "ORDER BY finished_at, number LIMIT 256"
+    query = f"SELECT number FROM request WHERE {_FORGETTABLE} {order}"  # nosec B608 # constants of this module
     before: list[tuple[int]] = []
     while (found := connection.execute(query).fetchall()) and found != before:
         yield from (number for (number,) in found)
@@ -176,16 +178,16 @@ def finished_in_order(connection: sqlite3.Connection) -> Iterator[int]:
 
 def finished_before(connection: sqlite3.Connection, moment: float) -> list[int]:
     """The numbers of requests that ended before a moment."""
-    query = f"SELECT number FROM request WHERE {_FORGETTABLE} AND finished_at < ? ORDER BY finished_at LIMIT 4096"
+    order = "ORDER BY finished_at LIMIT 4096"
+    query = f"SELECT number FROM request WHERE {_FORGETTABLE} AND finished_at < ? {order}"  # nosec B608 # of this module
     return [number for (number,) in connection.execute(query, (moment,))]
 
 
 def numbers_of_batch(connection: sqlite3.Connection, batch: str, finished: bool) -> list[int]:
     """The numbers of a batch's requests that have not ended, or of all."""
-    condition = "" if finished else " AND finished_at IS NULL"
-    return [
-        number for (number,) in connection.execute(f"SELECT number FROM request WHERE batch = ?{condition}", (batch,))
-    ]
+    unfinished_ones = "SELECT number FROM request WHERE batch = ? AND finished_at IS NULL"
+    query = "SELECT number FROM request WHERE batch = ?" if finished else unfinished_ones
+    return [number for (number,) in connection.execute(query, (batch,))]
 
 
 def count_of_batch(connection: sqlite3.Connection, batch: str) -> BatchCounts:
