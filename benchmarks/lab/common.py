@@ -97,8 +97,9 @@ def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """All options; a path is cut to its last part."""
+    """All options; a path is cut to its last part: where things lie on a machine concerns nobody else."""
     values = dataclasses.asdict(options)
     values.pop("out", None)
-    paths = {name: Path(values[name]).name for name in ("model", "input", "plot") if values.get(name) is not None}
-    return {**values, **paths}
+    named = {name: values[name] for name in ("model", "input", "plot") if values.get(name) is not None}
+    absolute = {name: value for name, value in values.items() if isinstance(value, str) and os.path.isabs(value)}
+    return {**values, **{name: Path(value).name for name, value in {**named, **absolute}.items()}}

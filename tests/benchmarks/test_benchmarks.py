@@ -89,6 +89,12 @@ def test_a_wrong_option_is_refused_by_name(argument: str, message: str) -> None:
 def test_settings_keep_no_folders_of_the_machine() -> None:
     assert settings(Options(1, "/some/where/tiny", "/a/file")) == {"requests": 1, "model": "tiny"}
 
+    @dataclass
+    class WithPeer(Options):
+        peer: str = "/opt/peers/vllm"
+
+    assert settings(WithPeer(1, "some/where/tiny")) == {"requests": 1, "model": "tiny", "peer": "vllm"}
+
 
 def test_throughput_ends_with_one_json_line_of_every_figure(tiny: Path, tmp_path: Path) -> None:
     load = ("requests=5", "prompt_tokens=9", "new_tokens=6", "repeats=2", "concurrency=2", "rate=1000")
