@@ -223,8 +223,13 @@ class Sequence:
 
     def append(self, token: int, now: float) -> tuple[str | None, int | None]:
         """Take in a token that a step has sampled. Returns (finish_reason, stop_reason) if it ends the sequence."""
-        ending = self._take_in(token, self.num_output)
-        self.tokens.append(token)
+        tokens = self.tokens
+        known = len(tokens)
+        ending: tuple[str | None, int | None] = None, None
+        # Asked here, and not in _take_in(), of the many tokens that end nothing: each step does this for every row.
+        if token in self.end_token_ids or known + 1 >= self.length_limit or self.constraint is not None:
+            ending = self._take_in(token, known - self.prompt_length)
+        tokens.append(token)
         self.num_pending_tokens -= 1
         if self.first_token_at is None:
             self.first_token_at = now

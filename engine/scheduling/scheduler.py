@@ -362,17 +362,18 @@ class Scheduler:
                 sequence.request.add_prompt_logprobs(plan.positions[row], entries)
 
         # Publish the blocks that are full now.
-        for row, (sequence, epoch, count) in enumerate(zip(step.sequences, step.epochs, plan.counts, strict=True)):
+        for sequence, epoch, count in zip(step.sequences, step.epochs, step.computed(plan.counts), strict=True):
             if sequence.epoch == epoch:
                 full = sequence.num_computed_tokens // self.block_size
-                sequence.num_computed_tokens += count - (row in step.postponed)
+                sequence.num_computed_tokens += count
                 if sequence.num_computed_tokens // self.block_size > full:
                     self._sharing.publish(sequence, full)
 
         now = self._clock()
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
-            if (sequence := step.sampled(row)) is not None:
+            sequence = step.sequences[row]
+            if sequence.epoch == step.epochs[row] and row not in step.postponed:
                 try:
                     updates.append(self._append(sequence, token, logprobs, now))
                 except Exception as error:

@@ -118,6 +118,12 @@ class StepInFlight:
         """The sequence that gets the token of a row; None if none does."""
         return None if row in self.postponed else self.sequence(row)
 
+    def computed(self, counts: list[int]) -> list[int]:
+        """The tokens that each row has computed for good, of those that its plan counts."""
+        if not self.postponed:
+            return counts
+        return [count - (row in self.postponed) for row, count in enumerate(counts)]
+
     def postpone(self, row: int) -> None:
         """Take back that a row's last token is scheduled, and that the next one is pending."""
         sequence = self.sequence(row)

@@ -55,9 +55,12 @@ def attend_keys(
     acc = tl.zeros([M, queries.shape[1]], tl.float32)
 
     # 0 times what is infinite or NaN is NaN. So the row ends before the first such value of the tiles that not all
-    # queries see, and the queries that do see it get NaN in the end.
+    # queries see, and the queries that do see it become NaN.
     if CAUSAL:
         keys = _first_poisoned(v_cache, kv_head, table, full, end, keys, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+        # Of a number the interpreter makes no bfloat16, of a tensor it does.
+        nan = tl.full([1, 1], float("nan"), tl.float32).to(queries.dtype)
+        queries = tl.where((last_seen >= keys)[:, None], nan, queries)
 
     # A tile's blocks are looked up while the tile before it is computed, so that its loads need not wait for them.
     blocks = _look_up(table, begin * BLOCK_N, keys, BLOCK_SIZE, BLOCK_N)
@@ -77,8 +80,6 @@ def attend_keys(
         peak, total, acc = _attend_tile(queries, k, v, first, last_seen, peak, total, acc, True, HEAD_DIM)
 
     total = tl.where(total == 0.0, 1.0, total)
-    if CAUSAL:
-        total = tl.where(last_seen >= keys, float("nan"), total)
     return acc / total[:, None], peak + tl.log2(total)
 
 
