@@ -97,7 +97,7 @@ def kill_once(llm: LLM, folder: Path, rank: int) -> dict[str, float]:
     killed = timeline = None
     tokens = 0
     ended = 0.0
-    for event in llm.stream(PROMPT, SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)):
+    for event in llm.stream(PROMPT, sampling=SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)):
         if not isinstance(event, Delta):
             continue
         tokens += 1
