@@ -100,7 +100,8 @@ class Recovery:
                 self._counted.add(entry.number)
                 attempts = await asyncio.wrap_future(requests.journal.attempt(entry.number))
                 if attempts > MOST_ATTEMPTS:
-                    await self._give_up(entry)
+                    why = f"{MOST_ATTEMPTS} processes have ended while they computed this request, which never got on"
+                    await self._give_up(entry, why)
                     return
             opened = await requests.opened(entry)
             if opened is None:  # its caller came back meanwhile
@@ -116,14 +117,19 @@ class Recovery:
                 _log.error("request %s cannot be recovered: %s", entry.request.name, error)
                 requests.left_over.set()
         except Exception:
+            # A defect of ours, which a second try would meet again: whoever waits for the answer hears of it now.
             _log.exception("request %s cannot be recovered", entry.request.name)
+            await self._give_up(entry, "this request could not be taken up again after a restart")
 
-    async def _give_up(self, entry: Entry) -> None:
-        why = f"{MOST_ATTEMPTS} processes have ended while they computed this request, which never got on"
+    async def _give_up(self, entry: Entry, why: str) -> None:
         error = ApiError(500, why, type="server_error", code="given_up")
         status, body = error_shapes.whole(entry.request.kind, error, entry.request.name)
         _log.error("request %s is given up: %s", entry.request.name, why)
-        await asyncio.wrap_future(self._requests.journal.finish(entry.number, status, body))
+        try:
+            await asyncio.wrap_future(self._requests.journal.finish(entry.number, status, body))
+        except JournalError:
+            _log.exception("that cannot be written down; it is tried again")
+            self._requests.left_over.set()
 
     async def _prune(self) -> None:
         while True:

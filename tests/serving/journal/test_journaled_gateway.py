@@ -229,6 +229,15 @@ def test_a_request_over_which_processes_die_again_and_again_is_given_up(gate: Ga
 
 
 @pytest.mark.slow
+def test_a_request_that_cannot_be_taken_up_again_ends_with_an_error(gate: Gate, tmp_path: Path) -> None:
+    with contextlib.closing(Journal(f"{tmp_path}/journal", "gateway", max_bytes=2**20, keep_s=60)) as journal:
+        journal.accept([Request("a", "/v1/of_another_version", name="a", body=b"{}")]).result()
+    with gateway(tmp_path) as server, client(server) as http:
+        until(lambda: http.get("/v1/requests/a").json()["status"] == "completed")
+        assert http.get("/v1/requests/a").json()["response"]["status_code"] == 500
+
+
+@pytest.mark.slow
 def test_a_response_that_waits_for_its_turn_can_be_cancelled(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     with gateway(tmp_path) as server, client(server) as http:
