@@ -1,13 +1,17 @@
-"""What a rank's sampler computes over its vocabulary shard: argmax of each row, with and without Gumbel noise.
+"""What a rank's sampler computes over its vocabulary shard: masks, and the argmax of rows, with and without noise.
 
 The noise is counter-based: a value depends on its key and counter alone, so any rank can make any part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from . import cpu, cuda
+from .host_copies import to_device
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -118,6 +122,27 @@ def block_maxima(values: torch.Tensor, block: int) -> torch.Tensor:
     if whole < size:
         maxima = torch.cat((maxima, values[:, whole:].amax(dim=1, keepdim=True)), dim=1)
     return maxima
+
+
+def mask_rows(values: torch.Tensor, rows: Sequence[int], words: np.ndarray, offset: int) -> None:
+    """Set columns of some rows of float32 (R, V) to -inf, in place: those whose bit is not set.
+
+    `words` is int32 (len(rows), W); the bit of column j is number `offset` + j, the lowest of each word first.
+    Nothing waits for the device.
+    """
+    index = np.array(rows, dtype=np.int64)
+    if _usable(values):
+        words = np.ascontiguousarray(words)
+        cpu.native.mask(
+            values.data_ptr(), index.ctypes.data, len(index), values.shape[1], words.ctypes.data, words.shape[1], offset
+        )
+        return
+
+    there, packed = to_device([index], values.device)[0], to_device([words], values.device)[0]
+    shifts = torch.arange(32, dtype=torch.int32, device=values.device)
+    bits = (packed.unsqueeze(2) >> shifts) & 1
+    forbidden = bits.flatten(1)[:, offset : offset + values.shape[1]] == 0
+    values[there] = values[there].masked_fill_(forbidden, -torch.inf)
 
 
 def _usable(values: torch.Tensor) -> bool:

@@ -364,10 +364,10 @@ class Scheduler:
         # Publish the blocks that are full now.
         for sequence, epoch, count in zip(step.sequences, step.epochs, step.computed(plan.counts), strict=True):
             if sequence.epoch == epoch:
-                full = sequence.num_computed_tokens // self.block_size
-                sequence.num_computed_tokens += count
-                if sequence.num_computed_tokens // self.block_size > full:
-                    self._sharing.publish(sequence, full)
+                before = sequence.num_computed_tokens
+                sequence.num_computed_tokens = before + count
+                if before % self.block_size + count >= self.block_size:
+                    self._sharing.publish(sequence, before // self.block_size)
 
         now = self._clock()
         updates = []

@@ -196,12 +196,11 @@ class StepBuilder:
                 sample_rows.append(row)
 
         # While a token is pending, whether a grammar limits the one after it is not known yet.
-        sampled = [rows[row] for row in sample_rows]
-        masked = [
-            i
-            for i, sequence in enumerate(sampled)
-            if sequence.constraint is not None and (sequence.constraint.active or sequence.num_pending_tokens)
-        ]
+        masked = []
+        for i, row in enumerate(sample_rows):
+            constraint = rows[row].constraint
+            if constraint is not None and (constraint.active or rows[row].num_pending_tokens):
+                masked.append(i)
 
         return StepPlan(
             step=step,

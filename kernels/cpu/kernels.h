@@ -189,6 +189,7 @@ struct Kernels {
     int64_t (*noisy_argmax)(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
                             float* value);
     void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
+    void (*mask)(float* row, int64_t size, const uint32_t* bits, int64_t offset);
     // What runtime/rates.cpp measures the machine with.
     float (*sum)(const float* from, int64_t size, int64_t times, ReadPattern pattern);
     float (*multiply_add)(int64_t steps);

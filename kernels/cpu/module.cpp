@@ -202,6 +202,11 @@ void bind_sampling(py::module_& m) {
         py::gil_scoped_release release;
         run_block_maxima(at<const float*>(rows), count, size, block, at<float*>(out));
     });
+    m.def("mask", [](uintptr_t rows, uintptr_t indices, int64_t count, int64_t size, uintptr_t bits, int64_t words,
+                     int64_t offset) {
+        py::gil_scoped_release release;
+        run_mask(at<float*>(rows), at<const int64_t*>(indices), count, size, at<const uint32_t*>(bits), words, offset);
+    });
 }
 
 void bind_threads(py::module_& m) {

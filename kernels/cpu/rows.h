@@ -235,6 +235,28 @@ inline void block_maxima(const float* row, int64_t size, int64_t block, float* o
     }
 }
 
+// -inf where a bit is not set: those of `bits` from number `offset` on, the lowest of a word first. Most words of a
+// grammar's mask allow all or nothing, so few numbers are compared.
+inline void mask_row(float* row, int64_t size, const uint32_t* bits, int64_t offset) {
+    const vf lowest = splat(-INFINITY);
+    vu lane_bits;
+    for (int i = 0; i < 16; ++i) lane_bits[i] = 1u << i;
+
+    for (int64_t first = 0; first < size; first += 16) {
+        const int64_t count = std::min<int64_t>(16, size - first);
+        const int64_t bit = offset + first;
+        const uint32_t* word = bits + bit / 32;
+        const int shift = static_cast<int>(bit % 32);
+        uint32_t allowed = word[0] >> shift;
+        if (shift + count > 32) allowed |= word[1] << (32 - shift);
+
+        allowed &= 0xffff;
+        if (allowed == 0xffff) continue;
+        const vf kept = (splat(allowed) & lane_bits) != 0 ? load_up_to(row + first, count) : lowest;
+        store_up_to(row + first, kept, count);
+    }
+}
+
 // The sums of `size` numbers, a multiple of 128, added to 8 others. Each of kStreams equal parts is fetched so many
 // bytes ahead of what is added; 0 leaves that to the processor.
 template <int kStreams, int kBytesAhead>

@@ -270,4 +270,11 @@ void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t bl
              [&](int row) { k.block_maxima(rows + row * size, size, block, out + row * blocks); });
 }
 
+void run_mask(float* rows, const int64_t* indices, int64_t count, int64_t size, const uint32_t* bits, int64_t words,
+              int64_t offset) {
+    const Kernels& k = kernels();
+    run_rows(static_cast<int>(count), size,
+             [&](int i) { k.mask(rows + indices[i] * size, size, bits + i * words, offset); });
+}
+
 }  // namespace phalanx

@@ -54,4 +54,9 @@ void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const floa
 // The largest of each `block` columns of each row, to out (count, ceil(size / block)).
 void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out);
 
+// -inf, in `count` rows of (., size) whose numbers are in `indices`, where a bit is not set: row i's are
+// bits[i * words ...], of which the first belongs to column -offset.
+void run_mask(float* rows, const int64_t* indices, int64_t count, int64_t size, const uint32_t* bits, int64_t words,
+              int64_t offset);
+
 }  // namespace phalanx

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from phalanx.engine.sampling.grammar_masks import apply_masks, forbidden_on_device, limits_on_cpu
+from phalanx.engine.sampling.grammar_masks import apply_masks
 
 
 @pytest.mark.parametrize("shard", [range(100), range(37), range(37, 69), range(64, 100), range(99, 100), range(50, 50)])
@@ -21,11 +21,3 @@ def test_a_shard_is_masked_as_the_whole_would_be(shard: range) -> None:
     mine = logits[:, shard.start : shard.stop].clone()
     apply_masks(mine, shard, {0: masks[0], 1: b"", 2: masks[1]})
     assert torch.equal(mine, expected[:, shard.start : shard.stop])
-
-
-def test_the_devices_way_of_unpacking_agrees_with_the_hosts() -> None:
-    words = np.random.default_rng(1).integers(-(2**31), 2**31, (3, 4), dtype=np.int64).astype(np.int32)
-    for offset, size in ((0, 128), (5, 100), (31, 97)):
-        on_cpu = torch.stack([limits_on_cpu(row, offset, size) for row in words])
-        assert torch.equal(on_cpu == -torch.inf, forbidden_on_device(torch.from_numpy(words), offset, size))
-        assert bool(on_cpu.isinf().all())

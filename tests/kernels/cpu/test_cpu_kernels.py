@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +17,7 @@ from phalanx.kernels import cpu
 from phalanx.kernels.attention import HeadNorms, TorchAttention
 from phalanx.kernels.cpu.attention import CpuAttention
 from phalanx.kernels.norm import rms_norm
-from phalanx.kernels.sampling import argmax, block_maxima, gumbel, gumbel_argmax
+from phalanx.kernels.sampling import argmax, block_maxima, gumbel, gumbel_argmax, mask_rows
 from phalanx.kernels.weight_formats import NAMES, plain
 from phalanx.kernels.weight_formats.packed import PackedWeight, row_multiple
 from phalanx.parallel.topology.topology import format_cpu_list
@@ -221,6 +222,24 @@ def test_heads_are_normalised_rotated_and_stored_as_torch_does_it(
     for value, wanted in ((q, expected), *zip(ours, again, strict=True)):
         # torch rounds to bfloat16 after each of its operations.
         torch.testing.assert_close(value, wanted, atol=1e-5 if dtype == torch.float32 else 6e-2, rtol=1e-2)
+
+
+@given(size=st.integers(1, 300), offset=st.integers(0, 31), density=st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+@checked
+def test_masked_columns_become_minus_infinity(instructions: str, size: int, offset: int, density: float) -> None:
+    rng = np.random.default_rng(size)
+    allowed = rng.random((2, -(-(offset + size) // 32) * 32)) < density
+    words = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    x = _random(5, size, dtype=torch.float32, seed=offset)
+    x[3, size // 2] = torch.nan
+
+    expected = x.clone()
+    expected[[3, 0]] = expected[[3, 0]].masked_fill(~torch.from_numpy(allowed[:, offset : offset + size]), -torch.inf)
+    by_torch = x.double()  # the kernels take float32
+    mask_rows(x, [3, 0], words, offset)
+    mask_rows(by_torch, [3, 0], words, offset)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(by_torch.float(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @given(rows=st.integers(1, 20), size=st.integers(1, 300), seed=st.integers(0, 99), nan=st.booleans())
