@@ -221,12 +221,18 @@ class Sequence:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)
         return SlotStart(slot, self.prompt_length, list(self.tokens), sampling)
 
-    def append(self, token: int, now: float) -> tuple[str | None, int | None]:
-        """Take in a token that a step has sampled. Returns (finish_reason, stop_reason) if it ends the sequence."""
+    def append(self, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
+        """Take in a token that a step has sampled. If the update that it returns has a finish_reason, that is the end.
+
+        Each step does this for every row, so the many tokens that end nothing are told from the others at once.
+        """
+        request = self.request
+        if self.ended is not None:
+            return SequenceUpdate(request, self, [], None, *self.ended, request.unfinished == 1)
+
         tokens = self.tokens
         known = len(tokens)
-        ending: tuple[str | None, int | None] = None, None
-        # Asked here, and not in _take_in(), of the many tokens that end nothing: each step does this for every row.
+        ending: tuple[str | None, int | None] | None = None
         if token in self.end_token_ids or known + 1 >= self.length_limit or self.constraint is not None:
             ending = self._take_in(token, known - self.prompt_length)
         tokens.append(token)
@@ -234,10 +240,17 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = now
         self.last_token_at = now
-        return ending
+
+        entries = None if logprobs is None else [logprobs]
+        if ending is None or ending[0] is None:
+            return SequenceUpdate(request, self, [token], entries)
+        return SequenceUpdate(request, self, [token], entries, *ending, request.unfinished == 1)
 
     def _take_in(self, token: int, output_length: int) -> tuple[str | None, int | None]:
-        """Follow the output by a token after `output_length` others. Returns the same as append()."""
+        """Follow the output by a token after `output_length` others.
+
+        Returns (finish_reason, stop_reason) if it ends the sequence, else two None.
+        """
         if token in self.end_token_ids and output_length >= self.sampling.min_tokens:
             # The model's own end-of-sequence needs no naming.
             return "stop", None if token in self.request.eos_token_ids else token

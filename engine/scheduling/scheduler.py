@@ -19,7 +19,6 @@ from collections.abc import Callable
 from operator import attrgetter
 
 from ..errors import CapacityExceeded, ConfigError, InvalidRequest
-from ..protocol.logprobs import TokenLogprobs
 from .block_pool import BlockPool, IntegrityError, PrefixSharing
 from .integrity import check_scheduler, check_slots
 from .request import Request, Sequence, SequenceStatus, SequenceUpdate, end_of, taken_up
@@ -249,8 +248,10 @@ class Scheduler:
                 continue
             if sequence.num_pending_tokens and known + 1 >= sequence.length_limit:  # the pending token will be its last
                 continue
-            if sequence.constraint is not None and not sequence.constraint.ready:
-                continue
+            if sequence.constraint is not None:
+                if not sequence.constraint.ready:
+                    continue
+                step.has_constraints = True
             if sequence.num_scheduled_tokens == sequence.capacity and not self._grow(sequence, step):
                 break
             if known > sequence.num_sent_tokens:
@@ -362,35 +363,30 @@ class Scheduler:
                 sequence.request.add_prompt_logprobs(plan.positions[row], entries)
 
         # Publish the blocks that are full now.
-        for sequence, epoch, count in zip(step.sequences, step.epochs, step.computed(plan.counts), strict=True):
+        sequences = step.sequences
+        epochs = step.epochs
+        size = self.block_size
+        for sequence, epoch, count in zip(sequences, epochs, step.computed(plan.counts), strict=True):
             if sequence.epoch == epoch:
                 before = sequence.num_computed_tokens
                 sequence.num_computed_tokens = before + count
-                if before % self.block_size + count >= self.block_size:
-                    self._sharing.publish(sequence, before // self.block_size)
+                if before % size + count >= size:
+                    self._sharing.publish(sequence, before // size)
 
         now = self._clock()
+        postponed = step.postponed
         updates = []
         for row, token, logprobs in zip(plan.sample_rows, result.token_ids, result.logprobs, strict=True):
-            sequence = step.sequences[row]
-            if sequence.epoch == step.epochs[row] and row not in step.postponed:
+            sequence = sequences[row]
+            if sequence.epoch == epochs[row] and row not in postponed:
                 try:
-                    updates.append(self._append(sequence, token, logprobs, now))
+                    update = sequence.append(token, logprobs, now)
+                    if update.finish_reason is not None:
+                        self._finish(sequence, update.finish_reason, update.stop_reason, now)
+                    updates.append(update)
                 except Exception as error:
                     self.failures.append((sequence.request.id, error))
         return updates
-
-    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> SequenceUpdate:
-        if sequence.ended is not None:
-            self._finish(sequence, *sequence.ended, now)
-            return end_of(sequence)
-
-        reason, stop_reason = sequence.append(token, now)
-        if reason is not None:
-            self._finish(sequence, reason, stop_reason, now)
-        entries = [logprobs] if logprobs is not None else None
-        last = sequence.request.unfinished == 0
-        return SequenceUpdate(sequence.request, sequence, [token], entries, reason, stop_reason, last)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if state contradicts itself or is lost. Visits all of it: for idle moments and tests."""

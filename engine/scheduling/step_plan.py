@@ -147,6 +147,7 @@ class StepBuilder:
         self.decodes: list[Sequence] = []
         self.chunks: list[Sequence] = []
         self.chunk_counts: list[int] = []
+        self.has_constraints = False  # whether some row's sequence has one
 
     def send_blocks(self, sequence: Sequence, first: int) -> None:
         """Send the ranks the entries of a block table from index `first`."""
@@ -156,11 +157,17 @@ class StepBuilder:
         self.block_ids += new
 
     def send_new_tokens(self, sequence: Sequence) -> None:
-        """Send the ranks the tokens sampled since they were last sent some."""
-        for token in sequence.tokens[sequence.num_sent_tokens :]:
+        """Send the ranks the tokens sampled since they were last sent some: one, for most rows of most steps."""
+        tokens = sequence.tokens
+        known = len(tokens)
+        if known - sequence.num_sent_tokens == 1:
             self.token_slots.append(sequence.slot)
-            self.token_ids.append(token)
-        sequence.num_sent_tokens = len(sequence.tokens)
+            self.token_ids.append(tokens[-1])
+        else:
+            new = tokens[sequence.num_sent_tokens :]
+            self.token_slots += [sequence.slot] * len(new)
+            self.token_ids += new
+        sequence.num_sent_tokens = known
 
     def schedule_tokens(self, sequence: Sequence) -> None:
         """Schedule all its uncomputed tokens, but at most half of the remaining budget.
@@ -170,6 +177,7 @@ class StepBuilder:
         wanted = sequence.num_uncomputed_tokens
         count = min(wanted, (self.budget + 1) // 2)
         if count:
+            self.has_constraints |= sequence.constraint is not None
             self.budget -= count
             if wanted == 1:
                 self.decodes.append(sequence)
@@ -197,7 +205,7 @@ class StepBuilder:
 
         # While a token is pending, whether a grammar limits the one after it is not known yet.
         masked = []
-        for i, row in enumerate(sample_rows):
+        for i, row in enumerate(sample_rows if self.has_constraints else []):
             constraint = rows[row].constraint
             if constraint is not None and (constraint.active or rows[row].num_pending_tokens):
                 masked.append(i)
