@@ -15,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import psutil
 from phalanx import LLM, SamplingParams
 from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.traces import temporary_folder
 from phalanx.engine.errors import EngineStopped
 from phalanx.engine.execution.heartbeat import BEATS_FILE, STARTING, BeatsReader
 from phalanx.engine.protocol.messages import Delta
@@ -119,18 +118,6 @@ def kill_once(llm: LLM, folder: Path, rank: int) -> dict[str, float]:
     moments = [killed, *(entered.get(phase, killed) for phase in STARTING[1:]), entered.get("waiting", ended), ended]
     spans = [max(0.0, after - before) for before, after in itertools.pairwise(moments)]
     return {**dict(zip(PHASES, spans, strict=True)), "total": ended - killed}
-
-
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder for what engines leave on disk."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder
-        try:
-            yield Path(folder)
-        finally:
-            tempfile.tempdir = before
 
 
 def measure(options: Options, ranks: int, weights: str) -> dict[str, Any]:

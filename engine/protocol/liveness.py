@@ -31,6 +31,8 @@ class EngineWatch:
         self._known: Pong | None = None
         self._silent = False
         self._asked_at: float | None = None  # when the Ping was sent that was not answered yet
+        self._asked_before = 0  # how often until there was an answer
+        self._may_have_missed = False
         self._heard_at = clock()
 
     @property
@@ -56,6 +58,8 @@ class EngineWatch:
     def asked(self) -> None:
         """Note that a Ping was sent."""
         self._asked_at = self._clock()
+        if self._known is None:
+            self._asked_before += 1
 
     def heard(self, pong: Pong) -> str | None:
         """Take in an answer. Returns why requests are lost, if they are."""
@@ -63,11 +67,23 @@ class EngineWatch:
         self._heard_at = self._clock()
         self._asked_at = None
         self._silent = False
+        if before is None:
+            self._may_have_missed = self._asked_before > 1
         if before is None or before == pong:
             return None
         if before.epoch != pong.epoch:
             return f"the engine at {self._address} was replaced by another; what it had not finished is lost"
         return f"the connection to {self._address} was lost and made again; what was under way is lost"
+
+    def missed(self) -> str | None:
+        """Return why the first engine that answers may lack what was sent before; once.
+
+        An engine that ends before it answers, as one that is still loading, takes with it what it was sent.
+        """
+        missed, self._may_have_missed = self._may_have_missed, False
+        if not missed:
+            return None
+        return f"the engine at {self._address} was long in answering; one before it may have had what was sent"
 
     def silence(self) -> str | None:
         """Return why requests are lost if the engine has fallen silent; once for each silence."""

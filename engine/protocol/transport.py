@@ -273,6 +273,10 @@ class _Addressed(msgspec.Struct, tag="submit"):
     id: str
 
 
+class NeverHeard(EngineStopped):
+    """What was sent before any engine answered may have gone to one that ended; none has died of it."""
+
+
 class ZmqConnection(Connection):
     """A client of a coordinator in another process, which may start later than the client."""
 
@@ -316,8 +320,11 @@ class ZmqConnection(Connection):
                     mismatch = version_mismatch(self._address, event)
                     if mismatch is not None:
                         on_broken(EngineStopped(mismatch))
-                    lost = self._watch.heard(event)
-                    tell(lost, on_lost)
+                    tell(self._watch.heard(event), on_lost)
+                    missed = self._watch.missed()
+                    # Whoever outlives a silence sends again what it is told is lost; for others it may not be so.
+                    if missed is not None and on_silent is not None:
+                        on_lost(NeverHeard(missed))
                 else:
                     on_event(event)
 

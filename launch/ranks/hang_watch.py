@@ -167,9 +167,13 @@ def _words(rank: int, sight: Sight) -> str:
 class RankSights:
     """Looks at the ranks of a group: their heartbeats, their collectives and their processes."""
 
-    def __init__(self, beats: Path, pids: Sequence[int | None]) -> None:
-        """`beats` is the file of their heartbeats, `pids` their processes; None of one that is on another host."""
+    def __init__(self, beats: Path, pids: Sequence[int | None], rank: int | None = None) -> None:
+        """`beats` is the file of their heartbeats, `pids` their processes; None of one that is on another host.
+
+        `rank` is the one whose process this is, if it is a rank's.
+        """
         self._pids = pids
+        self._rank = rank
         self._beats = BeatsReader(beats, len(pids))
         self._segment: mmap.mmap | None = None
         self._processes_at = 0.0
@@ -179,7 +183,9 @@ class RankSights:
         """Return how the ranks are now."""
         beats = self._beats.read()
         first = self._pids[0]
-        if self._segment is None and first is not None and beats[0].segment >= 0:
+        if self._segment is None and self._rank is not None and beats[self._rank].segment >= 0:
+            self._segment = _map_flags(beats[self._rank].segment, len(self._pids))
+        elif self._segment is None and self._rank is None and first is not None and beats[0].segment >= 0:
             self._segment = _open_segment(first, beats[0].segment, len(self._pids))
 
         now = time.monotonic()
@@ -198,17 +204,29 @@ class RankSights:
         return [int.from_bytes(segment[start : start + 4], sys.byteorder) for start in starts]
 
     def close(self) -> None:
-        """Give up what it has open of the ranks."""
+        """Give up what it has open of the ranks. A rank itself keeps it for as long as its group lasts (_map_flags)."""
         self._beats.close()
         if self._segment is not None:
             self._segment.close()
 
 
 def _open_segment(pid: int, number: int, ranks: int) -> mmap.mmap | None:
-    """Map the flags that a rank's collectives share; None where another process may not have them."""
+    """Map the flags that a rank's collectives share, in a process that is no rank; None where it may not have them."""
     try:
         with open(f"/proc/{pid}/fd/{number}", "rb") as file:
-            return mmap.mmap(file.fileno(), FLAGS_AT + FLAG_BYTES * ranks, access=mmap.ACCESS_READ)
+            return _map_flags(file.fileno(), ranks)
+    except OSError:
+        return None
+
+
+def _map_flags(number: int, ranks: int) -> mmap.mmap | None:
+    """Map the flags of an open segment; None if it is none any more.
+
+    A rank gives its own descriptor, and never closes the map. It is by a POSIX lock on the segment that the others see
+    that it lives, and a process loses its locks on a file when it closes any descriptor of it.
+    """
+    try:
+        return mmap.mmap(number, FLAGS_AT + FLAG_BYTES * ranks, access=mmap.ACCESS_READ)
     except (OSError, ValueError):
         return None
 

@@ -1,17 +1,18 @@
-"""Starts our programs as a person would, on pipes or in a terminal of their own, and sees what they leave behind."""
+"""Starts our programs as a person would, on pipes or in a terminal of their own."""
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,20 @@ ALONE: tuple[str, ...] = ()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TIMEOUT_S = 120.0
 STOP_S = 5.0
-TEMPORARY = Path(tempfile.mkdtemp(prefix="programs-"))
-_ENVIRONMENT = {**os.environ, "TMPDIR": str(TEMPORARY), "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
+
+
+@cache
+def _leavings() -> str:
+    """A folder that goes with this process, for what torchrun keeps."""
+    folder = tempfile.mkdtemp(prefix="programs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """The variables of a program that is started now. Its TMPDIR is this process's, if that has one."""
+    mine = os.environ if "TMPDIR" in os.environ else {**os.environ, "TMPDIR": _leavings()}
+    return {**mine, "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
 
 
 def command(program: str, *arguments: object, launcher: tuple[str, ...] = ALONE) -> list[str]:
@@ -39,7 +52,7 @@ def run(
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
-        env=_ENVIRONMENT,
+        env=environment(),
         cwd=cwd,
         check=False,
     )
@@ -53,7 +66,7 @@ def start(program: str, *arguments: object, launcher: tuple[str, ...] = ALONE) -
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=_ENVIRONMENT,
+        env=environment(),
     )
 
 
@@ -73,27 +86,14 @@ def end_within_5_s(process: subprocess.Popen[str], everyone: list[psutil.Process
     return output
 
 
-@contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """Fails if shared memory or a temporary folder is there afterwards that was not before."""
-    before = _traces()
-    yield
-    assert _traces() - before == set()
-
-
-def _traces() -> set[Path]:
-    # torchrun keeps its error files on purpose.
-    temporary = {path for path in TEMPORARY.iterdir() if not path.name.startswith("torchelastic_")}
-    return temporary | set(Path("/dev/shm").glob("phalanx-*"))  # other programs of this host have theirs there
-
-
 class InTerminal:
     """A program in a pseudo-terminal of its own, which is its controlling terminal."""
 
     def __init__(self, argv: list[str]) -> None:
+        variables = environment()
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execve(argv[0], argv, _ENVIRONMENT)
+            os.execve(argv[0], argv, variables)
         self.text = ""
         self._seen = 0
 

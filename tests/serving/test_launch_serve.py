@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import threading
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import pytest
 from phalanx import LLM, ConfigError, SamplingParams, Timeout
 from phalanx.engine.client.async_llm import AsyncLLM
 from phalanx.engine.protocol.messages import Delta, Finished
-from phalanx.tests.launch.programs import family, nothing_left_behind, run
+from phalanx.tests.launch.programs import family, run
+from phalanx.tests.left_behind import nothing_left_behind
 from phalanx.tests.serving.servers import running
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -27,20 +27,19 @@ def rank_processes(pid: int) -> list[psutil.Process]:
     return [each for each in family(pid) if any("launch.ranks.rank" in part for part in each.cmdline())]
 
 
-def without_port(url: str) -> bool:
-    """Whether nobody listens there any more."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_server_with_its_own_ranks_answers_as_the_engine_does(tiny: Path, ranks: int) -> None:
     with LLM(str(tiny), max_model_len=512) as llm:
         expected = llm.generate("Once upon a time", GREEDY)[0].outputs[0].text
 
-    with nothing_left_behind(), running("serve", f"model={tiny}", f"ranks={ranks}", *SETTINGS) as server:
+    with (
+        nothing_left_behind() as traces,
+        running("serve", f"model={tiny}", f"ranks={ranks}", *SETTINGS) as server,
+    ):
         url = server.url
+        port = int(url.rpartition(":")[2])
+        assert port in traces.listening()
         assert not server.has_torch
         assert len(rank_processes(server.process.pid)) == ranks
         asked = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -56,7 +55,7 @@ def test_a_server_with_its_own_ranks_answers_as_the_engine_does(tiny: Path, rank
         server.signal(signal.SIGTERM)
         assert server.wait() == 128 + signal.SIGTERM
         assert psutil.wait_procs(everyone, timeout=5)[1] == []
-        assert without_port(url)
+        assert port not in traces.listening()
     assert "Traceback" not in server.text
 
 

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.engine.protocol.messages import Delta
-from phalanx.tests.launch.programs import family, nothing_left_behind, start
+from phalanx.tests.launch.programs import family, start
+from phalanx.tests.left_behind import nothing_left_behind
 from phalanx.tests.serving.servers import RunningServer, running
 
 pytestmark = pytest.mark.slow

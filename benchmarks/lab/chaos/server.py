@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 from phalanx.benchmarks.lab.agent_model import make_agent_model
+from phalanx.benchmarks.lab.traces import Traces
 from phalanx.engine.client.group_failure import GroupState, read_state
 from phalanx.engine.errors import EngineStopped
 
@@ -35,10 +36,10 @@ class Server:
     def __init__(self, model: Path, ranks: int, *settings: str) -> None:
         """Start it with more settings of launch.serve, and wait until it is ready. Raises EngineStopped."""
         self.count = ranks
-        self._shared = _shared_memory()
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self._temporary = self.folder / "tmp"
         self._temporary.mkdir()
+        self._traces = Traces(self._temporary)
         self._log = (self.folder / "log").open("w+")
         agent = make_agent_model(self.folder / "model", model)
         command = [
@@ -120,8 +121,8 @@ class Server:
         for name, process in lasting.items():
             with contextlib.suppress(psutil.Error, OSError):
                 found[name] = {**_descriptors(process.pid), "threads": process.num_threads()}
-        found["server"] = {"processes": len(self._processes())}
-        found["machine"] = {"shared segments": len(_shared_memory() - self._shared)}
+        found["server"] = {"processes": len(self._traces.processes())}
+        found["machine"] = {"shared segments": len(self._traces.shared_memory())}
         found["temporary folder"] = {"files": sum(1 for _ in self._temporary.rglob("*"))}
         return found
 
@@ -154,35 +155,19 @@ class Server:
     def stop(self) -> list[str]:
         """End it. Returns what it leaves behind."""
         self.http.close()
-        everyone = self._processes()
+        everyone = self._traces.processes()
         self.process.send_signal(signal.SIGTERM)
         psutil.wait_procs(everyone, timeout=END_S)
-        still = self._processes()
-        left = [f"process {each.pid}: {' '.join(each.cmdline())[:100]}" for each in still]
-        for each in still:
+        left = self._traces.left(0.0)
+        for each in self._traces.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         self._log.close()
-        left += [f"/dev/shm/{name}" for name in _shared_memory() - self._shared]
-        return left + [str(path) for path in self._temporary.iterdir()]
-
-    def _processes(self) -> list[psutil.Process]:
-        """All that it has started, whoever their parent is by now: known by the folder that they inherit."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("TMPDIR") == str(self._temporary):
-                    found.append(process)
-        return found
+        return left
 
     def remove(self) -> None:
         """Take its folder away, log and all."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _shared_memory() -> set[str]:
-    """Names of shared memory of ours; other programs of the machine may have some too."""
-    return {name for name in os.listdir("/dev/shm") if "phalanx" in name}
 
 
 def _descriptors(pid: int) -> dict[str, int]:

@@ -32,7 +32,7 @@ from ...protocol.messages import (
     Tokenize,
     Usage,
 )
-from ...protocol.transport import Connection, OnBroken, OnEvent, OnLost
+from ...protocol.transport import Connection, NeverHeard, OnBroken, OnEvent, OnLost
 from .delivered import Delivered
 from .suspects import Suspects
 
@@ -240,7 +240,8 @@ class ResumingConnection(Connection):
             return
         with self._lock:
             self._heard()
-            died, self._epoch = self._inner.epoch != self._epoch, self._inner.epoch
+            died = self._inner.epoch != self._epoch and not isinstance(error, NeverHeard)
+            self._epoch = self._inner.epoch
             sent = {request_id: kept for request_id, kept in self._kept.items() if kept.wire_id}
             for kept in sent.values():
                 # It may have reached the new engine already, from where it waited for one.

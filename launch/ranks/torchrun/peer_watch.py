@@ -61,7 +61,7 @@ def watch_peers(config: EngineConfig, group: Group, rank_info: RankInfo) -> Hear
         heartbeat = Heartbeat(beats, group.rank)
         if group.size > group.local_size:
             _Exchange(memory, group, f"phalanx/beats/{rows[0][3]}").start()
-        _Watch(config, RankSights(beats, pids), pids, rank_info).start()
+        _Watch(config, RankSights(beats, pids, group.rank), pids, rank_info).start()
     except (SharedMemoryUnavailable, AttributeError, OSError, RuntimeError) as error:
         _log.warning("ranks that hang are not noticed before timeout_s=%g: %s", config.timeout_s, error)
         return None

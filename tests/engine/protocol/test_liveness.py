@@ -13,8 +13,9 @@ import pytest
 import zmq
 from phalanx import EngineStopped, SamplingParams
 from phalanx.engine.client.client import Client, RequestHandle
+from phalanx.engine.client.resume.connection import ResumingConnection
 from phalanx.engine.protocol.liveness import PING_S, SILENCE_S, EngineWatch
-from phalanx.engine.protocol.messages import Command, Failed, Ping, Pong, StatusRequest, Submit
+from phalanx.engine.protocol.messages import Command, Event, Failed, Ping, Pong, StatusRequest, Submit
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
 
 PATIENCE_S = 60.0
@@ -50,6 +51,20 @@ def test_an_engine_that_never_answered_is_asked_seldom_and_never_given_up(watch:
         if watch.should_ask:
             watch.asked()
         assert watch.silence() is None
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_was_sent_may_be_missed_by_an_engine_that_answers_only_when_asked_again(
+    watch: EngineWatch, times: int
+) -> None:
+    for _ in range(times):
+        watch.asked()
+    assert watch.missed() is None
+    assert watch.heard(FIRST) is None
+    assert (watch.missed() is not None) == (times > 1)
+    watch.asked()
+    watch.heard(FIRST)
+    assert watch.missed() is None
 
 
 def test_an_engine_that_answers_is_asked_again_after_a_while(watch: EngineWatch, clock: Clock) -> None:
@@ -104,6 +119,30 @@ def test_what_a_replaced_engine_had_fails_and_the_next_one_serves(tmp_path: Path
     transport.send(name, Failed("b", "InvalidRequest", "heard"))
     with pytest.raises(Exception, match="heard"):
         next(again)
+    client.close()
+    transport.close()
+
+
+def test_what_an_engine_had_that_ended_before_it_answered_is_sent_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.engine.protocol.liveness.SILENCE_S", 0.5)
+    address = f"ipc://{tmp_path}/engine"
+    loading = ZmqTransport(address)  # bound, as while a model is loaded, and not started
+    client = Client(ResumingConnection(ZmqConnection(address)))
+    status: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    client.ask(StatusRequest(), status.put)
+    client.submit(Submit(id="a", token_ids=[1]), lambda event: None, quick=True)
+    received = [loading._wire.socket.recv_multipart()[-1] for _ in range(3)]
+    assert sum(b"submit" in data for data in received) == 1
+    loading.close()
+
+    second: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    transport = ZmqTransport(address)
+    transport.start(lambda client, command: second.put(command))
+    wanted = {StatusRequest, Submit}
+    while wanted:
+        wanted.discard(type(second.get(timeout=PATIENCE_S)))
     client.close()
     transport.close()
 

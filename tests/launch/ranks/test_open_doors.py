@@ -13,11 +13,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-from phalanx import AsyncLLM, SamplingParams
+from phalanx import LLM, AsyncLLM, SamplingParams
 from phalanx.tests.launch.programs import TORCHRUN
 
 RECORDER = """
@@ -144,6 +145,15 @@ def test_an_async_llm_listens_nowhere_and_unpickles_nothing(tiny: Path, recorded
     assert recorded.stacks() == []
 
 
+def _use_and_end(address: str, worker: subprocess.Popen[bytes]) -> int:
+    """How many tokens a worker answers with; it is ended then."""
+    try:
+        with LLM.connect(address, timeout_s=TIMEOUT_S) as llm:
+            return len(llm.generate(["any"], SAMPLING)[0].outputs[0].token_ids)
+    finally:
+        worker.terminate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [(), TORCHRUN])
 @pytest.mark.parametrize("program", ["generate", "chat", "worker"])
@@ -154,26 +164,31 @@ def test_a_program_listens_nowhere_beside_torchrun(
         pytest.skip("a worker is torchrun's")
     requests = tmp_path / "requests.jsonl"
     requests.write_text("".join(f'{{"id": {i}, "prompt": "any"}}\n' for i in range(40)))
+    address = f"ipc://{tmp_path / 'engine'}"
     settings = {
         "generate": [f"input={requests}", f"output={tmp_path / 'out.jsonl'}", "sampling.max_tokens=200"],
         "chat": ["sampling.max_tokens=200"],
-        "worker": [f"address=ipc://{tmp_path / 'engine'}"],
+        "worker": [f"address={address}"],
     }[program]
     command = [sys.executable, *launcher, "-m", f"phalanx.launch.{program}", f"model={tiny}", "ranks=2",
                "max_model_len=256", "dtype=float32", *settings]  # fmt: skip
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
     seen = set()
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + TIMEOUT_S
     try:
         if program == "chat":
-            assert process.stdin is not None
             process.stdin.write(b"hello\n")
-            process.stdin.flush()
+            process.stdin.close()  # it ends with the answer
         # From its first process to its last, every 50 ms.
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                seen |= listening(process.pid)
-            time.sleep(0.05)
+        with ThreadPoolExecutor(1) as thread:
+            used = thread.submit(_use_and_end, address, process) if program == "worker" else None
+            while process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    seen |= listening(process.pid)
+                time.sleep(0.05)
+            assert process.poll() is not None, "it has not ended"
+        assert used is None or used.result() == 3
     finally:
         process.terminate()
         process.wait(TIMEOUT_S)

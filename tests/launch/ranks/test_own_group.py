@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from phalanx import LLM, CheckpointError, EngineStopped, SamplingParams
+from phalanx.tests.left_behind import nothing_left_behind
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 PROMPTS = ["one", "two words", "and three more of them"]
@@ -37,14 +38,13 @@ def _ranks() -> list[psutil.Process]:
 def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> None:
     with LLM(str(tiny), dtype="float32", max_model_len=256) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
-    before = set(os.listdir("/dev/shm"))
-    with LLM(str(tiny), ranks=2, dtype="float32", max_model_len=256) as llm:
+    with nothing_left_behind() as traces, LLM(str(tiny), ranks=2, dtype="float32", max_model_len=256) as llm:
         assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] == expected
         assert llm.status().ranks == 2
         ranks = _ranks()
         assert len(ranks) == 2
+        assert traces.shared_memory() == set()  # no segment has a name once all ranks have opened it
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks)
-    assert set(os.listdir("/dev/shm")) <= before
 
 
 def test_a_killed_rank_stops_the_engine_and_is_named(tiny: Path) -> None:

@@ -20,10 +20,10 @@ from phalanx.tests.launch.programs import (
     TORCHRUN,
     end_within_5_s,
     family,
-    nothing_left_behind,
     run,
     start,
 )
+from phalanx.tests.left_behind import nothing_left_behind
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,6 @@ import contextlib
 import os
 import queue
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import pytest
 from phalanx import LLM, AsyncLLM, EngineFault, EngineStopped, SamplingParams
 from phalanx.engine.client.requests import OutputBuilder, RequestOutput
 from phalanx.engine.protocol.messages import Delta, Event, Submit
-from phalanx.tests.launch.programs import nothing_left_behind
+from phalanx.tests.left_behind import nothing_left_behind
 
 PATIENCE_S = 120.0
 MIXED: tuple[dict[str, Any], ...] = (
@@ -87,21 +86,12 @@ def _comparable(output: RequestOutput) -> Any:
 @contextlib.contextmanager
 def _group(model: Path, **config: Any) -> Iterator[LLM]:
     """A group of two ranks; nothing of it may be left afterwards: no process, shared memory, socket or folder."""
-    before = _segments()
     others = set(psutil.Process().children(recursive=True))
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", folder)
+    with nothing_left_behind():
         with LLM(str(model), ranks=2, dtype="float32", max_model_len=512, **config) as llm:
             yield llm
             supervised = set(psutil.Process().children(recursive=True)) - others
         assert psutil.wait_procs(list(supervised), timeout=5)[1] == []
-        assert os.listdir(folder) == []
-    assert _segments() <= before
-
-
-def _segments() -> set[str]:
-    """Names of shared memory of ours; other programs of the machine may have some too."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith("phalanx")}
 
 
 def test_nothing_is_lost_when_the_coordinator_is_killed(smollm2: Path) -> None:

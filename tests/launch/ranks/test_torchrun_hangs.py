@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.engine.protocol.messages import Delta
+from phalanx.tests.launch.ranks import watched
+
+RunRanks = Callable[..., list[Any]]
 
 WAIT_S = 120.0
 SAMPLING = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
@@ -68,6 +72,10 @@ def workers(smollm2: Path, tmp_path: Path) -> Iterator[Workers]:
         yield workers
     finally:
         workers.close()
+
+
+def test_a_rank_that_watches_the_others_is_not_taken_for_dead_by_those_that_wait_for_it(run_ranks: RunRanks) -> None:
+    assert run_ranks(2, watched.wait_for_one_that_is_late) == [2.0, 2.0]
 
 
 @pytest.mark.slow

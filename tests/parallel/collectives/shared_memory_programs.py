@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from phalanx.benchmarks.lab.traces import Traces
 from phalanx.parallel.collectives import shared_memory
 from phalanx.parallel.collectives.base import CollectiveError, Collectives
 from phalanx.parallel.collectives.process_group import ProcessGroupCollectives
@@ -237,7 +238,7 @@ def idle_receiver(rank: int, size: int) -> float:
 
 
 def by_name(rank: int, size: int) -> list[str]:
-    """A group whose last rank may not look into /proc of rank 0; the names that are left in /dev/shm."""
+    """A group whose last rank may not look into /proc of rank 0; the names in /dev/shm that are left of it."""
     real = os.open
 
     def guarded(path: Any, *args: Any, **keywords: Any) -> int:
@@ -246,9 +247,10 @@ def by_name(rank: int, size: int) -> list[str]:
         return real(path, *args, **keywords)
 
     os.open = guarded
+    traces = Traces()
     collectives = _connect()
     assert float(collectives.all_reduce(torch.ones(1))) == size
-    names = [name for name in os.listdir("/dev/shm") if name.startswith("phalanx")]
+    names = sorted(traces.shared_memory())
     collectives.barrier()
     collectives.close()
     return names

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx.benchmarks.lab.traces import Traces
 from phalanx.parallel.collectives import shared_memory
 from phalanx.tests.parallel.collectives import programs as rank_programs
 from phalanx.tests.parallel.collectives import shared_memory_programs as programs
@@ -151,7 +152,7 @@ def test_a_killed_rank_is_named_by_all_others_soon(tmp_path: Path, victim: int) 
 
 
 def test_nothing_is_left_when_all_ranks_are_killed(tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
+    traces = Traces()
     with _started(2, programs.wait_for_death, str(tmp_path)) as processes:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) < 2:
@@ -159,8 +160,8 @@ def test_nothing_is_left_when_all_ranks_are_killed(tmp_path: Path) -> None:
             time.sleep(0.02)
         files = [os.path.realpath(file) for process in processes for file in Path(f"/proc/{process.pid}/fd").iterdir()]
         assert sum("memfd:phalanx" in file for file in files) == 4
-    # The test's own queue may hold names here; a segment never does.
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if "phalanx" in name}
+    # The test's own queue may hold names there; a segment never does.
+    assert traces.shared_memory() == set()
 
 
 def test_ranks_that_were_all_stopped_for_long_go_on(tmp_path: Path) -> None:
