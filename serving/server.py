@@ -178,6 +178,8 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
     """The gateway's app with metrics, the administrator's routes and the middleware that is asked for."""
 
     async def metrics(request: Request) -> Response:
+        # Else the requests that run would be those of the last look, beside those that are open now.
+        await pool.refresh()
         return Response(pool.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     origins = list(settings.auth.allow_origins)

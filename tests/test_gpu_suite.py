@@ -24,6 +24,20 @@ def test_it_is_skipped_without_a_gpu_and_beside_other_tests(monkeypatch: pytest.
 
 
 @pytest.mark.slow
+def test_it_says_why_it_is_skipped_without_being_asked() -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu/test_kernels.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert "tests/gpu was skipped: no GPU: torch.cuda.is_available() is False" in process.stdout
+
+
+@pytest.mark.slow
 def test_it_passes_in_tritons_interpreter() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", str(ROOT / "tests" / "gpu")],

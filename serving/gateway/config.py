@@ -31,6 +31,10 @@ class GatewayConfig:
     of a long body are made, some 20 ms for a megabyte."""
     max_file_bytes: int = 64 * 1024 * 1024
     """Longest file of requests for a batch in bytes; a longer one is answered 413."""
+    max_files: int = 1000
+    """Most uploaded files that the journal keeps for one API key; more are answered 429."""
+    max_batches: int = 1000
+    """Most batches that the journal keeps for one API key, those that have ended too; more are answered 429."""
     max_open_body_bytes: int = 256 * 1024 * 1024
     """Bytes of request bodies that are held until they are parsed, one long body at a time; more are answered 429."""
     head_timeout_s: float = 30.0
@@ -74,9 +78,9 @@ class GatewayConfig:
     requests and answers as they are, and API keys only as a digest; null keeps nothing."""
     journal_max_mb: int = 1024
     """Most mebibytes that the journal holds; the oldest answers make room, and what then does not fit is answered
-    503."""
+    503. Files and batches that are new are answered 429 where they would take more than half of it."""
     journal_keep_s: float = 86400.0
-    """Seconds for which the journal keeps an answer."""
+    """Seconds for which the journal keeps an answer, a file from its upload, and a batch from its end."""
     keep_alive_s: float = 15.0
     """Seconds of silence in a stream after which a comment is sent; 0 sends none."""
 
@@ -131,6 +135,11 @@ class GatewayConfig:
                 f"journal_max_mb={self.journal_max_mb} has no room for a body of max_body_bytes={self.max_body_bytes}: "
                 f"raise it, or lower that"
             )
+        if self.journal is not None and not self.max_file_bytes < self.journal_files_bytes:
+            raise ConfigError(
+                f"journal_max_mb={self.journal_max_mb} has no room for a file of max_file_bytes={self.max_file_bytes} "
+                f"in its half that is for files and batches: raise it, or lower that"
+            )
 
         if self.otlp_endpoint is not None and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.otlp_endpoint):
             raise ConfigError(
@@ -138,3 +147,8 @@ class GatewayConfig:
             )
         if len(set(self.served_model_names)) != len(self.served_model_names) or "" in self.served_model_names:
             raise ConfigError(f"served_model_names={self.served_model_names!r} must be non-empty and differ")
+
+    @property
+    def journal_files_bytes(self) -> int:
+        """Most bytes of the journal that files and batches may take: half of it, so that requests find room."""
+        return self.journal_max_mb * 2**19

@@ -100,6 +100,10 @@ its beginning, in both cases with the seed that it had.
 * Responses that are kept are there after a restart, and those with `background=true` go on.
 * Files and batches are OpenAI's. A batch is accepted whole, or is `failed` with the lines that are wrong. What became
   of its requests is in the order of its file. After `completion_window` what has not ended is given up.
+* A batch that is cancelled is `cancelling` while what is computed of it is aborted, and then `cancelled`; what had
+  ended stays in its output. Output files are forgotten with their batch, and cannot be deleted alone.
+* One API key has at most `max_files` files and `max_batches` batches; all of them take at most half of the journal
+  when they are made. More are a 429, which says what to do.
 * Callers see what is their own API key's alone. The file has requests and answers as they are, and of API keys a
   digest of their hash. It belongs to one process, which alone may read it: `chmod 600`, in a folder of its user's.
 * Answers are forgotten `journal_keep_s` after their end, and sooner where room is needed; files and batches after

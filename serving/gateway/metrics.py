@@ -215,9 +215,10 @@ class _Engines(Collector):
         yield from (phases, requests, refused, tasks)
 
         yield _cache_config(name, samples)
-        yield from _from_status(
-            name, [(sample.engine, sample.status) for sample in samples if sample.status is not None]
-        )
+        said = [(sample.engine, sample.phase, sample.status) for sample in samples if sample.status is not None]
+        # What has stopped computes nothing: what it said last is no state of it.
+        yield from _gauges(name, [(engine, status) for engine, phase, status in said if phase != "stopped"])
+        yield from _from_status(name, [(engine, status) for engine, _, status in said])
 
 
 def _computed(status: Status) -> int:
@@ -263,13 +264,15 @@ _COUNTERS: tuple[tuple[str, str, _Reading], ...] = (
 )
 
 
-def _from_status(name: str, statuses: list[tuple[str, Status]]) -> Iterator[Metric]:
+def _gauges(name: str, statuses: list[tuple[str, Status]]) -> Iterator[Metric]:
     for title, text, read in _GAUGES:
         gauge = GaugeMetricFamily(title, text, labels=LABELS)
         for engine, status in statuses:
             gauge.add_metric((name, engine), read(status))
         yield gauge
 
+
+def _from_status(name: str, statuses: list[tuple[str, Status]]) -> Iterator[Metric]:
     for title, text, read in _COUNTERS:
         counter = CounterMetricFamily(title, text, labels=LABELS)
         for engine, status in statuses:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .entries import ROW_BYTES, taken
+from .quota import Quota
 from .writer import JournalFull, WriterThread
 
 MOST_OF_A_KIND = 65536
@@ -48,21 +49,31 @@ class Documents:
     ) -> None:
         self._writer, self._reserve, self._size, self._clock = writer, reserve, size, clock
 
-    def put(self, document: Document) -> Future[None]:
-        """Keep a document, in place of the one of the same kind, owner and id. The Future's error: JournalFull."""
+    def put(self, document: Document, quota: Quota | None = None) -> Future[None]:
+        """Keep a document, in place of the one of the same kind, owner and id; a new one within a quota.
 
-        return self._writer.run(lambda connection: self.put_now(connection, document))
+        The Future's errors: JournalFull, QuotaExceeded.
+        """
 
-    def put_now(self, connection: sqlite3.Connection, document: Document) -> None:
-        """The same on the writer's thread, within its transaction."""
+        def action(connection: sqlite3.Connection) -> None:
+            if quota is not None:
+                quota.check(connection, document.kind, document.owner, document.size)
+            self.put_now(connection, document)
+
+        return self._writer.run(action)
+
+    def put_now(self, connection: sqlite3.Connection, document: Document, *, reserved: bool = False) -> None:
+        """The same on the writer's thread, within its transaction; `reserved`: whether there is room for it."""
         before = _size_of(connection, document.kind, document.owner, document.id)
         if not before:
             (count,) = connection.execute("SELECT count(*) FROM document WHERE kind = ?", (document.kind,)).fetchone()
             if count >= MOST_OF_A_KIND:
                 raise JournalFull(
-                    f"the journal has {count} of the kind {document.kind}, as many as it may: delete some"
+                    f"the journal holds {count} of the kind {document.kind}, and may hold {MOST_OF_A_KIND}: delete "
+                    f"some, or wait until some are forgotten (journal_keep_s)"
                 )
-        self._reserve(connection, document.size - before)
+        if not reserved:
+            self._reserve(connection, document.size - before)
         values = (document.kind, document.owner, document.id, self._clock(), document.head, document.content)
         connection.execute(
             "INSERT OR REPLACE INTO document (kind, owner, id, used_at, head, content, size) "
@@ -78,6 +89,16 @@ class Documents:
             query = "SELECT head, content FROM document WHERE kind = ? AND owner = ? AND id = ?"
             found = connection.execute(query, (kind, owner, document_id)).fetchone()
             return None if found is None else Document(kind, owner, document_id, bytes(found[0]), bytes(found[1]))
+
+        return self._writer.run(action)
+
+    def head(self, kind: str, owner: str, document_id: str) -> Future[Document | None]:
+        """The same without its content."""
+
+        def action(connection: sqlite3.Connection) -> Document | None:
+            query = "SELECT head FROM document WHERE kind = ? AND owner = ? AND id = ?"
+            found = connection.execute(query, (kind, owner, document_id)).fetchone()
+            return None if found is None else Document(kind, owner, document_id, bytes(found[0]))
 
         return self._writer.run(action)
 

@@ -16,8 +16,11 @@ from . import rows
 from .documents import Document, Documents
 from .entries import Entry, Request, taken
 from .file import JournalFile
+from .quota import Quota
 from .writer import JournalFull, WriterThread
 
+READ_BYTES = 4 * 2**20
+"""Bytes of answers above which no more are read at once."""
 BACKLOG = 4096
 """Actions that wait for the writer above which no progress is noted: a disk that is slow must not fill the memory."""
 
@@ -56,10 +59,12 @@ class Journal:
         self._writer = WriterThread(file, lambda connection: _measure_again(connection, self.size))
         self.documents = Documents(self._writer, self._reserve, self.size, clock)
 
-    def accept(self, requests: Sequence[Request], document: Document | None = None) -> Future[list[int]]:
-        """Take requests in, with the document that tells of them: all or nothing. The Future has their numbers.
+    def accept(
+        self, requests: Sequence[Request], document: Document | None = None, quota: Quota | None = None
+    ) -> Future[list[int]]:
+        """Take requests in, with the document that tells of them, within a quota: all or nothing.
 
-        Its errors: JournalFull, KeyInUse.
+        The Future has their numbers. Its errors: JournalFull, KeyInUse, QuotaExceeded.
         """
 
         def action(connection: sqlite3.Connection) -> list[int]:
@@ -67,7 +72,10 @@ class Journal:
                 if rows.is_known(connection, request):
                     raise KeyInUse(f"a request with the id {request.id!r} or its key is in the journal")
             size = sum(request.size for request in requests)
-            self._reserve(connection, size + (0 if document is None else document.size))
+            with_document = size + (0 if document is None else document.size)
+            if document is not None and quota is not None:
+                quota.check(connection, document.kind, document.owner, with_document)
+            self._reserve(connection, with_document)
             if document is not None:
                 self.documents.put_now(connection, document)
             numbers = [rows.insert(connection, request, self._clock()) for request in requests]
@@ -169,21 +177,31 @@ class Journal:
         return self._writer.run(action)
 
     def of_batch(self, batch: str, after: int, most: int) -> Future[list[Entry]]:
-        """The first `most` requests of a batch above the number `after`, whether they have ended or not."""
+        """The first requests of a batch above the number `after`, whether they have ended or not: at most `most`.
+
+        There are fewer where their answers are long. None is there where there are no more.
+        """
         return self._writer.run(
-            lambda connection: rows.select(connection, "batch = ? AND number > ?", (batch, after), most)
+            lambda connection: rows.select(connection, "batch = ? AND number > ?", (batch, after), most, READ_BYTES)
         )
 
     def count_of_batch(self, batch: str) -> Future[rows.BatchCounts]:
         """How many requests of a batch there are, and how they ended."""
         return self._writer.run(lambda connection: rows.count_of_batch(connection, batch))
 
-    def withdraw_batch(self, batch: str, *, finished: bool) -> Future[int]:
-        """Forget the requests of a batch: those that have not ended, and with `finished` all. How many there were."""
+    def withdraw_batch(self, batch: str, *, finished: bool, document: Document | None = None) -> Future[int]:
+        """Forget the requests of a batch: those that have not ended, and with `finished` all. How many there were.
+
+        The document that tells of it takes the place of the one before in the same transaction.
+        """
 
         def action(connection: sqlite3.Connection) -> int:
             numbers = rows.numbers_of_batch(connection, batch, finished)
-            return sum(self._delete(connection, number) for number in numbers)
+            count = sum(self._delete(connection, number) for number in numbers)
+            if document is not None:
+                # A full journal must not keep what would make room in it.
+                self.documents.put_now(connection, document, reserved=True)
+            return count
 
         return self._writer.run(action)
 

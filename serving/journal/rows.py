@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,10 +146,27 @@ def find(connection: sqlite3.Connection, condition: str, values: tuple[object, .
     return None if found is None else _entry(found)
 
 
-def select(connection: sqlite3.Connection, condition: str, values: tuple[object, ...], most: int) -> list[Entry]:
-    """The first `most` requests for which a condition of this package's own holds."""
+def select(
+    connection: sqlite3.Connection,
+    condition: str,
+    values: tuple[object, ...],
+    most: int,
+    most_bytes: int | None = None,
+) -> list[Entry]:
+    """The first `most` requests for which a condition of this package's own holds.
+
+    With `most_bytes` the list ends with the request with which bodies and answers are longer than that.
+    """
     query = f"SELECT {_COLUMNS} FROM request WHERE {condition} ORDER BY number LIMIT ?"  # nosec B608 # conditions are of this package
-    return [_entry(row) for row in connection.execute(query, (*values, most))]
+    found: list[Entry] = []
+    size = 0
+    with contextlib.closing(connection.execute(query, (*values, most))) as selected:
+        for row in selected:
+            found.append(_entry(row))
+            size += len(found[-1].request.body) + len(found[-1].answer or b"")
+            if most_bytes is not None and size > most_bytes:
+                break
+    return found
 
 
 def unfinished(connection: sqlite3.Connection, after: int, most: int) -> list[Entry]:

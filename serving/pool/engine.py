@@ -18,6 +18,10 @@ Phase = Literal["loading", "ready", "draining", "stopped"]
 
 LOOK_S = 0.5
 """Seconds between two looks at whether an engine that owes an answer is started again."""
+FRESH_S = 0.1
+"""Seconds for which what an engine has said is as good as new."""
+REFRESH_S = 0.5
+"""Longest time in seconds that somebody waits for what an engine says now; what it said last serves then."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class PooledEngine:
         self._answered_at = 0.0
         self._others = 0  # requests of other clients, when it answered last
         self._wake = asyncio.Event()
+        self._polled = asyncio.Event()
+        """Set, and replaced, when it has answered or failed to."""
         self._polling: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -143,6 +149,15 @@ class PooledEngine:
             raise to_error(event)
         return event
 
+    async def refresh(self) -> None:
+        """Have it say how it is, in time before the next look; returns when it has, or soon. Never raises."""
+        if self._polling is None or self._polling.done() or time.monotonic() - self._answered_at < FRESH_S:
+            return
+        polled = self._polled
+        self._wake.set()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(polled.wait(), REFRESH_S)
+
     async def _answer(self, question: Question, answered: asyncio.Future[Event], timeout_s: float) -> Event:
         about_itself = isinstance(question, StatusRequest | ModelInfoRequest)
         left, silence_left = timeout_s, self._config.restart_wait_s
@@ -187,6 +202,8 @@ class PooledEngine:
             if self.phase != phase:
                 _log.info("engine %s is %s%s", self.name, self.phase, f": {self.trouble}" if self.trouble else "")
             on_change(self)
+            self._polled.set()
+            self._polled = asyncio.Event()
 
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._config.poll_interval_s)

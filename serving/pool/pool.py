@@ -103,6 +103,10 @@ class Engines:
         self._closing = True
         await asyncio.gather(*(engine.stop() for engine in self.engines))
 
+    async def refresh(self) -> None:
+        """Have each engine say how it is now, as far as it does so soon: what is told together is of one time."""
+        await asyncio.gather(*(engine.refresh() for engine in self.engines))
+
     @property
     def open_requests(self) -> int:
         """Requests that have been sent and have not ended."""

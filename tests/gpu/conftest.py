@@ -16,18 +16,27 @@ from phalanx.tests.gpu.place import ON_GPU, why_skipped
 from phalanx.tests.models import TINY_SHAPE
 
 HERE = str(Path(__file__).resolve().parent)
+WHY_SKIPPED = pytest.StashKey[str]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip this folder's tests, with the reason, where they cannot run; else let Triton compile its kernels."""
     ours = [item for item in items if str(item.path).startswith(HERE)]
     reason = why_skipped([str(item.path) for item in items])
     if reason is not None:
+        config.stash[WHY_SKIPPED] = reason
         for item in ours:
             item.add_marker(pytest.mark.skip(reason=reason))
     elif ON_GPU:
         assert "triton" not in sys.modules, "Triton was imported before its interpreter could be turned off"
         os.environ["TRITON_INTERPRET"] = "0"  # of this process, and of ranks that it starts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say why the tests were skipped: pytest says so only where it is asked to (-rs)."""
+    reason = config.stash.get(WHY_SKIPPED, None)
+    if reason is not None:
+        terminalreporter.write_line(f"tests/gpu was skipped: {reason}")
 
 
 @pytest.fixture(autouse=True)

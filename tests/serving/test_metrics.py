@@ -63,6 +63,15 @@ def test_what_an_engine_says_of_itself_is_under_vllms_names() -> None:
     assert found["phalanx:open_requests"] == {("0",): 0, ("1",): 1}
 
 
+def test_an_engine_that_has_stopped_runs_nothing_and_keeps_what_it_has_counted() -> None:
+    metrics = GatewayMetrics(lambda: [EngineSample("0", "stopped", 1, status(running=51, steps=9), model_info())])
+    metrics.model_name = "fake"
+    found = values(metrics)
+    assert "vllm:num_requests_running" not in found
+    assert found["phalanx:open_requests"] == {("0",): 1}
+    assert found["phalanx:steps_total"] == {("0",): 9}
+
+
 def test_a_requests_times_and_tokens_are_observed_once() -> None:
     metrics = _metrics(None)
     submit = Submit(id="a", token_ids=[1], sampling=SamplingParams(n=1, max_tokens=40))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from phalanx import EngineStopped, InvalidRequest, SamplingParams
 from phalanx.engine.client.client import Client
@@ -28,9 +30,13 @@ from phalanx.engine.protocol.messages import (
     Tokenized,
 )
 from phalanx.engine.protocol.transport import ZmqConnection
+from phalanx.serving.gateway.auth import AuthConfig
+from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.engine_pool import PoolState
 from phalanx.serving.pool.config import PoolConfig
+from phalanx.serving.pool.engine import FRESH_S
 from phalanx.serving.pool.pool import Engines, PoolTicket
+from phalanx.serving.server import ServerConfig, Settings, make_app
 from phalanx.tests.serving.fake_engine import FakeEngine, address, finished, model_info, status, two_tokens
 
 PATIENCE_S = 20.0
@@ -304,6 +310,31 @@ def test_where_a_supervisor_watches_it_says_when_steps_take_too_long(engines: li
         outlook = "rank 1 hangs"
         assert (pool.ready(), engine.trouble) == (False, "engine own group: rank 1 hangs")
         await pool.close()
+
+    asyncio.run(main())
+
+
+def test_metrics_tell_how_an_engine_is_now_and_do_not_wait_for_one_that_is_silent(engines: list[FakeEngine]) -> None:
+    config = PoolConfig(poll_interval_s=60.0, answer_timeout_s=60.0)
+    settings = Settings(ServerConfig(), GatewayConfig(), AuthConfig(), config)
+
+    async def running(http: httpx.AsyncClient) -> list[str]:
+        text = (await asyncio.wait_for(http.get("http://a/metrics"), PATIENCE_S)).text
+        return re.findall(r"^vllm:num_requests_running{.*} (.*)$", text, re.MULTILINE)
+
+    async def main() -> None:
+        for engine in engines:
+            engine.status = status(running=51)
+        async with open_pool(*(engine.address for engine in engines), config=config) as pool:
+            transport = httpx.ASGITransport(make_app(pool, settings))
+            async with httpx.AsyncClient(transport=transport) as http:
+                for count in (1, 0):
+                    engines[0].status = status(running=count)
+                    await asyncio.sleep(2 * FRESH_S)
+                    assert await running(http) == [f"{count}.0", "51.0"]
+                engines[0].status = None
+                await asyncio.sleep(2 * FRESH_S)
+                assert await running(http) == ["0.0", "51.0"]
 
     asyncio.run(main())
 

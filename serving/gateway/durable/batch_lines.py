@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from ...journal.entries import Request
 from ..http.errors import ApiError
-from ..http.json_body import parse_json, to_struct
+from ..http.json_body import LONG_BODY_BYTES, parse_json, to_struct
 from ..schemas.journal_api.batches import BatchError
 
 MOST_LINES = 50_000
@@ -44,13 +44,18 @@ def read_lines(
         if len(errors) >= _MOST_ERRORS or len(requests) == MOST_LINES:
             break
         try:
-            line = to_struct(parse_json(raw), _Line)
+            # Before it is parsed, which may take thirty times as much memory.
+            if len(raw) > most_bytes:
+                why = f"the line has {len(raw)} bytes, and may have {most_bytes} (max_body_bytes)"
+                raise ApiError(400, why, code="line_too_long")
+            line = to_struct(parse_json(raw, yielding=len(raw) >= LONG_BODY_BYTES), _Line)
             body = msgspec.json.encode(line.body)
             _check(line, endpoint, len(body), most_bytes, seen)
         except ApiError as error:
             info = error.info
+            message = info.message.replace("the body", "the line", 1) if info.param is None else info.message
             errors.append(
-                BatchError(code=str(info.code or "invalid_line"), message=info.message, line=number, param=info.param)
+                BatchError(code=str(info.code or "invalid_line"), message=message, line=number, param=info.param)
             )
             continue
         seen.add(line.custom_id)

@@ -8,6 +8,7 @@ from ..engine_pool import EnginePool
 from ..generation.response_store import ResponseStore
 from ..http.exchange import BodyBudget
 from .batches import Batches
+from .files import Files
 from .recovery import Recovery
 from .requests import DurableRequests
 from .responses import ResponseMirror
@@ -27,12 +28,13 @@ class Journaling:
         self.responses = ResponseStore(config, mirror=self._mirror)
         self._mirror.load(self.responses)
         self.requests = DurableRequests(self.journal, config, bodies, self.responses)
-        self.batches = Batches(self.requests, config.max_body_bytes)
-        self.recovery = Recovery(self.requests, pool, config, self.batches)
+        self.files = Files(self.journal, config)
+        self.recovery = Recovery(self.requests, pool, config)
+        self.batches = Batches(self.requests, self.files, config, self.recovery.abort)
 
     def start(self) -> None:
         """Begin to compute what an earlier process has left, on the event loop."""
-        self.recovery.start()
+        self.recovery.start(self.batches.prune)
 
     def stop(self) -> None:
         """The process ends: what is not answered by now stays in the journal, for the next one."""

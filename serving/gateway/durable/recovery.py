@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from ...journal.entries import Entry
 from ...journal.writer import JournalError
@@ -12,7 +13,6 @@ from ..engine_pool import EnginePool
 from ..http import error_shapes
 from ..http.errors import ApiError
 from ..logs import log_fields
-from .batches import Batches
 from .requests import DurableRequests
 
 MOST_ATTEMPTS = 10
@@ -32,30 +32,39 @@ _log = logging.getLogger(__name__)
 class Recovery:
     """Two tasks of the gateway's event loop: one computes what was left over, the other forgets old answers."""
 
-    def __init__(self, requests: DurableRequests, pool: EnginePool, config: GatewayConfig, batches: Batches) -> None:
-        self._requests, self._pool, self._batches = requests, pool, batches
+    def __init__(self, requests: DurableRequests, pool: EnginePool, config: GatewayConfig) -> None:
+        self._requests, self._pool = requests, pool
         self._most = max(1, config.max_open_requests // SHARE)
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], str | None] = {}
+        """What is being computed, and the batch that each is of."""
         self._counted: set[int] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self.recovered = 0
         """Requests of an earlier process that were answered."""
 
-    def start(self) -> None:
-        """Begin, on the event loop."""
+    def start(self, prune: Callable[[], Awaitable[None]]) -> None:
+        """Begin, on the event loop. `prune` forgets files and batches that are old; it may raise ApiError."""
         if self._requests.journal.size.unfinished:
             self._requests.left_over.set()
             _log.info(
                 "requests were accepted and not answered by an earlier process: they are computed now",
                 extra=log_fields(requests=self._requests.journal.size.unfinished),
             )
-        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._prune())]
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._prune(prune))]
 
     def stop(self) -> None:
         """Begin nothing more. What is under way ends with its engine, and stays for the next process."""
         self._requests.closing = True
         for task in self._tasks:
             task.cancel()
+
+    async def abort(self, batch: str) -> None:
+        """End what is being computed of a batch, in its engine too; returns once it has ended."""
+        tasks = [task for task, of in self._under_way.items() if of == batch]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _run(self) -> None:
         while True:
@@ -83,8 +92,8 @@ class Recovery:
             for entry in entries:
                 if entry.request.id not in self._requests.open:
                     task = asyncio.create_task(self._compute(entry))
-                    self._under_way.add(task)
-                    task.add_done_callback(self._under_way.discard)
+                    self._under_way[task] = entry.request.batch
+                    task.add_done_callback(self._under_way.pop)
 
     async def _one_ends(self) -> None:
         """Wait until a request has ended, or a little."""
@@ -116,6 +125,9 @@ class Recovery:
             if not requests.closing:
                 _log.error("request %s cannot be recovered: %s", entry.request.name, error)
                 requests.left_over.set()
+        except asyncio.CancelledError:
+            self._counted.discard(entry.number)
+            raise
         except Exception:
             # A defect of ours, which a second try would meet again: whoever waits for the answer hears of it now.
             _log.exception("request %s cannot be recovered", entry.request.name)
@@ -131,11 +143,11 @@ class Recovery:
             _log.exception("that cannot be written down; it is tried again")
             self._requests.left_over.set()
 
-    async def _prune(self) -> None:
+    async def _prune(self, prune: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(PRUNE_S)
             try:
                 await asyncio.wrap_future(self._requests.journal.prune())
-                await self._batches.prune()
+                await prune()
             except (JournalError, ApiError) as error:
                 _log.error("nothing old is forgotten: %s", error)

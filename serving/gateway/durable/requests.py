@@ -100,7 +100,8 @@ class DurableRequests:
             await self.routes[opened.request.kind](exchange)
             await self._conclude(opened, collected.answer, waiting)
         except asyncio.CancelledError:
-            if not self.closing:
+            # A batch that is cancelled has forgotten its lines already, but for those that had ended.
+            if not self.closing and opened.request.batch is None:
                 await opened.withdraw()
             raise
         finally:

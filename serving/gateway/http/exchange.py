@@ -183,6 +183,10 @@ class Exchange:
             raise
         return self._body
 
+    def hold(self, size: int) -> None:
+        """Count so many bytes as held until release_body(). Raises ApiError (429) where there is no room for them."""
+        self._held.grow_to(size)
+
     def release_body(self) -> None:
         """Hold the body no more."""
         self._body = None
@@ -247,9 +251,10 @@ class Exchange:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         await self._start(200, "text/event-stream; charset=utf-8", headers)
 
-    async def start_file(self) -> None:
-        """Send the head of a file whose length is not known yet."""
-        await self._start(200, "application/octet-stream", {})
+    async def start_file(self, size: int | None = None) -> None:
+        """Send the head of a file of `size` bytes, or of one whose length is not known yet."""
+        headers = {} if size is None else {"content-length": str(size)}
+        await self._start(200, "application/octet-stream", headers)
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """Send a part of the stream; returns when the connection takes more."""

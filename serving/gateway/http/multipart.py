@@ -6,11 +6,17 @@ import re
 from dataclasses import dataclass, field
 
 from .errors import ApiError, invalid
+from .json_body import shown
 
 _MOST_PARTS = 8
 _MOST_HEAD_BYTES = 4096
 _MOST_FIELD_BYTES = 4096
-_BOUNDARY = re.compile(r"""\s*multipart/form-data\s*;\s*boundary="?([0-9A-Za-z'()+_,\-./:=? ]{1,70})"?\s*""", re.I)
+_MOST_FILENAME_BYTES = 255
+_FORM = re.compile(r"\s*multipart/form-data\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
+_BOUNDARY_CHARS = r"[0-9A-Za-z'()+_,\-./:=?"
+_BOUNDARY = re.compile(
+    rf';\s*boundary=(?:"({_BOUNDARY_CHARS} ]{{1,70}})"|({_BOUNDARY_CHARS}]{{1,70}}))\s*(?:;|$)', re.IGNORECASE
+)
 _NAME = re.compile(
     rb'content-disposition:\s*form-data;\s*name="([^"\r\n]{1,100})"(?:;\s*filename="([^"\r\n]*)")?', re.I
 )
@@ -27,39 +33,77 @@ class Form:
 
 
 def boundary_of(content_type: str) -> bytes:
-    """What stands before each part of a form. Raises ApiError (415) for another content type."""
-    found = _BOUNDARY.fullmatch(content_type)
+    """What stands before each part of a form.
+
+    Raises ApiError: 415 for another content type, 400 for one without a boundary that may be.
+    """
+    if not _FORM.fullmatch(content_type):
+        raise ApiError(
+            415,
+            f"content-type={content_type[:100]!r} is not supported: send multipart/form-data",
+            param="content-type",
+        )
+    found = _BOUNDARY.search(content_type)
     if found is None:
-        raise ApiError(415, f"content-type={content_type[:100]!r} is not supported: send multipart/form-data")
-    return b"--" + found[1].rstrip().encode("ascii")
+        raise invalid(
+            f"content-type={content_type[:200]!r} has no boundary, which has 1 to 70 characters (RFC 2046)",
+            "content-type",
+            "invalid_form",
+        )
+    return b"--" + (found[1] or found[2]).rstrip().encode("ascii")
 
 
 def parse_form(body: bytes, boundary: bytes) -> Form:
     """The form in a body; its file is the field "file". Raises ApiError (400)."""
+    if not body.startswith(boundary):
+        raise invalid("the form does not begin with the boundary that content-type has", code="invalid_form")
     form = Form()
-    begin = len(boundary) if body.startswith(boundary) else -1
-    for _ in range(_MOST_PARTS):
-        end = body.find(b"\r\n" + boundary, begin) if begin >= 0 else -1
+    begin = len(boundary)
+    for number in range(1, _MOST_PARTS + 1):
+        end = body.find(b"\r\n" + boundary, begin)
         if end < 0:
-            break
-        _take_part(form, body, begin, end)
+            raise invalid(f"the form is cut off in its part {number}", code="invalid_form")
+        _take_part(form, body, begin, end, number)
         begin = end + 2 + len(boundary)
         if body.startswith(b"--", begin):
             return form
-    raise invalid(f"the form is cut off, or has more than {_MOST_PARTS} parts", code="invalid_form")
+    raise invalid(f"the form has more than {_MOST_PARTS} parts", code="invalid_form")
 
 
-def _take_part(form: Form, body: bytes, begin: int, end: int) -> None:
+def _take_part(form: Form, body: bytes, begin: int, end: int, number: int) -> None:
     """Take in the part of a body between two boundaries."""
     head_end = body.find(b"\r\n\r\n", begin, min(end, begin + _MOST_HEAD_BYTES))
-    found = _NAME.search(body, begin, head_end) if head_end >= 0 else None
+    if head_end < 0:
+        why = f"has no head, or one of more than {_MOST_HEAD_BYTES} bytes"
+        raise invalid(f"part {number} of the form {why}", code="invalid_form")
+    found = _NAME.search(body, begin, head_end)
     if found is None:
-        raise invalid("a part of the form has no name", code="invalid_form")
-    name = found[1].decode("utf-8", "replace")
+        raise invalid(
+            f"part {number} of the form has no name of 1 to 100 bytes: send Content-Disposition: form-data; "
+            f'name="file"; filename="NAME"',
+            code="invalid_form",
+        )
+
+    name = _text(found[1], f"the name of part {number}", None)
     begin = head_end + 4
-    if name == "file" and form.content is None:
-        form.content, form.filename = body[begin:end], (found[2] or b"").decode("utf-8", "replace")[:255]
-    elif name in form.fields or name == "file" or end - begin > _MOST_FIELD_BYTES:
-        raise invalid(f"{name} occurs twice, or is longer than {_MOST_FIELD_BYTES} bytes", name)
+    if name in form.fields or (name == "file" and form.content is not None):
+        raise invalid(f"{name} occurs twice in the form", name)
+    if name == "file":
+        form.content, form.filename = body[begin:end], _filename(found[2] or b"")
+    elif end - begin > _MOST_FIELD_BYTES:
+        raise invalid(f"{name} has {end - begin} bytes, and may have {_MOST_FIELD_BYTES}", name)
     else:
-        form.fields[name] = body[begin:end].decode("utf-8", "replace")
+        form.fields[name] = _text(body[begin:end], name, name)
+
+
+def _filename(given: bytes) -> str:
+    if len(given) > _MOST_FILENAME_BYTES:
+        raise invalid(f"the file's filename has {len(given)} bytes, and may have {_MOST_FILENAME_BYTES}", "file")
+    return _text(given, "the file's filename", "file")
+
+
+def _text(given: bytes, what: str, param: str | None) -> str:
+    try:
+        return given.decode()
+    except UnicodeDecodeError:
+        raise invalid(f"{what} is not valid UTF-8; got {shown(given)}", param) from None

@@ -14,6 +14,7 @@ from ..http.exchange import Exchange
 from ..schemas.chat import ChatRequest
 from ..schemas.completions import CompletionRequest
 from ..schemas.journal_api.batches import (
+    REFUSED_BATCH,
     BatchList,
     BatchObject,
     BatchRequest,
@@ -170,10 +171,19 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("GET", "/v1/requests/{request_id}", journal_api.retrieve, JournaledRequest, statuses=(404, 503)),
     Operation("POST", "/v1/files", batch_api.upload, FileObject, statuses=(400, 404, 408, 413, 415, 429, 503)),
     Operation("GET", "/v1/files", batch_api.list_files, FileList, statuses=(400, 404, 503), query=ListQuery),
-    Operation("GET", "/v1/files/{file_id}/content", batch_api.file_content, FileObject, statuses=(404, 503)),
+    Operation("GET", "/v1/files/{file_id}/content", batch_api.file_content, FileObject, statuses=(404, 429, 503)),
     Operation("GET", "/v1/files/{file_id}", batch_api.retrieve_file, FileObject, statuses=(404, 503)),
-    Operation("DELETE", "/v1/files/{file_id}", batch_api.delete_file, DeletedFile, statuses=(404, 503)),
-    Operation("POST", "/v1/batches", batch_api.create, BatchObject, BatchRequest, statuses=(*_BODY, 404, 429, 503)),
+    Operation("DELETE", "/v1/files/{file_id}", batch_api.delete_file, DeletedFile, statuses=(400, 404, 503)),
+    Operation(
+        "POST",
+        "/v1/batches",
+        batch_api.create,
+        BatchObject,
+        BatchRequest,
+        None,
+        REFUSED_BATCH,
+        statuses=(*_BODY, 404, 429, 503),
+    ),
     Operation("GET", "/v1/batches", batch_api.list_batches, BatchList, statuses=(400, 404, 503), query=ListQuery),
     Operation("POST", "/v1/batches/{batch_id}/cancel", batch_api.cancel, BatchObject, statuses=(404, 503)),
     Operation("GET", "/v1/batches/{batch_id}", batch_api.retrieve, BatchObject, statuses=(404, 503)),

@@ -97,11 +97,13 @@ def test_a_batch_tells_what_failed_and_can_be_cancelled(gate: Gate, tmp_path: Pa
         until(lambda: len(gate.engine.requests) == 5)
         gate.engine.send(*whole(gate.engine.requests[3])[1:])
         until(lambda: (http.batches.retrieve(batch.id).request_counts or batch.request_counts).completed == 1)
-        cancelled = http.batches.cancel(batch.id)
-        assert (cancelled.status, cancelled.output_file_id is not None) == ("cancelled", True)
-        for submit in gate.engine.requests[4:]:
-            gate.engine.send(*whole(submit)[1:])
-        assert http.batches.retrieve(batch.id).request_counts == cancelled.request_counts
+        assert http.batches.cancel(batch.id).status == "cancelling"
+        until(lambda: http.batches.retrieve(batch.id).status == "cancelled")
+        until(lambda: len(gate.engine.aborted) == 2)  # those that were computed, in the engine
+        cancelled = http.batches.retrieve(batch.id)
+        assert cancelled.output_file_id is not None
+        assert cancelled.request_counts is not None
+        assert (cancelled.request_counts.completed, cancelled.request_counts.total) == (1, 10)
 
         bad = create(http, lines_of(2, stream=True) + b"no JSON\n" + lines_of(1, url="/v1/embeddings"))
         assert bad.status == "failed"

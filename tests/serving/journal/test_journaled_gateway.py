@@ -188,7 +188,7 @@ def test_the_journal_is_checked_at_the_door(gate: Gate, tmp_path: Path) -> None:
 def test_a_full_journal_refuses_with_its_setting(gate: Gate, tmp_path: Path) -> None:
     gate.open = False
     long = {"model": "fake", "prompt": "x" * 600_000, "max_tokens": 4}
-    small = ("journal_max_mb=1", "max_body_bytes=1000000", "max_open_body_bytes=4000000", "max_file_bytes=1000000")
+    small = ("journal_max_mb=1", "max_body_bytes=1000000", "max_open_body_bytes=4000000", "max_file_bytes=500000")
     with ThreadPoolExecutor(1) as threads, gateway(tmp_path, *small) as server, client(server) as http:
         first = threads.submit(http.post, "/v1/completions", json=long)
         until(lambda: len(gate.engine.requests) == 1)

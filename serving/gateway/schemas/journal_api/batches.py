@@ -9,8 +9,12 @@ from msgspec import Meta
 
 MOST_LISTED = 100
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/inference/v1/generate"]
-BatchStatus = Literal["failed", "in_progress", "completed", "cancelled", "expired"]
-Metadata = Annotated[dict[str, str], Meta(max_length=16, description="Texts that are kept with it.")]
+BatchStatus = Literal["failed", "in_progress", "completed", "cancelling", "cancelled", "expired"]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+    Meta(max_length=16, description="Texts that are kept with it."),
+]
+REFUSED_BATCH = {"output_expires_after": "what became of a batch is kept for journal_keep_s"}
 
 
 class FileObject(msgspec.Struct, kw_only=True):
@@ -20,6 +24,8 @@ class FileObject(msgspec.Struct, kw_only=True):
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
+    expires_at: int | None = None
+    """When it is forgotten, Unix time in seconds; null of a batch that has not ended."""
     filename: str
     purpose: Literal["batch", "batch_output"] = "batch"
     status: Literal["processed"] = "processed"
