@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import ATTENTION_BACKENDS, weight_formats
+from ..parallel.loading.json_files import shown
 from .errors import ConfigError
 from .protocol.sampling_params import SEED_LIMIT, SamplingParams, plain
 
@@ -140,7 +141,7 @@ class EngineConfig:
             is_path = each.name in ("model", "tokenizer", "tokenizer_store") and isinstance(value, os.PathLike)
             object.__setattr__(self, each.name, os.fspath(value) if is_path else value)
         if not isinstance(self.model, str) or not self.model:
-            raise ConfigError(f"model={self.model!r} must be a folder or a hub name")
+            raise ConfigError(f"model={shown(self.model)} must be a folder or a hub name")
 
         for name, allowed in _CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
@@ -160,28 +161,28 @@ class EngineConfig:
             )
 
         if not _is_positive(self.kv_memory):
-            raise ConfigError(f"kv_memory={self.kv_memory!r} must be bytes (above 1) or a fraction in (0, 1]")
+            raise ConfigError(f"kv_memory={shown(self.kv_memory)} must be bytes (above 1) or a fraction in (0, 1]")
         if not _is_positive(self.timeout_s):
-            raise ConfigError(f"timeout_s={self.timeout_s!r} must be a number of seconds above 0")
+            raise ConfigError(f"timeout_s={shown(self.timeout_s)} must be a number of seconds above 0")
         if self.timeout_s > MAX_TIMEOUT_S:
-            raise ConfigError(f"timeout_s={self.timeout_s!r} must be at most {MAX_TIMEOUT_S} seconds, a week")
+            raise ConfigError(f"timeout_s={shown(self.timeout_s)} must be at most {MAX_TIMEOUT_S} seconds, a week")
 
         for name in ("restart_window_s", "step_timeout_s"):
             if not _is_positive(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number of seconds above 0")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be a number of seconds above 0")
 
         if not isinstance(self.overlap, bool | None):
-            raise ConfigError(f"overlap={self.overlap!r} must be true, false or null (on a GPU)")
+            raise ConfigError(f"overlap={shown(self.overlap)} must be true, false or null (on a GPU)")
         if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be true or false")
+            raise ConfigError(f"prefix_cache={shown(self.prefix_cache)} must be true or false")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not abs(self.seed) <= SEED_LIMIT:
-            raise ConfigError(f"seed={self.seed!r} must be an integer in [-{SEED_LIMIT}, {SEED_LIMIT}]")
+            raise ConfigError(f"seed={shown(self.seed)} must be an integer in [-{SEED_LIMIT}, {SEED_LIMIT}]")
         if not isinstance(self.tokenizer, str | None):
-            raise ConfigError(f'tokenizer={self.tokenizer!r} must be a folder, a hub name or "none"')
+            raise ConfigError(f'tokenizer={shown(self.tokenizer)} must be a folder, a hub name or "none"')
         if not isinstance(self.tokenizer_store, str) or not self.tokenizer_store:
-            raise ConfigError(f'tokenizer_store={self.tokenizer_store!r} must be "auto", a folder, or "none"')
+            raise ConfigError(f'tokenizer_store={shown(self.tokenizer_store)} must be "auto", a folder, or "none"')
         if not isinstance(self.sampling, SamplingParams):
-            raise ConfigError(f"sampling={self.sampling!r} must be a mapping of sampling fields")
+            raise ConfigError(f"sampling={shown(self.sampling)} must be a mapping of sampling fields")
 
         if self.rank_weights is not None:
             self._check_rank_weights(self.rank_weights)
@@ -189,7 +190,8 @@ class EngineConfig:
     def _check_rank_weights(self, weights: Sequence[float]) -> None:
         if not isinstance(weights, list | tuple) or len(weights) != self.ranks or not all(map(_is_positive, weights)):
             raise ConfigError(
-                f"rank_weights={weights!r} must be {self.ranks} positive numbers, one for each of ranks={self.ranks}"
+                f"rank_weights={shown(weights)} must be {self.ranks} positive numbers, one for each of "
+                f"ranks={self.ranks}"
             )
         object.__setattr__(self, "rank_weights", tuple(map(float, weights)))
 
@@ -212,12 +214,12 @@ def unknown_name(kind: str, name: str, allowed: list[str]) -> str:
 
     nearest = difflib.get_close_matches(name, allowed, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-    return f"unknown {kind} {name!r}{hint} the allowed ones are {', '.join(allowed)}"
+    return f"unknown {kind} {shown(name)}{hint} the allowed ones are {', '.join(allowed)}"
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not supported; it must be one of {', '.join(allowed)}")
+        raise ConfigError(f"{name}={shown(value)} is not supported; it must be one of {', '.join(allowed)}")
 
 
 def _is_positive(value: object) -> bool:
@@ -226,4 +228,4 @@ def _is_positive(value: object) -> bool:
 
 def _at_least(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
+        raise ConfigError(f"{name}={shown(value)} must be an integer of at least {low}")

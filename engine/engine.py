@@ -19,6 +19,7 @@ from ..parallel.collectives.base import Collectives
 from ..parallel.collectives.rendezvous import all_gather_ints, all_gather_texts
 from ..parallel.group import Group
 from ..parallel.loading.checkpoint import LoadReport, Progress
+from ..parallel.loading.safetensors_files import ADAPTER, MERGE, name_some
 from ..parallel.topology.topology import format_cpu_list
 from .config import EngineConfig
 from .coordinator.coordinator import Coordinator
@@ -67,6 +68,7 @@ class Engine:
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         spec = spec_from_config(read_config(folder), str(folder))
         self._untied = config.load_format != "dummy" and has_own_head(spec, read_stored(spec, folder))
+        self._adapter = (folder / ADAPTER).is_file()
         if self._untied:
             spec = dataclasses.replace(spec, tied_embeddings=False)
 
@@ -168,7 +170,11 @@ class Engine:
             f"the checkpoint is in {spec.dtype}, but computed with in {computed}, as dtype={self.config.dtype} has it "
             f"on this device; dtype=float32 loses nothing"
         )
+        left_out = self.worker.load_report.left_out
+        no_place = f"{spec.architecture} has no place for tensors of the checkpoint: {name_some(left_out)} left out"
         surprises = {
+            no_place: bool(left_out),
+            f"the model's folder holds an adapter ({ADAPTER}), which is left out: {MERGE}": self._adapter,
             untied: self._untied,
             other_dtype: computed not in (spec.dtype, "float32"),
             window_words(spec): bool(window_words(spec)),

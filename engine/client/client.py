@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 
+from ...parallel.loading.json_files import shown
 from ..errors import ERRORS_BY_NAME, EngineStopped, InvalidRequest, PhalanxError, Timeout
 from ..protocol.messages import (
     Abort,
@@ -98,12 +99,15 @@ class Client:
 
     def _send_for(self, command: Submit | Tokenize | Detokenize, on_event: OnEvent) -> None:
         """Send a command whose events bear its id."""
+        _check_id(command.id)
         self._check_process()
         self._abort_dropped()
         with self._lock:
             self._check_stopped()
             if command.id in self._sinks:
-                raise InvalidRequest(f"id={command.id!r} is in use by a request that is not finished; choose another")
+                raise InvalidRequest(
+                    f"id={shown(command.id)} is in use by a request that is not finished; choose another"
+                )
             self._sinks[command.id] = on_event
         try:
             self._connection.send(command)
@@ -252,6 +256,16 @@ class Client:
             raise type(self._stopped)(*self._stopped.args)
 
 
+def _check_id(request_id: object) -> None:
+    """Raise InvalidRequest for an id that no wire carries: nobody could be told of its failure."""
+    try:
+        if isinstance(request_id, str) and request_id.encode() is not None:
+            return
+    except UnicodeEncodeError:
+        pass  # half of a surrogate pair
+    raise InvalidRequest(f"id={shown(request_id)} must be a text of valid Unicode")
+
+
 def _answer_to(question: StatusRequest | ModelInfoRequest) -> type[Event]:
     return Status if isinstance(question, StatusRequest) else ModelInfo
 
@@ -262,13 +276,14 @@ class RequestHandle:
     Whoever stops early closes it, which aborts the request; dropping the last reference does the same.
     """
 
+    _ended = True  # also of one that could not be made
+
     def __init__(self, client: Client, submit: Submit, owner: object = None) -> None:
         """`owner` is what must not be dropped while somebody iterates: the LLM, with which its engine would end."""
         self.id = submit.id
         self._client = client
         self._owner = owner
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._ended = True
         client.submit(submit, self._events.put, quick=True)
         self._ended = False
 

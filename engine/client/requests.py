@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ...parallel.loading.json_files import shown
 from ..errors import InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
 from ..protocol.messages import Delta, Event, Failed, Finished, Submit, Timings, Usage
@@ -28,7 +29,7 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if not _is_iterable(prompts):
-        raise InvalidRequest(f"prompt={prompts!r} must be text or a list of token ids")
+        raise InvalidRequest(f"prompt={shown(prompts)} must be text or a list of token ids")
     each = [plain(prompt) for prompt in prompts]
     if each and isinstance(each[0], int):
         return [as_prompt(prompts if isinstance(prompts, set | frozenset) else each)]
@@ -44,14 +45,35 @@ def as_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, set | frozenset):
-        raise InvalidRequest(f"prompt={prompt!r} is a set, which has no order: give token ids as a list")
+        raise InvalidRequest(f"prompt={shown(prompt)} is a set, which has no order: give token ids as a list")
     if not _is_iterable(prompt):
-        raise InvalidRequest(f"prompt={prompt!r} must be text or a list of token ids")
+        raise InvalidRequest(f"prompt={shown(prompt)} must be text or a list of token ids")
     return [plain(token) for token in prompt]
 
 
 def _is_iterable(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
+
+
+def as_messages(messages: Any) -> Any:
+    """Return a conversation in lists, dictionaries and values of Python, from any iterable, mapping, array or scalar.
+
+    What is none of these stays as it is: the coordinator refuses it. Raises InvalidRequest for endless nesting.
+    """
+    if isinstance(messages, Mapping) or not _is_iterable(messages):
+        return messages
+    try:
+        return [_plain_within(message) for message in messages]
+    except RecursionError:
+        raise InvalidRequest("messages are nested too deep, or hold themselves") from None
+
+
+def _plain_within(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {plain(key): _plain_within(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_within(each) for each in value]
+    return plain(value)
 
 
 def spread_sampling(
@@ -66,7 +88,9 @@ def spread_sampling(
     each: list[Any] = list(sampling) if _is_iterable(sampling) else [sampling]
     for params in each:
         if not isinstance(params, SamplingParams | None):
-            raise InvalidRequest(f"sampling={params!r} must be SamplingParams; SamplingParams.from_dict makes them")
+            raise InvalidRequest(
+                f"sampling={shown(params)} must be SamplingParams; SamplingParams.from_dict makes them"
+            )
     if len(each) != prompts:
         raise InvalidRequest(
             f"{len(each)} sampling parameters were given for {prompts} prompts: give one for all, or one for each"
@@ -86,7 +110,7 @@ def spread_structured(
     each: list[Any] = list(structured) if _is_iterable(structured) else [structured]
     for one in each:
         if not isinstance(one, StructuredOutput | None):
-            raise InvalidRequest(f"structured={one!r} must be a StructuredOutput")
+            raise InvalidRequest(f"structured={shown(one)} must be a StructuredOutput")
     if len(each) != prompts:
         raise InvalidRequest(
             f"{len(each)} structured outputs were given for {prompts} prompts: give one for all, or one for each"
@@ -107,7 +131,7 @@ def make_submit(
         id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
         token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
-        messages=list(messages) if _is_iterable(messages) else messages,  # type: ignore[arg-type]
+        messages=as_messages(messages),
         sampling=sampling or SamplingParams(),
         structured=structured,
         return_prompt_token_ids=True,

@@ -310,7 +310,7 @@ class InputProcessor:
         size = self._spec.vocab_size
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
             bad = next(token for token in token_ids if not 0 <= token < size)
-            raise InvalidRequest(f"{name} holds {bad}, which is outside the model's vocabulary: 0 to {size - 1}")
+            raise InvalidRequest(f"{name} holds {shown(bad)}, which is outside the model's vocabulary: 0 to {size - 1}")
 
 
 def _given(prompt: Prompt) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...parallel.loading.json_files import LoadError, read_json_object
+from ...parallel.loading.json_files import LoadError, read_json_object, shortened, shown
 from ..constraints.matcher import Beginning
 from ..errors import CheckpointError, InvalidRequest
 from ..protocol.messages import Prompt
@@ -23,6 +23,8 @@ from .tokenizer_files import check_tokenizer_files, check_tokens, explain_unread
 Message = dict[str, Any]
 USUAL_CHARACTERS = 8
 """Characters of a token at most, in usual text."""
+DEFAULT, TOOLS = "default", "tool_use"
+"""Names of a model's chat templates, as transformers gives and chooses them."""
 CONTEXT_TOKENS = 6
 """Tokens of the prompt that are decoded before the first new token, as vLLM does."""
 
@@ -49,11 +51,8 @@ class Tokenizer:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         check_tokens(folder, self._token_ids("Probe 1"), self._special_ids)
         self._special = frozenset(self._special_ids.values())
-        self._takes_parts: bool | None = None
-        self._template = None
-        if self.chat_template is not None:
-            variables = dict(self._tokenizer.special_tokens_map)
-            self._template = ChatTemplate(self.chat_template, variables, self._special_ids, processes)
+        self._takes_parts: dict[ChatTemplate, bool] = {}
+        self._templates = self._chat_templates(processes or TemplateProcesses())
         self._plain_text = PlainText(self._backend, self._special)
         ids = {token.content: token_id for token_id, token in added.items()}
         self._reasoning_tags = find_tags(ids, self.chat_template)
@@ -65,7 +64,7 @@ class Tokenizer:
             stored.save(
                 self._tokenizer,
                 kind=self.kind,
-                chat_template=self.chat_template,
+                chat_templates=self._template_texts,
                 longest_token_bytes=self.longest_token_bytes,
             )
 
@@ -134,13 +133,12 @@ class Tokenizer:
         no text; for `limit` see encode().
         """
         messages = prompt.messages or []
-        if self._template is None:
-            raise InvalidRequest("messages were given, but the model's tokenizer has no chat template; send a prompt")
+        template = self._template_for(prompt)
         if any(isinstance(message.get("content"), list) for message in messages):
             joined = [_with_text(message) for message in messages]
-            messages = messages if self._template_takes_parts(self._template) else joined
+            messages = messages if self._template_takes_parts(template) else joined
 
-        rendered = self._template.render(
+        rendered = template.render(
             messages,
             tools=prompt.tools,
             variables=prompt.chat_template_kwargs,
@@ -154,16 +152,37 @@ class Tokenizer:
             self._check_beginnings(text, limit)
         return text, self._plain_text.encode(rendered)
 
+    def _template_for(self, prompt: Prompt) -> ChatTemplate:
+        """The template of a conversation: where a model has several, the one named tool_use is for those with tools."""
+        named = self._templates.get(TOOLS) if prompt.tools else None
+        template = named or self._templates.get(DEFAULT)
+        if template is not None:
+            return template
+        if self._templates:
+            raise InvalidRequest(
+                f"messages were given, but of the chat templates of the model's tokenizer "
+                f"({', '.join(map(shortened, self._templates))}) none is named {DEFAULT}; send a prompt"
+            )
+        raise InvalidRequest("messages were given, but the model's tokenizer has no chat template; send a prompt")
+
+    def _chat_templates(self, processes: TemplateProcesses) -> dict[str, ChatTemplate]:
+        variables = dict(self._tokenizer.special_tokens_map)
+        return {
+            name: ChatTemplate(text, variables, self._special_ids, processes)
+            for name, text in self._template_texts.items()
+        }
+
     def _template_takes_parts(self, template: ChatTemplate) -> bool:
         """Whether the template looks into a list of parts: tried once, with a part whose text must come out alone."""
-        if self._takes_parts is None:
+        if template not in self._takes_parts:
             text, kind = "some text of a part", "type"
             try:
                 rendered = template.render([{"role": "user", "content": [{kind: "text", "text": text}]}]).text
             except InvalidRequest:  # whatever a template refuses, it does not take parts
                 rendered = ""
-            self._takes_parts = text in rendered and f"'{kind}'" not in rendered and f'"{kind}"' not in rendered
-        return self._takes_parts
+            takes = text in rendered and f"'{kind}'" not in rendered and f'"{kind}"' not in rendered
+            self._takes_parts[template] = takes
+        return self._takes_parts[template]
 
     @property
     def eos_token_id(self) -> int | None:
@@ -177,13 +196,13 @@ class Tokenizer:
 
     def prepare(self) -> None:
         """Make ready what the first conversation would wait for. Raises EngineFault if that cannot be."""
-        if self._template is not None:
-            self._template.prepare()
+        for template in self._templates.values():
+            template.prepare()
 
     def close(self) -> None:
         """End what renders conversations."""
-        if self._template is not None:
-            self._template.close()
+        for template in self._templates.values():
+            template.close()
 
     def definition(self) -> str:
         """The text of a tokenizer.json that has everything this tokenizer has."""
@@ -237,10 +256,18 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The template of conversations, if the model has one."""
+        return self._template_texts.get(DEFAULT)
+
+    @property
+    def _template_texts(self) -> dict[str, str]:
+        """The model's templates by name: it has one, or a list of them, of which transformers knows what each is for.
+
+        A byte-order mark, as editors leave it, is no part of any.
+        """
         template = self._tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        return template if isinstance(template, str) and template else None
+        named = template if isinstance(template, dict) else {DEFAULT: template}
+        texts = {name: text.removeprefix("\ufeff") for name, text in named.items() if isinstance(text, str)}
+        return {name: text for name, text in texts.items() if text}
 
     @property
     def size(self) -> int:
@@ -312,7 +339,7 @@ def _with_text(message: Message) -> Message:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
             raise InvalidRequest(
-                f'a content part must be {{"type": "text", "text": "..."}}, this model reads text alone: {part!r}'
+                f'a content part must be {{"type": "text", "text": "..."}}, this model reads text alone: {shown(part)}'
             )
         texts.append(text)
     return {**message, "content": "\n".join(texts)}

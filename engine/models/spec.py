@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...parallel.loading.json_files import LoadError, read_json_object, shown
+from ...parallel.loading.safetensors_files import ADAPTER, MERGE
 from ...parallel.partition import Dimensions
 from ..errors import CheckpointError, ConfigError
 
@@ -73,6 +74,8 @@ class ModelSpec:
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises CheckpointError if it is missing or no JSON object."""
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER).is_file():
+        raise CheckpointError(f"{folder} holds an adapter ({ADAPTER}), and no config.json: {MERGE}")
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder in Hugging Face format")
 
@@ -230,6 +233,10 @@ class _Fields:
 def _architecture(config: dict[str, Any], folder_name: str) -> str:
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else named
+    if named is None:  # transformers then goes by the type alone
+        architecture = {name.removesuffix("ForCausalLM").lower(): name for name in MINIMUM_TRANSFORMERS}.get(
+            str(config.get("model_type"))
+        )
     if not isinstance(architecture, str) or architecture not in MINIMUM_TRANSFORMERS:
         raise ConfigError(
             f"{folder_name}/config.json: architecture {shown(architecture)} is not supported; supported are "
@@ -242,11 +249,14 @@ def _refuse_unsupported(fields: _Fields) -> None:
     activation = fields.values.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"{fields.path}: hidden_act={shown(activation)} is not supported; only silu is")
-    if fields.values.get("quantization_config"):
-        raise ConfigError(
-            f"{fields.path}: quantization_config is set; quantized checkpoints are not supported, use the bfloat16, "
-            f"float16 or float32 original"
-        )
+    for name in ("quantization_config", "compression_config"):
+        if values := fields.values.get(name):
+            method = values.get("quant_method") if isinstance(values, dict) else None
+            how = "" if method is None else f" (quant_method={shown(method)})"
+            raise ConfigError(
+                f"{fields.path}: {name} is set{how}; quantized checkpoints are not supported, use the bfloat16, "
+                f"float16 or float32 original"
+            )
 
 
 def _attention_window(fields: _Fields) -> int | None:

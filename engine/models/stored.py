@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...parallel.loading.json_files import LoadError
-from ...parallel.loading.safetensors_files import StoredTensor, hold_the_same, locate_tensors
+from ...parallel.loading.safetensors_files import StoredTensor, hold_the_same, lacks, locate_tensors
 from ..errors import CheckpointError
 from .spec import ModelSpec
 
@@ -30,8 +30,8 @@ def read_stored(spec: ModelSpec, folder: Path) -> dict[str, StoredTensor]:
     for name, shape, fields in _sized_tensors(spec):
         if name not in stored:
             raise CheckpointError(
-                f"{folder}: its safetensors files lack tensor {name}, which the model needs by {config}: {fields}; "
-                f"copy the files that are missing, or use the config.json that belongs to the weights"
+                f"{lacks(folder, [name], stored)} by {config}: {fields}; copy the files that are missing, or use the "
+                f"config.json that belongs to the weights"
             )
         if stored[name].shape != shape:
             raise CheckpointError(

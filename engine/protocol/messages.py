@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from .logprobs import TokenLogprobs
@@ -65,7 +67,7 @@ class Submit(Prompt, frozen=True, kw_only=True, tag="submit"):
 
     id: str
     sampling: SamplingParams = SamplingParams()
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] = 0
     """Lower runs first."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+from ...parallel.loading.json_files import shown
 from ..errors import InvalidRequest
 
 LOGPROBS_LIMIT = 20
@@ -26,6 +28,7 @@ IDS_LIMIT = 1024
 """Entries of logit_bias, and of stop_token_ids, at most."""
 ALLOWED_LIMIT = 1 << 20
 """Entries of allowed_token_ids at most."""
+MAX_FLOAT = sys.float_info.max
 _LISTS = {
     "stop": STOP_LIMIT,
     "bad_words": BAD_WORDS_LIMIT,
@@ -132,7 +135,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"set min_tokens to at most {self.max_tokens}"
             )
         if self.logprobs_mode not in ("raw", "processed"):
-            raise InvalidRequest(f'logprobs_mode={self.logprobs_mode!r} is not one of "raw", "processed"')
+            raise InvalidRequest(f'logprobs_mode={shown(self.logprobs_mode)} is not one of "raw", "processed"')
 
         self._validate_texts("stop", self.stop, STOP_LIMIT)
         self._validate_texts("bad_words", self.bad_words, BAD_WORDS_LIMIT)
@@ -140,12 +143,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be true or false")
+                raise InvalidRequest(f"{name}={shown(getattr(self, name))} must be true or false")
 
     def _validate_texts(self, name: str, texts: object, limit: int) -> None:
         if not isinstance(texts, tuple) or not all(_is_text(text) for text in texts):
             raise InvalidRequest(
-                f"{name}={_short(texts)} must be a string or a list of non-empty strings of valid Unicode"
+                f"{name}={shown(texts)} must be a string or a list of non-empty strings of valid Unicode"
             )
         if len(texts) > limit:
             raise InvalidRequest(f"{name} holds {len(texts)} strings; it may hold at most {limit}")
@@ -155,14 +158,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _validate_token_ids(self) -> None:
         if not isinstance(self.stop_token_ids, tuple):
-            raise InvalidRequest(f"stop_token_ids={_short(self.stop_token_ids)} must be a list of token ids")
+            raise InvalidRequest(f"stop_token_ids={shown(self.stop_token_ids)} must be a list of token ids")
         if not isinstance(self.allowed_token_ids, tuple | None) or self.allowed_token_ids == ():
             raise InvalidRequest(
-                f"allowed_token_ids={_short(self.allowed_token_ids)} must be a list of token ids that is not empty, or "
+                f"allowed_token_ids={shown(self.allowed_token_ids)} must be a list of token ids that is not empty, or "
                 f"null, which allows all"
             )
         if not isinstance(self.logit_bias, dict | None):
-            raise InvalidRequest(f"logit_bias={_short(self.logit_bias)} must map token ids to numbers in [-100, 100]")
+            raise InvalidRequest(f"logit_bias={shown(self.logit_bias)} must map token ids to numbers in [-100, 100]")
 
         sizes = {"stop_token_ids": IDS_LIMIT, "allowed_token_ids": ALLOWED_LIMIT, "logit_bias": IDS_LIMIT}
         for name, limit in sizes.items():
@@ -174,7 +177,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 _check_number(name, token, 0, math.inf, integer=True)
         for token, bias in (self.logit_bias or {}).items():
             _check_number("logit_bias key", token, 0, math.inf, integer=True)
-            _check_number(f"logit_bias[{token}]", bias, -100, 100)
+            _check_number(f"logit_bias[{shown(token)}]", bias, -100, 100)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
@@ -185,7 +188,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         unknown = sorted(set(values) - set(cls.__struct_fields__))
         if unknown:
             raise InvalidRequest(
-                f"unknown sampling field {unknown[0]!r}; the fields are {', '.join(cls.__struct_fields__)}"
+                f"unknown sampling field {shown(unknown[0])}; the fields are {', '.join(cls.__struct_fields__)}"
             )
         values = {
             name: _plain_within(listed(value, _LISTS[name] + 1) if name in _LISTS else value)
@@ -213,15 +216,16 @@ def plain(value: Any) -> Any:
 def listed(value: Any, most: int) -> Any:
     """Return what a collection or an iterator holds as a list or tuple of plain values; anything else as it is.
 
-    Of an iterator, which may not end, `most` are taken. A set, whose order is by chance, is sorted. Texts, bytes and
-    mappings are no lists.
+    Of what is not in memory yet `most` are taken: an iterator may not end, and a range may hold more than memory does.
+    A set, whose order is by chance, is sorted. Texts, bytes and mappings are no lists.
     """
     if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
         return value
     if isinstance(value, tuple) and set(map(type, value)) <= {int, str}:
         return value  # as it is stored: there may be a million, and each passage of the wire comes by here
-    items = [plain(each) for each in (value if hasattr(value, "__len__") else itertools.islice(value, most))]
-    return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    return [plain(each) for each in (value if isinstance(value, list | tuple) else itertools.islice(value, most))]
 
 
 def _bias(value: Any) -> Any:
@@ -234,15 +238,9 @@ def _bias(value: Any) -> Any:
         if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
             token = int(token)
         if token in bias:
-            raise InvalidRequest(f"logit_bias holds token id {token} twice, as a number and as text")
+            raise InvalidRequest(f"logit_bias holds token id {shown(token)} twice, as a number and as text")
         bias[token] = plain(number)
     return bias
-
-
-def _short(value: object) -> str:
-    """A value for a message: of a long one its beginning."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _plain_within(value: Any) -> Any:
@@ -265,7 +263,7 @@ def _is_text(value: Any) -> bool:
 def _value_at(values: dict[str, Any], message: str) -> str:
     """The value that a msgspec message's path, "... at `$.stop[0]`", leads to: msgspec names its type alone."""
     field = re.search(r"`\$\.(\w+)", message)
-    return f"; got {field[1]}={values[field[1]]!r}" if field else ""
+    return f"; got {field[1]}={shown(values[field[1]])}" if field else ""
 
 
 def _check_number(
@@ -284,7 +282,7 @@ def _check_number(
     kinds = (int,) if integer else (int, float)
     allowed = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise InvalidRequest(f"{name}={value!r} must be {'an integer' if integer else 'a number'} in {allowed}")
+        raise InvalidRequest(f"{name}={shown(value)} must be {'an integer' if integer else 'a number'} in {allowed}")
     # "not (a <= b)" rather than "a > b": NaN fails every comparison and must be refused.
-    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-        raise InvalidRequest(f"{name}={value!r} is out of range: it must be in {allowed}")
+    if not (low < value if open_low else low <= value) or not value <= high or not (integer or abs(value) <= MAX_FLOAT):
+        raise InvalidRequest(f"{name}={shown(value)} is out of range: it must be in {allowed}")

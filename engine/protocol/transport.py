@@ -350,7 +350,7 @@ class ZmqConnection(Connection):
         """
         try:
             data = self._encoder.encode(command)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidRequest(f"the request holds a value that cannot be sent: {error}") from error
         if len(data) > MESSAGE_BYTES:
             raise InvalidRequest(

@@ -17,8 +17,12 @@ from ...engine.errors import ConfigError, InvalidRequest
 from ...engine.protocol.messages import Submit
 from ...engine.protocol.sampling_params import SamplingParams
 from ...engine.protocol.structured import StructuredOutput
+from ...engine.protocol.wire import MESSAGE_BYTES
+from ...parallel.loading.json_files import shown
 
 Id = str | int
+MAX_LINE_BYTES = 2 * MESSAGE_BYTES
+"""A longer line cannot be a request that an engine takes, however it is written."""
 
 
 class _Line(msgspec.Struct):
@@ -56,7 +60,7 @@ def read_requests(
     """
     base = msgspec.to_builtins(defaults)
     first_line: dict[str, int] = {}
-    for number, raw in enumerate(file, 1):
+    for number, raw in enumerate(_lines(file), 1):
         line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw  # as editors on Windows leave it
         if not line.strip():
             continue
@@ -71,6 +75,16 @@ def read_requests(
         yield item if seed is None or isinstance(item, BadLine) else _seeded(item, seed)
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the file's lines; of one that is too long no more than shows it, for it may not fit into memory."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+
+
 def _seeded(item: LineRequest, seed: int) -> LineRequest:
     submit = item.submit
     if submit.sampling.seed is not None:
@@ -83,11 +97,13 @@ def _seeded(item: LineRequest, seed: int) -> LineRequest:
 def count_requests(path: Path) -> int:
     """Count the lines of the file that are not blank."""
     with path.open("rb") as file:
-        return sum(1 for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
+        return sum(1 for line in _lines(file) if line.removeprefix(codecs.BOM_UTF8).strip())
 
 
 def _parse(line: bytes, number: int, base: dict[str, Any]) -> LineRequest | BadLine:
     line_id: Id = f"line-{number}"
+    if len(line) > MAX_LINE_BYTES:
+        return BadLine(line_id, f"line {number} is longer than the {MAX_LINE_BYTES} bytes that a request may have")
     try:
         values = msgspec.json.decode(line.decode())
         if not isinstance(values, dict):
@@ -97,11 +113,13 @@ def _parse(line: bytes, number: int, base: dict[str, Any]) -> LineRequest | BadL
         if isinstance(given, str | int) and not isinstance(given, bool) and given != "":
             line_id = given
         elif "id" in values:
-            raise InvalidRequest(f"id={given!r} must be a string that is not empty, or an integer")
+            raise InvalidRequest(f"id={shown(given)} must be a string that is not empty, or an integer")
 
         return LineRequest(line_id, _submit(values, base))
     except UnicodeDecodeError as error:
         return BadLine(line_id, f"line {number} is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
+    except RecursionError:
+        return BadLine(line_id, f"line {number} is nested too deep")
     except msgspec.ValidationError as error:
         return BadLine(line_id, f"line {number}: {error}")
     except msgspec.DecodeError as error:
@@ -189,7 +207,7 @@ def read_done(path: Path) -> set[str]:
 
             try:
                 done.add(str(msgspec.json.decode(line)["id"]))
-            except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
                 raise ConfigError(
                     f"line {number} of output={str(path)!r} is no answer with an id: resume=true continues only a "
                     f"file that generate wrote; give another output="

@@ -19,7 +19,7 @@ from ...kernels.torch_threads import one_torch_thread
 from ...kernels.weight_formats import WeightFormat
 from ...kernels.weight_formats.base import Allocate
 from .json_files import LoadError
-from .safetensors_files import StoredTensor, locate_tensors, name_some
+from .safetensors_files import StoredTensor, check_readable, lacks, locate_tensors
 from .streaming import READERS, CudaLanding, Landing, cut, stream
 
 __all__ = ["LoadError", "LoadReport", "Packing", "Progress", "WeightSlice", "load_weights"]
@@ -93,6 +93,8 @@ class LoadReport:
     """Files that the checkpoint consists of."""
     kept_bytes: int = 0
     """Bytes that were mapped instead, as the rank before this one left them (parallel/kept_weights.py)."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the checkpoint that the model has no place for."""
 
 
 def take_out(slices: list[WeightSlice]) -> Iterator[WeightSlice]:
@@ -117,7 +119,8 @@ def load_weights(
     The list is empty in the end: what has been filled is kept by its owner alone, which may put it elsewhere.
 
     Names, shapes, dtypes and file sizes are checked from the headers of all files before anything is read, so every
-    rank finds the same faults. `ignore` names tensors that may be left over. Raises LoadError.
+    rank finds the same faults. Tensors that the model has no place for are left out, as transformers does, and reported
+    unless `ignore` names them. Raises LoadError.
 
     On a CPU the slices are filled one by one, and memory besides the destinations stays below CHUNK_BYTES copied and
     MAPPED_BYTES + CHUNK_BYTES mapped. To a GPU they stream through `landing` (None makes one), read by up to `threads`
@@ -126,7 +129,9 @@ def load_weights(
     """
     started = time.monotonic()
     stored = locate_tensors(folder)
-    _check_coverage(folder, slices, stored, ignore)
+    _check_coverage(folder, slices, stored)
+    needed = {part.name for part in slices}
+    left_out = tuple(name for name in stored if name not in needed and not ignore(name))
     total = sum(part.destination.numel() * stored[part.name].itemsize for part in slices)
     done = 0
 
@@ -153,7 +158,8 @@ def load_weights(
                     filled(part)
 
     files = {tensor.file for tensor in stored.values()}
-    return LoadReport(bytes_read=done, shard_bytes=total, seconds=time.monotonic() - started, files=len(files))
+    seconds = time.monotonic() - started
+    return LoadReport(bytes_read=done, shard_bytes=total, seconds=seconds, files=len(files), left_out=left_out)
 
 
 def _stream(
@@ -207,18 +213,12 @@ def _open(file: Path) -> Any:
         raise LoadError(f"{file} is no readable safetensors file ({error}); copy it again") from error
 
 
-def _check_coverage(
-    folder: Path, slices: Sequence[WeightSlice], stored: Mapping[str, StoredTensor], ignore: Callable[[str], bool]
-) -> None:
+def _check_coverage(folder: Path, slices: Sequence[WeightSlice], stored: Mapping[str, StoredTensor]) -> None:
     needed = {part.name: part.shape for part in slices}
     if missing := [name for name in needed if name not in stored]:
-        raise LoadError(f"{folder}: its safetensors files lack tensor {name_some(missing)}, which the model needs")
-    if unexpected := [name for name in stored if name not in needed and not ignore(name)]:
-        raise LoadError(
-            f"{stored[unexpected[0]].file}: tensor {name_some(unexpected)} is unexpected; "
-            f"the architecture that config.json names has no place for it"
-        )
+        raise LoadError(lacks(folder, missing, stored))
     for name, shape in needed.items():
+        check_readable(name, stored[name])
         if stored[name].shape != shape:
             raise LoadError(
                 f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but by config.json it must "

@@ -46,6 +46,8 @@ def shown(value: object) -> str:
         text = repr(value)
     except RecursionError:
         return f"a {type(value).__name__} nested too deep to be shown"
+    except ValueError:  # Python writes no integer of thousands of digits
+        return f"a {type(value).__name__} too long to be shown"
     return shortened(text)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,13 @@ from .json_files import LoadError, is_lfs_pointer, lfs_advice, read_json_object,
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes that weights may have, as safetensors names them, and their bytes."""
+OTHERS = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4,
+    "I64": 8, "U64": 8, "C64": 8,
+}  # fmt: skip
+"""Those of tensors that may only be left out."""
+
+NOT_QUANTIZED = "Quantized checkpoints are not: use the model's bfloat16, float16 or float32 original"
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -26,6 +33,11 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+MERGE = (
+    "adapters are not supported: merge it into its base model (peft's merge_and_unload, then save_pretrained), and use "
+    "that folder"
+)
 
 
 class _Entry(msgspec.Struct):
@@ -50,7 +62,9 @@ class StoredTensor:
 def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of `folder` by name: of model.safetensors, or else of the files that its index.json names.
 
-    Raises LoadError if there are none, for a damaged file or index, and for an index that disagrees with the files.
+    As to transformers, an index says which files there are: what it says of a tensor that no file holds matters only to
+    whoever needs that tensor, and gets lacks(). A tensor may be in two files if both hold the same.
+    Raises LoadError if there are none, for a damaged file or index, and for a file that is missing.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
@@ -68,23 +82,42 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f"{file} is missing, but {index} says that it holds {shortened(tensor)}; copy it to the folder"
             )
         for name, stored in read_header(file).items():
-            if name in located:
+            if name in located and not hold_the_same(located[name], stored):
                 raise LoadError(
-                    f"tensor {shortened(name)} is in both {located[name].file} and {file}; it must be in one"
+                    f"tensor {shortened(name)} is in both {located[name].file} and {file}, and not the same; it must "
+                    f"be in one"
                 )
-            located[name] = stored
-
-    # The headers must hold what the index promises.
-    for name, file_name in weight_map.items():
-        if name not in located or located[name].file != folder / file_name:
-            raise LoadError(f"{folder / file_name} lacks tensor {shortened(name)}, which {index} says is there")
+            located.setdefault(name, stored)
     return located
+
+
+def lacks(folder: Path, names: Sequence[str], stored: Mapping[str, StoredTensor]) -> str:
+    """Return the words for tensors that are needed and not stored; the first that the index names comes first."""
+    quantized = ""
+    if other := next((tensor for tensor in stored.values() if tensor.dtype not in FLOATS), None):
+        quantized = f"; others are {shown(other.dtype)}: quantized checkpoints are not supported"
+    if not (folder / SINGLE).is_file():
+        weight_map = _read_index(folder / INDEX)
+        for name in names:
+            if name in weight_map:
+                file = folder / weight_map[name]
+                return f"{file} lacks tensor {shortened(name)}, which {folder / INDEX} says is there{quantized}"
+    return f"{folder}: its safetensors files lack tensor {name_some(names)}, which the model needs{quantized}"
+
+
+def check_readable(name: str, tensor: StoredTensor) -> None:
+    """Raise LoadError for a dtype that no weight has."""
+    if tensor.dtype not in FLOATS:
+        raise LoadError(
+            f"{tensor.file}: tensor {shortened(name)} is {shown(tensor.dtype)}; only {', '.join(FLOATS)} are "
+            f"supported. {NOT_QUANTIZED}"
+        )
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file (8 bytes of header length, a JSON header, data).
 
-    Raises LoadError if the header is damaged, if the file ends before a tensor does, or for a dtype no weight has.
+    Raises LoadError if the header is damaged, if the file ends before a tensor does, or for an unknown dtype.
     """
     if is_lfs_pointer(file):
         raise LoadError(lfs_advice(file))
@@ -124,16 +157,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _stored_tensor(file: Path, name: str, entry: _Entry, data: int, size: int) -> StoredTensor:
     """Check one entry of a header against the file of `size` bytes, whose tensors begin at byte `data`."""
     begin, end = entry.data_offsets
-    if entry.dtype not in FLOATS:
+    itemsize = FLOATS.get(entry.dtype) or OTHERS.get(entry.dtype)
+    if itemsize is None:
         raise LoadError(
-            f"{file}: tensor {shortened(name)} is {shown(entry.dtype)}; only {', '.join(FLOATS)} are supported. "
-            f"Quantized checkpoints are not: use the model's bfloat16, float16 or float32 original"
+            f"{file}: tensor {shortened(name)} is {shown(entry.dtype)}; only {', '.join((*FLOATS, *OTHERS))} are known"
         )
-    itemsize = FLOATS[entry.dtype]
     if end - begin != math.prod(entry.shape) * itemsize:
         raise LoadError(
-            f"{file}: tensor {shortened(name)} of shape {shown(entry.shape)} in {entry.dtype} cannot have "
-            f"{end - begin} bytes from byte {begin} on; copy it again"
+            f"{file}: tensor {shortened(name)} of shape {shown(entry.shape)} in {entry.dtype} cannot "
+            f"have {end - begin} bytes from byte {begin} on; copy it again"
         )
     if data + end > size:
         raise LoadError(
@@ -170,9 +202,9 @@ def hold_the_same(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
-def name_some(names: Iterable[str]) -> str:
-    """The first name, shortened, and how many more there are."""
-    first, *others = names
+def name_some(names: Sequence[str]) -> str:
+    """The first name, shortened, and how many more there are; empty for none."""
+    first, *others = names or [""]
     return f"{shortened(first)} (and {len(others)} more)" if others else shortened(first)
 
 
@@ -199,6 +231,14 @@ def _no_weights(folder: Path) -> str:
     message = f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there"
     if gguf := sorted(folder.glob("*.gguf")):
         return f"{message}; convert with `python -m phalanx.launch.get_model gguf={gguf[0]} out=DIR`"
+    if (folder / ADAPTER).is_file():
+        return f"{message}, but an adapter ({ADAPTER}); {MERGE}"
+    if others := sorted(folder.glob("*.safetensors")):
+        names = ", ".join(file.name for file in others[:2])
+        return (
+            f"{message}; {names} is one of {len(others)} files that no index names: copy {INDEX} too, or rename the "
+            f"only file to {SINGLE}"
+        )
     if list(folder.glob("pytorch_model*.bin")):
         return f"{message}; convert its .bin files with transformers' save_pretrained(DIR, safe_serialization=True)"
     return f"{message}; copy them there, or set load_format=dummy for random weights"

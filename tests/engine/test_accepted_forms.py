@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from phalanx import LLM, CheckpointError, InvalidRequest, SamplingParams
 from phalanx.engine.protocol.messages import Tokenize
 from phalanx.launch.model_files.random_model import make_random_model
@@ -141,3 +142,18 @@ def test_a_float16_checkpoint_says_at_every_number_of_ranks_what_it_is_computed_
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     report, _ = run_ranks(2, programs.report, str(folder), {**CONFIG, "dtype": "auto"})
     assert any("the checkpoint is in float16, but computed with in bfloat16" in line for line in report)
+
+
+def test_tensors_without_a_place_and_adapters_are_left_out_and_said_to_be(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    extra = {"v_head.summary.weight": torch.ones(1, 64), "model.position_ids": torch.arange(8)}
+    save_file(tensors | extra, folder / "model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with LLM(str(tiny), **CONFIG) as plain:
+        expected = plain.generate([[5, 6, 7, 8]], GREEDY)[0].outputs[0].token_ids
+    with LLM(str(folder), **CONFIG) as llm:
+        assert llm.generate([[5, 6, 7, 8]], GREEDY)[0].outputs[0].token_ids == expected
+        report = "\n".join(llm.status().report)
+    assert "has no place for tensors of the checkpoint: model.position_ids (and 1 more) left out" in report
+    assert "holds an adapter (adapter_config.json), which is left out" in report

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ....parallel.loading.json_files import shown
 from ...errors import InvalidRequest
 from .template_processes import RenderError, TemplateProcesses
 
@@ -109,7 +111,7 @@ class ChatTemplate:
         """
         for name in RESERVED:
             if name in (variables or {}):
-                raise InvalidRequest(f"chat_template_kwargs holds {name!r}, which it may not set")
+                raise InvalidRequest(f"chat_template_kwargs holds {shown(name)}, which it may not set")
         marks = Marks.unused_in(_texts([messages, tools, variables]))
         for index, message in enumerate(messages):
             _check_content(message, f"messages[{index}]")
@@ -139,6 +141,11 @@ class ChatTemplate:
             without = [message for message in chat if message.get("role") == "assistant" and "content" not in message]
             if not without:
                 raise
+        # DeepSeek's asks whether the content is none, and shows the calls only then; others need a text.
+        for message in without:
+            message["content"] = None
+        with contextlib.suppress(RenderError):
+            return self._processes.render(self._source, given)
         for message in without:
             message["content"] = ""
         return self._processes.render(self._source, given)
@@ -199,7 +206,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _check_content(message: Any, name: str) -> None:
     """Raise InvalidRequest for what is no message, and for a content that is null where there must be one."""
     if not isinstance(message, dict):
-        raise InvalidRequest(f"a message must be an object with a role and a content, not {message!r}")
+        raise InvalidRequest(f"a message must be an object with a role and a content, not {shown(message)}")
     if "content" not in message or message["content"] is not None:
         return
     rest = ("tool_calls", "refusal", *_REASONING)

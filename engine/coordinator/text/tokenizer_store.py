@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 _log = logging.getLogger(__name__)
 
-_FORM = 1
+_FORM = 2
 """Another form of what is stored has another number."""
 _READERS = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "protobuf")
 """Packages that have a say in what is made of a folder's files."""
@@ -43,7 +43,7 @@ class _Stored(msgspec.Struct, frozen=True, array_like=True):
     splits_special_tokens: bool
     kind: str
     special_tokens_map: dict[str, str]
-    chat_template: str | None
+    chat_templates: dict[str, str]
     eos_token_id: int | None
     longest_token_bytes: int | None
 
@@ -56,7 +56,7 @@ class StoredTokenizer:
         self.backend_tokenizer.encode_special_tokens = stored.splits_special_tokens
         self.kind = stored.kind
         self.special_tokens_map = stored.special_tokens_map
-        self.chat_template = stored.chat_template
+        self.chat_template = stored.chat_templates
         self.eos_token_id = stored.eos_token_id
         self.longest_token_bytes = stored.longest_token_bytes
 
@@ -91,7 +91,9 @@ class TokenizerStore:
             return None
         return tokenizer
 
-    def save(self, tokenizer: Any, *, kind: str, chat_template: str | None, longest_token_bytes: int | None) -> None:
+    def save(
+        self, tokenizer: Any, *, kind: str, chat_templates: dict[str, str], longest_token_bytes: int | None
+    ) -> None:
         """Store `tokenizer`, which transformers made of the folder, and which has encoded a text."""
         if self._name is None:
             return
@@ -103,7 +105,7 @@ class TokenizerStore:
             splits_special_tokens=bool(backend.encode_special_tokens),
             kind=kind,
             special_tokens_map=dict(tokenizer.special_tokens_map),
-            chat_template=chat_template,
+            chat_templates=chat_templates,
             eos_token_id=eos_token_id if isinstance(eos_token_id, int) else None,
             longest_token_bytes=longest_token_bytes,
         )

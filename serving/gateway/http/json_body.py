@@ -62,7 +62,7 @@ def parse_json(body: bytes, yielding: bool = False) -> dict[str, Any]:
     more than 64 levels of nesting.
     """
     try:
-        text = body.decode()
+        text = body.decode("utf-8-sig")  # editors and shells of Windows begin it with a byte-order mark
     except UnicodeDecodeError as error:
         raise invalid(
             f"the body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json"

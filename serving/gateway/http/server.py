@@ -99,6 +99,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         self._stop_timer()
+        _check_head(self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests of one connection wait for their answers")
         full = len(self.connections) > self._gateway.max_connections and not self.url.startswith(b"/health")
@@ -170,6 +171,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         # Closing with unread bytes resets the connection, and a client that still sends would not see the answer.
         self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+
+def _check_head(headers: list[tuple[bytes, bytes]]) -> None:
+    """Raise ValueError for a head that a proxy before this server may have read in another way (RFC 9112).
+
+    The parser takes several hosts, and codings of a body before the chunks that nobody undoes.
+    """
+    if sum(name == b"host" for name, _ in headers) > 1:
+        raise ValueError("the head has more than one host")
+    for name, value in headers:
+        if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            raise ValueError("a body may be sent in chunks, but not in another transfer coding")
 
 
 def _target(head: bytes) -> bytes:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from phalanx import InvalidRequest
+from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.client.requests import as_prompts, make_submit, spread_sampling
+from phalanx.engine.protocol.messages import Submit, Tokenize
+from phalanx.engine.protocol.transport import InProcess, ZmqConnection
 
 
 @pytest.mark.parametrize(
@@ -63,3 +70,57 @@ def test_a_conversation_may_come_in_any_iterable(kind: Any) -> None:
 
 def test_one_prompt_of_a_stream_may_be_an_array() -> None:
     assert make_submit("a", prompt=np.array([7, 8])).token_ids == [7, 8]
+
+
+def test_a_conversation_may_hold_values_of_numpy_and_mappings_of_any_kind() -> None:
+    image = {"type": "text", "text": np.str_("hi")}
+    given = [MappingProxyType({"role": np.str_("user"), "content": (MappingProxyType(image),), "n": np.int64(3)})]
+    [message] = make_submit("a", messages=given).messages or []  # type: ignore[arg-type]
+    assert message == {"role": "user", "content": [{"type": "text", "text": "hi"}], "n": 3}
+    assert {type(message["role"]), type(message["n"])} == {str, int}
+    msgspec.msgpack.encode(message)
+
+
+def test_a_conversation_that_holds_itself_is_refused() -> None:
+    message: dict[str, Any] = {"role": "user", "content": "hi"}
+    message["again"] = message
+    with pytest.raises(InvalidRequest, match="nested too deep, or hold themselves"):
+        make_submit("a", messages=[message])
+
+
+@pytest.mark.parametrize("request_id", [5, None, b"a", "\ud800"])
+def test_an_id_that_no_wire_carries_is_refused_before_anything_is_sent(request_id: Any) -> None:
+    link = InProcess()
+    sent: list[Any] = []
+    link.on_command = lambda client, command: sent.append(command)
+    client = Client(link.connection)
+    events: list[Any] = []
+    for command in (Submit(id=request_id, token_ids=[5]), Tokenize(id=request_id, prompt="a")):
+        with pytest.raises(InvalidRequest, match=r"id=.* must be a text of valid Unicode"):
+            client._send_for(command, events.append)
+    assert (sent, events) == ([], [])
+    client.close()
+
+
+def test_a_command_nested_without_end_cannot_be_sent(tmp_path: Path) -> None:
+    message: dict[str, Any] = {"role": "user", "content": "hi"}
+    message["again"] = message
+    connection = ZmqConnection(f"ipc://{tmp_path}/nobody", None)
+    try:
+        with pytest.raises(InvalidRequest, match="holds a value that cannot be sent"):
+            connection.send(Submit(id="a", messages=[message]))
+    finally:
+        connection.close()
+
+
+def test_a_priority_is_a_number_that_a_wire_carries() -> None:
+    for priority in (2**63, -(2**63) - 1):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert({"type": "submit", "id": "a", "priority": priority}, Submit)
+
+
+def test_a_handle_that_could_not_be_made_is_dropped_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(AttributeError):
+        RequestHandle(Client(InProcess().connection), None)  # type: ignore[arg-type]
+    gc.collect()
+    assert not [warning for warning in recwarn if "RequestHandle" in str(warning.message)]

@@ -76,7 +76,15 @@ def test_what_is_stored_does_all_that_was_made(
     made, stored = (Tokenizer(folder, tmp_path / "store") for _ in range(2))
     assert not _is_stored(made)
     assert _is_stored(stored)
-    for what in ("kind", "chat_template", "eos_token_id", "size", "longest_token_bytes", "_special_ids", "_special"):
+    for what in (
+        "kind",
+        "_template_texts",
+        "eos_token_id",
+        "size",
+        "longest_token_bytes",
+        "_special_ids",
+        "_special",
+    ):
         assert getattr(stored, what) == getattr(made, what), what
     assert stored._tokenizer.special_tokens_map == made._tokenizer.special_tokens_map
     backend = stored._tokenizer.backend_tokenizer

@@ -221,7 +221,7 @@ def test_the_makers_sampling_advice_comes_with_qwq_32b_alone() -> None:
     ("change", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*Qwen2ForCausalLM.*Qwen3ForCausalLM.*LlamaFor"),
-        ({"architectures": None}, "Qwen2ForCausalLM"),
+        ({"architectures": None, "model_type": "gpt2"}, "Qwen2ForCausalLM"),
         ({"architectures": []}, "Qwen2ForCausalLM"),
         ({"architectures": 7}, "Qwen2ForCausalLM"),
         ({"hidden_size": None}, r"folder/config\.json: hidden_size=None"),
@@ -345,3 +345,27 @@ def test_a_folder_without_a_readable_config_is_refused_by_name(tmp_path: Path) -
             read_config(tmp_path)
     config.write_text(json.dumps(QWQ))
     assert read_config(tmp_path) == QWQ
+
+
+@pytest.mark.parametrize("architecture", MINIMUM_TRANSFORMERS)
+def test_a_config_that_names_no_architecture_is_of_its_type(architecture: str) -> None:
+    model_type = architecture.removesuffix("ForCausalLM").lower()
+    for named in ({}, {"architectures": None}):
+        fields = {name: value for name, value in QWQ.items() if name != "architectures"}
+        assert spec_from_config({**fields, **named, "model_type": model_type}, "folder").architecture == architecture
+    for other in ("mistral", None, 5, ["qwen2"]):
+        with pytest.raises(ConfigError, match=r"folder/config\.json: architecture None is not supported"):
+            spec_from_config({**fields, "model_type": other}, "folder")
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_a_quantized_checkpoint_is_refused_by_its_method(field: str, method: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is set \(quant_method='{method}'\)"):
+        spec_from_config({**QWQ, field: {"quant_method": method, "bits": 4}}, "folder")
+
+
+def test_a_folder_that_holds_an_adapter_alone_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds an adapter .*no config\.json.*merge it into its base model"):
+        read_config(tmp_path)

@@ -234,3 +234,30 @@ def test_numbers_and_arrays_of_numpy_are_taken_from_a_mapping_as_from_the_call()
 def test_half_of_a_surrogate_pair_in_a_number_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match="not valid Unicode"):
         SamplingParams.from_dict({"temperature": "\ud800"})
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty", "presence_penalty", "seed", "n"])
+def test_an_integer_that_no_number_holds_is_refused_by_name(name: str, digits: int) -> None:
+    for make in (SamplingParams.from_dict, lambda given: SamplingParams(**given)):
+        with pytest.raises(InvalidRequest, match="out of range") as caught:
+            make({name: 10**digits})
+        assert f"{name}=" in str(caught.value)
+
+
+def test_a_bias_of_a_token_of_thousands_of_digits_is_no_fault_of_the_message() -> None:
+    with pytest.raises(InvalidRequest, match=r"logit_bias\[a int too long to be shown\]=101"):
+        SamplingParams(logit_bias={10**5000: 101})
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids"])
+def test_a_range_of_more_than_memory_holds_is_refused_by_its_bound(name: str) -> None:
+    for make in (SamplingParams.from_dict, lambda given: SamplingParams(**given)):
+        with pytest.raises(InvalidRequest, match=f"{name} holds .* it may hold at most"):
+            make({name: range(10**15)})
+
+
+def test_a_long_value_is_shown_by_its_beginning() -> None:
+    with pytest.raises(InvalidRequest, match="temperature='xxx") as caught:
+        SamplingParams.from_dict({"temperature": "x" * 1_000_000})
+    assert len(str(caught.value)) < 500

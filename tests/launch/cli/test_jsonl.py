@@ -281,3 +281,31 @@ def test_the_answers_of_requests_computed_side_by_side_are_shown_one_after_the_o
     text = "".join(shown)
     assert text.startswith("[a] first\nA1 A2\nerror: broke\n\n[line-2]\n\nerror: line 2 is not JSON")
     assert text.endswith(f"\n\n[b] second\nB\n-- completion 2 --\nsecond B\n{end}\n\n")
+
+
+@pytest.mark.parametrize("opened", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 3000 + b"]" * 3000 + b"}]}"])
+@pytest.mark.parametrize("field", ["messages", "structured", "sampling", "other"])
+def test_a_line_nested_too_deep_fails_alone(field: str, opened: bytes) -> None:
+    line = b'{"id": "deep", "%s": [{"a":' % field.encode() + opened
+    items = read(b'{"id": 1, "prompt": "x"}\n' + line + b'\n{"id": 2, "prompt": "y"}')
+    assert [type(item) for item in items] == [LineRequest, BadLine, LineRequest]
+    assert "line 2" in items[1].error
+
+
+def test_an_answer_nested_too_deep_is_no_answer(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(b'{"id": 1, "x": ' + b"[" * 100_000 + b"\n")
+    with pytest.raises(ConfigError, match=r"line 1 of output=.*is no answer"):
+        read_done(file)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"id": 3, "prompt": "z"}'])
+@pytest.mark.parametrize("size", [49, 50, 51, 99, 100, 101, 102, 500])
+def test_a_line_that_no_engine_takes_is_not_read_whole(monkeypatch: Any, tmp_path: Path, size: int, end: bytes) -> None:
+    monkeypatch.setattr("phalanx.launch.cli.jsonl.MAX_LINE_BYTES", 50)
+    text = b'{"id": 1, "prompt": "x"}\n' + b"[" * size + b'\n{"id": 2, "prompt": "y"}' + end
+    items = read(text)
+    assert [item.id for item in items] == [1, "line-2", 2, 3][: 3 + end.endswith(b"}")]
+    assert ("longer than the 50 bytes" in items[1].error) == (size >= 50)  # type: ignore[union-attr]
+    (tmp_path / "in.jsonl").write_bytes(text)
+    assert count_requests(tmp_path / "in.jsonl") == len(items)

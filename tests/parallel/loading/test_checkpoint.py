@@ -146,12 +146,23 @@ def test_small_parts_are_read_on_one_of_torchs_threads_and_the_others_are_not(
         torch.set_num_threads(before)
 
 
-def test_ignored_tensors_may_be_left_over(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(4, 4)}
+def test_tensors_that_the_model_has_no_place_for_are_left_out_and_reported(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "v_head.weight": torch.ones(4, 4),
+        "model.position_ids": torch.arange(3),
+        "model.mask": torch.ones(2, dtype=torch.bool),
+        "model.scales": torch.ones(5).to(torch.float8_e4m3fn),
+        "model.empty": torch.ones(0, 3),
+    }
     save_file(tensors | extra, tmp_path / "model.safetensors")
-    with pytest.raises(LoadError, match=r"model\.safetensors: tensor lm_head\.weight is unexpected"):
-        load_weights(tmp_path, both(), ignore=lambda name: name.endswith("inv_freq"))
-    load_weights(tmp_path, both(), ignore=lambda name: name in extra)
+    slices = both()
+    filled = list(slices)
+    report = load_weights(tmp_path, slices, ignore=lambda name: name.endswith("inv_freq"))
+    assert sorted(report.left_out) == sorted(list(extra)[1:])
+    assert all(torch.equal(one.destination, tensors[one.name]) for one in filled)
 
 
 def test_a_part_that_does_not_fit_its_destination_is_refused_where_it_is_made() -> None:
@@ -166,10 +177,6 @@ def test_a_part_that_does_not_fit_its_destination_is_refused_where_it_is_made() 
 
 def drop_a(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({B: tensors[B]}, folder / "model.safetensors")
-
-
-def add_one(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors | {"model.extra.weight": torch.ones(2)}, folder / "model.safetensors")
 
 
 def transpose_a(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -237,7 +244,6 @@ Fault = Callable[[Path, dict[str, torch.Tensor]], None]
     ("fault", "says"),
     [
         (drop_a, ["lack tensor", A]),
-        (add_one, ["model.safetensors: tensor model.extra.weight is unexpected"]),
         (transpose_a, ["model.safetensors", A, "[16, 48]", "[48, 16]"]),
         (integers, ["model.safetensors", A, "I8", "Quantized checkpoints are not"]),
         (float8, ["model.safetensors", A, "F8_E4M3", "Quantized checkpoints are not"]),
@@ -285,10 +291,37 @@ def test_an_index_that_is_none_is_refused(sharded: Path, text: str) -> None:
         load_weights(sharded, both())
 
 
-def test_a_tensor_in_two_files_is_refused(sharded: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_a_tensor_in_two_files_is_refused_unless_both_hold_the_same(
+    sharded: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     save_file(tensors, sharded / "1.safetensors")
-    with pytest.raises(LoadError, match=r"is in both .*0\.safetensors and .*1\.safetensors"):
+    load_weights(sharded, both())
+    save_file({**tensors, A: tensors[A].roll(1, 0)}, sharded / "1.safetensors")
+    with pytest.raises(LoadError, match=r"is in both .*0\.safetensors and .*1\.safetensors, and not the same"):
         load_weights(sharded, both())
+
+
+def test_an_index_may_name_a_tensor_that_nobody_needs_and_no_file_has(sharded: Path) -> None:
+    write_index(sharded, {A: "0.safetensors", B: "1.safetensors", "v_head.weight": "1.safetensors"})
+    assert load_weights(sharded, both()).left_out == ()
+
+
+def test_files_without_their_index_and_adapters_are_named(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(LoadError, match=r"holds no weights.*0\.safetensors, 1\.safetensors is one of 2 files that no"):
+        load_weights(sharded, both())
+    (sharded / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"an adapter \(adapter_config\.json\); adapters are not supported: merge it"):
+        load_weights(sharded, both())
+
+
+def test_a_quantized_checkpoint_without_a_word_in_its_config_is_named(
+    folder: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    packed = {A.replace("weight", "qweight"): torch.ones(4, 4, dtype=torch.int32), B: tensors[B]}
+    save_file(packed, folder / "model.safetensors")
+    with pytest.raises(LoadError, match=rf"lack tensor {A}.*others are 'I32': quantized checkpoints are not supported"):
+        load_weights(folder, both())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -179,6 +179,8 @@ RAW: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "chunk shorter than its content": (_TO + _CHUNKED + b"\r\n2\r\n" + _BODY + b"\r\n0\r\n\r\n", (400,)),
     "chunk beyond all bounds": (_TO + _CHUNKED + b"\r\n" + b"f" * 20 + b"\r\n", (400,)),
     "unknown transfer coding": (_TO + b"Transfer-Encoding: gzip\r\n\r\n" + _BODY, (400, 501)),
+    "transfer codings before the chunks": (_TO + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", (400, 501)),
+    "two hosts": (_GET + _HOST + b"\r\n", (400,)),
     "compressed body": (_TO + b"Content-Encoding: gzip\r\n" + _LENGTH + b"\r\n" + _BODY, (415,)),
     "another content type": (_TO + b"Content-Type: text/html\r\n" + _LENGTH + b"\r\n" + _BODY, (415,)),
     "body of bytes that are no text": (_TO + b"Content-Length: 3\r\n\r\n\xff\xfe\xfd", (400,)),

@@ -160,6 +160,15 @@ def test_what_http_does_not_allow_is_refused_as_everything_else(
     check_raw(bounded.port, name)
 
 
+def test_a_body_may_begin_with_a_byte_order_mark_and_say_that_it_is_not_compressed(
+    bounded: Server, neighbour: Neighbour
+) -> None:
+    for headers in ({}, {"Content-Encoding": "identity"}, {"Content-Encoding": "Identity"}):
+        body = b"\xef\xbb\xbf" + json.dumps({"prompt": "Hi", "max_tokens": 1}).encode()
+        answer = bounded.http.post("/v1/completions", content=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+
+
 def test_a_client_of_one_byte_a_second_is_ended(bounded: Server, neighbour: Neighbour) -> None:
     for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", bounded.port), timeout=20) as slow:
