@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,19 +135,16 @@ class ChatTemplate:
     def _render(self, given: dict[str, Any], chat: list[Message]) -> str:
         try:
             return self._processes.render(self._source, given)
-        except RenderError:
-            # A template that needs a text of every message has none of an answer that only calls tools.
-            without = [message for message in chat if message.get("role") == "assistant" and "content" not in message]
-            if not without:
-                raise
-        # DeepSeek's asks whether the content is none, and shows the calls only then; others need a text.
-        for message in without:
-            message["content"] = None
-        with contextlib.suppress(RenderError):
-            return self._processes.render(self._source, given)
-        for message in without:
-            message["content"] = ""
-        return self._processes.render(self._source, given)
+        except RenderError as error:
+            failure = error
+        # What some templates cannot take is given to them in another form.
+        for adapt in (_give_nulls, _give_contents, _give_objects):
+            if adapt(chat):
+                try:
+                    return self._processes.render(self._source, given)
+                except RenderError as error:
+                    failure = error
+        raise failure
 
     def _mark(self, value: Any, marks: Marks, users_keys: bool) -> Any:
         """A copy in which special tokens are marked, within values and within keys that users choose."""
@@ -188,6 +184,35 @@ class ChatTemplate:
 
         marked = f"{marks.begin}({self._pattern.pattern}){marks.end}|[{marks.begin}{marks.end}{marks.cut}]"
         return Rendered(re.sub(marked, stand_for, text), marks.stands_for, plain)
+
+
+def _give_nulls(chat: list[Message]) -> bool:
+    """Give null as the content of answers that only call tools. False if all have one.
+
+    DeepSeek's template asks whether the content is none, and shows the calls only then.
+    """
+    without = [message for message in chat if message.get("role") == "assistant" and "content" not in message]
+    for message in without:
+        message["content"] = None
+    return bool(without)
+
+
+def _give_contents(chat: list[Message]) -> bool:
+    """Give a text to answers that only call tools: a template may need one of every message. False if all have one."""
+    without = [message for message in chat if message.get("role") == "assistant" and message.get("content") is None]
+    for message in without:
+        message["content"] = ""
+    return bool(without)
+
+
+def _give_objects(chat: list[Message]) -> bool:
+    """Make an object of arguments that were cut off: a template may ask for their members. False if all are some."""
+    calls = [call for message in chat for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    functions = [function for call in calls if isinstance(function := call.get("function"), dict)]
+    texts = [function for function in functions if isinstance(function.get("arguments"), str)]
+    for function in texts:
+        function["arguments"] = {"arguments": function["arguments"]}
+    return bool(texts)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -102,15 +102,15 @@ class CallReader(ABC):
         elif text:
             self._parts.append(CallArguments(self._number, text))
 
-    def _end_arguments(self) -> None:
+    def _end_arguments(self, whole: bool = True) -> None:
         if not self._ended:
             self._ended = True
-            self._parts.append(CallEnd(self._number))
+            self._parts.append(CallEnd(self._number, whole))
 
     def _fail(self) -> bool:
         """It is no call, or not one any more."""
         if self._begun:
-            self._end_arguments()
+            self._end_arguments(whole=False)
         self._state = CallState.ENDED if self._begun else CallState.NO_CALL
         return False
 

@@ -39,9 +39,11 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """A call's arguments are complete."""
+    """A call's arguments have ended."""
 
     call: int
+    whole: bool = True
+    """False of arguments that were cut off, or went wrong."""
 
 
 Part = Reasoning | Text | CallBegin | CallArguments | CallEnd

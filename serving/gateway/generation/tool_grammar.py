@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ....engine.protocol.structured import StructuredOutput
 from ..http.errors import invalid
+from ..http.json_body import shown
 
 TRIGGER = "<tool_call>"
 BEGIN, END = f"{TRIGGER}\n", "\n</tool_call>"
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_ARGUMENTS = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function, and where it is in the request."""
+
+    path: str
+    name: str
+    parameters: dict[str, Any] | None
+    strict: bool
 
 
 def tool_grammar(
@@ -26,8 +38,8 @@ def tool_grammar(
     """What an answer must match that is one call, or with `parallel` one or more, and nothing else.
 
     `tools` are OpenAI's function tools; only those in `names` may be called, None stands for all. A function's
-    `parameters` are enforced, and without any it takes no arguments. Raises ApiError for a name that no tool has, and
-    for tools that are none.
+    `parameters` are enforced, and without any it takes no arguments. Raises ApiError for a name that no tool has, for
+    tools that are none, and for parameters that are no object.
     """
     functions = _functions(tools)
     for name in names or ():
@@ -46,10 +58,10 @@ def strict_grammar(tools: Sequence[dict[str, Any]]) -> StructuredOutput | None:
     those of the others are any JSON object.
     """
     functions = _functions(tools)
-    if not any(function.get("strict") for function in functions.values()):
+    if not any(function.strict for function in functions.values()):
         return None
     structures = [
-        _structure(function) if function.get("strict") else _structure({**function, "parameters": _ANY_ARGUMENTS})
+        _structure(function if function.strict else replace(function, parameters=_ANY_ARGUMENTS))
         for function in functions.values()
     ]
     return _structural_tag(structures, triggers=[TRIGGER])
@@ -68,24 +80,35 @@ def call_or_answer(tools: Sequence[dict[str, Any]], answer: StructuredOutput) ->
     return _structural_tag([*calls, {"begin": "", "schema": schema, "end": ""}], alone="one")
 
 
-def _functions(tools: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _functions(tools: Sequence[dict[str, Any]]) -> dict[str, _Function]:
     """The functions by their names. Raises ApiError for a tool without one."""
     functions = {}
     for index, tool in enumerate(tools):
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise invalid(f"tools[{index}].function must have a name", f"tools[{index}].function.name")
-        functions[function["name"]] = function
+        path = f"tools[{index}].function"
+        given = tool.get("function")
+        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+            raise invalid(f"{path} must have a name", f"{path}.name")
+        function = _Function(path, given["name"], given.get("parameters"), bool(given.get("strict")))
+        functions[function.name] = function
     return functions
 
 
-def _structure(function: dict[str, Any]) -> dict[str, Any]:
-    parameters = function.get("parameters")
+def _structure(function: _Function) -> dict[str, Any]:
     return {
-        "begin": f'{BEGIN}{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ',
-        "schema": _NO_ARGUMENTS if parameters is None else parameters,
+        "begin": f'{BEGIN}{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": ',
+        "schema": _NO_ARGUMENTS if function.parameters is None else _object_schema(function),
         "end": f"}}{END}",
     }
+
+
+def _object_schema(function: _Function) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object also where it does not say so."""
+    schema = function.parameters or {}
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        path = f"{function.path}.parameters.type"
+        raise invalid(f'{path}={shown(kind)} is not acceptable: arguments are an "object"', path, "invalid_value")
+    return {**schema, "type": "object"}
 
 
 def _structural_tag(structures: Iterable[dict[str, Any]], **how: Any) -> StructuredOutput:

@@ -20,6 +20,8 @@ from .errors import ApiError, invalid
 Request = TypeVar("Request", bound=msgspec.Struct)
 
 _INT_LOW, _INT_HIGH = -(2**63), 2**64 - 1
+_INT_DIGITS = 300
+"""Digits of a number without a fraction at most, so that it is a float's number, too."""
 _LONG_NUMBER = re.compile(r"\d{19}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$")
@@ -58,7 +60,7 @@ def parse_json(body: bytes, yielding: bool = False) -> dict[str, Any]:
     each number, so that others get their turn, and takes longer.
 
     Raises ApiError (400) for bytes that are no UTF-8, for text that is no JSON object, and for what JSON leaves open or
-    forbids: a name that occurs twice, NaN, Infinity, a lone half of a surrogate pair, a number that no field can hold,
+    forbids: a name that occurs twice, NaN, Infinity, a lone half of a surrogate pair, a number of more than 300 digits,
     more than 64 levels of nesting.
     """
     try:
@@ -80,11 +82,42 @@ def parse_json(body: bytes, yielding: bool = False) -> dict[str, Any]:
 
     if not isinstance(value, dict):
         raise invalid(f"the body must be a JSON object; got {_kind(value)}", code="invalid_json")
-    if text.count("{") + text.count("[") > _MAX_DEPTH:
-        _check_depth(value)
+    if text.count("{") + text.count("[") > _MAX_DEPTH and _is_deep(value):
+        raise _too_deep()
     if "\\u" in text and _SURROGATE.search(text):
         _refuse_surrogates(value, "")
     return value
+
+
+def json_object(text: str, *, long_numbers: bool = False) -> dict[str, Any] | None:
+    """The JSON object that a text is; None for any other text.
+
+    It is None, too, for an object that could not be sent on: with NaN or Infinity, a lone half of a surrogate pair,
+    more than 64 levels, or, unless `long_numbers`, an integer that has no place in the protocol's 64 bits.
+    """
+    parse_int = _bounded_int if long_numbers else _sendable_int
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=parse_int)
+        if not isinstance(value, dict) or _is_deep(value):
+            return None
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def check_sendable(value: Any, path: str) -> None:
+    """Raise ApiError with the path of a number that has no place in the protocol's 64 bits."""
+    if isinstance(value, int) and not _INT_LOW <= value <= _INT_HIGH:
+        bound = f"it must be in [{_INT_LOW}, {_INT_HIGH}]"
+        raise invalid(f"{path}={shown(value)} is out of range: {bound}", path, "invalid_value")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            check_sendable(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            check_sendable(item, _join(path, name))
 
 
 def to_struct(
@@ -172,30 +205,40 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite_float(text: str) -> float | int:
+def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"the number {text[:_SHOWN_CHARS]} is too large")
+    return value
+
+
+def _finite_float(text: str) -> float | int:
+    value = _finite(text)
     # 1.0 is an integer to JSON Schema, and to clients that have only one type of number.
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _bounded_int(text: str) -> int:
-    if len(text) < 19:
-        return int(text)
-    if len(text) > 20 or not _INT_LOW <= int(text) <= _INT_HIGH:
-        raise ValueError(f"the number {text[:_SHOWN_CHARS]} is out of range: it must be in [{_INT_LOW}, {_INT_HIGH}]")
+    if len(text) > _INT_DIGITS:
+        raise ValueError(f"the number {text[:_SHOWN_CHARS]} has more than {_INT_DIGITS} digits")
     return int(text)
 
 
-def _check_depth(value: Any) -> None:
+def _sendable_int(text: str) -> int:
+    if len(text) > 20 or not _INT_LOW <= int(text) <= _INT_HIGH:
+        raise ValueError(f"the number {text[:_SHOWN_CHARS]} is out of range")
+    return int(text)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value has more than 64 levels."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         inner = [item.values() if isinstance(item, dict) else item for item in level]
         level = [item for items in inner for item in items if isinstance(item, dict | list)]
         if not level:
-            return
-    raise _too_deep()
+            return False
+    return True
 
 
 def _too_deep() -> ApiError:

@@ -11,7 +11,8 @@ from ..generation.answer_reader import AnswerReader, Dialect, ToolSyntax, dialec
 from ..generation.tool_grammar import call_or_answer, strict_grammar, tool_grammar
 from ..http.errors import invalid
 from ..http.exchange import Exchange
-from ..schemas.chat import ChatRequest, check_chat, template_messages, template_variables
+from ..http.json_body import check_sendable
+from ..schemas.chat import ChatRequest, check_chat, template_messages, template_variables, with_allowed_tools
 from ..schemas.fields import check_store, check_stream, kept_tokens, timeout_of, to_sampling
 from ..schemas.refused import REFUSED_CHAT
 from ..schemas.structured import structured_errors, structured_of
@@ -27,6 +28,8 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     """Continue a conversation."""
     request = await exchange.read(ChatRequest, REFUSED_CHAT)
     exchange.take_request_id(request.request_id)
+    given_tools = request.tools
+    request = with_allowed_tools(request)
     name, info = gateway.model(request.model)
     submit, messages = to_submit(gateway, exchange, request, info)
     style = ChatStyle(request, f"chatcmpl-{exchange.request_id}", name, messages, submit.split_reasoning)
@@ -38,7 +41,7 @@ async def chat_completions(gateway: Gateway, exchange: Exchange) -> None:
     affinity = affinity_of(submit.cache_salt, request.prompt_cache_key or first)
     timeout_s = timeout_of(request.timeout, gateway.config)
     async with (
-        structured_errors(request, submit.structured, request.tools),
+        structured_errors(request, submit.structured, given_tools),
         gateway.generation(exchange, bool(request.stream), timeout_s) as generation,
     ):
         generation.admit(1, tokens)
@@ -57,6 +60,8 @@ def to_submit(
     check_chat(request, gateway.config)
     check_store(request)
     check_stream(request.stream, request.stream_options, request.prompt_logprobs)
+    check_sendable(request.tools, "tools")
+    check_sendable(request.chat_template_kwargs, "chat_template_kwargs")
     choice = tool_choice_of(request.tools, request.tool_choice)
     dialect = dialect_of(info, gateway.config)
     if choice.mode == "auto" and dialect.tools is None:
@@ -110,20 +115,27 @@ def structured_with_tools(request: ChatRequest, choice: ToolChoice, dialect: Dia
     Raises ApiError for a form that leaves no room for the calls that tool_choice allows.
     """
     tools = request.tools or []
-    if choice.mode == "required":
-        # There is no text then that response_format could form.
-        return tool_grammar(tools, choice.names, parallel=request.parallel_tool_calls is not False)
     wanted = structured_of(request)
-    if choice.mode == "none" or dialect.tools != REQUIRED_FORM:
+    if choice.mode == "required":
+        if request.structured_outputs is not None:
+            field, why = "structured_outputs", "the answer is calls, and nothing else"
+            raise invalid(f"{field} does not go with a tool_choice that asks for a call: {why}", field)
+        # There is no text that response_format could form.
+        return tool_grammar(tools, choice.names, parallel=request.parallel_tool_calls is not False)
+    if choice.mode == "none":
         return wanted
-    return strict_grammar(tools) if wanted is None else call_or_answer(tools, wanted)
+    if wanted is not None:
+        return call_or_answer(tools, wanted)
+    return strict_grammar(tools) if dialect.tools == REQUIRED_FORM else None
 
 
 def readers(request: ChatRequest, info: ModelInfo, gateway: Gateway, n: int) -> list[AnswerReader]:
     """What reads each of the n completions of a request that to_submit() has accepted."""
     choice = tool_choice_of(request.tools, request.tool_choice)
-    forms = {"none": None, "auto": dialect_of(info, gateway.config).tools, "required": REQUIRED_FORM}
-    syntax = forms[choice.mode]
+    by_grammar = choice.mode == "required" or structured_of(request) is not None
+    syntax = REQUIRED_FORM if by_grammar else dialect_of(info, gateway.config).tools
+    if choice.mode == "none":
+        syntax = None
     return [
         AnswerReader(
             syntax,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from ....engine.protocol.messages import ModelInfo
 from ..config import VERSION
 from ..gateway import Gateway
@@ -12,7 +14,8 @@ from ..schemas.responses import HealthInfo, LoadInfo, ModelCard, ModelList, Vers
 async def models(gateway: Gateway, exchange: Exchange) -> None:
     """List the names under which the model is served; none while it is loaded."""
     cards = [_card(gateway, name, model) for name, model in gateway.pool.models().items()]
-    await exchange.respond_json(ModelList(data=cards))
+    first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
+    await exchange.respond_json(ModelList(data=cards, first_id=first, last_id=last))
 
 
 async def model(gateway: Gateway, exchange: Exchange) -> None:
@@ -22,7 +25,14 @@ async def model(gateway: Gateway, exchange: Exchange) -> None:
 
 
 def _card(gateway: Gateway, name: str, found: ModelInfo) -> ModelCard:
-    return ModelCard(id=name, created=gateway.created, root=found.model, max_model_len=found.max_model_len)
+    return ModelCard(
+        id=name,
+        created=gateway.created,
+        root=found.model,
+        max_model_len=found.max_model_len,
+        display_name=name,
+        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(gateway.created)),
+    )
 
 
 async def version(gateway: Gateway, exchange: Exchange) -> None:

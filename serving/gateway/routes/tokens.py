@@ -7,6 +7,7 @@ from ....engine.protocol.messages import Detokenize, Detokenized, ModelInfo, Tok
 from ..gateway import Gateway
 from ..http.errors import invalid
 from ..http.exchange import Exchange
+from ..http.json_body import check_sendable
 from ..schemas.chat import template_messages
 from ..schemas.fields import kept_tokens
 from ..schemas.refused import REFUSED_TOKENIZE
@@ -50,6 +51,8 @@ def _question(gateway: Gateway, request: TokenizeRequest, model: ModelInfo) -> T
 
     if request.add_special_tokens:
         raise invalid("add_special_tokens=true is not supported with messages", "add_special_tokens")
+    check_sendable(request.tools, "tools")
+    check_sendable(request.chat_template_kwargs, "chat_template_kwargs")
     continues = bool(request.continue_final_message)
     if continues and request.add_generation_prompt:
         raise invalid("continue_final_message=true needs add_generation_prompt=false", "continue_final_message")

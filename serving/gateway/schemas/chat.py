@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,8 +10,9 @@ from msgspec import Meta
 from ....engine.protocol.sampling_params import LOGPROBS_LIMIT
 from ..config import GatewayConfig
 from ..http.errors import invalid
+from ..http.json_body import json_object
 from .fields import CacheControl, OpenAIFields
-from .tools import check_tools
+from .tools import allowed_tools, check_tools
 from .typed import text_of, typed
 
 
@@ -36,7 +36,9 @@ class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The function that a message of the past called."""
 
     name: str
-    arguments: Annotated[str, Meta(description="A JSON object, as text.")] | None = None
+    arguments: Annotated[str, Meta(description="A JSON object as text, or what a model wrote in its place.")] | None = (
+        None
+    )
 
 
 class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -95,7 +97,7 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     tool_choice: (
         Annotated[
             str | dict[str, Any],
-            Meta(description='"auto" (with tools), "none", "required", or the one that must be called.'),
+            Meta(description='"auto" (with tools), "none", "required", the one that must be called, or allowed_tools.'),
         ]
         | None
     ) = None
@@ -137,6 +139,16 @@ def check_chat(request: ChatRequest, config: GatewayConfig) -> None:
         raise invalid(f"continue_final_message=true {why}", "continue_final_message")
 
 
+def with_allowed_tools(request: ChatRequest) -> ChatRequest:
+    """The request with the tools alone that its tool_choice allows. Raises ApiError for a choice of another form."""
+    choice = request.tool_choice
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return request
+    check_tools(request.tools or [])
+    tools, mode = allowed_tools(request.tools or [], choice)
+    return msgspec.structs.replace(request, tools=tools, tool_choice=mode)
+
+
 def template_variables(request: ChatRequest) -> dict[str, Any] | None:
     """The variables that a request sets for the chat template."""
     if request.reasoning_effort is None:
@@ -148,7 +160,7 @@ def template_variables(request: ChatRequest) -> dict[str, Any] | None:
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """The messages as chat templates expect them: content as one text, arguments of tool calls as objects.
+    """The messages as chat templates expect them: content as one text, arguments of calls as objects if they are some.
 
     A developer is a system to the templates that there are. Raises ApiError for a part that is no text.
     """
@@ -171,9 +183,7 @@ def _template_message(message: Message, path: str) -> dict[str, Any]:
     if message.tool_call_id is not None:
         made["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        made["tool_calls"] = [
-            _template_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)
-        ]
+        made["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
     if reasoning != (message.reasoning_content or reasoning):
         raise invalid(f"{path}.reasoning and {path}.reasoning_content differ; give one of them", f"{path}.reasoning")
@@ -190,17 +200,13 @@ def _text(content: str | list[dict[str, Any]] | None, path: str) -> str | None:
     return "\n".join(text_of(typed(part, PARTS, f"{path}[{index}]", why)) for index, part in enumerate(content))
 
 
-def _template_call(call: ToolCall, path: str) -> dict[str, Any]:
+def _template_call(call: ToolCall) -> dict[str, Any]:
     arguments: Any = {}
-    if call.function.arguments:
-        try:
-            arguments = json.loads(call.function.arguments)
-        except (ValueError, RecursionError):
-            arguments = call.function.arguments  # what is left of a call in an answer that was cut off
-        else:
-            if not isinstance(arguments, dict):
-                field = f"{path}.function.arguments"
-                raise invalid(f"{field} must be a JSON object, as text", field)
+    text = call.function.arguments
+    if text and text.strip() != "null":
+        # A model may write what is no object, or is cut off: its answer is taken back as it came.
+        found = json_object(text)
+        arguments = text if found is None else found
     made: dict[str, Any] = {
         "type": "function",
         "function": {"name": call.function.name, "arguments": arguments},

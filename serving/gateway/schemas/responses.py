@@ -255,12 +255,22 @@ class ModelCard(msgspec.Struct, kw_only=True):
     parent: str | None = None
     max_model_len: int
 
+    # As Anthropic's clients have them.
+    type: Literal["model"] = "model"
+    display_name: str
+    created_at: str
+
 
 class ModelList(msgspec.Struct, kw_only=True):
-    """The answer of /v1/models."""
+    """The answer of /v1/models: all there are, whatever page is asked for."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+    # As Anthropic's clients have them.
+    first_id: str | None
+    last_id: str | None
+    has_more: Literal[False] = False
 
 
 class TokenizeResponse(msgspec.Struct, kw_only=True):

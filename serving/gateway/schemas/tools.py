@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from ..generation.call_scanner import NAME_LIMIT
 from ..http.errors import ApiError, invalid
-from ..http.json_body import shown
+from ..http.json_body import shown, to_struct
+from .typed import at
 
 Mode = Literal["none", "auto", "required"]
 
 _TOOL_FIELDS = ("type", "function")
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
+
+
+class FunctionName(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool by its name."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The tools that an answer may or must call, of those that the request has."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1)]
+
+
+class AllowedToolsChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool_choice of the type allowed_tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 @dataclass(frozen=True)
@@ -45,6 +76,22 @@ def check_tools(tools: list[dict[str, Any]]) -> None:
             value = function.get(field)
             if value is not None and not isinstance(value, kind):
                 raise _wrong(f"{path}.function.{field}", value, f"it must be {form}")
+
+
+def allowed_tools(tools: list[dict[str, Any]], choice: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """(the tools that a tool_choice of the type allowed_tools leaves, the choice among them)
+
+    `tools` have been checked. Raises ApiError for a choice of another form, and for a name that no tool has.
+    """
+    with at("tool_choice"):
+        allowed = to_struct(choice, AllowedToolsChoice).allowed_tools
+    known = {tool["function"]["name"] for tool in tools}
+    for index, tool in enumerate(allowed.tools):
+        if tool.function.name not in known:
+            path = f"tool_choice.allowed_tools.tools[{index}].function.name"
+            raise _wrong(path, tool.function.name, "tools has none of that name")
+    names = {tool.function.name for tool in allowed.tools}
+    return [tool for tool in tools if tool["function"]["name"] in names], allowed.mode
 
 
 def tool_choice_of(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None) -> ToolChoice:

@@ -91,6 +91,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
     ({"patternProperties": {"a": {"type": "integer"}, "o": {"type": "string"}}}, "not disjoint"),
     ({"pattern": "\\bword"}, "lookarounds not supported"),
+    ({"properties": {"a": {"const": [{"b": 2**53 + 1}]}}}, "properties.a.const with 9007199254740993 is not supported"),
+    ({"enum": [1, 1e300]}, "enum with 1e+300 is not supported"),
+    ({"type": "integer", "minimum": 2**53 + 1}, "minimum=9007199254740993 is not supported"),
+    ({"type": "integer", "exclusiveMinimum": 2**53}, "exclusiveMinimum=9007199254740992 is not supported"),
 ]  # fmt: skip
 
 
@@ -156,6 +160,22 @@ def test_keywords_that_no_grammar_expresses_are_refused_by_name(compiler: Gramma
         with pytest.raises(InvalidRequest) as raised:
             compiler.compile(StructuredOutput(json_schema=json.dumps(schema)))
         assert why in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"const": 2**60}, [2**60], [2**60 + 1, 2**60 - 1]),
+        ({"enum": [2**53, "a"]}, [2**53, "a"], [2**53 - 1]),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, [-(2**62), 0, 2**63 - 1], [2**63, -(2**64)]),
+        ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, [0, 2**62], [-1, 2**64]),
+    ],
+)
+def test_large_integers_are_kept_exactly(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, right: list[Any], wrong: list[Any]
+) -> None:
+    assert [value for value in right if not _takes(compiler, tokenizer, schema, value)] == []
+    assert [value for value in wrong if _takes(compiler, tokenizer, schema, value)] == []
 
 
 def test_schemas_that_clients_libraries_write_are_kept(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

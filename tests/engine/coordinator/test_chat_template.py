@@ -152,6 +152,16 @@ def test_an_answer_that_only_calls_tools_needs_no_content(families: dict[str, To
     assert "None" not in null[0]
 
 
+def test_arguments_that_were_cut_off_are_members_where_a_template_asks_for_some(processes: TemplateProcesses) -> None:
+    source = (
+        "{% for name, value in messages[1].tool_calls[0].function.arguments|items %}{{ name }}={{ value }}{% endfor %}"
+    )
+    template = ChatTemplate(source, {}, frozenset(), processes)
+    calls = [{"type": "function", "function": {"name": "look", "arguments": '{"pa'}}]
+    chat = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": calls}]
+    assert template.render(chat).text == 'arguments={"pa'
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -139,6 +139,13 @@ def test_texts_to_tokens_and_back(server: Server) -> None:
 def test_models_are_listed_by_every_name(server: Server) -> None:
     assert [model.id for model in server.openai.models.list()] == ["demo", "org/alias"]
     assert server.openai.models.retrieve("org/alias").id == "org/alias"
+    listed = server.anthropic.models.list()
+    assert [(model.id, model.display_name, model.type) for model in listed] == [
+        ("demo", "demo", "model"),
+        ("org/alias", "org/alias", "model"),
+    ]
+    assert (listed.first_id, listed.last_id, listed.has_more) == ("demo", "org/alias", False)
+    assert server.anthropic.models.retrieve("org/alias").created_at.year >= 2024
     assert ask(server, model="org/alias").model == "org/alias"
     assert server.http.get("/version").json()["version"]
     assert server.http.get("/load").json()["server_load"] == 0

@@ -16,6 +16,16 @@ from phalanx.tests.serving.gateway.conftest import Server
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 HELLO = [{"role": "user", "content": "Hi"}]
+ALLOWED = "tool_choice.allowed_tools"
+
+
+def function(name: str, parameters: Any = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def allowed(*names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": tools}}
 
 
 def refusal(server: Server, path: str, body: Any, status: int = 400) -> dict[str, Any]:
@@ -70,6 +80,8 @@ def refusal(server: Server, path: str, body: Any, status: int = 400) -> dict[str
         ({"store": True}, "store"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"priority": 1.5}, "priority"),
+        ({"seed": 2**64}, "seed"),
+        ({"max_tokens": 10**40}, "max_tokens"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"request_id": "a b"}, "request_id"),
         ({"timeout": 0.05}, "timeout"),
@@ -100,7 +112,7 @@ def test_a_field_out_of_its_range_is_named(server: Server, path: str, fields: di
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}]},
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
             "messages[0].tool_calls[0].function.arguments",
         ),
         (
@@ -144,6 +156,30 @@ def test_a_field_out_of_its_range_is_named(server: Server, path: str, fields: di
         ({"messages": HELLO, "tools": TOOLS}, "tools"),  # the template of this model knows no calls
         ({"messages": HELLO, "tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"messages": HELLO, "tools": TOOLS, "tool_choice": allowed("g")}, f"{ALLOWED}.tools[0].function.name"),
+        ({"messages": HELLO, "tools": TOOLS, "tool_choice": allowed()}, f"{ALLOWED}.tools"),
+        ({"messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, ALLOWED),
+        (
+            {"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
+        (
+            {"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+        ),
+        (
+            {"messages": HELLO, "tools": [function("f", {"type": "array"})], "tool_choice": "required"},
+            "tools[0].function.parameters.type",
+        ),
+        (
+            {
+                "messages": HELLO,
+                "tools": [function("f", {"properties": {"a": {"const": 2**64}}})],
+                "tool_choice": "none",
+            },
+            "tools[0].function.parameters.properties.a.const",
+        ),
+        ({"messages": HELLO, "chat_template_kwargs": {"a": [2**64]}}, "chat_template_kwargs.a[0]"),
         (
             {"messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
             "tool_choice.function.name",
@@ -246,7 +282,7 @@ def test_other_routes_name_the_field_too(server: Server, path: str, body: Any, p
         b'{"prompt": "a", "temperature": Infinity}',
         b'{"prompt": "a", "temperature": 1e999}',
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
-        b'{"prompt": "a", "seed": 18446744073709551616}',
+        b'{"prompt": "a", "seed": ' + b"9" * 301 + b"}",
         b'{"prompt": "a", "prompt": "b"}',
         b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"prompt": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",

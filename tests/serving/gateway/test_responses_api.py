@@ -221,8 +221,10 @@ def test_what_is_not_stored_or_was_deleted_is_not_found(agent: Server) -> None:
     for response_id in (kept.id, lost.id, "resp_1"):
         with pytest.raises(openai.NotFoundError):
             agent.openai.responses.retrieve(response_id)
-        with pytest.raises(openai.NotFoundError):
+        # OpenAI's code, by which agents send the whole conversation instead.
+        with pytest.raises(openai.BadRequestError, match=r"Previous response .* not found") as caught:
             create(agent, previous_response_id=response_id)
+        assert (caught.value.code, caught.value.param) == ("previous_response_not_found", "previous_response_id")
 
 
 def test_a_streamed_response_is_kept_before_its_end_is_sent(agent: Server) -> None:
@@ -315,7 +317,7 @@ def test_a_refusal_of_the_engine_names_the_field(server: Server, stream: bool) -
         ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": "x", "colour": "red"}]}, "input[0].colour"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
-        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "1"}]}, "input[0].arguments"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": 1}]}, "input[0].arguments"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{**WEATHER, "deferred": True}]}, "tools[0].deferred"),
@@ -381,7 +383,7 @@ def test_each_key_has_its_own_responses(tmp_path: Path) -> None:
         for ask in (second.responses.retrieve, second.responses.cancel, second.responses.delete):
             with pytest.raises(openai.NotFoundError):
                 ask(made.id)
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.BadRequestError, match="not found"):
             second.responses.create(model="demo", input="Hi", previous_response_id=made.id)
         with pytest.raises(openai.BadRequestError, match="not known"):
             second.responses.create(model="demo", input=[{"type": "item_reference", "id": made.output[0].id or ""}])

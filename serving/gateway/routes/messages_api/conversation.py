@@ -51,7 +51,7 @@ def to_chat(request: CountTokensRequest, config: GatewayConfig) -> tuple[ChatReq
     check_count(request.messages, config.max_messages, "max_messages", "messages")
     turns = Turns()
     found: dict[str, str] = {}
-    if request.system is not None:
+    if request.system:
         turns.add("system", _texts(request.system, "system"), "system", content_path="system")
     for index, message in enumerate(request.messages):
         path = f"messages[{index}].content"

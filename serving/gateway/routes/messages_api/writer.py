@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 import msgspec
@@ -11,6 +10,7 @@ from .....engine.protocol.messages import Accepted, Completion, Finished
 from ...generation.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from ...http.error_shapes import anthropic_body
 from ...http.errors import ApiError
+from ...http.json_body import json_object
 from ...schemas.messages_api.answer import (
     INVALID_JSON,
     AnswerBlock,
@@ -183,8 +183,5 @@ def _stop_reason(ending: Completion, message: MessageAnswer) -> StopReason:
 
 def _arguments(text: str) -> dict[str, Any]:
     """A call's arguments. Those that were cut off are kept as text under the name that Anthropic gives to them."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {INVALID_JSON: text}
+    value = json_object(text or "{}", long_numbers=True)
+    return {INVALID_JSON: text} if value is None else value

@@ -66,7 +66,7 @@ def to_chat(
     field that is wrong.
     """
     turns = Turns()
-    if request.instructions is not None:
+    if request.instructions:
         turns.add("system", request.instructions, "instructions", content_path="instructions")
     for index, item in enumerate(before):
         _add(turns, item, f"previous_response_id.input[{index}]")

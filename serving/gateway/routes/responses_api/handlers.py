@@ -27,6 +27,8 @@ from .keeping import Keeper, start_in_background
 from .tools import echoed_tools, namespaces
 from .writer import ResponseWriter, Style
 
+_NOT_KEPT = "it was never kept, or no longer is, or belongs to another key"
+
 
 async def create(gateway: Gateway, exchange: Exchange) -> None:
     """Answer an input, in OpenAI's newer form."""
@@ -131,27 +133,29 @@ async def _give_up(gateway: Gateway, response_id: str, record: StoredResponse) -
 
 def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
     response_id = str(exchange.scope["path_params"]["response_id"])
-    return response_id, _find(gateway, exchange.owner, response_id, "response_id")
-
-
-def _find(gateway: Gateway, owner: str, response_id: str, field: str) -> StoredResponse:
-    record = gateway.responses.get(owner, response_id)
+    record = gateway.responses.get(exchange.owner, response_id)
     if record is None:
-        why = "it was never kept, or no longer is, or belongs to another key"
         raise ApiError(
             404,
-            f"{field}={response_id[:100]!r} is not known: {why}",
+            f"response_id={response_id[:100]!r} is not known: {_NOT_KEPT}",
             type="not_found_error",
-            param=field,
+            param="response_id",
             code="response_not_found",
         )
-    return record
+    return response_id, record
 
 
 def _previous_items(gateway: Gateway, owner: str, response_id: str | None) -> list[Item]:
     if response_id is None:
         return []
-    record = _find(gateway, owner, response_id, "previous_response_id")
+    record = gateway.responses.get(owner, response_id)
+    if record is None:
+        # Clients know by these words, this code and the status 400 that they have to send the whole conversation.
+        raise invalid(
+            f"Previous response with id {response_id[:100]!r} not found (previous_response_id): {_NOT_KEPT}",
+            "previous_response_id",
+            "previous_response_not_found",
+        )
     response: dict[str, Any] = msgspec.json.decode(record.response)
     if record.task is not None:
         raise invalid(

@@ -97,7 +97,7 @@ class ResponseWriter:
             elif isinstance(part, CallArguments):
                 self._arguments(part.text)
             else:
-                self._close("completed")
+                self._close("completed" if part.whole else "incomplete")
         if not parts and not isinstance(self._item, OutputCall):
             self._waiting = waiting
 

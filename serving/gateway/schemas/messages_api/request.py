@@ -93,6 +93,7 @@ class CustomTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     strict: bool | None = None
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
     defer_loading: (
         Annotated[bool, Meta(description="The model knows it once a tool_result has a tool_reference to it.")] | None
     ) = None
@@ -245,5 +246,6 @@ REFUSED_COUNT_TOKENS = {**_REFUSED_BOTH, "max_tokens": "it has no part in the co
 REFUSED_MESSAGES = {
     **_REFUSED_BOTH,
     "max_completion_tokens": "its name is max_tokens here",
+    "output_format": "its name is output_config.format here",
     "n": "an answer is one message; use /v1/chat/completions",
 }
