@@ -111,6 +111,12 @@ class EngineConfig:
     scale for each output; activations of 8 bits too) or int4 (4 bits and a scale for each 64 inputs). All but none need
     a CPU and round the weights while a bfloat16 checkpoint loads. The head, and an embedding tied to it, keep at least
     8 bits."""
+    deterministic: bool = False
+    """Compute a token's logits to the same bits whatever else its step computes: whole prompts or chunks of them, alone
+    or in a batch. Only int8 weights on Xeons with AMX do not by themselves (quantization=int8, and the head of w8a8 and
+    int4): more than 16 rows are multiplied in bfloat16 there, and no more than 16 in integers. With true all are, which
+    makes prompts about half as fast. On other CPUs and with other weights the setting changes nothing. It needs
+    phalanx's own kernels, and so a CPU and bfloat16 or float32."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
     weights: str = "read"
@@ -173,8 +179,9 @@ class EngineConfig:
 
         if not isinstance(self.overlap, bool | None):
             raise ConfigError(f"overlap={shown(self.overlap)} must be true, false or null (on a GPU)")
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache={shown(self.prefix_cache)} must be true or false")
+        for name in ("prefix_cache", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not abs(self.seed) <= SEED_LIMIT:
             raise ConfigError(f"seed={shown(self.seed)} must be an integer in [-{SEED_LIMIT}, {SEED_LIMIT}]")
         if not isinstance(self.tokenizer, str | None):

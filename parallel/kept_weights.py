@@ -47,6 +47,7 @@ class KeptMatrix(msgspec.Struct, frozen=True):
     format: str
     group: _Count
     together: _Count
+    deterministic: bool
     parts: dict[str, KeptTensor]
     """Those of numbers, scales, sums and apart that have any bytes."""
 
@@ -156,7 +157,7 @@ class KeptWeights:
     def _matrix(self, stored: Stored) -> KeptMatrix:
         parts = {name: getattr(stored, name) for name in _PARTS}
         found = {name: self._tensor(part) for name, part in parts.items() if part.numel()}
-        return KeptMatrix(stored.format.name, stored.group, stored.together, found)
+        return KeptMatrix(stored.format.name, stored.group, stored.together, stored.deterministic, found)
 
     def _tensor(self, tensor: torch.Tensor) -> KeptTensor:
         assert self._writer is not None
@@ -198,7 +199,9 @@ def _stored(path: str, matrix: KeptMatrix, layer: Linear, reader: KeptReader) ->
         raise KeptMemoryError(f"{path} has other parts than a packed weight")
     weight_format = stored_format(matrix.format)
     parts = {name: _tensor(part, reader) for name, part in matrix.parts.items()}
-    stored = Stored(weight_format, group=matrix.group, together=matrix.together, **parts)
+    stored = Stored(
+        weight_format, group=matrix.group, together=matrix.together, deterministic=matrix.deterministic, **parts
+    )
 
     rows, columns = layer.weight.shape
     expected = weight_format.nbytes(rows, columns, layer.weight.itemsize)

@@ -24,7 +24,7 @@ def fingerprint(config: EngineConfig, folder: Path, partition: Partition, rank: 
     parts = (
         (str(folder.resolve()), identity_of_files(folder)),
         (config.load_format, config.seed if config.load_format == "dummy" else None),
-        (config.quantization, str(settings.dtype), str(torch.__version__)),
+        (config.quantization, config.deterministic, str(settings.dtype), str(torch.__version__)),
         (rank, len(partition.shares), repr(partition.shares[rank])),
         # A build of the kernels may lay weights out otherwise, and so does another instruction set.
         (library.st_size, library.st_mtime_ns, cpu.native.kernels(), cpu.native.int8_together()) if library else None,

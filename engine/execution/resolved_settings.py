@@ -48,6 +48,12 @@ def resolve_settings(
     device = group.device
     dtype: torch.dtype = getattr(torch, resolve_dtype(config, spec, device.type))
     uses_kernels = cpu.usable(device, dtype)
+    if config.deterministic and not uses_kernels:
+        raise ConfigError(
+            f"deterministic=True needs phalanx's C++ kernels, which compute bfloat16 and float32 on a CPU; here are "
+            f"{device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set "
+            f"deterministic=false"
+        )
 
     if binding is None:
         binding = choose_binding(config, device.type, group.rank % group.local_size, group.local_size)

@@ -239,7 +239,8 @@ def _fill(
     """Read, or make up, the model's weights, pack those that are to be packed, and keep them if they can be kept."""
     keeps = kept is not None and kept.begin(model)
     slices = list(model.weight_slices())
-    packing = Packing(slices, get_weight_format(config.quantization), kept.allocate if kept and keeps else None)
+    weight_format = get_weight_format(config.quantization, deterministic=config.deterministic)
+    packing = Packing(slices, weight_format, kept.allocate if kept and keeps else None)
 
     def filled(part: WeightSlice) -> None:
         packing.filled(part)

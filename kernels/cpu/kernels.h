@@ -74,7 +74,8 @@ enum class Output : int {
     kSiluMul = 3,     // out (M, N / 2): silu of the first half of the columns times the second half
 };
 
-enum class WeightKind : int { kPlain = 0, kInt8 = 1, kInt4 = 2, kW8A8 = 3, kCompressed = 4 };
+// kInt8AsBfloat16 is a kInt8 weight of many rows with tiles, see choose_kind() in runtime/operations.cpp.
+enum class WeightKind : int { kPlain = 0, kInt8 = 1, kInt4 = 2, kW8A8 = 3, kCompressed = 4, kInt8AsBfloat16 = 5 };
 
 // A linear layer, x W^T + bias for m rows of x: its weight, what it is multiplied with, and the plan of its tasks.
 struct Linear {
@@ -87,6 +88,7 @@ struct Linear {
     int m, k, n;            // n counts columns of the matrix, padding excluded; for kSiluMul of both halves
     int words;              // of k in packed x
     int together;           // kInt8, kW8A8: numbers of a row side by side in a panel, which are one word
+    bool deterministic;     // kInt8: multiplied in the same way beside any number of rows
     const void* weight;     // panels
     const uint32_t* apart;  // kCompressed: the groups that are not, (groups, kGroupWords, 16)
     const float* scales;    // quantized: (panels, groups, 16)

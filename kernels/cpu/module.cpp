@@ -29,7 +29,7 @@ T at(uintptr_t address) {
 
 // A weight's fields of Linear; multiply() fills in the others. `group` is in columns, words and groups follow from it.
 Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums, uintptr_t apart, int group,
-                   int together, int n, int k, int dtype) {
+                   int together, bool deterministic, int n, int k, int dtype) {
     Linear job{};
     job.dtype = static_cast<DType>(dtype);
     job.kind = static_cast<WeightKind>(kind);
@@ -37,6 +37,7 @@ Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums,
     job.n = n;
     job.words = job.dtype == DType::kFloat32 ? k : k / 2;
     job.together = together;
+    job.deterministic = deterministic;
     if (job.kind == WeightKind::kInt8 || job.kind == WeightKind::kW8A8) job.words = k / together;
     if (job.kind != WeightKind::kPlain && job.kind != WeightKind::kCompressed) {
         job.word_block = job.words * static_cast<int64_t>(group) / k;
@@ -240,6 +241,7 @@ void bind_kernels(py::module_& m) {
         if (found == nullptr) throw py::value_error("this processor cannot run the kernels " + name);
         use_kernels(found);
     });
+    m.attr("MOST_INTEGER_ROWS") = kMostIntegerRows;
     m.def("int8_together", [] {  // numbers of a row that an int8 weight has side by side
         Linear job{};
         job.dtype = DType::kBFloat16;

@@ -19,11 +19,14 @@ NAMES = tuple(_FORMATS)
 """The values of the setting quantization."""
 
 
-def get_weight_format(name: str) -> WeightFormat:
-    """The format of quantization=NAME. Raises ValueError for a name that is none of NAMES."""
+def get_weight_format(name: str, *, deterministic: bool = False) -> WeightFormat:
+    """The format of quantization=NAME. Raises ValueError for a name that is none of NAMES.
+
+    A `deterministic` one multiplies a row of x in the same way, and so to the same bits, beside any number of others.
+    """
     if name not in _FORMATS:
         raise ValueError(f"quantization={name!r} is not supported; it must be one of {', '.join(NAMES)}")
-    return _FORMATS[name]
+    return _FORMATS[name].made_deterministic() if deterministic else _FORMATS[name]
 
 
 def stored_format(name: str) -> WeightFormat:

@@ -21,7 +21,7 @@ Allocate = Callable[[tuple[int, ...], "torch.dtype", "torch.device"], "torch.Ten
 class WeightFormat(ABC):
     """How the numbers of a weight (rows, columns) are kept, and multiplied from there: y = x W^T.
 
-    A format has no state: what it packs is a PackedWeight. Its modules import torch only where they pack, so that
+    A format never changes: what it packs is a PackedWeight. Its modules import torch only where they pack, so that
     configurations are checked and memory is planned without torch.
     """
 
@@ -39,6 +39,10 @@ class WeightFormat(ABC):
 
     def for_head(self) -> WeightFormat:
         """The format of the head and of a table tied to it: at least 8 bits of weight and 16 of x decide a token."""
+        return self
+
+    def made_deterministic(self) -> WeightFormat:
+        """Return the format that multiplies a row in the same way beside any number of others: this one, if it does."""
         return self
 
     def preferred(self, dtype: torch.dtype) -> WeightFormat:

@@ -26,7 +26,7 @@ class Int4(QuantizedFormat):
 
     def for_head(self) -> WeightFormat:
         """8 bits."""
-        return INT8
+        return INT8.made_deterministic() if self.deterministic else INT8
 
     def store(self, weight: torch.Tensor, allocate: Allocate | None = None) -> Stored:
         """Store the numbers in new memory, with a scale for each group."""

@@ -47,6 +47,8 @@ class Stored:
     """bfloat16 numbers that are not among the others, because they do not fit into 12 bits."""
     together: int = 1
     """Numbers of a row that stand side by side."""
+    deterministic: bool = False
+    """Whether any number of rows of x is multiplied in the same way, though another would be faster for many."""
 
 
 class PackedWeight:
@@ -69,6 +71,7 @@ class PackedWeight:
             stored.apart.data_ptr(),
             stored.group,
             stored.together,
+            stored.deterministic,
             rows,
             columns,
             cpu.DTYPES[dtype],

@@ -20,6 +20,17 @@ class QuantizedFormat(WeightFormat):
     group: ClassVar[int | None]
     """None: one scale for a whole row."""
 
+    def __init__(self, *, deterministic: bool = False) -> None:
+        """`deterministic`: a row is multiplied in the same way beside any number of others, by its head's format too.
+
+        Without it, int8 weights of many rows are multiplied in another way where the kernels have tiles.
+        """
+        self.deterministic = deterministic
+
+    def made_deterministic(self) -> WeightFormat:
+        """The same format, and the same head's, with its one way to multiply."""
+        return type(self)(deterministic=True)
+
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises ValueError without the C++ kernels, on another device than a CPU and for another dtype."""
         import torch

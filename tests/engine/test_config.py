@@ -44,6 +44,7 @@ from phalanx import ConfigError, EngineConfig, SamplingParams
         ("timeout_s", None, "above 0"),
         ("timeout_s", 1e11, "at most 604800 seconds"),
         ("prefix_cache", "yes", "true or false"),
+        ("deterministic", 1, "true or false"),
         ("seed", 0.5, "an integer"),
         ("seed", 2**64, "an integer"),
         ("sampling", 3, "sampling fields"),

@@ -125,6 +125,30 @@ def test_quantized_weights_are_the_same_at_two_ranks(smollm2: Path) -> None:
     assert compared >= 20
 
 
+@pytest.mark.parametrize("kernels", [name for name in KERNELS if name.endswith("amx")])
+@pytest.mark.parametrize("quantization", ["none", "int8", "w8a8", "int4"])
+def test_deterministic_int8_weights_give_a_token_the_same_bits_in_any_chunk(
+    tmp_path: Path, kernels: str, quantization: str
+) -> None:
+    shape = {**TINY_SHAPE, "initializer_range": 0.2, "num_hidden_layers": 2}
+    folder = make_random_model(tmp_path / "model", shape, dtype="bfloat16")
+    tokens = [7 * i % 250 for i in range(50)]
+    before = cpu.native.kernels()
+    cpu.native.use_kernels(kernels)
+    try:
+        for deterministic in (True, False):
+            worker = _worker(folder, quantization=quantization, deterministic=deterministic)
+            whole, chunks = sequence_logits(worker, tokens), sequence_logits(worker, tokens, chunk=7)
+            assert torch.equal(whole, chunks) == (deterministic or quantization == "none")
+    finally:
+        cpu.native.use_kernels(before)
+
+
+def test_deterministic_results_need_the_kernels_and_say_so(qwq_tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"deterministic=True needs .* cpu, torch.float16 .*set deterministic=false"):
+        _worker(qwq_tiny, dtype="float16", deterministic=True)
+
+
 def test_quantization_needs_bfloat16_and_says_so(smollm2: Path) -> None:
     with pytest.raises(ConfigError, match=r"quantization=int8 needs .*dtype=bfloat16.*float32.*set quantization=none"):
         LLM(str(smollm2), dtype="float32", quantization="int8")

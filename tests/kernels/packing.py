@@ -7,6 +7,6 @@ from phalanx.kernels.weight_formats import get_weight_format
 from phalanx.kernels.weight_formats.packed import PackedWeight
 
 
-def pack(weight: torch.Tensor, rows: int, name: str = "none") -> PackedWeight:
+def pack(weight: torch.Tensor, rows: int, name: str = "none", *, deterministic: bool = False) -> PackedWeight:
     """As WeightFormat.pack, of the format that quantization=NAME is."""
-    return get_weight_format(name).pack(weight, rows)
+    return get_weight_format(name, deterministic=deterministic).pack(weight, rows)

@@ -57,11 +57,14 @@ class Model(nn.Module):
         return [self.layer(x), looked_up, self.table.multiply_float(x), self.norm.weight]
 
 
-def _load(dtype: torch.dtype, quantization: str, tied: bool, kept: KeptWeights) -> Model:
+def _load(
+    dtype: torch.dtype, quantization: str, tied: bool, kept: KeptWeights, *, deterministic: bool = False
+) -> Model:
     model = Model(dtype, tied)
     assert kept.begin(model)
     slices = [each for layer in (model.table, model.layer, model.norm) for each in layer.weight_slices("")]
-    fill_dummy(slices, 7, filled=Packing(slices, get_weight_format(quantization), kept.allocate).filled)
+    weight_format = get_weight_format(quantization, deterministic=deterministic)
+    fill_dummy(slices, 7, filled=Packing(slices, weight_format, kept.allocate).filled)
     kept.keep(model)
     return model
 
@@ -100,6 +103,17 @@ def test_a_rank_after_another_has_the_same_bits(memory: int, dtype: torch.dtype,
     assert report.bytes_read == 0
     for ours, theirs in zip(second.outcome(), first.outcome(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kept_int8_weights_are_as_deterministic_as_they_were(memory: int, deterministic: bool) -> None:
+    _load(torch.bfloat16, "int8", True, _kept(memory), deterministic=deterministic)
+    second = Model(torch.bfloat16, True)
+    assert _kept(memory).map_into(second) is not None
+    for layer in (second.layer, second.table):
+        assert layer.packed is not None
+        assert layer.packed.stored.deterministic == deterministic
 
 
 @needs_kernels

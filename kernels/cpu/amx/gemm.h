@@ -1,5 +1,5 @@
-// Linear layers whose sums run over all of k: bfloat16, plain or in 12 bits, and 8-bit numbers with one scale a row.
-// Included inside an instruction set's namespace.
+// Linear layers whose sums run over all of k: bfloat16, plain, in 12 bits or made of 8 (int8.h), and 8-bit numbers with
+// one scale a row. Included inside an instruction set's namespace.
 //
 // Few rows (up to 32): memory is what they wait for. A task reads its panels one after the other, and multiplies each
 // with both row blocks, if there are two, whose sums stay in tiles.

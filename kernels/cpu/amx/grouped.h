@@ -1,4 +1,5 @@
-// Linear layers whose weights have a scale for each group of columns along k: int8 (groups of 32) and int4 (of 64).
+// Linear layers whose weights have a scale for each group of columns along k: int4 (groups of 64), and int8 (of 32) as
+// long as it is multiplied in integers.
 // Included inside an instruction set's namespace.
 //
 // A group's sums come out of the tiles by themselves, and are added to the row's sums, times their scales, with

@@ -4,6 +4,7 @@
 #include "pack.h"
 #include "gemm.h"
 #include "grouped.h"
+#include "int8.h"
 
 // A row block of x as A tiles, in the form that the kind of weight is multiplied with.
 inline void pack_tiles(const Linear& job, int block, uint32_t* to, float* scales) {
@@ -29,6 +30,8 @@ inline void tile_linear(const Linear& job, const PackedRows& x, int task) {
             return TileTask<StoredPanels, Int8Products>(job, x, task).run();
         case WeightKind::kInt8:
             return by_vectors(job) ? Int8Rows(job, x, task).run() : GroupedTask<Int8Groups>(job, x, task).run();
+        case WeightKind::kInt8AsBfloat16:
+            return TileTask<Int8Panels, Bfloat16Products>(job, x, task).run();
         case WeightKind::kInt4:
             return GroupedTask<Int4Groups>(job, x, task).run();
     }

@@ -64,6 +64,22 @@ float round_between(float least, float value, float most) {
     return std::min(most, std::max(least, value + kRounder - kRounder));
 }
 
+// Rounded to nearest, ties away from zero: as amx/int8.h does.
+bf16 round_away(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return {static_cast<uint16_t>((bits + 0x8000) >> 16)};
+}
+
+// A scale that has 15 significant bits. A number times it is exact in float then, and so is what amx/int8.h adds to it.
+float short_scale(float scale) {
+    uint32_t bits;
+    std::memcpy(&bits, &scale, sizeof(bits));
+    bits = (bits + 0x100) & ~uint32_t{0x1ff};
+    std::memcpy(&scale, &bits, sizeof(bits));
+    return scale;
+}
+
 }  // namespace
 
 // Of a group 32 scales are tried, from the largest number's to 4 % above it: the best leaves a fifth less error than
@@ -79,7 +95,7 @@ void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64
         float sum = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = g * group, last = std::min(k, first + group);
-            const float scale = kernels().choose_scale(from + first, last - first, 127, 0.04f, tried);
+            const float scale = short_scale(kernels().choose_scale(from + first, last - first, 127, 0.04f, tried));
             const float inverse = 1.0f / scale;
             scales[scale_index(row, groups, g)] = scale;
             // The sum is of what the numbers stand for, not of the weights they were.
@@ -182,7 +198,7 @@ void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k
     look_up_each(rows, count, n, out, k * 2, [&](char* out_row, int64_t row) {
         auto* to = reinterpret_cast<bf16*>(out_row);
         for (int64_t j = 0; j < k; ++j)
-            to[j] = to_bf16(from[number_index(row, k, j, together)] * scales[scale_index(row, groups, j / group)]);
+            to[j] = round_away(from[number_index(row, k, j, together)] * scales[scale_index(row, groups, j / group)]);
     });
 }
 

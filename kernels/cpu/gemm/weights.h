@@ -25,7 +25,7 @@ void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64
                    float* sums);
 void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales);
 
-// As look_up(), of 8-bit panels: numbers times scales, rounded to bfloat16.
+// As look_up(), of 8-bit panels: numbers times scales, rounded to bfloat16, ties away from zero.
 void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
                   const int64_t* rows, int64_t count, void* out);
 

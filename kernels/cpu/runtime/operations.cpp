@@ -38,6 +38,12 @@ void plan_vectors(Linear& job, int rows_each) {
 }
 
 constexpr int kFewRows = 32;  // whose sums all stay in tiles
+// As what m rows of a weight are multiplied. This is the one place where a row's bits depend on how many others there
+// are.
+WeightKind choose_kind(const Linear& weight, int m) {
+    const bool many = weight.kind == WeightKind::kInt8 && by_tiles(kernels(), weight) && m > kMostIntegerRows;
+    return many && !weight.deterministic ? WeightKind::kInt8AsBfloat16 : weight.kind;
+}
 
 // The same for tiles: as few row blocks as there can be, or an even number of many, as even in size as can be.
 void plan_amx(Linear& job) {
@@ -123,6 +129,9 @@ void run_linear(Linear job) {
     if (job.kind == WeightKind::kInt8 && (job.together == 4) != by_tiles(kernels(), job))
         throw std::invalid_argument("an int8 weight is multiplied by the kind of kernels that it was packed for");
 
+    job.kind = choose_kind(job, job.m);
+    if (job.kind == WeightKind::kInt8AsBfloat16) job.words = job.k / 2;
+
     int64_t out_bytes =
         job.output == Output::kStoreFloat || job.output == Output::kAddFloat ? 4 : element_bytes(job.dtype);
     const char* x = static_cast<const char*>(job.x);
@@ -155,8 +164,10 @@ void multiply(Linear weight, Rows x, int m, const void* bias, Output output, Row
 }
 
 bool wants_tiles(const Linear& weight, int m) {
-    const bool plain = weight.kind == WeightKind::kPlain || weight.kind == WeightKind::kCompressed;
-    return by_tiles(kernels(), weight) && plain && m > kFewRows && weight.k % kTileColumns == 0;
+    const WeightKind kind = choose_kind(weight, m);
+    const bool as_bfloat16 =
+        kind == WeightKind::kPlain || kind == WeightKind::kCompressed || kind == WeightKind::kInt8AsBfloat16;
+    return by_tiles(kernels(), weight) && as_bfloat16 && m > kFewRows && weight.k % kTileColumns == 0;
 }
 
 int64_t rows_bytes(DType dtype, int m, int64_t size) {
