@@ -10,9 +10,9 @@ from typing import Any
 from ..protocol.messages import Delta, Event, Failed, Finished, Status
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.structured import StructuredOutput
-from .client import to_error
+from .client import ReceiverGone, to_error
 from .llm import CONNECT_TIMEOUT_S, LLM, RESTART_WAIT_S
-from .requests import Messages, OutputBuilder, Prompt, RequestOutput, make_submit
+from .requests import Messages, OutputBuilder, Prompt, RequestOutput, make_submit, spread_sampling
 
 
 class AsyncLLM:
@@ -59,8 +59,10 @@ class AsyncLLM:
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def on_event(event: Event) -> None:
-            # A loop that is closed by then raises, and the client aborts the request.
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop was closed before the answer's end: the client aborts the request
+                raise ReceiverGone from None
 
         client.submit(submit, on_event, quick=True)
 
@@ -86,7 +88,8 @@ class AsyncLLM:
         structured: StructuredOutput | None = None,
     ) -> RequestOutput:
         """Complete one prompt or conversation, by an answer that matches `structured`; gather calls to batch them."""
-        builder = OutputBuilder((sampling or SamplingParams()).n)
+        [params] = spread_sampling(sampling, 1)
+        builder = OutputBuilder((params or SamplingParams()).n)
         output = None
         async for event in self.stream(prompt, messages=messages, sampling=sampling, structured=structured):
             output = builder.add(event)

@@ -43,6 +43,10 @@ CALLBACKS_CLOSE_S = 2.0
 _log = logging.getLogger(__name__)
 
 
+class ReceiverGone(Exception):
+    """Raised by a receiver of events that nobody waits for any more: no fault, and the request is aborted."""
+
+
 class Client:
     """Sends commands and hands each event to the request it belongs to. Safe to use from any thread."""
 
@@ -228,6 +232,8 @@ class Client:
         all others."""
         try:
             sink(event)
+        except ReceiverGone:
+            return False
         except BaseException:
             _log.exception("the receiver of a request's events failed")
             return False

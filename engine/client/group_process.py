@@ -16,16 +16,20 @@ from pathlib import Path
 import msgspec
 
 from ..config import EngineConfig
-from ..errors import ERRORS_BY_NAME, EngineStopped, PhalanxError
+from ..errors import ERRORS_BY_NAME, ConfigError, EngineStopped, PhalanxError
 from ..models.hub import resolve_model
 from ..models.resolve import partition_model
 from ..models.spec import read_config, spec_from_config
-from ..protocol.transport import Connection, ZmqConnection
+from ..protocol.transport import SOCKET_PATH_BYTES, Connection, ZmqConnection
 from .client import Client
 from .group_failure import FAILURE_FILE, STATE_FILE, GroupState, read_failure, read_state
 from .resume.connection import ResumingConnection
 
 STOP_TIMEOUT_S = 5.0
+SHORT_TMPDIR = "/tmp"  # nosec B108 # mkdtemp makes a folder of mode 0700 in it
+
+
+_SOCKET = "engine"
 
 
 class GroupProcess:
@@ -48,7 +52,7 @@ class GroupProcess:
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         partition_model(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
 
-        self._folder = Path(tempfile.mkdtemp(prefix="phalanx-"))
+        self._folder = _private_folder()
         (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
 
         # The supervisor ends the group when its standard input closes, so that it never outlives this process.
@@ -58,7 +62,7 @@ class GroupProcess:
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        connection: Connection = ZmqConnection(f"ipc://{self._folder}/engine")
+        connection: Connection = ZmqConnection(f"ipc://{self._folder}/{_SOCKET}")
         if config.max_restarts:
             connection = ResumingConnection(connection, killed_from_outside=self._was_killed_from_outside)
         self.client = Client(connection)
@@ -134,3 +138,21 @@ class GroupProcess:
             else:
                 error = EngineStopped(str(failure))
         self.client.fail_all(error)
+
+
+def _private_folder() -> Path:
+    """Make a folder of this user's alone, in which a socket's path is no longer than the system allows.
+
+    Some clusters set TMPDIR to a path so long that a socket has no room in it. Raises ConfigError if there is no other.
+    """
+    home = tempfile.gettempdir()
+    name_bytes = len(f"/phalanx-12345678/{_SOCKET}")
+    if len(os.fsencode(home)) + name_bytes > SOCKET_PATH_BYTES:
+        home = SHORT_TMPDIR
+    try:
+        return Path(tempfile.mkdtemp(prefix="phalanx-", dir=home))
+    except OSError as error:
+        raise ConfigError(
+            f"no folder for the engine's socket can be made in {home}: {error.strerror}; set TMPDIR to a folder that "
+            f"can be written, whose path has at most {SOCKET_PATH_BYTES - name_bytes} bytes"
+        ) from error

@@ -20,6 +20,7 @@ _open: set[Lifetime] = set()
 _dropped: queue.SimpleQueue[Lifetime] = queue.SimpleQueue()  # its put() may be interrupted by another put()
 _starting = threading.Lock()
 _reaper: threading.Thread | None = None
+_forked = False
 
 
 class Lifetime:
@@ -80,9 +81,15 @@ def _end(lifetime: Lifetime) -> None:
         _log.exception("an engine that nobody had closed could not be closed")
 
 
+def is_forked() -> bool:
+    """Whether this process was forked from one that had this module already, and maybe an engine."""
+    return _forked
+
+
 def _forget_threads() -> None:
     """After a fork there is no reaper in the child, and nothing of the parent's for it to end."""
-    global _reaper, _starting
+    global _reaper, _starting, _forked
+    _forked = True
     _reaper = None
     _starting = threading.Lock()
     _open.clear()

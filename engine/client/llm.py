@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from ..protocol.structured import StructuredOutput
 from ..protocol.transport import InProcess, ZmqConnection
 from .callbacks import OnEvent
 from .client import Client, RequestHandle
-from .lifetime import Lifetime
+from .lifetime import Lifetime, is_forked
 from .requests import (
     Messages,
     OutputBuilder,
@@ -149,7 +150,17 @@ class LLM:
         if config.threads:
             torch.set_num_threads(config.threads)
         link = InProcess()
-        self._attach(Engine(config, local_group(choose_device(config)), link.transport, on_progress), link)
+
+        def make() -> Engine:
+            return Engine(config, local_group(choose_device(config)), link.transport, on_progress)
+
+        if not is_forked():
+            self._attach(make(), link)
+            return
+        # OpenMP waits for ever for the threads that a thread of the parent had; a new thread has none yet.
+        with ThreadPoolExecutor(1, "phalanx-make") as thread:
+            engine = thread.submit(make).result()
+        self._attach(engine, link)
 
     def _attach(self, engine: Engine, link: InProcess) -> None:
         from ..engine import EngineThread

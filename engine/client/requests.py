@@ -126,14 +126,20 @@ def make_submit(
     sampling: SamplingParams | None = None,
     structured: StructuredOutput | None = None,
 ) -> Submit:
-    """The protocol's request for a prompt (text or token ids) or a conversation. The coordinator checks it."""
+    """The protocol's request for a prompt (text or token ids) or a conversation. The coordinator checks it.
+
+    Raises InvalidRequest for what is no prompt, no SamplingParams or no StructuredOutput.
+    """
+    [params] = spread_sampling(sampling, 1)
+    [form] = spread_structured(structured, 1)
+    prompt = plain(prompt)
     return Submit(
         id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
         token_ids=None if prompt is None or isinstance(prompt, str) else as_prompt(prompt),  # type: ignore[arg-type]
         messages=as_messages(messages),
-        sampling=sampling or SamplingParams(),
-        structured=structured,
+        sampling=params or SamplingParams(),
+        structured=form,
         return_prompt_token_ids=True,
     )
 

@@ -66,7 +66,7 @@ def curve_keys(secret: bytes) -> CurveKeys:
 
 def check_address(address: str, secret: bytes | None) -> None:
     """Raise ConfigError for an address that is neither ipc:// nor tcp://, or for tcp:// without a secret."""
-    if not address.startswith(("ipc://", "tcp://")):
+    if not address.startswith(("ipc://", "tcp://")) or "\0" in address:
         raise ConfigError(f"address={address!r} must be ipc://PATH or tcp://HOST:PORT")
     if address.startswith("tcp://") and secret is None:
         raise ConfigError(

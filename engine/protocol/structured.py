@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ..errors import InvalidRequest
+from .sampling_params import listed, plain
 
 SOURCE_BYTES = {
     "json_schema": 1 << 18,
@@ -39,10 +40,12 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     the place of triggers the answer is one structure, or one and more of them a line each, and no other text."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.choice, list):
-            msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
         for name in self.__struct_fields__:
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
+            if name == "choice":
+                value = listed(value, CHOICES + 1)
+                value = tuple(value) if isinstance(value, list) else value
+            msgspec.structs.force_setattr(self, name, value)
             if name == "choice" and isinstance(value, tuple):
                 right = all(isinstance(each, str) for each in value)
             else:

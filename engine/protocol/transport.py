@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from ...parallel.loading.json_files import shown
 from ..errors import ConfigError, EngineFault, EngineStopped, InvalidRequest
 from .liveness import EngineWatch, version_mismatch
 from .messages import (
@@ -28,6 +29,9 @@ from .messages import (
 from .outbox import Outboxes
 from .secret import check_address, curve_keys
 from .wire import MESSAGE_BYTES, Wire
+
+SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket, on Linux."""
 
 OnCommand = Callable[[bytes, Command], None]
 OnEvent = Callable[[Event], None]
@@ -281,7 +285,10 @@ class ZmqConnection(Connection):
     """A client of a coordinator in another process, which may start later than the client."""
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
-        """Connect to `address`. Raises ConfigError for an address that needs the engine's `secret` and has none."""
+        """Connect to `address`.
+
+        Raises ConfigError for an address that needs the engine's `secret` and has none, and for one that is none.
+        """
         check_address(address, secret)
         self._address = address
         self._wire = Wire(zmq.DEALER, "phalanx-connection")
@@ -290,7 +297,15 @@ class ZmqConnection(Connection):
             self._wire.socket.curve_serverkey = keys.server_public
             self._wire.socket.curve_secretkey = keys.client_secret
             self._wire.socket.curve_publickey = keys.client_public
-        self._wire.socket.connect(address)
+        try:
+            self._wire.socket.connect(address)
+        except (zmq.ZMQError, ValueError) as error:
+            self._wire.close()
+            why = error.strerror if isinstance(error, zmq.ZMQError) else error
+            raise ConfigError(
+                f"address={shown(address)} cannot be used: {why}; it must be tcp://HOST:PORT, or ipc://PATH with a "
+                f"path of at most {SOCKET_PATH_BYTES} bytes"
+            ) from error
         self._watch = EngineWatch(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)

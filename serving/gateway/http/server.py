@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ..config import GatewayConfig
 from . import error_shapes
@@ -105,6 +105,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         full = len(self.connections) > self._gateway.max_connections and not self.url.startswith(b"/health")
         self.app = self._answer_full if full else self.config.loaded_app
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0" and self.cycle is not None:
+            _end_by_closing(self.cycle)
 
     def on_message_complete(self) -> None:
         """A body ends; what comes next is a head."""
@@ -171,6 +173,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         # Closing with unread bytes resets the connection, and a client that still sends would not see the answer.
         self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+
+def _end_by_closing(cycle: RequestResponseCycle) -> None:
+    """Have an answer of unknown length end with its connection: a client of HTTP/1.0 knows no chunks (RFC 9112, 6.1).
+
+    uvicorn closes the connection after such an answer anyway.
+    """
+    send = cycle.send
+    unknown_length = False
+
+    async def send_plain(message: Any) -> None:
+        nonlocal unknown_length
+        if message["type"] == "http.response.start":
+            unknown_length = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            if unknown_length:
+                cycle.chunked_encoding = False
+        elif unknown_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]
 
 
 def _check_head(headers: list[tuple[bytes, bytes]]) -> None:

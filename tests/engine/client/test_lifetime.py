@@ -76,3 +76,25 @@ def test_a_forked_process_is_told_that_the_engine_is_its_parents(tiny: Path) -> 
     assert last == "0 2", done.stderr
     assert len(told) == 3
     assert all("forked: make an engine here, or start processes by spawn" in line for line in told)
+
+
+@pytest.mark.slow
+def test_a_forked_process_may_have_an_engine_of_its_own(tiny: Path) -> None:
+    done = _run(
+        "import os, signal\n"
+        "def answer(llm):\n"
+        "    [output] = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8, ignore_eos=True))\n"
+        "    return output.outputs[0].token_ids\n"
+        f"model = {str(tiny)!r}\n"
+        "llm = LLM(model, max_model_len=256)\n"
+        "print(answer(llm), flush=True)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    signal.alarm(60)\n"
+        "    with LLM(model, max_model_len=256) as own: print(answer(own), flush=True)\n"
+        "    raise SystemExit(0)\n"
+        "_, status = os.wait()\n"
+        "print(status, flush=True)\n"
+    )
+    parents, childs, status = done.stdout.splitlines()
+    assert (childs, status) == (parents, "0"), done.stderr

@@ -233,7 +233,9 @@ def test_cancelling_a_task_aborts_its_request_and_no_other(llm: LLM) -> None:
     _wait_until_idle(llm)
 
 
-def test_an_event_loop_that_ends_mid_request_leaves_the_engine_whole(llm: LLM) -> None:
+def test_an_event_loop_that_ends_mid_request_leaves_the_engine_whole(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
     async def begin() -> Any:
         stream = AsyncLLM.from_llm(llm).stream("abc", sampling=ENDLESS)
         await stream.__anext__()
@@ -244,6 +246,7 @@ def test_an_event_loop_that_ends_mid_request_leaves_the_engine_whole(llm: LLM) -
     loop.close()
     _wait_until_idle(llm)
     assert len(_tokens(llm.generate([[5]], GREEDY))[0][0]) == 24
+    assert caplog.text == ""
     del abandoned
 
 

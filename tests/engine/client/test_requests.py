@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from pathlib import Path
 from types import MappingProxyType
@@ -11,10 +12,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from phalanx import InvalidRequest
+from phalanx import LLM, AsyncLLM, InvalidRequest
 from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.client.requests import as_prompts, make_submit, spread_sampling
 from phalanx.engine.protocol.messages import Submit, Tokenize
+from phalanx.engine.protocol.structured import StructuredOutput
 from phalanx.engine.protocol.transport import InProcess, ZmqConnection
 
 
@@ -100,6 +102,31 @@ def test_an_id_that_no_wire_carries_is_refused_before_anything_is_sent(request_i
             client._send_for(command, events.append)
     assert (sent, events) == ([], [])
     client.close()
+
+
+@pytest.mark.parametrize("kind", [LLM.chat, LLM.stream, AsyncLLM.generate])
+def test_what_are_no_sampling_parameters_is_named_wherever_they_are_given(kind: Any) -> None:
+    llm = LLM.__new__(LLM)
+    llm.client = Client(InProcess().connection)
+    given: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "sampling": {"temperature": 0}}
+
+    def ask() -> None:
+        if kind is AsyncLLM.generate:
+            asyncio.run(AsyncLLM.from_llm(llm).generate(**given))
+        kind(llm, **given)
+
+    with pytest.raises(InvalidRequest, match=r"sampling=.* must be SamplingParams"):
+        ask()
+
+
+def test_texts_of_numpy_are_texts() -> None:
+    submit = make_submit("a", prompt=np.str_("hi"), structured=StructuredOutput(choice=np.array(["yes", "no"])))  # type: ignore[arg-type]
+    assert type(submit.prompt) is str
+    assert submit.structured == StructuredOutput(choice=(text for text in ("yes", "no")))  # type: ignore[arg-type]
+    assert StructuredOutput(regex=np.str_("a+")).regex == "a+"
+    msgspec.msgpack.encode(submit)
+    with pytest.raises(InvalidRequest, match=r"structured\.choice holds 16385 texts"):
+        StructuredOutput(choice=map(str, range(10**12))).check()  # type: ignore[arg-type]
 
 
 def test_a_command_nested_without_end_cannot_be_sent(tmp_path: Path) -> None:

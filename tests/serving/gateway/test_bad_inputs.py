@@ -185,6 +185,21 @@ def test_a_client_of_one_byte_a_second_is_ended(bounded: Server, neighbour: Neig
             assert answer.startswith(b"HTTP/1.1 408")
 
 
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks(bounded: Server, neighbour: Neighbour) -> None:
+    body = json.dumps({"prompt": "Hi", "max_tokens": 5, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", bounded.port), timeout=20) as connected:
+        connected.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b""
+        while piece := connected.recv(65536):
+            answer += piece
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"data: [DONE]\n\n")
+    assert all(event.startswith(b"data: ") for event in events.rstrip().split(b"\n\n"))
+
+
 def test_requests_sent_at_once_are_answered_in_order(bounded: Server, neighbour: Neighbour) -> None:
     asked = b"GET /v1/models/%d HTTP/1.1\r\nHost: x\r\n\r\n"
     with socket.create_connection(("127.0.0.1", bounded.port), timeout=20) as connected:

@@ -1,0 +1,61 @@
+"""Where the sockets of an engine and its clients are, and what is said of an address that is none."""
+
+from __future__ import annotations
+
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from phalanx import LLM, ConfigError
+from phalanx.engine.client import group_process
+from phalanx.engine.protocol.transport import SOCKET_PATH_BYTES, ZmqConnection
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path is shorter than pytest's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("length", [SOCKET_PATH_BYTES - 24, SOCKET_PATH_BYTES - 23, 200])
+def test_a_groups_folder_has_room_for_its_socket_whatever_tmpdir_is(
+    short: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    home = short / ("t" * (length - len(str(short)) - 1))
+    home.mkdir()
+    other = short / "o"
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    monkeypatch.setattr(group_process, "SHORT_TMPDIR", str(other))
+    folder = group_process._private_folder()
+    assert folder.parent == (home if len(f"{home}/phalanx-12345678/engine") <= SOCKET_PATH_BYTES else other)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_without_any_folder_for_its_socket_the_setting_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("t" * 200)))
+    monkeypatch.setattr(group_process, "SHORT_TMPDIR", str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=r"absent: No such file.*set TMPDIR to a folder that"):
+        group_process._private_folder()
+
+
+@pytest.mark.parametrize("address", [f"ipc:///tmp/{'x' * 200}", "ipc://"])
+def test_an_address_that_no_socket_can_have_is_refused_and_leaves_no_thread(address: str) -> None:
+    before = threading.active_count()
+    with pytest.raises(ConfigError, match=r"address='ipc://.*cannot be used: .*ipc://PATH with a path of at most 107"):
+        ZmqConnection(address)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        LLM.connect(address, timeout_s=1)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("address", ["tcp://host", "tcp://host:port", "ipc:///tmp/a\0b"])
+def test_an_address_without_a_port_or_with_a_byte_that_no_path_has_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"address='(tcp|ipc)://.*must be .*tcp://HOST:PORT"):
+        ZmqConnection(address, b"a secret of some length")
