@@ -124,19 +124,27 @@ class GrammarCompiler:
         return compiled
 
     def _explain(self, structured: StructuredOutput, error: str) -> str:
-        """The library's message, for a schema with the path of the part that it is about."""
+        """The library's message, for a schema, also one of a structural tag, with the path of the part it is about."""
+        from llguidance import LLMatcher
+
         path = field = f"structured.{structured.kind}"
+        until = time.thread_time() + EXPLAIN_S
+
+        def compile_alone(part: object) -> str:
+            if time.thread_time() > until:
+                return ""
+            return LLMatcher(self._tokens(), schema_grammar(part), limits=_limits(), log_level=0).get_error()
+
         if structured.json_schema is not None:
-            until = time.thread_time() + EXPLAIN_S
-
-            def compile_alone(part: object) -> str:
-                if time.thread_time() > until:
-                    return ""
-                return LLMatcher(self._tokens(), schema_grammar(part), limits=_limits(), log_level=0).get_error()
-
-            from llguidance import LLMatcher
-
             path = find_path(decode_json(structured.json_schema, field), field, error, compile_alone)
+        elif structured.structural_tag is not None:
+            for index, structure in enumerate(decode_json(structured.structural_tag, field)["structures"]):
+                schema = structure.get("schema", {})
+                found = compile_alone(schema)
+                if found:
+                    error = found
+                    path = find_path(schema, f"{field}.structures[{index}].schema", error, compile_alone)
+                    break
         return f"{path} cannot be made a grammar: {_first_lines(error)}"
 
     def _keep(self, structured: StructuredOutput, compiled: CompiledGrammar) -> None:

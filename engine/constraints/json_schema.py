@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import InvalidRequest
-from . import numbers
+from . import large_numbers
 from .formats import as_schemas, why_refused
 from .patterns import from_ecma
 from .schema_size import SchemaSize
@@ -78,7 +78,7 @@ def _check_values(schema: dict[str, Any], path: str) -> None:
     refused = why_refused(schema)
     if refused is not None:
         raise InvalidRequest(f"{path}.format={str(schema['format'])[:100]!r} {refused}")
-    inexact = numbers.why_inexact(schema)
+    inexact = large_numbers.why_inexact(schema)
     if inexact is not None:
         raise InvalidRequest(f"{path}.{inexact}")
     patterns = schema.get("patternProperties")
@@ -138,7 +138,7 @@ def for_library(schema: Any) -> Any:
     for keyword in COUNTS & made.keys():
         if isinstance(made[keyword], float) and made[keyword].is_integer():
             made[keyword] = int(made[keyword])
-    numbers.for_library(made)
+    large_numbers.for_library(made)
     if isinstance(made.get("pattern"), str):
         made["pattern"] = from_ecma(made["pattern"])
     if isinstance(made.get("patternProperties"), dict):

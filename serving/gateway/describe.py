@@ -41,10 +41,12 @@ _DIFFERENCES = """## What differs from vLLM's server
 * A streamed chat with `return_token_ids` has the prompt's ids in a last chunk without choices.
 * `return_timings` and `timeout` are this server's own.
 * A schema of `response_format` or `structured_outputs` is enforced, `strict` or not. What no grammar can be made of is
-  a 400 that names its path in the schema. Properties come in the schema's order, and a `format` is enforced.
+  a 400 that names its path in the schema, and so is an integer beyond 2^53 that would not be kept exactly. Properties
+  come in the schema's order, and a `format` is enforced.
 * Calls that `tool_choice` requires are made in Hermes' form, whatever the model's own is; their arguments are valid by
-  the function's parameters. With "auto" that holds for functions that are `strict`, of models that write Hermes' form.
-  With `response_format` an answer to a request with tools is one call, or else has that form.
+  the function's parameters, and are an object in any case. With "auto" that holds for functions that are `strict`, of
+  models that write Hermes' form. With `response_format` an answer to a request with tools is one call, or else has
+  that form.
 * Calls of tools are read as they grow: the name comes first, then pieces of the arguments, exactly as the model wrote
   them (Qwen3-Coder's parameters become JSON by the tool's schema). What is no call is text. A call that breaks off has
   arguments that are no JSON, and the rest is text. White space before, between and after calls is dropped; text after

@@ -171,9 +171,8 @@ def _template_message(message: Message, path: str) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     content = _text(message.content, f"{path}.content")
     if content is None:
-        # What else an assistant's message may consist of.
-        rest = (message.tool_calls, message.refusal, message.reasoning, message.reasoning_content)
-        if message.role != "assistant" or not any(rest):
+        # An assistant's may consist of calls or thinking alone; clients that know no thinking send back nothing of it.
+        if message.role != "assistant":
             raise invalid(f"{path}.content is required", f"{path}.content", "missing_required_parameter")
         content = message.refusal or ""
 

@@ -95,6 +95,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enum": [1, 1e300]}, "enum with 1e+300 is not supported"),
     ({"type": "integer", "minimum": 2**53 + 1}, "minimum=9007199254740993 is not supported"),
     ({"type": "integer", "exclusiveMinimum": 2**53}, "exclusiveMinimum=9007199254740992 is not supported"),
+    ({"type": "integer", "exclusiveMaximum": 1e16}, "exclusiveMaximum=10000000000000000 is not supported"),
 ]  # fmt: skip
 
 
@@ -169,6 +170,7 @@ def test_keywords_that_no_grammar_expresses_are_refused_by_name(compiler: Gramma
         ({"enum": [2**53, "a"]}, [2**53, "a"], [2**53 - 1]),
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, [-(2**62), 0, 2**63 - 1], [2**63, -(2**64)]),
         ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, [0, 2**62], [-1, 2**64]),
+        ({"type": ["integer", "null"], "minimum": -(2.0**63)}, [-5, None], [-(2**64), "a"]),
     ],
 )
 def test_large_integers_are_kept_exactly(

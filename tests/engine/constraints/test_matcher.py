@@ -26,6 +26,15 @@ PERSON: dict[str, Any] = {
 }
 
 
+TAG_OF_NO_TYPE = {
+    "structures": [
+        {"begin": "<a>", "schema": {"type": "object"}, "end": ""},
+        {"begin": "<b>", "schema": {"properties": {"a": {"type": "colour"}}}, "end": ""},
+    ],
+    "triggers": ["<"],
+}
+
+
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Tokenizer:
     return Tokenizer(smollm2)
@@ -163,6 +172,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_path(
         ({"json_schema": '{"$ref": "#"}'}, "met by no text"),
         ({"structural_tag": "{}"}, "structures must be a list"),
         ({"structural_tag": '{"structures": [{"begin": "a", "end": ""}], "triggers": ["b"]}'}, "begins with none"),
+        ({"structural_tag": json.dumps(TAG_OF_NO_TYPE)}, r"structures\[1\]\.schema\.properties\.a cannot be made"),
     ],
 )
 def test_what_is_no_grammar_is_refused(compiler: GrammarCompiler, fields: dict[str, Any], why: str) -> None:

@@ -67,6 +67,16 @@ def test_messages_take_back_the_input_that_they_gave(agent: Server, arguments: s
     assert sent(agent) == (arguments.replace(" ", "") if arguments == HUGE else arguments)
 
 
+def test_an_answer_without_text_is_taken_back_by_clients_that_know_no_thinking(agent: Server) -> None:
+    agent.pool.answers = ["<think>hm" + AgentPool.CUT]
+    chat = agent.openai.chat.completions
+    message = chat.create(model="demo", messages=HELLO).choices[0].message
+    assert message.content is None
+    said: Any = [*HELLO, {"role": "assistant", "content": message.content}, *HELLO]
+    chat.create(model="demo", messages=said)
+    assert agent.pool.submits[-1].messages == [*HELLO, {"role": "assistant", "content": ""}, *HELLO]
+
+
 def test_arguments_of_null_are_none(agent: Server) -> None:
     function = {"name": "read", "arguments": "null"}
     called: Any = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]}

@@ -356,6 +356,7 @@ def test_a_query_is_checked(agent: Server, path: str, param: str) -> None:
     made = create(agent)
     answer = agent.http.get(f"/v1/responses/{made.id}{path}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert agent.http.get(f"/v1/responses/{made.id}?stream=false").json()["id"] == made.id
 
 
 def test_there_is_no_compaction(agent: Server) -> None:

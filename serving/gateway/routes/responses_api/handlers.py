@@ -69,7 +69,8 @@ async def compact(gateway: Gateway, exchange: Exchange) -> None:
 
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
     """Return a kept response."""
-    exchange.read_query(ResponseQuery)
+    if exchange.read_query(ResponseQuery).stream:
+        raise invalid("stream=true is not supported: stored responses are not streamed", "stream", "unsupported_value")
     _, record = _stored(gateway, exchange)
     await exchange.respond(record.response)
 

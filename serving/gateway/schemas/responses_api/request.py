@@ -310,7 +310,7 @@ CHOICES: dict[str, type[msgspec.Struct]] = {"function": NamedFunction, "allowed_
 class ResponseQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The query of GET /v1/responses/{response_id}."""
 
-    stream: Annotated[Literal[False], Meta(description="Only false: stored responses are not streamed.")] | None = None
+    stream: Annotated[bool, Meta(description="Only false: stored responses are not streamed.")] | None = None
 
 
 class InputItemsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

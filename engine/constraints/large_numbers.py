@@ -23,6 +23,8 @@ def why_inexact(schema: dict[str, Any]) -> str | None:
 
     for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         value = schema.get(keyword)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or _is_no_bound(keyword, value):
             continue
         if not _is_exact(value) or (keyword.startswith("exclusive") and abs(value) >= EXACT):
@@ -32,9 +34,13 @@ def why_inexact(schema: dict[str, Any]) -> str | None:
 
 def for_library(schema: dict[str, Any]) -> None:
     """Change a minimum that no integer of 64 bits is below to one that the library takes."""
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "integer" not in kinds or "number" in kinds:
+        return
     for keyword in ("minimum", "exclusiveMinimum"):
         value = schema.get(keyword)
-        if schema.get("type") == "integer" and isinstance(value, int) and value <= -LARGEST:
+        if isinstance(value, int | float) and value <= -LARGEST:
             schema[keyword] = _LEAST
 
 
