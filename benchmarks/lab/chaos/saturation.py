@@ -18,8 +18,6 @@ PROMPT_TOKENS, NEW_TOKENS = 4096, 4
 VOCABULARY = 40_000
 """Token ids of prompts are below this."""
 LOOK_S = 0.25
-LEAST = 2
-"""Prompts of each client, however slow the machine is: the second waits for what others have asked meanwhile."""
 
 
 def saturate(model: Path, ranks: int, seconds: float, clients: int, step_timeout_s: float, seed: int) -> dict[str, Any]:
@@ -29,13 +27,14 @@ def saturate(model: Path, ranks: int, seconds: float, clients: int, step_timeout
     until = time.monotonic() + seconds
     verdicts: Counter[str] = Counter()
     took: list[float] = []
+    asked: list[int] = []
     lock = threading.Lock()
 
     def ask_on(number: int) -> None:
         random_ids = random.Random(f"{seed}/{number}")
-        asked = 0
-        while asked < LEAST or time.monotonic() < until:
-            asked += 1
+        # However slow the machine is, one of them asks again while the others wait.
+        while time.monotonic() < until or len(asked) <= clients:
+            asked.append(number)
             prompt = [random_ids.randrange(100, VOCABULARY) for _ in range(PROMPT_TOKENS)]
             body = {"model": "m", "prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0}
             began = time.monotonic()
