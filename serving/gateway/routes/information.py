@@ -31,6 +31,7 @@ def _card(gateway: Gateway, name: str, found: ModelInfo) -> ModelCard:
         root=found.model,
         max_model_len=found.max_model_len,
         display_name=name,
+        max_input_tokens=found.max_model_len,
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(gateway.created)),
     )
 

@@ -259,6 +259,8 @@ class ModelCard(msgspec.Struct, kw_only=True):
     type: Literal["model"] = "model"
     display_name: str
     created_at: str
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
 
 
 class ModelList(msgspec.Struct, kw_only=True):

@@ -145,7 +145,8 @@ def test_models_are_listed_by_every_name(server: Server) -> None:
         ("org/alias", "org/alias", "model"),
     ]
     assert (listed.first_id, listed.last_id, listed.has_more) == ("demo", "org/alias", False)
-    assert server.anthropic.models.retrieve("org/alias").created_at.year >= 2024
+    card = server.anthropic.models.retrieve("org/alias")
+    assert (card.created_at.year >= 2024, card.lifecycle, card.max_input_tokens) == (True, "active", 4096)
     assert ask(server, model="org/alias").model == "org/alias"
     assert server.http.get("/version").json()["version"]
     assert server.http.get("/load").json()["server_load"] == 0
