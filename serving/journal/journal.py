@@ -68,9 +68,8 @@ class Journal:
         """
 
         def action(connection: sqlite3.Connection) -> list[int]:
-            for request in requests:
-                if rows.is_known(connection, request):
-                    raise KeyInUse(f"a request with the id {request.id!r} or its key is in the journal")
+            if rows.is_any_known(connection, requests):
+                raise KeyInUse(f"a request with the id {requests[0].id!r}, or of those after it, or its key is there")
             size = sum(request.size for request in requests)
             with_document = size + (0 if document is None else document.size)
             if document is not None and quota is not None:
@@ -78,7 +77,7 @@ class Journal:
             self._reserve(connection, with_document)
             if document is not None:
                 self.documents.put_now(connection, document)
-            numbers = [rows.insert(connection, request, self._clock()) for request in requests]
+            numbers = rows.insert(connection, requests, self._clock())
             self.size.bytes += size
             self.size.unfinished += len(requests)
             return numbers
@@ -196,8 +195,10 @@ class Journal:
         """
 
         def action(connection: sqlite3.Connection) -> int:
-            numbers = rows.numbers_of_batch(connection, batch, finished)
-            count = sum(self._delete(connection, number) for number in numbers)
+            count, ended, size = rows.delete_batch(connection, batch, finished)
+            self.size.bytes -= size
+            self.size.finished -= ended
+            self.size.unfinished -= count - ended
             if document is not None:
                 # A full journal must not keep what would make room in it.
                 self.documents.put_now(connection, document, reserved=True)

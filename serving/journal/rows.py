@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from .entries import Entry, Request, taken
 PROGRESS_BYTES = 64
 """About what a row of progress takes beside its bytes."""
 
+_IDS_AT_ONCE = 500
 _COLUMNS = (
     "number, id, kind, owner, name, key, salt, digest, body, batch, custom_id, accepted_at, attempts, finished_at, "
     "status, answer"
@@ -52,37 +53,46 @@ def measure(connection: sqlite3.Connection, size: S) -> S:
     return size
 
 
-def is_known(connection: sqlite3.Connection, request: Request) -> bool:
-    """Whether a request has the same id, or the same owner and key."""
-    same = connection.execute(
-        "SELECT 1 FROM request WHERE id = ? UNION ALL SELECT 1 FROM request WHERE owner = ? AND key = ? LIMIT 1",
-        (request.id, request.owner, request.key),
-    )
-    return same.fetchone() is not None
+def is_any_known(connection: sqlite3.Connection, requests: Sequence[Request]) -> bool:
+    """Whether there is a request that has the id of one of these, or its owner and key."""
+    for begin in range(0, len(requests), _IDS_AT_ONCE):
+        ids = [request.id for request in requests[begin : begin + _IDS_AT_ONCE]]
+        query = f"SELECT 1 FROM request WHERE id IN ({', '.join('?' * len(ids))}) LIMIT 1"  # nosec B608 # question marks
+        if connection.execute(query, ids).fetchone() is not None:
+            return True
+    keys = ((request.owner, request.key) for request in requests if request.key is not None)
+    same = "SELECT 1 FROM request WHERE owner = ? AND key = ?"
+    return any(connection.execute(same, each).fetchone() is not None for each in keys)
 
 
-def insert(connection: sqlite3.Connection, request: Request, now: float) -> int:
-    """Write a new request, and return its number."""
-    cursor = connection.execute(
+def insert(connection: sqlite3.Connection, requests: Sequence[Request], now: float) -> list[int]:
+    """Write new requests, and return their numbers."""
+    if not requests:
+        return []
+    connection.executemany(
         "INSERT INTO request (id, kind, owner, name, key, salt, digest, body, batch, custom_id, accepted_at, size) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            request.id,
-            request.kind,
-            request.owner,
-            request.name,
-            request.key,
-            request.salt,
-            request.digest,
-            request.body,
-            request.batch,
-            request.custom_id,
-            now,
-            request.size,
+            (
+                request.id,
+                request.kind,
+                request.owner,
+                request.name,
+                request.key,
+                request.salt,
+                request.digest,
+                request.body,
+                request.batch,
+                request.custom_id,
+                now,
+                request.size,
+            )
+            for request in requests
         ),
     )
-    assert cursor.lastrowid is not None
-    return cursor.lastrowid
+    # AUTOINCREMENT, and nobody else writes: one number after the other.
+    (last,) = connection.execute("SELECT last_insert_rowid()").fetchone()
+    return list(range(last - len(requests) + 1, last + 1))
 
 
 def insert_progress(connection: sqlite3.Connection, number: int, place: int, data: bytes, size: int) -> None:
@@ -201,11 +211,18 @@ def finished_before(connection: sqlite3.Connection, moment: float) -> list[int]:
     return [number for (number,) in connection.execute(query, (moment,))]
 
 
-def numbers_of_batch(connection: sqlite3.Connection, batch: str, finished: bool) -> list[int]:
-    """The numbers of a batch's requests that have not ended, or of all."""
-    unfinished_ones = "SELECT number FROM request WHERE batch = ? AND finished_at IS NULL"
-    query = "SELECT number FROM request WHERE batch = ?" if finished else unfinished_ones
-    return [number for (number,) in connection.execute(query, (batch,))]
+def delete_batch(connection: sqlite3.Connection, batch: str, finished: bool) -> tuple[int, int, int]:
+    """Delete the requests of a batch that have not ended, or all.
+
+    Returns how many there were, how many of them had ended, and their size together.
+    """
+    condition = "batch = ?" if finished else "batch = ? AND finished_at IS NULL"
+    query = f"SELECT count(*), count(finished_at), coalesce(sum(size), 0) FROM request WHERE {condition}"  # nosec B608 # of this function
+    count, ended, size = connection.execute(query, (batch,)).fetchone()
+    numbers = f"SELECT number FROM request WHERE {condition}"  # nosec B608 # of this function
+    connection.execute(f"DELETE FROM progress WHERE number IN ({numbers})", (batch,))  # nosec B608 # of this function
+    connection.execute(f"DELETE FROM request WHERE {condition}", (batch,))  # nosec B608 # of this function
+    return int(count), int(ended), int(size)
 
 
 def count_of_batch(connection: sqlite3.Connection, batch: str) -> BatchCounts:
