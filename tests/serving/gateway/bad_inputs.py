@@ -28,6 +28,7 @@ BASES: dict[Any, dict[str, Any]] = {
     GenerateRequest: {"token_ids": [3], "sampling_params": {"max_tokens": 1}},
     TokenizeRequest: {"prompt": "Hi"},
     DetokenizeRequest: {"tokens": [3]},
+    BatchRequest: {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
 }
 """A request of each kind that is right."""
 
