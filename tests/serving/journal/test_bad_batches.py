@@ -78,7 +78,6 @@ LINES: dict[str, tuple[bytes, int | None, str | None, str]] = {
     "no text": (b"\xff\xfe\n", 1, None, "the line is not valid UTF-8"),
     "no JSON": (jsonl(line()) + b"{oops}\n", 2, None, "the line is not valid JSON"),
     "half a line": (jsonl(line())[:-9], 1, None, "the line is not valid JSON"),
-    "a byte-order mark": (b"\xef\xbb\xbf" + jsonl(line()), 1, None, "BOM"),
     "a list": (b"[]\n", 1, None, "must be a JSON object"),
     "deep nesting": (b'{"a":' + b"[" * 5000 + b"\n", 1, None, "levels"),
     "a name twice": (b'{"custom_id": "a", "custom_id": "b"}\n', 1, None, "'custom_id' occurs twice"),
@@ -214,6 +213,11 @@ def test_a_file_with_a_wrong_line_is_a_failed_batch(shared: Journaled, name: str
     assert (error["line"], error["param"]) == (number, param), error
     assert message in error["message"]
     assert shared.http.post(f"/v1/batches/{batch['id']}/cancel").json()["status"] == "failed"
+
+
+def test_a_byte_order_mark_before_the_first_line_is_none_of_it(shared: Journaled) -> None:
+    batch = create(shared.http, b"\xef\xbb\xbf" + jsonl(line()))
+    assert batch["status"] != "failed" and batch["errors"] is None
 
 
 def test_lines_with_a_wrong_body_fail_alone_and_name_the_field(shared: Journaled) -> None:
