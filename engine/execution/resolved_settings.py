@@ -48,12 +48,8 @@ def resolve_settings(
     device = group.device
     dtype: torch.dtype = getattr(torch, resolve_dtype(config, spec, device.type))
     uses_kernels = cpu.usable(device, dtype)
-    if config.deterministic and not uses_kernels:
-        raise ConfigError(
-            f"deterministic=True needs phalanx's C++ kernels, which compute bfloat16 and float32 on a CPU; here are "
-            f"{device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set "
-            f"deterministic=false"
-        )
+    if config.deterministic:
+        _check_deterministic(group, dtype, uses_kernels)
 
     if binding is None:
         binding = choose_binding(config, device.type, group.rank % group.local_size, group.local_size)
@@ -72,6 +68,21 @@ def resolve_settings(
         max_model_len=resolve_max_model_len(config, spec),
         block_size=_block_size(config, backend),
     )
+
+
+def _check_deterministic(group: Group, dtype: torch.dtype, uses_kernels: bool) -> None:
+    """Raises ConfigError where the bits of a token's results depend on the rest of its step."""
+    if not uses_kernels:
+        raise ConfigError(
+            f"deterministic=True needs phalanx's C++ kernels, which compute bfloat16 and float32 on a CPU; here are "
+            f"{group.device.type}, {dtype} and kernels that are {'built' if cpu.native else 'not built'}: set "
+            f"deterministic=false"
+        )
+    if not group.collectives.has_fixed_order:
+        raise ConfigError(
+            f"deterministic=True needs sums over ranks in a fixed order, which a process group of {group.size} ranks "
+            f"has not: set collectives=shared_memory (on one host), at most 2 ranks, or deterministic=false"
+        )
 
 
 def _attention_backend(

@@ -67,7 +67,7 @@ class Int8(EightBitPanels):
     """x keeps 16 bits: one scale for a whole row would lose more of the likeliest tokens.
 
     Where tiles multiply (AMX), many rows are multiplied with the weights rounded to bfloat16 instead, and with x as it
-    is: 1.3 to 2.6 times as fast. A row's bits then depend on whether there are many; not so if it is `deterministic`.
+    is: up to 2.8 times as fast. A row's bits then depend on whether there are many; not so if it is `deterministic`.
     """
 
     name = "int8"

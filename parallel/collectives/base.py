@@ -25,6 +25,8 @@ class Collectives(ABC):
     size: int
     supports_graph = False
     """Whether all_reduce and what is made of it, on tensors of a GPU, may be captured in a CUDA graph."""
+    has_fixed_order = True
+    """Whether all_reduce adds the ranks up in the same order wherever an element stands in a tensor of any size."""
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ class HostStagedCollectives(Collectives):
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.rank = inner.rank
         self.size = inner.size
+        self.has_fixed_order = inner.has_fixed_order
 
     @property
     def device(self) -> torch.device:

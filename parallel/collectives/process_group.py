@@ -21,6 +21,7 @@ class ProcessGroupCollectives(Collectives):
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.supports_graph = device.type == "cuda"
+        self.has_fixed_order = self.size <= 2  # each slice of a ring begins at another rank
 
     @property
     def device(self) -> torch.device:

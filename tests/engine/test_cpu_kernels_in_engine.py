@@ -12,6 +12,7 @@ from phalanx.benchmarks.lab.sequence_logits import sequence_logits
 from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.execution.rank_worker import Worker
+from phalanx.engine.execution.resolved_settings import resolve_settings
 from phalanx.engine.execution.worker_factory import build_worker
 from phalanx.engine.models.spec import read_config, spec_from_config
 from phalanx.kernels import cpu
@@ -147,6 +148,12 @@ def test_deterministic_int8_weights_give_a_token_the_same_bits_in_any_chunk(
 def test_deterministic_results_need_the_kernels_and_say_so(qwq_tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"deterministic=True needs .* cpu, torch.float16 .*set deterministic=false"):
         _worker(qwq_tiny, dtype="float16", deterministic=True)
+
+    group = local_group(torch.device("cpu"))
+    group.collectives.has_fixed_order = False
+    settings = EngineConfig(model=str(qwq_tiny), deterministic=True)
+    with pytest.raises(ConfigError, match=r"deterministic=True needs sums over ranks .*set collectives=shared_memory"):
+        resolve_settings(settings, spec_from_config(read_config(qwq_tiny), "qwq_tiny"), group)
 
 
 def test_quantization_needs_bfloat16_and_says_so(smollm2: Path) -> None:

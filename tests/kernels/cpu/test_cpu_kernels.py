@@ -453,8 +453,9 @@ def test_a_quantized_weight_is_near_the_plain_one_and_multiplies_as_what_it_beca
     # Few rows of x and many may be multiplied in two ways: with as many unit vectors.
     many = rows > cpu.native.MOST_INTEGER_ROWS
     vectors = torch.eye(k, dtype=torch.bfloat16)
-    vectors = torch.cat([vectors, vectors.new_zeros(17, k)]) if many else vectors
-    became = torch.cat([packed.linear_float(each) for each in vectors.split(len(vectors) if many else 16)])[:k]
+    vectors = torch.cat([vectors, vectors.new_zeros(cpu.native.MOST_INTEGER_ROWS, k)]) if many else vectors
+    at_once = len(vectors) if many else cpu.native.MOST_INTEGER_ROWS
+    became = torch.cat([packed.linear_float(each) for each in vectors.split(at_once)])[:k]
     became = became.T.double()
     if kind == "int4":
         step = weight.double().abs().amax() / 7
