@@ -9,7 +9,7 @@ namespace phalanx {
 
 // Rows of x that int8 weights are multiplied with as integers where there are tiles. With more rows the weights become
 // bfloat16 (amx/int8.h), unless they are deterministic.
-constexpr int kMostIntegerRows = 8;
+constexpr int kMostIntegerRows = 16;
 
 // x W^T of all rows of x, in chunks that are packed at once. Throws std::invalid_argument for an int8 weight that was
 // packed for kernels of another kind.

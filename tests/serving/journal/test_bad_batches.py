@@ -217,7 +217,8 @@ def test_a_file_with_a_wrong_line_is_a_failed_batch(shared: Journaled, name: str
 
 def test_a_byte_order_mark_before_the_first_line_is_none_of_it(shared: Journaled) -> None:
     batch = create(shared.http, b"\xef\xbb\xbf" + jsonl(line()))
-    assert batch["status"] != "failed" and batch["errors"] is None
+    assert batch["status"] != "failed"
+    assert batch["errors"] is None
 
 
 def test_lines_with_a_wrong_body_fail_alone_and_name_the_field(shared: Journaled) -> None:
