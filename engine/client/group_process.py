@@ -27,8 +27,6 @@ from .resume.connection import ResumingConnection
 
 STOP_TIMEOUT_S = 5.0
 SHORT_TMPDIR = "/tmp"  # nosec B108 # mkdtemp makes a folder of mode 0700 in it
-
-
 _SOCKET = "engine"
 
 

@@ -99,28 +99,36 @@ def _chain(topology: Topology) -> list[Node]:
     return [topology.nodes[index] for index in chain]
 
 
-def _share_out(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Ranks of each node, by D'Hondt's rule; of equal quotients a node with fewer ranks goes first, then the first."""
-    counts = [0] * len(sizes)
+def _share_out(sizes: Sequence[int], ranks: int, least: int = 0) -> list[int]:
+    """Ranks of each node or core of so many cores or CPUs, `least` and more, by D'Hondt's rule.
+
+    Of equal quotients one with fewer ranks goes first, then the first.
+    """
+    counts = [least] * len(sizes)
 
     def merit(index: int) -> tuple[Fraction, int, int]:
         return Fraction(sizes[index], counts[index] + 1), -counts[index], -index
 
-    for _ in range(ranks):
+    for _ in range(ranks - sum(counts)):
         counts[max(range(len(sizes)), key=merit)] += 1
     return counts
 
 
 def _part(cores: Sequence[Core], index: int, parts: int) -> list[Core]:
-    """Part `index` of a node's cores: whole cores while there are enough, then single CPUs, then shared ones."""
+    """Part `index` of a node's cores: whole cores while there are enough, then a core's CPUs, then shared ones."""
     if parts <= len(cores):
         return list(cores[index * len(cores) // parts : (index + 1) * len(cores) // parts])
     cpus = [cpu for core in cores for cpu in core]
     if parts > len(cpus):
         return [(cpus[index % len(cpus)],)]
-    mine = set(cpus[index * len(cpus) // parts : (index + 1) * len(cpus) // parts])
-    kept = [tuple(cpu for cpu in core if cpu in mine) for core in cores]
-    return [core for core in kept if core]
+
+    # No rank has CPUs of two cores: it would have a thread on each, and the others of these cores would wait for it.
+    counts = _share_out([len(core) for core in cores], parts, least=1)
+    for core, count in zip(cores, counts, strict=True):
+        if index < count:
+            return [core[index * len(core) // count : (index + 1) * len(core) // count]]
+        index -= count
+    raise ValueError(f"part {index} of {parts} is none")
 
 
 def _cut_evenly(sizes: Sequence[int], parts: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from phalanx.parallel.topology.placement import Placement, place
 from phalanx.parallel.topology.topology import Node, Topology, read_topology
@@ -78,7 +78,17 @@ def test_ranks_share_no_core_while_there_are_enough_and_no_cpu_while_there_are(t
         assert set(owners.values()) == {1}
 
 
+_MIXED = Topology(
+    nodes=(
+        Node(0, cores=((0,), (1, 2, 3, 4), (5,), (6, 7, 8, 9), (10, 11, 12, 13)), has_memory=True),
+        Node(1, cores=((14,), (15,), (16,)), has_memory=True),
+    ),
+    distances=((10, 11), (11, 10)),
+)  # cores with one hyperthread beside cores with several
+
+
 @given(topology=_topologies(), size=st.integers(1, 40))
+@example(topology=_MIXED, size=9)
 @settings(deadline=None)
 def test_a_rank_stays_inside_a_node_and_ranks_are_as_even_as_nodes_allow(topology: Topology, size: int) -> None:
     placements = _all(topology, size)
