@@ -187,8 +187,9 @@ def test_a_container_divides_the_cores_that_it_has(tmp_path: Path) -> None:
     ]
     topology = read_topology(lay_out("xeon_container", tmp_path), tmp_path)
     assert place(topology, 1, 2).share == (11, 13, 43)
-    # Five ranks are more than the cores: their hyperthreads are dealt out.
-    assert [placement.share for placement in _all(topology, 5)] == [(9,), (41,), (10, 42), (11,), (13, 43)]
+    # Five ranks are more than the cores: two have a hyperthread each of one, and the others a core.
+    assert [placement.share for placement in _all(topology, 5)] == [(9,), (41,), (10, 42), (11, 43), (13,)]
+
 
 
 def test_memory_alone_gets_no_ranks_and_is_not_where_first_touch_goes(tmp_path: Path) -> None:
