@@ -191,7 +191,6 @@ def test_a_container_divides_the_cores_that_it_has(tmp_path: Path) -> None:
     assert [placement.share for placement in _all(topology, 5)] == [(9,), (41,), (10, 42), (11, 43), (13,)]
 
 
-
 def test_memory_alone_gets_no_ranks_and_is_not_where_first_touch_goes(tmp_path: Path) -> None:
     topology = read_topology(lay_out("xeon_max_hbm", tmp_path), tmp_path)
     assert [placement.nodes for placement in _all(topology, 2)] == [(0,), (1,)]
