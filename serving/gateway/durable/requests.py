@@ -52,6 +52,8 @@ class DurableRequests:
         """Whether the process ends: what is not answered by now stays for the next one."""
         self._config, self._bodies, self._responses = config, bodies, responses
         self._running: dict[tuple[str, str], _Running] = {}
+        self._given_up: set[str] = set()
+        """By id: what is about to be forgotten, and must not be begun meanwhile."""
 
     async def serve(self, exchange: Exchange, respond: Respond) -> None:
         """Answer one request. Raises ApiError, or ClientGone."""
@@ -131,21 +133,25 @@ class DurableRequests:
         """Forget a request that was accepted and that nobody computes. Whether there was one."""
         if request_id in self.open:
             return False
+        self._given_up.add(request_id)
         try:
             entry = await asyncio.wrap_future(self.journal.by_id(request_id))
             if entry is None or entry.finished_at is not None:
                 return False
             return await asyncio.wrap_future(self.journal.withdraw(entry.number))
         except JournalError as error:
+            self.left_over.set()
             raise unavailable(str(error), "journal_failed") from None
+        finally:
+            self._given_up.discard(request_id)
 
     async def opened(self, entry: Entry) -> OpenRequest | None:
-        """A request that was accepted before, as it is computed again; None if it has ended, or is being computed.
+        """A request that was accepted before, as it is computed again; None if it has ended, is computed or given up.
 
         The caller computes it at once: nobody else may begin in between. Raises JournalError.
         """
         notes = await asyncio.wrap_future(self.journal.resume(entry.number))
-        if notes is None or entry.request.id in self.open:
+        if notes is None or entry.request.id in self.open or entry.request.id in self._given_up:
             return None
         return OpenRequest(self.journal, entry.request, entry, notes)
 

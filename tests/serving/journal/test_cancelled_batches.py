@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from phalanx.serving.gateway.durable import batches, open_request, recovery
+from phalanx.serving.journal.entries import Request
 from phalanx.tests.serving.gateway.scripted_pool import wait_until
 from phalanx.tests.serving.journal.journaled import COMPLETIONS, Journaled, batch_now, create, journaled, jsonl, line
 
@@ -123,3 +124,16 @@ def test_files_and_batches_are_forgotten_in_time(tmp_path: Path) -> None:
         assert [each["id"] for each in server.http.get("/v1/batches").json()["data"]] == [running["id"]]
         assert server.http.get("/v1/files").json()["data"] == []
         assert batch_now(server.http, running["id"])["status"] == "in_progress"
+
+
+def test_what_is_given_up_is_not_begun_meanwhile(tmp_path: Path) -> None:
+    with journaled(tmp_path) as server:
+        requests = server.gateway.journaling.requests
+        requests.journal.accept([Request("r0", COMPLETIONS, body=b"{}")]).result()
+        entry = requests.journal.by_id("r0").result()
+
+        async def both() -> list[Any]:
+            return await asyncio.gather(requests.give_up("r0"), requests.opened(entry))
+
+        assert asyncio.run_coroutine_threadsafe(both(), server.loop).result(10) == [True, None]
+        assert requests.journal.by_id("r0").result() is None
