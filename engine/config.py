@@ -115,8 +115,8 @@ class EngineConfig:
     """Compute a token's logits to the same bits whatever else its step computes: whole prompts or chunks of them, alone
     or in a batch. On a CPU phalanx's own kernels do so anyway, and the setting changes nothing, except for int8 weights
     on Xeons with AMX (quantization=int8, and the head of w8a8 and int4): there more than 16 rows are multiplied in
-    bfloat16, no more than 16 in integers; true has all in integers, and prompts take about twice as long. It is refused
-    where those kernels do not serve, and with three ranks and more that gloo connects."""
+    bfloat16, no more than 16 in integers; true has all in integers, and prompts take about four times as long. It is
+    refused where those kernels do not serve, and with three ranks and more that gloo connects."""
     load_format: str = "auto"
     """auto and safetensors read the model folder; dummy fills the weights with seeded random numbers."""
     weights: str = "read"

@@ -157,7 +157,7 @@ class KeptWeights:
     def _matrix(self, stored: Stored) -> KeptMatrix:
         parts = {name: getattr(stored, name) for name in _PARTS}
         found = {name: self._tensor(part) for name, part in parts.items() if part.numel()}
-        return KeptMatrix(stored.format.name, stored.group, stored.together, stored.deterministic, found)
+        return KeptMatrix(stored.format.name, stored.group, stored.together, stored.format.deterministic, found)
 
     def _tensor(self, tensor: torch.Tensor) -> KeptTensor:
         assert self._writer is not None
@@ -198,10 +198,10 @@ def _stored(path: str, matrix: KeptMatrix, layer: Linear, reader: KeptReader) ->
     if not layer.can_pack or not set(matrix.parts) <= set(_PARTS) or "numbers" not in matrix.parts:
         raise KeptMemoryError(f"{path} has other parts than a packed weight")
     weight_format = stored_format(matrix.format)
+    if matrix.deterministic:
+        weight_format = weight_format.made_deterministic()
     parts = {name: _tensor(part, reader) for name, part in matrix.parts.items()}
-    stored = Stored(
-        weight_format, group=matrix.group, together=matrix.together, deterministic=matrix.deterministic, **parts
-    )
+    stored = Stored(weight_format, group=matrix.group, together=matrix.together, **parts)
 
     rows, columns = layer.weight.shape
     expected = weight_format.nbytes(rows, columns, layer.weight.itemsize)

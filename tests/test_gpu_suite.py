@@ -25,29 +25,22 @@ def test_it_is_skipped_without_a_gpu_and_beside_other_tests(monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_it_says_why_it_is_skipped_without_being_asked() -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/gpu/test_kernels.py"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
-    assert "tests/gpu was skipped: no GPU: torch.cuda.is_available() is False" in process.stdout
+    text = _printed_by("tests/gpu/test_kernels.py", CUDA_VISIBLE_DEVICES="")
+    assert "tests/gpu was skipped: no GPU: torch.cuda.is_available() is False" in text
 
 
 @pytest.mark.slow
 def test_it_passes_in_tritons_interpreter() -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", str(ROOT / "tests" / "gpu")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PHALANX_TEST_DEVICE": "cpu"},
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
-    skipped = [line for line in process.stdout.splitlines() if line.startswith("SKIPPED")]
+    text = _printed_by("-q", "-rs", "tests/gpu", PHALANX_TEST_DEVICE="cpu")
+    skipped = [line for line in text.splitlines() if line.startswith("SKIPPED")]
     assert len(skipped) == 3, skipped
     assert all("what a GPU alone has" in line for line in skipped)
+
+
+def _printed_by(*arguments: str, **environment: str) -> str:
+    """What pytest prints in a process of its own, which succeeds."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    env = {**os.environ, **environment}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    assert process.returncode == 0, process.stdout[-3000:]
+    return process.stdout

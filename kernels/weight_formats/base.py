@@ -37,6 +37,9 @@ class WeightFormat(ABC):
     """Columns stay together by so many, a power of two: a matrix may be cut before each multiple of it, and what is
     packed has a multiple of it. Rows may be cut anywhere, for each part is padded by itself (see row_multiple)."""
 
+    deterministic: bool = False
+    """Whether a row is multiplied in the same way beside any number of others, though another is faster for many."""
+
     def for_head(self) -> WeightFormat:
         """The format of the head and of a table tied to it: at least 8 bits of weight and 16 of x decide a token."""
         return self

@@ -47,8 +47,6 @@ class Stored:
     """bfloat16 numbers that are not among the others, because they do not fit into 12 bits."""
     together: int = 1
     """Numbers of a row that stand side by side."""
-    deterministic: bool = False
-    """Whether any number of rows of x is multiplied in the same way, though another would be faster for many."""
 
 
 class PackedWeight:
@@ -71,7 +69,7 @@ class PackedWeight:
             stored.apart.data_ptr(),
             stored.group,
             stored.together,
-            stored.deterministic,
+            stored.format.deterministic,
             rows,
             columns,
             cpu.DTYPES[dtype],

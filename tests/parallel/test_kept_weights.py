@@ -113,7 +113,7 @@ def test_kept_int8_weights_are_as_deterministic_as_they_were(memory: int, determ
     assert _kept(memory).map_into(second) is not None
     for layer in (second.layer, second.table):
         assert layer.packed is not None
-        assert layer.packed.stored.deterministic == deterministic
+        assert layer.packed.stored.format.deterministic == deterministic
 
 
 @needs_kernels

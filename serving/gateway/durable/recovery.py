@@ -113,7 +113,7 @@ class Recovery:
                     await self._give_up(entry, why)
                     return
             opened = await requests.opened(entry)
-            if opened is None:  # its caller came back meanwhile
+            if opened is None:  # its caller came back meanwhile, or gave it up
                 return
             answer = await requests.compute(opened, [], waiting=lambda: False)
             if opened.background:
