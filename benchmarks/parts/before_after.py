@@ -2,6 +2,7 @@
 
     git worktree add ../before/phalanx COMMIT && (cd ../before/phalanx && python setup.py build_ext --inplace)
     python benchmarks/parts/before_after.py before=../before/phalanx model=models/qwen2-5-0-5b
+    python benchmarks/parts/before_after.py before=../before/phalanx cases=many_requests rounds=31 startups=0
 
 Both commits run the same program (the one at the end of this file, by what all commits have: LLM and SamplingParams),
 each in processes of its own, on the same weights. In a round each measures each case once, and the one that begins
@@ -41,6 +42,7 @@ class Options:
     new_tokens: int = 64  # of the cases one_request and many_requests
     repeats: int = 3  # of a case within a round: its median counts
     rounds: int = 7
+    cases: str = ",".join(CASES)  # which ones; more rounds of a few tell smaller differences apart
     startups: int = 5  # rounds of starting, from a program's start to its first token
     startup_ranks: str = "1,2"
     startup_model: str | None = None  # a folder; without one `model`
@@ -144,6 +146,9 @@ def measure(options: Options) -> dict[str, Any]:
         raise ConfigError(f"before={options.before} must be a checkout of phalanx in a folder named phalanx")
     if min(options.rounds, options.repeats, options.requests, options.new_tokens, options.prompt_tokens) < 1:
         raise ConfigError("rounds, repeats, requests, new_tokens and prompt_tokens must be at least 1")
+    chosen = options.cases.split(",") if options.cases else []
+    if not set(chosen) <= set(CASES):
+        raise ConfigError(f"cases={options.cases!r} must be some of {', '.join(CASES)}, with commas between")
     settings = {
         "model": str(Path(options.model).resolve()),
         "dtype": options.dtype,
@@ -161,7 +166,7 @@ def measure(options: Options) -> dict[str, Any]:
         for name, child in children.items():
             if child.package != checkouts[name].resolve():
                 raise ConfigError(f"{name}: phalanx was imported from {child.package}, not from {checkouts[name]}")
-        for case in CASES:
+        for case in chosen:
             cases[case] = compared(in_turns(options.rounds, lambda name, case=case: children[name].measure(case)))
             print(f"{case}: {cases[case]}", flush=True)
 

@@ -155,6 +155,14 @@ def test_before_after_refuses_what_is_no_checkout(tiny: Path, tmp_path: Path) ->
     assert f"before={tmp_path} must be a checkout of phalanx" in process.stderr
 
 
+def test_before_after_names_the_cases_that_it_knows(tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "phalanx"
+    other.symlink_to(ROOT)
+    process = run_benchmark("parts/before_after", f"before={other}", f"model={tiny}", "cases=one_request,none")
+    assert process.returncode == 1
+    assert "cases='one_request,none' must be some of one_request, many_requests" in process.stderr
+
+
 @pytest.mark.slow
 def test_startup_measures_a_group_of_ranks(tiny: Path) -> None:
     result = last_line(run_benchmark("startup", f"model={tiny}", "repeats=1", "ranks=2"))
