@@ -62,6 +62,16 @@ class Client:
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         connection.start(self._on_event, self._on_lost, self.fail_all)
 
+    @property
+    def epoch(self) -> str:
+        """The engine's that answered last; empty before one has, and within one process."""
+        return self._connection.epoch
+
+    @property
+    def silent(self) -> bool:
+        """Whether the engine has gone, or does not answer, and requests do not wait for another."""
+        return self._connection.silent
+
     def new_id(self) -> str:
         """A request id that this client has not used."""
         return f"{self._prefix}-{next(self._numbers)}"
@@ -120,6 +130,11 @@ class Client:
         except BaseException:
             self._forget(command.id)
             raise
+        # That it was silent was told before this request was there: nobody would tell of it again.
+        if self._connection.silent:
+            self.abort(command.id)
+            why = "the engine does not answer any more; another may at its address"
+            self._on_event(Failed(command.id, EngineStopped.__name__, why))
 
     def abort(self, request_id: str) -> None:
         """Ask to end a request; its Finished still comes."""

@@ -60,7 +60,7 @@ class GroupProcess:
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        connection: Connection = ZmqConnection(f"ipc://{self._folder}/{_SOCKET}")
+        connection: Connection = ZmqConnection(f"ipc://{self._folder}/{_SOCKET}", supervised=True)
         if config.max_restarts:
             connection = ResumingConnection(connection, killed_from_outside=self._was_killed_from_outside)
         self.client = Client(connection)

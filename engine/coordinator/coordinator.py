@@ -240,19 +240,26 @@ class Coordinator:
     def _fail_invalid(self, plan: StepPlan, result: StepResult, masks: dict[int, bytes]) -> None:
         """A row whose logits were not numbers fails its own request; the others of the step go on.
 
-        So does one that has no token left, because nothing that its grammar allows may be sampled.
+        So does one that has no token left, because nothing that its grammar allows may be sampled, and one that the
+        sampler could not handle.
 
         Keys and values of the token that overflowed, and of those that attend to it, are no numbers either. Earlier
         tokens are sound, but which token was the first is not known, so nothing of such a request stays in the prefix
         cache.
         """
-        for row, token in zip(plan.sample_rows, result.token_ids, strict=True):
+        for place, (row, token) in enumerate(zip(plan.sample_rows, result.token_ids, strict=True)):
             if token >= 0:
                 continue
             sequence = self._scheduler.sequence_of_row(row)
             if sequence is None:
                 continue
             request_id = sequence.request.id
+            if place in result.failures:
+                self._scheduler.abort(request_id)
+                fault = EngineFault(f"the request could not be sampled: {result.failures[place]!r}")
+                self._egress.fail(request_id, fault)
+                continue
+
             why = no_token_left(sequence.sampling, masks[row], sequence.output) if masks.get(row) else None
             if why is not None:
                 self._scheduler.abort(request_id)

@@ -46,8 +46,10 @@ class LaunchedStep:
         token_ids: torch.Tensor,
         logprobs: list[TokenLogprobs | None],
         prompt_logprobs: dict[int, list[TokenLogprobs]],
+        failures: dict[int, Exception] | None = None,
     ) -> None:
         """`token_ids` are int64 (S,), maybe on a GPU that has yet to compute them: they are on their way already."""
+        self._failures = failures or {}
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
         self._token_ids = token_ids
@@ -62,7 +64,7 @@ class LaunchedStep:
         """Waits for the device: the one time in a step."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return StepResult(self._token_ids.tolist(), self._logprobs, self._prompt_logprobs)
+        return StepResult(self._token_ids.tolist(), self._logprobs, self._prompt_logprobs, self._failures)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class Worker:
             return LaunchedStep(step.batch.sample_tokens, [], step.prompt_logprobs)
         by_row = dict(zip(step.plan.masked_samples, masks, strict=True))
         with self._explained(), torch.inference_mode():
-            return LaunchedStep(*self._sample(step.logits, step.batch, by_row), step.prompt_logprobs)
+            tokens, logprobs = self._sample(step.logits, step.batch, by_row)
+            return LaunchedStep(tokens, logprobs, step.prompt_logprobs, self.sampler.take_failures())
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -89,7 +89,7 @@ class Connection(ABC):
 
     @property
     def silent(self) -> bool:
-        """Whether the engine, which has answered before, does not any more."""
+        """Whether the engine, which has answered before, does not any more, so that what is sent is lost."""
         return False
 
     @abstractmethod
@@ -284,13 +284,14 @@ class NeverHeard(EngineStopped):
 class ZmqConnection(Connection):
     """A client of a coordinator in another process, which may start later than the client."""
 
-    def __init__(self, address: str, secret: bytes | None = None) -> None:
-        """Connect to `address`.
+    def __init__(self, address: str, secret: bytes | None = None, *, supervised: bool = False) -> None:
+        """Connect to `address`. Of an engine that is `supervised` somebody else tells, and knows better, why it ended.
 
-        Raises ConfigError for an address that needs the engine's `secret` and has none, and for one that is none.
+        Raises ConfigError for an address that is none, or needs the engine's `secret` and has none.
         """
         check_address(address, secret)
         self._address = address
+        self._supervised = supervised
         self._wire = Wire(zmq.DEALER, "phalanx-connection")
         if secret is not None:
             keys = curve_keys(secret)
@@ -317,7 +318,7 @@ class ZmqConnection(Connection):
 
     @property
     def silent(self) -> bool:
-        """Whether the engine, which has answered before, has not for SILENCE_S."""
+        """Whether the engine, which has answered before, has closed the connection, or has not for SILENCE_S."""
         return self._watch.is_silent
 
     def start(
@@ -349,6 +350,13 @@ class ZmqConnection(Connection):
                 self._watch.asked()
             tell(self._watch.silence(), on_silent or on_lost)
 
+        def link(made: bool) -> None:
+            if made:
+                self._watch.connected()
+                tick()
+            elif not self._supervised:
+                tell(self._watch.closed(), on_silent or on_lost)
+
         def tell(why: str | None, hears: OnLost) -> None:
             if why is not None:
                 hears(EngineStopped(why))
@@ -356,7 +364,7 @@ class ZmqConnection(Connection):
         def broken(error: BaseException) -> None:
             on_broken(EngineStopped(f"the thread of the connection to {self._address} ended: {error!r}"))
 
-        self._wire.start(on_frames, tick=tick, on_broken=broken)
+        self._wire.start(on_frames, tick=tick, on_broken=broken, on_link=link)
 
     def send(self, command: Command) -> None:
         """Queue a command, which the connection's thread sends.
@@ -385,10 +393,7 @@ class _Belonging(msgspec.Struct):
 
 
 def _unreadable(data: bytes, error: Exception) -> Failed:
-    """Return the failure for the request of an unreadable event, so that nobody waits for an incomplete answer.
-
-    Raises msgspec.DecodeError, as UNDECODABLE says, for bytes that belong to no request.
-    """
+    """Return the failure for an unreadable event's request. Raises UNDECODABLE for bytes that belong to none."""
     why = f"the engine sent what this client cannot read ({error}); use the same version on both sides"
     # No EngineStopped, on which the request would wait for another engine: this one goes on.
     return Failed(msgspec.msgpack.decode(data, type=_Belonging).id, EngineFault.__name__, why)

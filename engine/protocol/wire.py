@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from .outbox import Outboxes
 
@@ -42,10 +43,14 @@ class Wire:
         """`kind` is zmq.ROUTER or zmq.DEALER."""
         self._context = context = zmq.Context()
         self.socket = _unbounded(context, kind)
+        self._monitor: zmq.Socket[bytes] | None = None
         if kind == zmq.ROUTER:
             self.socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES)
             self.socket.setsockopt(zmq.RCVHWM, UNHANDLED_MESSAGES)
         self.outboxes: Outboxes | None = None
+
+        if kind == zmq.DEALER:  # before it is connected
+            self._monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
 
         # A ZeroMQ socket belongs to one thread: other threads queue frames here, which the poll sees too.
         wake = f"inproc://wake-{id(self)}"
@@ -61,21 +66,25 @@ class Wire:
         self._on_frames: OnFrames = lambda frames: None
         self._on_broken: Callable[[BaseException], None] = lambda error: None
         self._tick: Callable[[], None] | None = None
+        self._on_link: Callable[[bool], None] | None = None
 
     def start(
         self,
         on_frames: OnFrames,
         tick: Callable[[], None] | None = None,
         on_broken: Callable[[BaseException], None] | None = None,
+        on_link: Callable[[bool], None] | None = None,
     ) -> None:
         """Start the thread, on which all of these are called; they may use the socket.
 
-        `tick` is called every TICK_MS milliseconds or more often. `on_broken` hears of the error that ended the thread
-        before close() did; nothing is sent or received any more.
+        `tick` is called every TICK_MS milliseconds or more often. `on_link` hears, of a dealer, that its connection was
+        made (True), and that it was closed, after all that came over it; the next one is made by itself. `on_broken`
+        hears of the error that ended the thread before close() did; nothing is sent or received any more.
         """
         self._on_frames = on_frames
         self._tick = tick
         self._on_broken = on_broken or self._on_broken
+        self._on_link = on_link
         self._thread.start()
 
     def send(self, frames: list[bytes]) -> None:
@@ -109,6 +118,9 @@ class Wire:
                 self._ended = True
                 self._push.close(linger=0)
             self._pull.close(linger=0)
+            if self._monitor is not None:
+                self.socket.disable_monitor()
+                self._monitor.close(linger=0)
             # What was sent last, often the end of a stream, still reaches a client that is there.
             self.socket.close(linger=round(LINGER_S * 1000))
         if broken is not None:
@@ -119,11 +131,11 @@ class Wire:
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self._pull, zmq.POLLIN)
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
         running = True
         while running:
             ready = dict(poller.poll(self._patience_ms()))
-            if self._tick is not None:
-                self._guard(self._tick)
             if self.outboxes is not None and self.outboxes.pause_s is not None:
                 self.outboxes.retry()
 
@@ -131,7 +143,17 @@ class Wire:
                 running = self._send_queued()
             if self.socket in ready:
                 self._take_in_arrived()
+            # What has arrived comes before the questions whether anything does, and whether anything more can.
+            if self._tick is not None:
+                self._guard(self._tick)
+            if self._monitor is not None and self._monitor in ready and self.socket not in ready:
+                self._tell_link(self._monitor)
         self._flush()
+
+    def _tell_link(self, monitor: zmq.Socket[bytes]) -> None:
+        made = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self._on_link is not None:
+            self._guard(partial(self._on_link, made))
 
     def _patience_ms(self) -> int | None:
         pause_s = None if self.outboxes is None else self.outboxes.pause_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from .grammar_masks import apply_masks
 from .token_counts import TokenCounts
 
 TokenIds = npt.NDArray[np.int32]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,12 @@ def edit_rows(
     rows: Sequence[SampleRow],
     token_counts: TokenCounts | None,
     masks: Mapping[int, bytes] | None = None,
+    failures: dict[int, Exception] | None = None,
 ) -> dict[int, torch.Tensor]:
     """Edit each row's logits, float32 (len(rows), len(vocab)), in place, as its request asks: see edit_logits.
 
-    `masks` has, by row, which tokens of the whole vocabulary a grammar allows: see apply_masks.
+    `masks` has, by row, which tokens of the whole vocabulary a grammar allows: see apply_masks. A row that cannot be
+    edited is filled with NaN, of which every rank makes that it has no token, and its error is added to `failures`.
     Returns the unedited logits of the rows whose raw log-probabilities are wanted, by row. Penalties, and bad words for
     the last token, use `token_counts`, if there are any, instead of the rows' token ids.
     """
@@ -53,27 +58,48 @@ def edit_rows(
 
     if token_counts is None:
         for i, row in ((i, rows[i]) for i in edited):
-            edit_logits(logits[i], vocab, row.sampling, row.token_ids, row.prompt_length, row.position)
+            try:
+                edit_logits(logits[i], vocab, row.sampling, row.token_ids, row.prompt_length, row.position)
+            except Exception as error:
+                _spoil(logits, i, error, failures)
         return originals
 
     for i in edited:
-        add_bias(logits[i], vocab, rows[i].sampling)
+        try:
+            add_bias(logits[i], vocab, rows[i].sampling)
+        except Exception as error:
+            _spoil(logits, i, error, failures)
     penalized = [i for i in edited if rows[i].sampling.needs_token_counts]
     if penalized:
         slots = [rows[i].slot for i in penalized]
         samplings = [rows[i].sampling for i in penalized]
         token_counts.penalize(logits, penalized, slots, samplings)
     for i in edited:
-        row = rows[i]
-        output_length = row.position - row.prompt_length
-        mask_ends(logits[i], vocab, row.sampling, output_length)
-        mask_others(logits[i], vocab, row.sampling)
-        if row.sampling.bad_words and row.position > len(row.token_ids):
-            known = row.token_ids[row.prompt_length :]
-            token_counts.mask_words(logits[i], row.slot, *_awaited_words(row.sampling, known, output_length))
-        else:
-            mask_words(logits[i], vocab, row.sampling, row.token_ids[row.prompt_length : row.position])
+        try:
+            _mask(logits[i], vocab, rows[i], token_counts)
+        except Exception as error:
+            _spoil(logits, i, error, failures)
     return originals
+
+
+def _mask(logits: torch.Tensor, vocab: range, row: SampleRow, token_counts: TokenCounts) -> None:
+    """Apply the masks of edit_logits to one row, whose last token the host may not know yet."""
+    output_length = row.position - row.prompt_length
+    mask_ends(logits, vocab, row.sampling, output_length)
+    mask_others(logits, vocab, row.sampling)
+    if row.sampling.bad_words and row.position > len(row.token_ids):
+        known = row.token_ids[row.prompt_length :]
+        token_counts.mask_words(logits, row.slot, *_awaited_words(row.sampling, known, output_length))
+    else:
+        mask_words(logits, vocab, row.sampling, row.token_ids[row.prompt_length : row.position])
+
+
+def _spoil(logits: torch.Tensor, i: int, error: Exception, failures: dict[int, Exception] | None) -> None:
+    """Let row `i` have no token: the ranks go on together, also where this one alone met the error."""
+    _log.error("the logits of a request could not be edited", exc_info=error)
+    logits[i] = torch.nan
+    if failures is not None:
+        failures.setdefault(i, error)
 
 
 def edit_logits(

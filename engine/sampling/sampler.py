@@ -6,6 +6,7 @@ depends on (seed, position, global token id) alone: neither the batch nor the nu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +40,8 @@ _NEEDS_FULL_GATHER = -2
 _CANDIDATES = 64
 _GROWTH = 64  # of the candidates, until they hold all that an undecided row keeps: few rows need more than once
 
+_log = logging.getLogger(__name__)
+
 
 class Sampler:
     """Chooses tokens together with the other ranks' samplers: every call is made by all ranks, for the same rows."""
@@ -66,6 +69,7 @@ class Sampler:
         self._vocab = vocab
         self._vocab_size = vocab_size
         self._width = min(candidates, vocab_size)
+        self._failures: dict[int, Exception] = {}
 
         # Every rank learns all shards' sizes.
         sizes = torch.zeros(collectives.size, device=collectives.device)
@@ -77,6 +81,14 @@ class Sampler:
                 f"rank {collectives.rank} has the vocabulary rows {vocab} of shards of {self._shard_sizes} rows: "
                 f"it must start at {start}, and the shards must add up to vocab_size={vocab_size}"
             )
+
+    def take_failures(self) -> dict[int, Exception]:
+        """Return why rows of the last call of sample() or choose() could not be sampled, as far as this rank knows.
+
+        Such a row has INVALID_TOKEN. What is raised between two collectives, for one row, ends nothing else.
+        """
+        failures, self._failures = self._failures, {}
+        return failures
 
     @torch.inference_mode()
     def sample(
@@ -166,7 +178,7 @@ class Sampler:
         """As edit_rows(): most steps have no row that asks for it."""
         if not masks and not any(row.sampling.changes_logits(row.position - row.prompt_length) for row in rows):
             return {}
-        return edit_rows(logits, self._vocab, rows, self._token_counts, masks)
+        return edit_rows(logits, self._vocab, rows, self._token_counts, masks, self._failures)
 
     def _argmax(self, logits: torch.Tensor) -> list[int] | None:
         """Return each row's token of the largest logit, on rank 0, in few operations. One gather."""
@@ -240,9 +252,12 @@ class Sampler:
 
         for i, row in zip(needs_full_gather, logits.unsqueeze(1), strict=True):
             count = self._width
-            while step.tokens[i] == _NEEDS_FULL_GATHER:
-                count = min(count * _GROWTH, self._vocab_size)
-                self._decide(step, [i], top_keys(row, 0, count), torch.tensor([[count]], device=row.device))
+            try:
+                while step.tokens[i] == _NEEDS_FULL_GATHER:
+                    count = min(count * _GROWTH, self._vocab_size)
+                    self._decide(step, [i], top_keys(row, 0, count), torch.tensor([[count]], device=row.device))
+            except Exception as error:
+                self._fail(step, i, error)
 
     def _decide(self, step: _Step, index: list[int], keys: torch.Tensor, exact: torch.Tensor) -> None:
         """Set the tokens of the rows `index` from their sorted keys, int64 (len(index), M), where `exact` suffices.
@@ -259,7 +274,16 @@ class Sampler:
             sampling = step.rows[i].sampling
             if sampling.logprobs >= 0 and sampling.processed_logprobs and tokens[j] >= 0:
                 temperature = float(settings.temperature[j])
-                step.logprobs[i] = kept_logprobs(keys[j, : kept[j]], temperature, int(tokens[j]), sampling.logprobs)
+                try:
+                    step.logprobs[i] = kept_logprobs(keys[j, : kept[j]], temperature, int(tokens[j]), sampling.logprobs)
+                except Exception as error:
+                    self._fail(step, i, error)
+
+    def _fail(self, step: _Step, i: int, error: Exception) -> None:
+        """Let row `i` have no token, on rank 0, which alone decides between the gather and the broadcast."""
+        _log.error("the row of a request could not be sampled", exc_info=error)
+        step.tokens[i] = INVALID_TOKEN
+        self._failures[i] = error
 
     def _score(self, step: _Step, originals: dict[int, torch.Tensor]) -> None:
         """Add the log-probabilities over the whole vocabulary; every rank knows the rows' tokens by now."""

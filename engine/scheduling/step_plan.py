@@ -285,3 +285,4 @@ class StepResult(msgspec.Struct, frozen=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # row -> for the prompt tokens that follow the row's positions
+    failures: dict[int, Exception] = {}  # place in sample_rows -> why it has no token, where that is no number

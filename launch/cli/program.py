@@ -36,8 +36,9 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
 
     if rank_info.launched:
         end_with_parent()
+    signals: list[int] = []
     if rank_info.rank == 0:
-        stop_on_signals()
+        signals = stop_on_signals()
     else:
         die_on_signals()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
@@ -54,7 +55,8 @@ def run_program(keys: type[K], body: Callable[[Job[K]], int], program: str, abou
         job = _through_hydra(arguments, keys)
         code = 0 if job is None else body(job)
     except (Exception, Signalled) as error:
-        code = report_failure(error, rank_info)
+        # Of the signal's exception a library may have made an error of its own: nobody wants to read that.
+        code = 128 + signals[0] if signals else report_failure(error, rank_info)
 
     exit_within(STOP_TIMEOUT_S, code)
     sys.exit(code)

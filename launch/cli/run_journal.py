@@ -8,9 +8,9 @@ from concurrent.futures import Future
 
 from ...engine.protocol.messages import Event, Submit
 from ...serving.journal.entries import Request
-from ...serving.journal.journal import Journal
+from ...serving.journal.journal import Journal, KeyInUse
 from ...serving.journal.progress import ProgressNotes, digest_of_submit, resume
-from ...serving.journal.writer import JournalFull
+from ...serving.journal.writer import JournalError, JournalFull
 from .jsonl import LineRequest
 
 JOURNAL_BYTES = 2**30
@@ -20,7 +20,10 @@ _KIND = "generate"
 
 
 class RunJournal:
-    """A run's requests that have not ended, by id. Used by one thread."""
+    """A run's requests that have not ended, by id. Used by one thread.
+
+    A run outlives its journal: what that cannot take in, on a full disk, is computed again by the next run.
+    """
 
     def __init__(self, path: str, model: str) -> None:
         """`model` tells what computes the answers. Raises ConfigError for a file that cannot be used."""
@@ -50,7 +53,7 @@ class RunJournal:
         if known == digest:
             accepted: Future[list[int]] = Future()
             accepted.set_result([number])
-            before = resume(submit, self._journal.progress_of(number).result().get(0, []), digest)
+            before = resume(submit, self._noted(number), digest)
         else:
             self._journal.withdraw(number)  # the line, or the model, is another one now
             accepted = self._journal.accept([Request(submit.id, _KIND, digest=digest)])
@@ -68,14 +71,21 @@ class RunJournal:
         del self._notes[request_id]
         self._journal.withdraw(_number(self._accepted.pop(request_id)))
 
+    def _noted(self, number: int) -> list[bytes]:
+        """What was noted of a request; nothing where the journal cannot be read, as its log says."""
+        try:
+            return self._journal.progress_of(number).result().get(0, [])
+        except JournalError:
+            return []
+
     def close(self) -> None:
         """Write what is left to be written."""
         self._journal.close()
 
 
 def _number(accepted: Future[list[int]]) -> int:
-    """The request's number; -1, of which nothing is noted, where there was no room for it."""
+    """The request's number; -1, of which nothing is noted, where it could not be taken in."""
     try:
         return accepted.result()[0]
-    except JournalFull:
+    except (JournalFull, JournalError, KeyInUse):
         return -1

@@ -7,6 +7,7 @@ is touched when it forks. A rank watches this process as it would watch the supe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -84,7 +85,12 @@ class ForkServer:
                 self._wakeup.recv(MAX_MESSAGE_BYTES)
                 self._reap()
             if self._channel in ready:
-                message, memories, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                try:
+                    message, memories, _, _ = socket.recv_fds(
+                        self._channel, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                    )
+                except ConnectionResetError:  # it has ended before it read everything
+                    return
                 if not message:
                     return
                 self._fork(msgspec.json.decode(message, type=Start).rank, memories[0] if memories else None)
@@ -92,7 +98,9 @@ class ForkServer:
                     os.close(memory)
 
     def _tell(self, event: Event) -> None:
-        self._channel.send(msgspec.json.encode(event))
+        # A supervisor that has ended, as by Ctrl-C while the ranks start, is met by run() next.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._channel.send(msgspec.json.encode(event))
 
     def _fork(self, rank: int, kept_memory: int | None) -> None:
         reason = why_not_forkable()

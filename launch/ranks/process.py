@@ -47,12 +47,12 @@ def exit_within(seconds: float, code: int) -> None:
     timer.start()
 
 
-def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: float = STOP_TIMEOUT_S) -> None:
+def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: float = STOP_TIMEOUT_S) -> list[int]:
     """Let the first SIGINT or SIGTERM call `on_first` (by default it raises Signalled), and allow `within_s` seconds.
 
     A second one ends the process at once. `on_first` runs in the signal handler: it may take no lock, for the thread it
     interrupts may hold it. The time runs from the signal, also while the main thread waits in C, as for a rank that
-    does not come: no handler of Python's is called there.
+    does not come: no handler of Python's is called there. Returns a list in which the signal is once it has come.
     """
     seen: list[int] = []
     reader, writer = os.pipe()
@@ -80,6 +80,7 @@ def stop_on_signals(on_first: Callable[[int], None] | None = None, within_s: flo
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    return seen
 
 
 def die_on_signals() -> None:

@@ -27,6 +27,8 @@ from ...parallel.loading.kept_memory import is_complete, make_kept_memory
 from .rank_info import UNKNOWN_RANK, rank_environment
 
 _log = logging.getLogger("phalanx")
+START_S = 300.0
+"""Longest time that the fork server may take to fork a rank, its imports included; one that is stopped never does."""
 _END_S = 1.0
 """Seconds in which a killed process is gone, unless the system itself holds it up."""
 MAX_MESSAGE_BYTES = 4096
@@ -266,7 +268,11 @@ class _ForkServer:
             socket.send_fds(self._channel, [msgspec.json.encode(Start(rank))], [] if memory is None else [memory])
         except OSError as error:
             return f"the process that forks them has ended ({error})"
-        return self._answers.get()
+        try:
+            return self._answers.get(timeout=START_S)
+        except queue.Empty:
+            self.close()
+            return f"the process that forks them has not answered for {START_S:g} s"
 
     def close(self) -> None:
         """End it."""

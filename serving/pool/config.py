@@ -20,8 +20,8 @@ class PoolConfig:
     """With engines elsewhere: seconds without a finished step, although there is work, after which one counts as not
     ready; above the longest step. For its own group a server asks the supervisor instead (step_timeout_s)."""
     restart_wait_s: float = 60.0
-    """With one engine elsewhere: seconds for which requests wait, once it is silent, for another to answer at its
-    address, where they go on. After that they fail."""
+    """With engines elsewhere: seconds for which requests wait, once none is left for them, for one to answer at any of
+    their addresses, where they go on. After that they fail."""
     affinity_slack: float = 0.25
     """With several engines: how much fuller an engine that has a request's beginning may be than the emptiest one, as a
     share of the requests that it computes at once."""

@@ -82,6 +82,8 @@ class PooledEngine:
             return f"engine {self.name} is loading"
         if outlook := self._outlook():
             return f"engine {self.name}: {outlook}"
+        if self._client is not None and self._client.silent:
+            return f"engine {self.name} has ended, was cut off, or does not answer"
         silent = time.monotonic() - self._answered_at
         if silent > self._config.answer_timeout_s + self._config.poll_interval_s:
             return f"engine {self.name} has not answered for {silent:.0f} s"

@@ -2,7 +2,7 @@
 
 Requests go to the emptiest engine, but those whose prompts begin alike to the same one, whose prefix cache has the
 beginning, while it is not much fuller than the emptiest. A request whose engine stops, or has no room, goes to another
-engine, and on there after what was delivered of its answer.
+engine, and on there after what was delivered of its answer. Where none is left it waits for one (strays.py).
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import ParamSpec
 
 import msgspec
 
 from ...engine.client.client import Client
 from ...engine.client.resume.delivered import Delivered
-from ...engine.errors import CapacityExceeded, EngineStopped, InvalidRequest, PhalanxError, prompt_too_long
-from ...engine.protocol.messages import Event, Failed, Finished, ModelInfo, Status, Submit
+from ...engine.errors import CapacityExceeded, EngineFault, EngineStopped, InvalidRequest, PhalanxError, prompt_too_long
+from ...engine.protocol.messages import Delta, Event, Failed, Finished, ModelInfo, Status, Submit
 from ..gateway.engine_pool import OnEvent, PoolState, Question
 from ..gateway.metrics import EngineSample, GatewayMetrics, RequestMetrics
 from .config import PoolConfig
 from .engine import PooledEngine
+from .strays import LOOK_S, Strays
 
 _MOVABLE = (EngineStopped.__name__, CapacityExceeded.__name__)
 LEAST_SLACK = 2
 """Requests by which an engine with a request's beginning may always be fuller than the emptiest."""
+
+P = ParamSpec("P")
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +48,8 @@ class Engines:
         self._loop = asyncio.get_running_loop()
         self._affinity: OrderedDict[bytes, PooledEngine] = OrderedDict()
         self._changed = asyncio.Event()
-        self._closing = False
+        self._draining = self._closing = False
+        self.strays = Strays(self.config.restart_wait_s, self._loop)
         self._seen: dict[str, Status] = {}  # the last one of each engine that the metrics know
 
     # ---- engines
@@ -87,7 +93,7 @@ class Engines:
 
     async def drain_all(self, timeout_s: float) -> bool:
         """Take no more requests, and wait until all have ended; False if some have not within `timeout_s`."""
-        self._closing = True
+        self._draining = True
         deadline = self._loop.time() + timeout_s
         while self.open_requests:
             left = deadline - self._loop.time()
@@ -100,7 +106,8 @@ class Engines:
 
     async def close(self) -> None:
         """End every request and every connection. The engines go on, if they are not of this process."""
-        self._closing = True
+        self._draining = self._closing = True
+        self.strays.give_up()
         await asyncio.gather(*(engine.stop() for engine in self.engines))
 
     async def refresh(self) -> None:
@@ -110,14 +117,19 @@ class Engines:
     @property
     def open_requests(self) -> int:
         """Requests that have been sent and have not ended."""
-        return sum(engine.open_requests for engine in self.engines)
+        return len(self.strays) + sum(engine.open_requests for engine in self.engines)
+
+    @property
+    def outlives_engines(self) -> bool:
+        """Whether requests wait here for an engine; where there is one alone its connection has waited already."""
+        return len(self.engines) > 1 and not self._closing
 
     # ---- EnginePool
 
     @property
     def state(self) -> PoolState:
         """The phase of all engines together."""
-        if self._closing:
+        if self._draining:
             return PoolState("draining", "the server is shutting down")
         phases = [engine.phase for engine in self.engines]
         troubles = "; ".join(engine.trouble for engine in self.engines if engine.trouble)
@@ -131,7 +143,7 @@ class Engines:
 
     def ready(self) -> bool:
         """Whether a request sent now would be computed."""
-        return not self._closing and any(engine.phase == "ready" and not engine.trouble for engine in self.engines)
+        return not self._draining and any(engine.phase == "ready" and not engine.trouble for engine in self.engines)
 
     def models(self) -> Mapping[str, ModelInfo]:
         """The model by each name; its max_model_len is the least of all engines."""
@@ -161,12 +173,15 @@ class Engines:
 
     # ---- where requests go
 
-    def choose(self, affinity: bytes = b"", but: tuple[PooledEngine, ...] = ()) -> PooledEngine:
-        """Return the engine for a request. Raises EngineStopped, with the reason, if none takes any."""
+    def choose(self, affinity: bytes = b"", but: tuple[PooledEngine, ...] = (), *, moves: bool = False) -> PooledEngine:
+        """Return the engine for a request. Raises EngineStopped, with the reason, if none takes any.
+
+        One that `moves` was accepted before, and is taken also while the server drains.
+        """
         takers = [engine for engine in self.engines if engine.phase == "ready" and engine not in but]
         # An engine that does not go on may be in a long step: better it than none.
         takers = [engine for engine in takers if not engine.trouble] or takers
-        if self._closing or not takers:
+        if self._closing or (self._draining and not moves) or not takers:
             state = self.state
             raise EngineStopped(state.reason or f"no engine takes requests: the server is {state.phase}")
 
@@ -209,6 +224,7 @@ class Engines:
                 )
             elif not self.metrics.model_name:
                 self.metrics.model_name = next(iter(self.models()))
+        self.strays.send_on()
         self._changed.set()
 
     def ended(self, engine: PooledEngine, failed: Failed | None) -> None:
@@ -218,10 +234,14 @@ class Engines:
             engine.lost(failed.message)
         self._changed.set()
 
-    def soon(self, ticket: PoolTicket, engine: PooledEngine, event: Event) -> None:
-        """Bring the end of a request from another thread to the event loop."""
+    def changed(self) -> None:
+        """Take in that a request which had no engine has ended."""
+        self._changed.set()
+
+    def soon(self, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Bring what a ticket learns on another thread to the event loop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(ticket.on_end, engine, event)
+            self._loop.call_soon_threadsafe(partial(action, *args, **kwargs))
 
     def _samples(self) -> Iterator[EngineSample]:
         for engine in self.engines:
@@ -229,18 +249,26 @@ class Engines:
 
 
 class PoolTicket:
-    """One request on its way; see gateway/engine_pool.py."""
+    """One request on its way; see gateway/engine_pool.py, and strays.py for what it is while it has no engine."""
 
     def __init__(self, pool: Engines, submit: Submit, on_event: OnEvent, affinity: bytes) -> None:
+        self.deaths = 0
+        self.aborted = False
+        self.stranded_at: float | None = None
         self._pool = pool
         self._submit = submit
         self._on_event = on_event
         self._affinity = affinity
         self._tried: tuple[PooledEngine, ...] = ()
+        self._left_at = 0.0
         self._client: Client | None = None
+        self._epoch = ""
+        self._ended_epochs: set[str] = set()
+        """Those of engines that have ended with it since it last got on."""
+        self._failed: Failed | None = None
+        """What the first of them said."""
         self._metrics: RequestMetrics | None = None
         self._delivered = Delivered(submit)
-        self._aborted = False
 
     def send(self, engine: PooledEngine) -> None:
         """Send it to an engine, on the event loop. Raises EngineStopped or InvalidRequest."""
@@ -253,17 +281,20 @@ class PoolTicket:
         submit = self._delivered.resubmit(self._submit.id) if self._tried else self._submit
         self._tried = (*self._tried, engine)
         self._client = client = engine.client
+        self._epoch = client.epoch
         self._metrics = metrics = self._pool.metrics.request(engine.label, self._submit)
 
         def on_event(event: Event) -> None:
             metrics.on_event(event)
             # What may still go to another engine is not handed on yet.
             if isinstance(event, Failed) and event.error in _MOVABLE:
-                self._pool.soon(self, engine, event)
+                self._pool.soon(self.on_end, engine, event)
                 return
             if not self._delivered.add(event):  # that it was accepted, by an engine before this one
                 return
             last = isinstance(event, Finished | Failed)
+            if self._failed is not None and isinstance(event, Delta) and event.token_ids:
+                self._pool.soon(self._got_on)
             try:
                 self._on_event(event)
             except BaseException:
@@ -271,7 +302,7 @@ class PoolTicket:
                 raise
             finally:
                 if last:
-                    self._pool.soon(self, engine, event)
+                    self._pool.soon(self.on_end, engine, event)
 
         engine.open_requests += 1
         engine.sent += 1
@@ -283,7 +314,7 @@ class PoolTicket:
 
     def abort(self) -> None:
         """End it early, from any thread, any number of times."""
-        self._aborted = True
+        self.aborted = True
         if self._client is not None:
             self._client.abort(self._submit.id)
 
@@ -292,16 +323,61 @@ class PoolTicket:
         failed = event if isinstance(event, Failed) else None
         self._pool.ended(engine, failed)
         if failed is None or failed.error not in _MOVABLE:
+            self._pool.strays.got_on(self)
             return
-        if not self._aborted:
-            try:
-                self.send(self._pool.choose(self._affinity, but=self._tried))
-            except PhalanxError:
-                pass  # the first engine's failure says more
-            else:
-                _log.info("request %s goes on at %s: %s", self._submit.id, self._tried[-1].name, failed.message)
-                return
-        self._on_event(failed)
+        self._left_at = asyncio.get_running_loop().time()
+        ended = failed.error == EngineStopped.__name__
+        if self._pool.outlives_engines and not self.aborted and (ended or self._failed is not None):
+            if not ended:
+                self.stranded_at = None  # that one lives, and has no room yet
+            elif self._epoch not in self._ended_epochs:
+                self._ended_epochs.add(self._epoch)
+                self.deaths += 1
+            self._failed = self._failed or failed
+            self._pool.strays.add(self)
+            return
+        self._pool.strays.got_on(self)
+        if self.aborted or not self._send_on(self._tried, failed):
+            self._on_event(failed)
+
+    # ---- as a Stray
+
+    def go(self) -> bool:
+        """Go on at another engine, or after a while at one that answers again where it was."""
+        rested = asyncio.get_running_loop().time() - self._left_at >= LOOK_S
+        assert self._failed is not None
+        return self._send_on(self._tried[-1:], self._failed) or (rested and self._send_on((), self._failed))
+
+    def give_up(self) -> None:
+        """No engine came in time."""
+        assert self._failed is not None
+        self._on_event(self._failed)
+        self._pool.changed()
+
+    def blame(self) -> None:
+        """Engines die of it."""
+        assert self._failed is not None
+        why = (
+            f"{self.deaths} engines ended one after the other while they computed this request, and no more are given "
+            f"it; other requests go on; of the first one was said: {self._failed.message}"
+        )
+        self._on_event(Failed(self._submit.id, EngineFault.__name__, why))
+        self._pool.changed()
+
+    def _send_on(self, but: tuple[PooledEngine, ...], failed: Failed) -> bool:
+        """Whether there is another engine for it, to which it was sent."""
+        try:
+            self.send(self._pool.choose(self._affinity, but=but, moves=True))
+        except PhalanxError:
+            return False  # the first engine's failure says more
+        _log.info("request %s goes on at %s: %s", self._submit.id, self._tried[-1].name, failed.message)
+        return True
+
+    def _got_on(self) -> None:
+        self.deaths = 0
+        self.stranded_at = self._failed = None
+        self._ended_epochs.clear()
+        self._pool.strays.got_on(self)
 
 
 def served_names(model: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from phalanx.engine.coordinator.tokenizer import Tokenizer
 from phalanx.engine.protocol.messages import Delta, Event, Failed, Finished, Submit
 from phalanx.engine.protocol.structured import StructuredOutput
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
+from phalanx.engine.sampling import penalties, sampler
 from phalanx.engine.scheduling.request import Request, Sequence
 from phalanx.tests.engine.conftest import CONFIG
 from phalanx.tests.engine.serving_engine import serving
@@ -184,6 +185,28 @@ def test_a_fault_of_following_a_grammar_fails_its_own_request_alone(
     hit = lambda self, token, length: self.request.seed == MARK and length == 2  # noqa: E731
     monkeypatch.setattr(Sequence, "_take_in", _raises(RuntimeError("a defect"), hit, take_in))
     _check(shared, {"prompt": "a", **LETTERS, "sampling": MARKED}, EngineFault)
+
+
+@pytest.mark.parametrize("change", [{"logit_bias": {5: 0.125}}, {"logprobs_mode": "processed"}])
+def test_a_fault_of_sampling_a_row_fails_its_own_request_alone(
+    shared: tuple[LLM, list[Any]], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    counts = iter(range(100))
+    if "logit_bias" in change:
+        hit = lambda logits, vocab, sampling, *more: sampling.bias_values == (0.125,) and next(counts) > 3  # noqa: E731
+        broken = _raises(IndexError("a defect"), hit, penalties.edit_logits)
+        monkeypatch.setattr(penalties, "edit_logits", broken)
+    else:
+        change = {**change, "temperature": 1.0, "top_k": 20, "logprobs": 3}
+        hit = lambda *args: args[-1] == 3 and next(counts) > 3  # noqa: E731
+        broken = _raises(IndexError("a defect"), hit, sampler.kept_logprobs)
+        monkeypatch.setattr(sampler, "kept_logprobs", broken)
+    _check(
+        shared,
+        {"prompt": "a", "sampling": SamplingParams.from_dict({**FREE, "seed": MARK, **change})},
+        EngineFault,
+        "could not be sampled.*a defect",
+    )
 
 
 def test_an_event_that_cannot_be_encoded_fails_its_own_request_alone(

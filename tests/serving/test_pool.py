@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_a_question_about_text_waits_for_an_engine_that_is_started_again(tmp_pat
         nonlocal outlook
         pool = Engines(config)
         engine = pool.add("own group")
-        engine.start(Client(ZmqConnection(address(tmp_path))), pool.on_change, lambda: outlook)
+        engine.start(Client(ZmqConnection(address(tmp_path), supervised=True)), pool.on_change, lambda: outlook)
         asked = asyncio.create_task(engine.ask(Tokenize(id="t", prompt="a"), config.answer_timeout_s))
         await asyncio.sleep(1.0)
         assert not asked.done()
@@ -280,7 +281,7 @@ def test_an_engine_that_is_started_again_is_not_ready_and_takes_requests_still(e
         nonlocal outlook
         async with open_pool() as pool:
             engine = pool.add("own group")
-            engine.start(Client(ZmqConnection(engines[0].address)), pool.on_change, lambda: outlook)
+            engine.start(Client(ZmqConnection(engines[0].address, supervised=True)), pool.on_change, lambda: outlook)
             await until(pool.ready)
             engines[0].status = None
             outlook = "rank 1 failed: SIGKILL"
@@ -302,7 +303,7 @@ def test_where_a_supervisor_watches_it_says_when_steps_take_too_long(engines: li
         nonlocal outlook
         pool = Engines(CONFIG)
         engine = pool.add("own group")
-        engine.start(Client(ZmqConnection(engines[0].address)), pool.on_change, lambda: outlook)
+        engine.start(Client(ZmqConnection(engines[0].address, supervised=True)), pool.on_change, lambda: outlook)
         await until(pool.ready)
         engines[0].status = status(stalled_s=600.0)
         await until(lambda: engine.status is not None and engine.status.stalled_s == 600.0)
@@ -362,7 +363,8 @@ def test_a_request_that_got_nothing_goes_on_at_another_engine(
 ) -> None:
     async def main() -> None:
         engines[0].answer = lambda submit: [Failed(submit.id, error.__name__, "not here")]
-        async with open_pool(*(engine.address for engine in engines)) as pool:
+        config = dataclasses.replace(CONFIG, restart_wait_s=0.2)
+        async with open_pool(*(engine.address for engine in engines), config=config) as pool:
             for number in range(4):
                 assert isinstance(await Caller(pool, str(number), b"same").end(), Finished)
             engines[1].answer = engines[0].answer
@@ -405,6 +407,95 @@ def test_a_request_whose_answer_has_begun_goes_on_at_another_engine(engines: lis
             assert resumed.resume is not None
             assert [each.token_ids for each in resumed.resume.completions] == [[1]]
             assert resumed.sampling.seed == 1
+
+    asyncio.run(main())
+
+
+def test_requests_wait_until_one_of_several_engines_that_have_all_ended_is_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        addresses = [address(tmp_path, number) for number in range(2)]
+        engines = [FakeEngine(each, endless) for each in addresses]
+        try:
+            async with open_pool(*addresses) as pool:
+                callers = [Caller(pool, str(number)) for number in range(4)]
+                for caller in callers:
+                    assert isinstance(await caller.next(), Delta)
+                # The moved ones have got nothing from the second engine when that ends too.
+                engines[1].answer = silent
+                engines[0].close()
+                await until(lambda: len(engines[1].requests) == 4)
+                engines[1].close()
+                await until(lambda: pool.open_requests == len(pool.strays) == 4)
+                engines[0] = FakeEngine(addresses[0], lambda submit: two_tokens(submit)[2:])
+                for caller in callers:
+                    assert isinstance(await caller.end(), Finished)
+                await until(lambda: pool.open_requests == 0)
+        finally:
+            for engine in engines:
+                engine.close()
+
+    asyncio.run(main())
+
+
+def test_what_no_engine_takes_again_in_time_fails_with_what_the_last_one_said(tmp_path: Path) -> None:
+    async def main() -> None:
+        addresses = [address(tmp_path, number) for number in range(2)]
+        engines = [FakeEngine(each, endless) for each in addresses]
+        config = dataclasses.replace(CONFIG, restart_wait_s=0.2)
+        async with open_pool(*addresses, config=config) as pool:
+            caller, aborted = Caller(pool, "a"), Caller(pool, "b")
+            await caller.next()
+            await aborted.next()
+            for engine in engines:
+                engine.close()
+            aborted.ticket.abort()
+            for each in (caller, aborted):
+                end = await each.end()
+                assert isinstance(end, Failed)
+                assert (end.error, "was closed" in end.message) == (EngineStopped.__name__, True)
+            assert pool.open_requests == 0
+            assert not pool.ready()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_moves_waits_for_room_at_the_other_engine(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        for engine in engines:
+            engine.answer = endless
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            callers = [Caller(pool, str(number)) for number in range(2)]
+            for caller in callers:
+                await caller.next()
+            full = Failed(engines[0].requests[0].id, CapacityExceeded.__name__, "no room")
+            engines[1].answer = lambda submit: [full]
+            engines[0].status = None  # it does not come back
+            engines[0].send(Failed(full.id, EngineStopped.__name__, "rank 1 failed"))
+            await until(lambda: len(engines[1].requests) == 2 and len(pool.strays) == 1)
+            engines[1].answer = lambda submit: two_tokens(submit)[2:]
+            assert isinstance(await callers[int(full.id)].end(), Finished)
+
+    asyncio.run(main())
+
+
+def test_a_request_moves_also_while_the_server_drains(engines: list[FakeEngine]) -> None:
+    async def main() -> None:
+        for engine in engines:
+            engine.answer = endless
+        async with open_pool(*(engine.address for engine in engines)) as pool:
+            callers = [Caller(pool, str(number)) for number in range(2)]
+            for caller in callers:
+                await caller.next()
+            for engine in engines:
+                engine.answer = lambda submit: two_tokens(submit)[2:]
+            drained = asyncio.ensure_future(pool.drain_all(PATIENCE_S))
+            await asyncio.sleep(0.05)
+            [moved] = engines[0].requests
+            engines[0].send(Failed(moved.id, EngineStopped.__name__, "rank 1 failed"))
+            assert isinstance(await callers[int(moved.id)].end(), Finished)
+            assert not drained.done()
+            engines[1].send(finished(engines[1].requests[0].id))
+            assert await drained
 
     asyncio.run(main())
 

@@ -25,6 +25,7 @@ from phalanx.tests.serving.servers import RunningServer, running
 ADMIN = {"authorization": "Bearer sk-admin-key"}
 ROWS = 4
 TOKENS = 48
+OPTIONS = ("max_model_len=512", f"max_num_seqs={ROWS}", "dtype=float32")
 FIELDS = {"temperature": 0, "ignore_eos": True, "max_tokens": TOKENS}
 PREFIX = "The quick brown fox jumps over the lazy dog while the old man reads his book by the river. " * 6
 
@@ -59,7 +60,7 @@ class Groups:
     """Two groups, each with a client of the test's own, and the gateway."""
 
     def __init__(self, gateway: RunningServer, workers: list[RunningServer], addresses: list[str]) -> None:
-        self.gateway, self.workers = gateway, workers
+        self.gateway, self.workers, self.addresses = gateway, workers, addresses
         self.url = gateway.url
         self.clients = [Client(ZmqConnection(address)) for address in addresses]
         self.threads = ThreadPoolExecutor(32)
@@ -114,10 +115,9 @@ class Groups:
 @pytest.fixture
 def groups(smollm2: Path, tmp_path: Path) -> Iterator[Groups]:
     addresses = [f"ipc://{tmp_path}/engine{number}" for number in range(2)]
-    options = ("max_model_len=512", f"max_num_seqs={ROWS}", "dtype=float32")
     with contextlib.ExitStack() as stack:
         workers = [
-            stack.enter_context(running("worker", f"model={smollm2}", f"endpoint={address}", *options))
+            stack.enter_context(running("worker", f"model={smollm2}", f"endpoint={address}", *OPTIONS))
             for address in addresses
         ]
         settings = ("port=0", "poll_interval_s=0.2", "admin_key=sk-admin-key", "served_model_names=[demo]")
@@ -199,6 +199,24 @@ def test_a_group_is_killed_and_all_it_had_goes_on_at_the_other(groups: Groups) -
 
     groups.kill(0)
     groups.until(lambda: httpx.get(f"{groups.url}/health/ready").status_code == 503)
+    groups.until(lambda: len(re.findall(r'phase="stopped"} 1.0', groups.metrics)) == 2)
     refused = httpx.post(f"{groups.url}/v1/completions", json={"prompt": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopped")
     assert httpx.get(f"{groups.url}/health/live").status_code == 200
+
+
+@pytest.mark.slow
+def test_both_groups_are_killed_and_all_they_had_goes_on_at_one_that_is_started_again(
+    groups: Groups, smollm2: Path
+) -> None:
+    asked = prompts("running", 2 * ROWS)
+    streams = groups.stream(*asked)
+    groups.until(lambda: all(streamed.begun.is_set() for streamed, _ in streams))
+    waiting = groups.stream(*prompts("waiting", 6))
+    groups.until(lambda: groups.status(1).waiting > 0)
+    groups.kill(0)
+    groups.kill(1)
+    with running("worker", f"model={smollm2}", f"endpoint={groups.addresses[1]}", *OPTIONS):
+        ended = [reading.result() for _, reading in [*streams, *waiting]]
+        assert [streamed.errors for streamed in ended] == [[]] * (2 * ROWS + 6)
+        assert [streamed.text for streamed in ended[:2]] == [groups.complete(prompt, TOKENS) for prompt in asked[:2]]

@@ -97,8 +97,8 @@ class ResumingConnection(Connection):
 
     @property
     def silent(self) -> bool:
-        """Whether the engine does not answer."""
-        return self._inner.silent
+        """False: what is sent while the engine does not answer waits for another."""
+        return False
 
     def start(
         self, on_event: OnEvent, on_lost: OnLost, on_broken: OnBroken = _ignore, on_silent: OnLost | None = None
@@ -139,6 +139,8 @@ class ResumingConnection(Connection):
         kept = _Kept(command, Delivered(command) if isinstance(command, Submit) else None)
         with self._lock:
             self._kept[command.id] = kept
+            if self._inner.silent:  # which was told before: nobody will tell of it again
+                self._wait_for_another(EngineStopped("the engine does not answer any more"))
             if self._suspects.isolating and kept.delivered is not None:
                 return
             first = self._prepare(command.id, kept)
@@ -149,6 +151,9 @@ class ResumingConnection(Connection):
             with self._lock:
                 self._forget(command.id)
             raise
+        with self._lock:
+            if kept.wire_id != first.id:  # the engine was replaced meanwhile, and the next one may have it twice
+                self._inner.send(Abort(first.id))
 
     def _send(self, request_id: str, kept: _Kept) -> None:
         """Send a request again, or for the first time if it was held back. The lock is held."""
@@ -209,7 +214,7 @@ class ResumingConnection(Connection):
 
     def _take_in(self, request_id: str, kept: _Kept, event: Event) -> bool:
         """Whether the client gets to see a request's event. The lock is held."""
-        if isinstance(event, Failed) and kept.delivered is not None:
+        if isinstance(event, Failed):
             if event.error == EngineStopped.__name__ and not self._leaving:
                 kept.words.append(event.message)  # another engine will have it
                 return False
@@ -273,9 +278,13 @@ class ResumingConnection(Connection):
     def _silent(self, error: EngineStopped) -> None:
         """The engine has not answered for a while: another may come."""
         with self._lock:
-            if self._wait_s is None or self._deadline is not None or self._leaving:
-                return
-            self._deadline = self._later(self._wait_s, lambda: self._give_up(error))
+            self._wait_for_another(error)
+
+    def _wait_for_another(self, error: EngineStopped) -> None:
+        """Give up what waits once no engine has come in time. The lock is held."""
+        if self._wait_s is None or self._deadline is not None or self._leaving:
+            return
+        self._deadline = self._later(self._wait_s, lambda: self._give_up(error))
 
     def _heard(self) -> None:
         if self._deadline is not None:

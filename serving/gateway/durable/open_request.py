@@ -61,17 +61,18 @@ class OpenRequest:
         except JournalError as error:
             raise unavailable(f"{error}; requests with stream=true are still taken", "journal_failed") from None
 
-    async def finish(self, status: int, answer: bytes) -> None:
-        """Keep the answer; returns once it is on the disk. Where that fails the log says so: the caller has it."""
+    async def finish(self, status: int, answer: bytes) -> bool:
+        """Keep the answer; returns once it is on the disk. Where that fails it returns False, and the log says so."""
         if self.number is None:
-            return
+            return True
         try:
             first = await asyncio.shield(asyncio.wrap_future(self._journal.finish(self.number, status, answer)))
         except JournalError as error:
             _log.error("the answer of request %s is not kept: %s", self.request.name, error)
-        else:
-            if not first:
-                _log.info("request %s was given up while it was computed: its answer is not kept", self.request.name)
+            return False
+        if not first:
+            _log.info("request %s was given up while it was computed: its answer is not kept", self.request.name)
+        return True
 
     async def withdraw(self) -> None:
         """Forget the request: its caller was told that it is not computed."""

@@ -13,7 +13,7 @@ from ..engine_pool import EnginePool
 from ..http import error_shapes
 from ..http.errors import ApiError
 from ..logs import log_fields
-from .requests import DurableRequests
+from .requests import RETRY_S, DurableRequests
 
 MOST_ATTEMPTS = 10
 """Processes that may die over a request, without any progress of it, before it is given up."""
@@ -21,8 +21,6 @@ SHARE = 4
 """What is recovered takes at most one part in so many of max_open_requests: those who wait now have the rest."""
 LOOK_S = 0.2
 """Seconds between two looks at whether an engine takes requests."""
-RETRY_S = 1.0
-"""Seconds until what was refused is tried again."""
 PRUNE_S = 60.0
 """Seconds between two looks at what may be forgotten."""
 

@@ -20,6 +20,9 @@ from .answer import Answer, CollectedAnswer, Headers, exchange_of
 from .keys import idempotency_key, peek
 from .open_request import OpenRequest
 
+RETRY_S = 1.0
+"""Seconds until what could not be done now is tried again."""
+
 Respond = Callable[[Exchange], Awaitable[None]]
 """A route: reads an exchange and answers it, with an error where it must; it raises nothing."""
 
@@ -116,7 +119,9 @@ class DurableRequests:
         if opened.number is None or opened.background or self.closing:
             return
         if not answer.is_refusal:
-            await opened.finish(answer.status, answer.body)
+            # Whoever waits has the answer; of what nobody waits for the journal has it, once it can be written again.
+            while not await opened.finish(answer.status, answer.body) and not waiting() and not self.closing:
+                await asyncio.sleep(RETRY_S)
         elif waiting() and not opened.recovered:
             await opened.withdraw()
         else:
@@ -124,9 +129,11 @@ class DurableRequests:
 
     async def end_background(self, opened: OpenRequest, answer: bytes) -> None:
         """What went on after its HTTP answer has ended."""
-        self.open.pop(opened.request.id, None)
-        if not self.closing:
-            await opened.finish(200, answer)
+        try:
+            while not self.closing and not await opened.finish(200, answer):
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self.open.pop(opened.request.id, None)
         opened.ended.set()
 
     async def give_up(self, request_id: str) -> bool:

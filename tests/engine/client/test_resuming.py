@@ -334,3 +334,45 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_question_that_an_engine_gives_back_as_it_ends_is_asked_of_the_next(engines: _Engines) -> None:
+    client = _client(engines)
+    answers: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    client.ask(Tokenize(id="t", prompt="a"), answers.put)
+    engines.say(Failed("t", EngineStopped.__name__, "the engine was closed"))
+    engines.replace()
+    assert Tokenize(id="t~1", prompt="a") in engines.sent
+    engines.say(Tokenized(id="t~1", token_ids=[1], text="a", token_bytes=[b"a"]))
+    answer = answers.get(timeout=PATIENCE_S)
+    assert isinstance(answer, Tokenized)
+    assert answer.id == "t"
+    client.close()
+
+
+def test_what_is_sent_long_after_an_engine_has_gone_is_given_up_too(engines: _Engines) -> None:
+    client = _client(engines, wait_s=0.05)
+    assert engines.hear_silence is not None
+    engines.is_silent = True
+    engines.hear_silence(STOPPED)
+    time.sleep(0.2)  # what waited then was given up
+    late = _submit(client, "a")["a"].get(timeout=PATIENCE_S)
+    assert isinstance(late, Failed)
+    assert late.error == EngineStopped.__name__
+    client.close()
+
+
+def test_a_request_that_was_being_sent_when_its_engine_was_replaced_is_computed_once(engines: _Engines) -> None:
+    client = _client(engines)
+    plain = engines.send
+
+    def send(command: Command) -> None:
+        if isinstance(command, Submit) and command.id == "a" and engines.number == 1:
+            engines.replace()  # before it is on its way
+        plain(command)
+
+    engines.send = send  # type: ignore[method-assign]
+    _submit(client, "a")
+    assert [each.id for each in engines.submits] == ["a~1", "a"]
+    assert engines.sent[-1] == Abort("a")
+    client.close()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.protocol.logprobs import TokenLogprobs
+from phalanx.engine.sampling import penalties
+from phalanx.engine.sampling import sampler as sampler_module
 from phalanx.engine.sampling.sampler import INVALID_TOKEN, Sampler, SampleRow
-from phalanx.engine.scheduling.step_plan import SlotSampling
+from phalanx.engine.sampling.token_counts import TokenCounts
+from phalanx.engine.scheduling.step_plan import SlotSampling, SlotStart
 from phalanx.parallel.collectives.base import Collectives
 
 T = TypeVar("T")
+MARK = 0.125
 
 
 class Exchange:
@@ -228,6 +234,68 @@ def test_nan_on_one_rank_marks_its_row_alone() -> None:
         tokens, logprobs, _ = _sample(_cut(4_102, 3), broken, MIXED_ROWS)
         assert tokens == [INVALID_TOKEN if i == bad else token for i, token in enumerate(expected_tokens)]
         _assert_same_logprobs(logprobs, [None if i == bad else e for i, e in enumerate(expected_logprobs)])
+
+
+@pytest.mark.parametrize("ranks", [{0, 1, 2}, {0}, {2}])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_row_whose_logits_cannot_be_edited_has_no_token_wherever_the_error_is(
+    monkeypatch: pytest.MonkeyPatch, ranks: set[int], counted: bool
+) -> None:
+    logits = _logits(len(MIXED_ROWS), 4_102)
+    sizes = _cut(4_102, 3)
+    starts = [sum(sizes[:rank]) for rank in range(3)]
+    plain = penalties.mask_others
+
+    def broken(logits: torch.Tensor, vocab: range, sampling: SlotSampling) -> None:
+        if sampling.bias_values == (MARK,) and starts.index(vocab.start) in ranks:
+            raise IndexError("a defect")
+        plain(logits, vocab, sampling)
+
+    monkeypatch.setattr(penalties, "mask_others", broken)
+    for bad in range(len(MIXED_ROWS)):
+        rows = list(MIXED_ROWS)
+        marked = msgspec.structs.replace(rows[bad].sampling, bias_token_ids=(5,), bias_values=(MARK,))
+        rows[bad] = replace(rows[bad], sampling=marked)
+
+        def work(collectives: Collectives, rows: list[SampleRow] = rows) -> Any:
+            vocab = range(starts[collectives.rank], starts[collectives.rank] + sizes[collectives.rank])
+            counts = TokenCounts(len(rows), vocab, torch.device("cpu")) if counted else None
+            for slot, row in enumerate(rows if counts is not None else ()):
+                counts.start(SlotStart(slot, row.prompt_length, row.token_ids.tolist(), row.sampling))
+            each = [replace(row, slot=slot) for slot, row in enumerate(rows)]
+            sampler = Sampler(collectives, vocab, 4_102, token_counts=counts)
+            result = sampler.sample(logits[:, vocab.start : vocab.stop].clone(), each)
+            return result, sampler.take_failures(), sampler.take_failures()
+
+        expected_tokens, expected_logprobs, _ = _sample([4_102], logits, MIXED_ROWS)
+        (result, failures, again), *others = run_threads(Exchange(3), work)
+        tokens, logprobs = result
+        assert tokens == [INVALID_TOKEN if i == bad else token for i, token in enumerate(expected_tokens)]
+        _assert_same_logprobs(logprobs, [None if i == bad else e for i, e in enumerate(expected_logprobs)])
+        assert [set(failures), *(set(other[1]) for other in others)] == [
+            {bad} if rank in ranks else set() for rank in range(3)
+        ]
+        assert again == {}
+
+
+@pytest.mark.parametrize("name", ["kept_logprobs", "top_keys"])
+def test_a_row_that_rank_0_cannot_decide_has_no_token(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    rows = [_row(temperature=1.0, top_p=0.99, logprobs=1, processed_logprobs=True), _row(temperature=1.0), _row()]
+    logits = _logits(3, 1_000, scale=0.1)
+    expected, _, operations = _sample(_cut(1_000, 3), logits, rows)
+    assert ("gather", 334) in operations  # the first row is decided over the whole vocabulary
+    plain = getattr(sampler_module, name)
+
+    def broken(values: torch.Tensor, *args: Any) -> Any:
+        if name == "kept_logprobs" or values.shape == (1, 1_000):
+            raise IndexError("a defect")
+        return plain(values, *args)
+
+    monkeypatch.setattr(sampler_module, name, broken)
+    tokens, logprobs, again = _sample(_cut(1_000, 3), logits, rows)
+    assert tokens == [INVALID_TOKEN, *expected[1:]]
+    assert logprobs == [None] * 3
+    assert again == operations
 
 
 def test_a_shard_that_is_masked_whole_takes_no_part() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from phalanx.launch.cli.jsonl import LineRequest
 from phalanx.launch.cli.run_journal import RunJournal
 from phalanx.launch.generate import Batch
 from phalanx.serving.journal import progress
+from phalanx.serving.journal.journal import Journal
+from phalanx.serving.journal.writer import JournalError
 
 
 class FakeLLM:
@@ -106,3 +109,21 @@ def test_another_line_or_model_begins_anew_and_what_is_done_is_forgotten(tmp_pat
     assert [each.id for each in submits] == ["b"]
     submits, _ = run(tmp_path / "j", breaks=False)
     assert submits[0].resume is None
+
+
+@pytest.mark.parametrize("broken", ["accept", "progress", "progress_of", "withdraw"])
+def test_a_run_outlives_a_journal_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*_: object) -> Future[Any]:
+        failed: Future[Any] = Future()
+        failed.set_exception(JournalError("the journal cannot be used: database or disk is full"))
+        return failed
+
+    run(tmp_path / "j", breaks=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, broken, full)
+        _, records = run(tmp_path / "j", breaks=False, model="another" if broken == "withdraw" else "m")
+        assert [(each["id"], each["text"]) for each in records] == [(name, " 0 1 2") for name in "ab"]
+    _, records = run(tmp_path / "j", breaks=False)
+    assert [each["text"] for each in records] == [" 0 1 2"] * 2

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+from phalanx.launch.ranks import rank_process
 from phalanx.launch.ranks.failure import failure_file
-from phalanx.launch.ranks.rank_process import RankProcess, RankStarter
+from phalanx.launch.ranks.rank_process import RankProcess, RankStarter, Start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux alone")
 
@@ -43,6 +46,14 @@ from phalanx.launch.ranks.fork import replace_in_arguments, replace_in_environme
 replace_in_arguments("long", "name")
 replace_in_environment({"A": "--", "B": "--"}, {"A": "7", "B": "13"})
 print(open("/proc/self/cmdline").read().split("\\0")[-3:], open("/proc/self/environ").read().rstrip("\\0").split("\\0"))
+"""
+
+
+REFUSING = """
+from phalanx.launch.ranks import fork
+fork.preload = lambda: None
+fork.why_not_forkable = lambda: "not here"
+fork.main()
 """
 
 
@@ -183,3 +194,38 @@ def test_a_process_shows_other_arguments_and_variables_of_no_more_bytes() -> Non
     )
     assert ended.stdout.startswith("['name', 'last', ''] ")
     assert ended.stdout.rstrip().endswith("'A=7', 'B=13']")
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_fork_server_whose_supervisor_has_gone_ends_quietly(tmp_path: Path, unread: bool) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        # With what it was asked for before: its answer finds nobody.
+        for _ in range(2):
+            ours.send(msgspec.json.encode(Start(0)))
+        if unread:
+            theirs.send(b"not read")
+        ours.close()
+        server = subprocess.run(
+            [sys.executable, "-c", REFUSING, str(tmp_path)],
+            stdin=theirs.fileno(),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+    assert (server.returncode, server.stdout, server.stderr) == (0, "", "")
+
+
+def test_a_fork_server_that_is_stopped_holds_up_no_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RankStarter(folder, 2) as starter:
+        first = starter.start(0)
+        os.kill(_server(first).pid, signal.SIGSTOP)
+        monkeypatch.setattr(rank_process, "START_S", 0.2)
+        second = starter.start(1)  # by itself
+        try:
+            assert first.wait(WAIT_S) == -signal.SIGKILL  # nobody would hear of its end any more
+            assert second.poll() is None
+        finally:
+            second.kill()
+            second.wait(WAIT_S)

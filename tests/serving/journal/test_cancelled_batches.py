@@ -89,9 +89,10 @@ def test_a_line_that_has_just_ended_stays_though_its_batch_is_cancelled(
 ) -> None:
     finish = open_request.OpenRequest.finish
 
-    async def finish_and_go_on(opened: open_request.OpenRequest, status: int, answer: bytes) -> None:
-        await finish(opened, status, answer)
+    async def finish_and_go_on(opened: open_request.OpenRequest, status: int, answer: bytes) -> bool:
+        kept = await finish(opened, status, answer)
         await asyncio.get_running_loop().create_future()
+        return kept
 
     monkeypatch.setattr(open_request.OpenRequest, "finish", finish_and_go_on)
     with journaled(tmp_path, max_open_requests=4 * AT_ONCE) as server:
