@@ -118,8 +118,13 @@ def page() -> str:
     parts = [_HEAD, _routes(), _statuses()]
     parts.append(_fields("Fields of the routes that answer with text", CommonFields, set()))
     parts.append(_fields("stream_options", StreamOptions, set()))
+    described: dict[type[msgspec.Struct], str] = {}
     for operation in OPERATIONS:
-        if operation.request is not None:
+        if operation.request in described:
+            same = described[operation.request]
+            parts.append(f"## `{operation.path}`\n\nIt takes the fields of `{same}`, and refuses the same ones.\n")
+        elif operation.request is not None:
+            described[operation.request] = operation.path
             shared = set(CommonFields.__struct_fields__) if issubclass(operation.request, OpenAIFields) else set()
             parts.append(_fields(operation.path, operation.request, shared))
             parts.append(_refused(operation))

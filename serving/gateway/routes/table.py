@@ -46,7 +46,7 @@ from ..schemas.responses import (
     TokenizerInfo,
     VersionInfo,
 )
-from ..schemas.responses_api.answer import DeletedResponse, InputItems, ResponseEvent, ResponseObject
+from ..schemas.responses_api.answer import DeletedResponse, InputItems, InputTokens, ResponseEvent, ResponseObject
 from ..schemas.responses_api.request import REFUSED_RESPONSES, InputItemsQuery, ResponseQuery, ResponsesRequest
 from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from . import chat, completions, generate, information, tokens
@@ -116,6 +116,16 @@ OPERATIONS: tuple[Operation, ...] = (
         REFUSED_RESPONSES,
         _COMPUTES,
         done=False,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses/input_tokens",
+        responses_api.count_input_tokens,
+        InputTokens,
+        ResponsesRequest,
+        None,
+        REFUSED_RESPONSES,
+        _COMPUTES,
     ),
     Operation(
         "GET",

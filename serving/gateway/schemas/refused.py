@@ -45,6 +45,7 @@ REFUSED_CHAT: Mapping[str, str] = {
     "separate_reasoning": "reasoning is split off if the model writes any; include_reasoning=false leaves it out",
     "prompt": "use messages, or /v1/completions",
     "prompt_cache_retention": "cached prefixes stay while there is room",
+    "prompt_cache_options": "cached prefixes stay while there is room",
 }
 
 REFUSED_COMPLETION: Mapping[str, str] = {

@@ -359,6 +359,48 @@ def test_a_query_is_checked(agent: Server, path: str, param: str) -> None:
     assert agent.http.get(f"/v1/responses/{made.id}?stream=false").json()["id"] == made.id
 
 
+def count(server: Server, **fields: Any) -> int:
+    counted = server.openai.responses.input_tokens.count(**{"model": "demo", **fields})
+    assert counted.object == "response.input_tokens"
+    return int(counted.input_tokens)
+
+
+def test_an_inputs_tokens_are_counted_as_the_model_gets_them(agent: Server) -> None:
+    fields: Any = {"input": [USER, {"role": "assistant", "content": "Hm"}, USER], "instructions": "Be brief."}
+    made = create(agent, **fields)
+    submits = len(agent.pool.submits)
+    assert count(agent, **fields, tools=[WEATHER], reasoning={"effort": "low"}) == made.usage.input_tokens == 15
+    next_one = count(agent, previous_response_id=made.id, input="More")
+    assert next_one == 6 + len(made.output_text) + len("More")
+    assert count(agent, previous_response_id=made.id) == next_one - len("More")
+    assert count(agent, instructions="Be brief.", input="") == len("Be brief.")
+
+    # The very body of a response is taken.
+    body = {"input": "Hi", "max_output_tokens": 5, "stream": True, "store": True}
+    assert agent.http.post("/v1/responses/input_tokens", json=body).json()["input_tokens"] == 2
+    assert len(agent.pool.submits) == submits
+
+
+def test_what_cannot_be_counted_is_named(agent: Server) -> None:
+    for body, param in (
+        ({}, "input"),
+        ({"input": "Hi", "personality": "friendly"}, "personality"),
+        ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "Hi", "conversation": "conv_1"}, "conversation"),
+    ):
+        answer = agent.http.post("/v1/responses/input_tokens", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert agent.http.get("/v1/responses/input_tokens").status_code == 404
+
+
+def test_a_response_may_go_on_without_an_input(agent: Server) -> None:
+    first = create(agent)
+    create(agent, previous_response_id=first.id, input=None)
+    assert [message["content"] for message in agent.pool.submits[-1].messages] == ["Hi", "Hello world"]
+    assert refusal(agent, {"model": "demo"})["param"] == "input"
+
+
 def test_there_is_no_compaction(agent: Server) -> None:
     answer = agent.http.post("/v1/responses/compact", json={"model": "demo", "input": "Hi"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")

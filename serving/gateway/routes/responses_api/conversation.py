@@ -40,6 +40,11 @@ def input_items(request: ResponsesRequest, find: Callable[[str], Item | None]) -
 
     `find` returns an item of a stored response by its id. Raises ApiError for a reference to what is not stored.
     """
+    if request.input is None:
+        if request.previous_response_id is None:
+            why = "one of input and previous_response_id must be given"
+            raise invalid(f"input is required: {why}", "input", "missing_required_parameter")
+        return []
     if isinstance(request.input, str):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": request.input}]}]
     items = []

@@ -13,7 +13,7 @@ from ...gateway import Gateway
 from ...generation.response_store import StoredResponse
 from ...http.errors import ApiError, invalid
 from ...http.exchange import Exchange
-from ...schemas.responses_api.answer import DeletedResponse, InputItems, ReasoningInfo, ResponseObject
+from ...schemas.responses_api.answer import DeletedResponse, InputItems, InputTokens, ReasoningInfo, ResponseObject
 from ...schemas.responses_api.request import (
     ENCRYPTED,
     REFUSED_RESPONSES,
@@ -40,16 +40,13 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
         field = "background" if request.background else "store"
         raise invalid(f"{field}=true is not supported: this server keeps nothing (stored_responses=0)", field)
 
-    before = _previous_items(gateway, owner, request.previous_response_id)
-    items = input_items(request, lambda item_id: store.find_item(owner, item_id))
-    chat, paths = to_chat(request, before, items, gateway.config)
-    turn = faces.prepare(gateway, exchange, chat, paths)
+    turn, items = _read_turn(gateway, exchange, request)
     durable = exchange.durable
     # The same id when it is computed again: its caller may know it.
     identity = uuid.uuid4().hex if durable is None else durable.request.id
     writer = _writer(request, turn, f"resp_{identity}", keeps=store.keeps)
 
-    keeper = Keeper(gateway, owner, before + items, writer) if writer.response.store else None
+    keeper = Keeper(gateway, owner, items, writer) if writer.response.store else None
     if request.background:
         assert keeper is not None
         await start_in_background(gateway, exchange, turn, keeper)
@@ -58,6 +55,13 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
     await faces.answer(gateway, exchange, turn, keeper or writer)
     if not request.stream:
         await exchange.respond_json(writer.response)
+
+
+async def count_input_tokens(gateway: Gateway, exchange: Exchange) -> None:
+    """Count the tokens of an input, as /v1/responses would send it to the model."""
+    request = await exchange.read(ResponsesRequest, REFUSED_RESPONSES)
+    turn, _ = _read_turn(gateway, exchange, request)
+    await exchange.respond_json(InputTokens(input_tokens=await faces.count_tokens(gateway, turn)))
 
 
 async def compact(gateway: Gateway, exchange: Exchange) -> None:
@@ -144,6 +148,18 @@ def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
             code="response_not_found",
         )
     return response_id, record
+
+
+def _read_turn(gateway: Gateway, exchange: Exchange, request: ResponsesRequest) -> tuple[faces.Turn, list[Item]]:
+    """(the request on its way to the engine, the items of its input with those of the responses before it)
+
+    Raises ApiError with the path of the field that is wrong.
+    """
+    owner = exchange.owner
+    before = _previous_items(gateway, owner, request.previous_response_id)
+    items = input_items(request, lambda item_id: gateway.responses.find_item(owner, item_id))
+    chat, paths = to_chat(request, before, items, gateway.config)
+    return faces.prepare(gateway, exchange, chat, paths), before + items
 
 
 def _previous_items(gateway: Gateway, owner: str, response_id: str | None) -> list[Item]:

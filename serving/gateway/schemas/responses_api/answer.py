@@ -167,6 +167,13 @@ class ResponseEvent(msgspec.Struct, kw_only=True):
     logprobs: list[LogprobContent] | UnsetType = UNSET
 
 
+class InputTokens(msgspec.Struct, kw_only=True):
+    """The answer of /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class DeletedResponse(msgspec.Struct, kw_only=True):
     """The answer of DELETE /v1/responses/{response_id}."""
 

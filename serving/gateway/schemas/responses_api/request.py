@@ -75,13 +75,16 @@ class ResponsesStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What is to be answered."""
 
-    input: Annotated[
-        str | list[dict[str, Any]],
-        Meta(
-            description="A text of the user, or items: message, function_call, function_call_output, reasoning, "
-            "item_reference."
-        ),
-    ]
+    input: (
+        Annotated[
+            str | list[dict[str, Any]],
+            Meta(
+                description="A text of the user, or items: message, function_call, function_call_output, reasoning, "
+                "item_reference. Without previous_response_id it is required."
+            ),
+        ]
+        | None
+    ) = None
     model: ModelName | None = None
     instructions: (
         Annotated[str, Meta(description="A system message before everything else; not carried on to later responses.")]
@@ -179,6 +182,9 @@ REFUSED_RESPONSES = {
     "background_options": "background responses are computed as soon as there is room",
     "prompt_cache_retention": "cached prefixes stay while there is room",
     "prompt_cache_options": "cached prefixes stay while there is room",
+    "personality": "ask for it in instructions",
+    "access_programs": "there are no such programs here",
+    "image": "the models of this server read text",
     "n": "a response is one answer; use /v1/chat/completions",
     "stop": "use /v1/chat/completions",
     "response_format": "its name is text.format here",
