@@ -67,6 +67,9 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 * `encrypted_content` (with `include: ["reasoning.encrypted_content"]`) and the `signature` of omitted thinking hold
   the thinking, encoded and not encrypted, so that clients can send it back. An `encrypted_content` of another server
   is a 400; a `signature` of another server has no effect; `redacted_thinking` is left out of the prompt.
+* `/v1/responses/compact` has the model write a summary of the conversation, without thinking where the template can.
+  It answers the user's messages and a `compaction` item, which holds the summary, encoded and not encrypted; the model
+  gets it as a message of the user. A summary that comes to the end of the context says that it breaks off.
 * A response is kept for its own API key, within `stored_responses`, `stored_response_bytes` and `stored_response_s`;
   after a restart there are none, unless the server has a `journal`. Without `store` a response is kept.
 * `instructions` come first, `previous_response_id` brings the input and output of the response before, without its

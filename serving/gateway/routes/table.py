@@ -46,8 +46,22 @@ from ..schemas.responses import (
     TokenizerInfo,
     VersionInfo,
 )
-from ..schemas.responses_api.answer import DeletedResponse, InputItems, InputTokens, ResponseEvent, ResponseObject
-from ..schemas.responses_api.request import REFUSED_RESPONSES, InputItemsQuery, ResponseQuery, ResponsesRequest
+from ..schemas.responses_api.answer import (
+    CompactedResponse,
+    DeletedResponse,
+    InputItems,
+    InputTokens,
+    ResponseEvent,
+    ResponseObject,
+)
+from ..schemas.responses_api.request import (
+    REFUSED_COMPACT,
+    REFUSED_RESPONSES,
+    CompactRequest,
+    InputItemsQuery,
+    ResponseQuery,
+    ResponsesRequest,
+)
 from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from . import chat, completions, generate, information, tokens
 from .journal_api import batches as batch_api
@@ -125,6 +139,16 @@ OPERATIONS: tuple[Operation, ...] = (
         ResponsesRequest,
         None,
         REFUSED_RESPONSES,
+        _COMPUTES,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses/compact",
+        responses_api.compact,
+        CompactedResponse,
+        CompactRequest,
+        None,
+        REFUSED_COMPACT,
         _COMPUTES,
     ),
     Operation(

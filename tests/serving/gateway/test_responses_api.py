@@ -401,9 +401,59 @@ def test_a_response_may_go_on_without_an_input(agent: Server) -> None:
     assert refusal(agent, {"model": "demo"})["param"] == "input"
 
 
-def test_there_is_no_compaction(agent: Server) -> None:
-    answer = agent.http.post("/v1/responses/compact", json={"model": "demo", "input": "Hi"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+def test_a_conversation_is_compacted_into_a_summary_that_takes_its_place(agent: Server) -> None:
+    agent.pool.answers = ["Hello", "<think>hm</think>They said Hi. é", "Bye"]
+    first = create(agent)
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "sun"}
+    compacted = agent.openai.responses.compact(
+        model="demo",
+        instructions="Be brief.",
+        previous_response_id=first.id,
+        input=[call, output, USER],  # type: ignore[list-item]
+    )
+    assert compacted.object == "response.compaction"
+    assert [item.type for item in compacted.output] == ["message", "message", "compaction"]
+    assert (compacted.usage.output_tokens, compacted.usage.output_tokens_details.reasoning_tokens) == (6, 1)
+
+    asked = agent.pool.submits[-1]
+    roles = ["system", "user", "assistant", "tool", "user", "user"]
+    assert [message["role"] for message in asked.messages] == roles
+    assert asked.messages[0]["content"] == "Be brief."
+    assert "summary" in asked.messages[-1]["content"]
+    assert asked.chat_template_kwargs["enable_thinking"] is False
+
+    # The output is the next input, as it came.
+    window = compacted.to_dict(warnings=False)["output"]
+    made = create(agent, input=[*window, {"role": "user", "content": "Go on"}])  # type: ignore[misc]
+    texts = [message["content"] for message in agent.pool.submits[-1].messages]
+    assert texts[:2] == ["Hi", "Hi"]
+    assert texts[2].endswith(":\nThey said Hi. é")
+    assert texts[3] == "Go on"
+    create(agent, previous_response_id=made.id)
+    assert texts[2] in [message["content"] for message in agent.pool.submits[-1].messages]
+
+
+def test_a_summary_that_breaks_off_says_so_and_none_is_an_error(agent: Server) -> None:
+    agent.pool.answers = ["They said" + AgentPool.CUT, "<think>hm</think>" + AgentPool.CUT]
+    output = agent.http.post("/v1/responses/compact", json={"input": "Hi"}).json()["output"]
+    create(agent, input=[output[-1]])
+    assert "They said\n[The summary breaks off here.]" in agent.pool.submits[-1].messages[0]["content"]
+
+    agent.pool.answers = ["<think>hm</think>" + AgentPool.CUT]
+    none = agent.http.post("/v1/responses/compact", json={"input": "Hi"})
+    assert (none.status_code, none.json()["error"]["type"]) == (500, "server_error")
+
+
+def test_a_compaction_that_cannot_be_is_named(agent: Server) -> None:
+    for body, param in (
+        ({}, "input"),
+        ({"input": "Hi", "stream": True}, "stream"),
+        ({"input": [{"type": "compaction", "encrypted_content": "gAAA"}]}, "input[0].encrypted_content"),
+        ({"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
+    ):
+        answer = agent.http.post("/v1/responses/compact", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert agent.http.get("/v1/responses/compact").json()["error"]["code"] == "response_not_found"
 
 

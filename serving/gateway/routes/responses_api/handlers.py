@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,12 +17,15 @@ from ...http.exchange import Exchange
 from ...schemas.responses_api.answer import DeletedResponse, InputItems, InputTokens, ReasoningInfo, ResponseObject
 from ...schemas.responses_api.request import (
     ENCRYPTED,
+    REFUSED_COMPACT,
     REFUSED_RESPONSES,
+    CompactRequest,
     InputItemsQuery,
     ResponseQuery,
     ResponsesRequest,
 )
 from .. import faces
+from .compaction import ASK, SummaryWriter, as_response
 from .conversation import Item, check_together, echoed_format, input_items, to_chat
 from .keeping import Keeper, start_in_background
 from .tools import echoed_tools, namespaces
@@ -65,10 +69,12 @@ async def count_input_tokens(gateway: Gateway, exchange: Exchange) -> None:
 
 
 async def compact(gateway: Gateway, exchange: Exchange) -> None:
-    """Say that there is no such route, though its path is like that of a kept response."""
-    path = exchange.scope["path"]
-    why = "this server compacts nothing; shorten the input yourself"
-    raise ApiError(404, f"there is no route {path}: {why}", type="not_found_error", code="not_found")
+    """Have the model write a summary of an input, which later inputs may have in its place."""
+    request = as_response(await exchange.read(CompactRequest, REFUSED_COMPACT))
+    turn, items = _read_turn(gateway, exchange, request, [ASK])
+    writer = SummaryWriter()
+    await faces.answer(gateway, exchange, turn, writer)
+    await exchange.respond_json(writer.response(items))
 
 
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
@@ -150,15 +156,18 @@ def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
     return response_id, record
 
 
-def _read_turn(gateway: Gateway, exchange: Exchange, request: ResponsesRequest) -> tuple[faces.Turn, list[Item]]:
+def _read_turn(
+    gateway: Gateway, exchange: Exchange, request: ResponsesRequest, added: Sequence[Item] = ()
+) -> tuple[faces.Turn, list[Item]]:
     """(the request on its way to the engine, the items of its input with those of the responses before it)
 
-    Raises ApiError with the path of the field that is wrong.
+    Items that are `added` come after them, to the engine alone. Raises ApiError with the path of the field that is
+    wrong.
     """
     owner = exchange.owner
     before = _previous_items(gateway, owner, request.previous_response_id)
     items = input_items(request, lambda item_id: gateway.responses.find_item(owner, item_id))
-    chat, paths = to_chat(request, before, items, gateway.config)
+    chat, paths = to_chat(request, before, [*items, *added], gateway.config)
     return faces.prepare(gateway, exchange, chat, paths), before + items
 
 
