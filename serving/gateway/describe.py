@@ -69,7 +69,8 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
   is a 400; a `signature` of another server has no effect; `redacted_thinking` is left out of the prompt.
 * `/v1/responses/compact` has the model write a summary of the conversation, without thinking where the template can.
   It answers the user's messages and a `compaction` item, which holds the summary, encoded and not encrypted; the model
-  gets it as a message of the user. A summary that comes to the end of the context says that it breaks off.
+  gets it as a message of the user. A summary takes at most a quarter of the model's context; one that is longer
+  says that it breaks off.
 * A response is kept for its own API key, within `stored_responses`, `stored_response_bytes` and `stored_response_s`;
   after a restart there are none, unless the server has a `journal`. Without `store` a response is kept.
 * `instructions` come first, `previous_response_id` brings the input and output of the response before, without its
@@ -85,7 +86,8 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 * A prompt that is too long for `/v1/messages` is a 400 that begins `prompt is too long`, which agents look for.
 * A `tool_result` with `is_error` begins with a line `Error:` for the model.
 * A last message of the assistant in `/v1/messages` is continued. Messages of one role in a row are one turn.
-* A call whose arguments were cut off by `max_tokens` has them as text: `{"INVALID_JSON": ...}` in `input`.
+* A call that was cut off, by `max_tokens` or by the model, has its arguments as text: `{"INVALID_JSON": ...}` in
+  `input`; the text is empty where there were none yet.
 """
 
 

@@ -112,7 +112,7 @@ def test_what_has_no_effect_here_is_taken(agent: Server) -> None:
     tool = {**LOOK, "allowed_callers": ["direct"], "defer_loading": False}
     for path, body in (
         ("/v1/chat/completions", chat),
-        ("/v1/responses", {"input": items, "tools": [tool]}),
+        ("/v1/responses", {"input": items, "tools": [tool], "reasoning": {"context": "auto", "mode": "standard"}}),
         ("/v1/messages", {"messages": [HI], "max_tokens": 5, "user_profile_id": "u"}),
     ):
         answer = agent.http.post(path, json=body)

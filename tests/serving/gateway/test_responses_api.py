@@ -422,6 +422,7 @@ def test_a_conversation_is_compacted_into_a_summary_that_takes_its_place(agent: 
     assert asked.messages[0]["content"] == "Be brief."
     assert "summary" in asked.messages[-1]["content"]
     assert asked.chat_template_kwargs["enable_thinking"] is False
+    assert asked.sampling.max_tokens == agent.pool.model.max_model_len // 4
 
     # The output is the next input, as it came.
     window = compacted.to_dict(warnings=False)["output"]

@@ -25,13 +25,19 @@ ASK: Item = {
     "and found out, names, numbers, files and results of tools that are still needed, and what is left to do.",
 }
 """The last message that the model gets."""
+SHARE = 4
+"""A summary takes at most this part of the model's context: a quarter, so that there is room to go on."""
 CUT = "[The summary breaks off here.]"
 
 
-def as_response(request: CompactRequest) -> ResponsesRequest:
-    """The request of the response that is the summary. It is written without thinking, where the template can."""
+def as_response(request: CompactRequest, max_model_len: int) -> ResponsesRequest:
+    """The request of the response that is the summary, for a model with a context of `max_model_len` tokens.
+
+    It is written without thinking, where the template can.
+    """
     same = {name: getattr(request, name) for name in request.__struct_fields__}
-    return ResponsesRequest(**same, reasoning=ReasoningConfig(effort="none"))
+    most = max(1, max_model_len // SHARE)
+    return ResponsesRequest(**same, max_output_tokens=most, reasoning=ReasoningConfig(effort="none"))
 
 
 class SummaryWriter:
@@ -51,7 +57,7 @@ class SummaryWriter:
         self._pieces += [part.text for part in parts if isinstance(part, Text)]
 
     def end(self, finished: Finished, ending: Completion) -> None:
-        """The summary has ended, or the model's context has."""
+        """The summary has ended, or its room has."""
         self._usage = usage_of(finished.usage)
         if ending.finish_reason == "length":
             self._pieces.append(f"\n{CUT}")

@@ -70,8 +70,9 @@ async def count_input_tokens(gateway: Gateway, exchange: Exchange) -> None:
 
 async def compact(gateway: Gateway, exchange: Exchange) -> None:
     """Have the model write a summary of an input, which later inputs may have in its place."""
-    request = as_response(await exchange.read(CompactRequest, REFUSED_COMPACT))
-    turn, items = _read_turn(gateway, exchange, request, [ASK])
+    request = await exchange.read(CompactRequest, REFUSED_COMPACT)
+    _, info = gateway.model(request.model)
+    turn, items = _read_turn(gateway, exchange, as_response(request, info.max_model_len), [ASK])
     writer = SummaryWriter()
     await faces.answer(gateway, exchange, turn, writer)
     await exchange.respond_json(writer.response(items))

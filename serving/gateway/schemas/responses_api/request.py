@@ -32,6 +32,10 @@ class ReasoningConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         ]
         | None
     ) = None
+    context: Annotated[Literal["auto"], Meta(description='Only "auto": the template chooses what it shows.')] | None = (
+        None
+    )
+    mode: Annotated[Literal["standard"], Meta(description='Only "standard": there is one mode.')] | None = None
     generate_summary: Annotated[Literal["auto", "detailed"], Meta(description="The older name of summary.")] | None = (
         None
     )
@@ -212,7 +216,7 @@ REFUSED_RESPONSES = {
 REFUSED_COMPACT = {
     **{name: REFUSED_RESPONSES[name] for name in ("prompt_cache_retention", "prompt_cache_options", "image")},
     "stream": "a summary is answered whole",
-    "max_output_tokens": "a summary takes what room the model's context has left",
+    "max_output_tokens": "a summary takes at most a quarter of the model's context",
 }
 
 
