@@ -32,6 +32,9 @@ UNSUPPORTED = {
     "$recursiveRef", "x-guidance", "extends", "disallow", "divisibleBy",
 }  # fmt: skip
 """Keywords that would constrain the answer, and that no grammar can express here."""
+MOST_NAMES = 200
+"""Names that propertyNames may list, at most."""
+_ANNOTATIONS = {"title", "description", "examples", "default", "deprecated", "$comment"}
 
 
 COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
@@ -155,9 +158,9 @@ def for_library(schema: Any) -> Any:
         if isinstance(made.get(keyword), dict):
             made[keyword] = for_library(made[keyword])
 
-    formats = as_schemas(made.pop("format", None))
-    if formats and isinstance(made.setdefault("allOf", []), list):
-        made["allOf"] += formats
+    more = as_schemas(made.pop("format", None)) + (_of_names(schema.get("propertyNames", True)) or [])
+    if more and isinstance(made.setdefault("allOf", []), list):
+        made["allOf"] += more
     return made
 
 
@@ -181,7 +184,30 @@ def _says_nothing(keyword: str, schema: dict[str, Any]) -> bool:
         return value is False
     if keyword.startswith("depend"):
         return bool(value == {})
-    return value is True and keyword in ("propertyNames", "unevaluatedItems", "unevaluatedProperties")
+    if keyword == "propertyNames":
+        return _of_names(value) is not None
+    return value is True and keyword in ("unevaluatedItems", "unevaluatedProperties")
+
+
+def _of_names(names: Any) -> list[dict[str, Any]] | None:
+    """What a `propertyNames` says of objects by other keywords, as schemas that all hold; None if none says it.
+
+    Names are texts. Libraries write so the keys of a map: any texts, a list of them, or those that match a pattern.
+    """
+    if names is True:
+        return []
+    if not isinstance(names, dict):
+        return None
+    rest = {keyword: value for keyword, value in names.items() if keyword not in _ANNOTATIONS}
+    if rest.pop("type", "string") != "string" or len(rest) > 1:
+        return None
+    listed = rest.get("enum", [rest["const"]] if "const" in rest else None)
+    if isinstance(listed, list) and len(listed) <= MOST_NAMES:
+        allowed = {name: True for name in listed if isinstance(name, str)}
+        return [{"properties": allowed, "additionalProperties": False}]
+    if isinstance(rest.get("pattern"), str):
+        return [{"patternProperties": {from_ecma(rest["pattern"]): True}, "additionalProperties": False}]
+    return None if rest else []
 
 
 def _check_depth(value: Any, field: str) -> None:

@@ -20,7 +20,6 @@ from .http.errors import ApiError, from_engine, internal
 from .http.exchange import ClientGone, Exchange, Receive, Scope, Send
 from .openapi import openapi_document
 from .page import page
-from .routes.responses_api import handlers as responses_api
 from .routes.table import JOURNALED, OPERATIONS, Handler, Operation
 from .schemas.chat import ChatRequest
 from .schemas.completions import CompletionRequest
@@ -50,14 +49,12 @@ def create_app(
         )
         for operation in OPERATIONS
     ]
-    # Its path is like that of a kept response, with another method: it would be a 405.
-    compact = Route("/v1/responses/compact", Endpoint(gateway, responses_api.compact), methods=["POST"])
     others = [
         Route("/", Endpoint(gateway, page), methods=["GET"]),
         Route("/openapi.json", Endpoint(gateway, _openapi), methods=["GET"]),
     ]
     app = Starlette(
-        routes=[compact, *own, *others, *routes],
+        routes=[*own, *others, *routes],
         middleware=list(middleware),
         exception_handlers={HTTPException: _RoutingError(gateway.config)},
     )

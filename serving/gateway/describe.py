@@ -67,6 +67,10 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 * `encrypted_content` (with `include: ["reasoning.encrypted_content"]`) and the `signature` of omitted thinking hold
   the thinking, encoded and not encrypted, so that clients can send it back. An `encrypted_content` of another server
   is a 400; a `signature` of another server has no effect; `redacted_thinking` is left out of the prompt.
+* `/v1/responses/compact` has the model write a summary of the conversation, without thinking where the template can.
+  It answers the user's messages and a `compaction` item, which holds the summary, encoded and not encrypted; the model
+  gets it as a message of the user. A summary takes at most a quarter of the model's context; one that is longer
+  says that it breaks off.
 * A response is kept for its own API key, within `stored_responses`, `stored_response_bytes` and `stored_response_s`;
   after a restart there are none, unless the server has a `journal`. Without `store` a response is kept.
 * `instructions` come first, `previous_response_id` brings the input and output of the response before, without its
@@ -82,7 +86,8 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
 * A prompt that is too long for `/v1/messages` is a 400 that begins `prompt is too long`, which agents look for.
 * A `tool_result` with `is_error` begins with a line `Error:` for the model.
 * A last message of the assistant in `/v1/messages` is continued. Messages of one role in a row are one turn.
-* A call whose arguments were cut off by `max_tokens` has them as text: `{"INVALID_JSON": ...}` in `input`.
+* A call that was cut off, by `max_tokens` or by the model, has its arguments as text: `{"INVALID_JSON": ...}` in
+  `input`; the text is empty where there were none yet.
 """
 
 
@@ -118,8 +123,13 @@ def page() -> str:
     parts = [_HEAD, _routes(), _statuses()]
     parts.append(_fields("Fields of the routes that answer with text", CommonFields, set()))
     parts.append(_fields("stream_options", StreamOptions, set()))
+    described: dict[type[msgspec.Struct], str] = {}
     for operation in OPERATIONS:
-        if operation.request is not None:
+        if operation.request in described:
+            same = described[operation.request]
+            parts.append(f"## `{operation.path}`\n\nIt takes the fields of `{same}`, and refuses the same ones.\n")
+        elif operation.request is not None:
+            described[operation.request] = operation.path
             shared = set(CommonFields.__struct_fields__) if issubclass(operation.request, OpenAIFields) else set()
             parts.append(_fields(operation.path, operation.request, shared))
             parts.append(_refused(operation))

@@ -6,8 +6,9 @@ import re
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from .errors import CONTEXT_LENGTH, ApiError
+from .errors import CONTEXT_LENGTH, UNSUPPORTED, ApiError
 
 MESSAGES_PREFIX = "/v1/messages"
 RESPONSES_PREFIX = "/v1/responses"
@@ -39,11 +40,18 @@ _ANTHROPIC_TYPES: dict[int, AnthropicErrorType] = {
 _COUNTED = re.compile(r"the \w+ has (\d+) tokens; with max_model_len=\d+ it may have at most (\d+)")
 
 
+class AnthropicErrorDetails(msgspec.Struct):
+    """What clients go by where there are several reasons for one status."""
+
+    error_code: Literal["thread_unsupported_request"]
+
+
 class AnthropicErrorInfo(msgspec.Struct):
     """What went wrong, in Anthropic's words."""
 
     type: AnthropicErrorType
     message: str
+    details: AnthropicErrorDetails | UnsetType = UNSET
 
 
 class AnthropicErrorBody(msgspec.Struct, kw_only=True):
@@ -90,7 +98,11 @@ def anthropic_body(error: ApiError, request_id: str | None = None) -> AnthropicE
         message = f"{info.param}: {message}"
     status = 529 if error.status == 503 else error.status
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return AnthropicErrorBody(error=AnthropicErrorInfo(kind, message), request_id=request_id)
+    made = AnthropicErrorInfo(kind, message)
+    if info.param == "thread" and info.code == UNSUPPORTED:
+        # Anthropic's tool runner asks for a thread first. It goes on without one if it is told so by this code.
+        made.details = AnthropicErrorDetails("thread_unsupported_request")
+    return AnthropicErrorBody(error=made, request_id=request_id)
 
 
 def _too_long(message: str) -> str:

@@ -68,6 +68,8 @@ _FIELD = re.compile(r"^(the )?([a-z_]+)(?: key)?(?:\[\w+\])?[= ]")
 _TOO_LONG = re.compile(
     r"^the (?:(?:prompt has|first \d+ of \d+ characters have) \d+ tokens|request begins with more than \d+ bytes)"
 )
+UNSUPPORTED = "unsupported_parameter"
+"""The code of a field that other servers take and this one does not."""
 CONTEXT_LENGTH = "context_length_exceeded"
 """The code by which OpenAI's clients know that they have to shorten a prompt."""
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .errors import ApiError, invalid
+from .errors import UNSUPPORTED, ApiError, invalid
 
 Request = TypeVar("Request", bound=msgspec.Struct)
 
@@ -130,7 +130,7 @@ def to_struct(
     """
     for name, why in (refused or {}).items():
         if values.get(name) is not None:
-            raise invalid(f"{name} is not supported: {why}", name, "unsupported_parameter")
+            raise invalid(f"{name} is not supported: {why}", name, UNSUPPORTED)
     values = {name: value for name, value in values.items() if value is not None}
     try:
         return msgspec.convert(values, kind, strict=strict, str_keys=True)

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ....engine.errors import PhalanxError
+from ....engine.errors import EngineFault, PhalanxError
 from ....engine.protocol.logprobs import TokenLogprobs
-from ....engine.protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit
+from ....engine.protocol.messages import Accepted, Completion, Delta, Event, Finished, Submit, Tokenize, Tokenized
 from ..gateway import Gateway, affinity_of, tokens_in
 from ..generation.answer_reader import AnswerReader
 from ..generation.generation import Generation
@@ -85,6 +85,26 @@ def prepare(gateway: Gateway, exchange: Exchange, chat: ChatRequest, paths: Mapp
     first = "\0".join(str(message.get("content", "")) for message in messages[:2])
     affinity = affinity_of(submit.cache_salt, chat.prompt_cache_key or first)
     return Turn(chat, submit, name, reader, paths, tokens, affinity)
+
+
+async def count_tokens(gateway: Gateway, turn: Turn) -> int:
+    """Tokens of the prompt that the engine would compute for a turn. Raises ApiError."""
+    submit = turn.submit
+    question = Tokenize(
+        id=submit.id,
+        messages=submit.messages,
+        tools=submit.tools,
+        chat_template_kwargs=submit.chat_template_kwargs,
+        add_generation_prompt=submit.add_generation_prompt,
+        continue_final_message=submit.continue_final_message,
+    )
+    try:
+        answer = await gateway.ask(question)
+    except PhalanxError as error:
+        raise explained(gateway, error, turn) from error
+    if not isinstance(answer, Tokenized):
+        raise EngineFault(f"the engine answered a Tokenize with {type(answer).__name__}")
+    return len(answer.token_ids)
 
 
 async def answer(gateway: Gateway, exchange: Exchange, turn: Turn, writer: Writer) -> None:

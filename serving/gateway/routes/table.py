@@ -46,8 +46,22 @@ from ..schemas.responses import (
     TokenizerInfo,
     VersionInfo,
 )
-from ..schemas.responses_api.answer import DeletedResponse, InputItems, ResponseEvent, ResponseObject
-from ..schemas.responses_api.request import REFUSED_RESPONSES, InputItemsQuery, ResponseQuery, ResponsesRequest
+from ..schemas.responses_api.answer import (
+    CompactedResponse,
+    DeletedResponse,
+    InputItems,
+    InputTokens,
+    ResponseEvent,
+    ResponseObject,
+)
+from ..schemas.responses_api.request import (
+    REFUSED_COMPACT,
+    REFUSED_RESPONSES,
+    CompactRequest,
+    InputItemsQuery,
+    ResponseQuery,
+    ResponsesRequest,
+)
 from ..schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from . import chat, completions, generate, information, tokens
 from .journal_api import batches as batch_api
@@ -116,6 +130,26 @@ OPERATIONS: tuple[Operation, ...] = (
         REFUSED_RESPONSES,
         _COMPUTES,
         done=False,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses/input_tokens",
+        responses_api.count_input_tokens,
+        InputTokens,
+        ResponsesRequest,
+        None,
+        REFUSED_RESPONSES,
+        _COMPUTES,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses/compact",
+        responses_api.compact,
+        CompactedResponse,
+        CompactRequest,
+        None,
+        REFUSED_COMPACT,
+        _COMPUTES,
     ),
     Operation(
         "GET",

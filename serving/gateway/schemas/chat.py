@@ -11,7 +11,7 @@ from ....engine.protocol.sampling_params import LOGPROBS_LIMIT
 from ..config import GatewayConfig
 from ..http.errors import invalid
 from ..http.json_body import json_object
-from .fields import CacheControl, OpenAIFields
+from .fields import CacheBreakpoint, CacheControl, OpenAIFields, Parsed
 from .tools import allowed_tools, check_tools
 from .typed import text_of, typed
 
@@ -21,6 +21,9 @@ class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     text: str
     cache_control: Annotated[CacheControl, Meta(description="Accepted; every prefix is cached.")] | None = None
+    prompt_cache_breakpoint: (
+        Annotated[CacheBreakpoint, Meta(description="Accepted; every prefix is cached.")] | None
+    ) = None
 
 
 class RefusalPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +42,7 @@ class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     arguments: Annotated[str, Meta(description="A JSON object as text, or what a model wrote in its place.")] | None = (
         None
     )
+    parsed_arguments: Parsed = None
 
 
 class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +70,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
     audio: Annotated[None, Meta(description="Only null: the models of this server read text.")] = None
     function_call: Annotated[None, Meta(description="Only null: use tool_calls.")] = None
+    parsed: Parsed = None
 
 
 class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
@@ -116,6 +121,9 @@ class ChatRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
         | None
     ) = None
     stop_in_reasoning: Annotated[bool, Meta(description="Let stop also end an answer in its thinking.")] | None = None
+    verbosity: Annotated[Literal["medium"], Meta(description='Only "medium": ask for it in the messages.')] | None = (
+        None
+    )
     modalities: Annotated[list[Literal["text"]], Meta(description='Only ["text"].')] | None = None
 
 

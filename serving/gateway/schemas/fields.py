@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -36,6 +36,22 @@ class CacheControl(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
+
+
+class CacheBreakpoint(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Where OpenAI's API ends a cached prefix. Every prefix is cached, so that it has no effect."""
+
+    mode: Literal["explicit"]
+
+
+Parsed = Annotated[Any, Meta(description="What OpenAI's client made of the text; it is left out of the prompt.")]
+"""It is in an answer that the client's `parse` or `stream` has read, and comes back with it."""
+
+
+class DirectCaller(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Who called a tool: the model."""
+
+    type: Literal["direct"]
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):

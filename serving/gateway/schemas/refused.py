@@ -38,13 +38,13 @@ REFUSED_CHAT: Mapping[str, str] = {
     "prediction": "predicted outputs are not used",
     "audio": "the models of this server answer with text",
     "web_search_options": "this server searches nothing",
-    "verbosity": "ask for it in the messages",
     "moderation": "this server moderates nothing",
     "documents": "put them into the messages, or into chat_template_kwargs if the model's template has them",
     "chat_template": "the model's own template is used; chat_template_kwargs sets its variables",
     "separate_reasoning": "reasoning is split off if the model writes any; include_reasoning=false leaves it out",
     "prompt": "use messages, or /v1/completions",
     "prompt_cache_retention": "cached prefixes stay while there is room",
+    "prompt_cache_options": "cached prefixes stay while there is room",
 }
 
 REFUSED_COMPLETION: Mapping[str, str] = {

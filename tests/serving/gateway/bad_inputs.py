@@ -16,13 +16,14 @@ from phalanx.serving.gateway.schemas.chat import ChatRequest
 from phalanx.serving.gateway.schemas.completions import CompletionRequest
 from phalanx.serving.gateway.schemas.journal_api.batches import BatchRequest
 from phalanx.serving.gateway.schemas.messages_api.request import CountTokensRequest, MessagesRequest
-from phalanx.serving.gateway.schemas.responses_api.request import ResponsesRequest
+from phalanx.serving.gateway.schemas.responses_api.request import CompactRequest, ResponsesRequest
 from phalanx.serving.gateway.schemas.tokens import DetokenizeRequest, GenerateRequest, TokenizeRequest
 
 BASES: dict[Any, dict[str, Any]] = {
     ChatRequest: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     CompletionRequest: {"prompt": "Hi", "max_tokens": 1},
     ResponsesRequest: {"input": "Hi", "max_output_tokens": 1},
+    CompactRequest: {"input": "Hi"},
     MessagesRequest: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     CountTokensRequest: {"messages": [{"role": "user", "content": "Hi"}]},
     GenerateRequest: {"token_ids": [3], "sampling_params": {"max_tokens": 1}},
@@ -110,6 +111,7 @@ def _right_struct(kind: inspect.StructType) -> dict[str, Any]:
     samples: dict[str, Any] = {"role": "user", "content": "Hi", "type": "text", "name": "f", "function": {"name": "f"}}
     samples["max_tokens"] = 1
     samples["keep"] = "all"
+    samples["mode"] = "explicit"
     names = [field.name for field in kind.fields if field.required or field.name == "max_tokens"]
     return {name: samples[name] for name in names}
 

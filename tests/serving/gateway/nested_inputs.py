@@ -11,6 +11,7 @@ from msgspec import inspect
 from phalanx.serving.gateway.schemas.chat import PARTS
 from phalanx.serving.gateway.schemas.messages_api import request as messages_api
 from phalanx.serving.gateway.schemas.responses_api import request as responses_api
+from phalanx.serving.gateway.schemas.sealed import seal
 from phalanx.tests.serving.gateway.bad_inputs import Case, wrong_values
 
 Place = Callable[[dict[str, Any]], dict[str, Any]]
@@ -22,7 +23,7 @@ _TOOL = {"name": "f", "input_schema": {"type": "object"}}
 _RIGHT: dict[str, Any] = {
     "text": "Hi", "refusal": "No", "role": "user", "content": "Hi", "call_id": "c", "tool_use_id": "c", "id": "c",
     "tool_name": "f", "name": "f", "arguments": "{}", "output": "1", "thinking": "hm", "data": "x", "input": {},
-    "tools": [_FUNCTION],
+    "tools": [_FUNCTION], "encrypted_content": seal("hm"),
     "input_schema": {"type": "object"}, "schema": {"type": "object"}, "mode": "auto", "budget_tokens": 1,
 }  # fmt: skip
 """A right value of each field that some type requires."""

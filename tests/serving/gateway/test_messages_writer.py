@@ -105,3 +105,10 @@ def test_arguments_that_were_cut_off_are_kept_as_text() -> None:
     writer.take([*CALL[:2]], [])
     writer.end(Finished("r", [], Usage(1, 1), Timings(0, 0, 0, 0)), Completion(0, "length"))
     assert message.content[0].input == {"INVALID_JSON": '{"a":'}  # type: ignore[union-attr]
+
+
+def test_a_call_that_breaks_off_before_its_arguments_is_not_one_without_any() -> None:
+    (streamed,) = blocks(run([CALL[0], CallEnd(0, whole=False)], Completion(0, "length")))
+    assert json.loads(streamed["json"]) == {"INVALID_JSON": ""}
+    (whole,) = blocks(run([CALL[0], CallArguments(0, "{}"), CallEnd(0)]))
+    assert json.loads(whole["json"]) == {}

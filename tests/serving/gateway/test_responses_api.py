@@ -359,9 +359,102 @@ def test_a_query_is_checked(agent: Server, path: str, param: str) -> None:
     assert agent.http.get(f"/v1/responses/{made.id}?stream=false").json()["id"] == made.id
 
 
-def test_there_is_no_compaction(agent: Server) -> None:
-    answer = agent.http.post("/v1/responses/compact", json={"model": "demo", "input": "Hi"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+def count(server: Server, **fields: Any) -> int:
+    counted = server.openai.responses.input_tokens.count(**{"model": "demo", **fields})
+    assert counted.object == "response.input_tokens"
+    return int(counted.input_tokens)
+
+
+def test_an_inputs_tokens_are_counted_as_the_model_gets_them(agent: Server) -> None:
+    fields: Any = {"input": [USER, {"role": "assistant", "content": "Hm"}, USER], "instructions": "Be brief."}
+    made = create(agent, **fields)
+    submits = len(agent.pool.submits)
+    assert count(agent, **fields, tools=[WEATHER], reasoning={"effort": "low"}) == made.usage.input_tokens == 15
+    next_one = count(agent, previous_response_id=made.id, input="More")
+    assert next_one == 6 + len(made.output_text) + len("More")
+    assert count(agent, previous_response_id=made.id) == next_one - len("More")
+    assert count(agent, instructions="Be brief.", input="") == len("Be brief.")
+
+    # The very body of a response is taken.
+    body = {"input": "Hi", "max_output_tokens": 5, "stream": True, "store": True}
+    assert agent.http.post("/v1/responses/input_tokens", json=body).json()["input_tokens"] == 2
+    assert len(agent.pool.submits) == submits
+
+
+def test_what_cannot_be_counted_is_named(agent: Server) -> None:
+    for body, param in (
+        ({}, "input"),
+        ({"input": "Hi", "personality": "friendly"}, "personality"),
+        ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "Hi", "conversation": "conv_1"}, "conversation"),
+    ):
+        answer = agent.http.post("/v1/responses/input_tokens", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert agent.http.get("/v1/responses/input_tokens").status_code == 404
+
+
+def test_a_response_may_go_on_without_an_input(agent: Server) -> None:
+    first = create(agent)
+    create(agent, previous_response_id=first.id, input=None)
+    assert [message["content"] for message in agent.pool.submits[-1].messages] == ["Hi", "Hello world"]
+    assert refusal(agent, {"model": "demo"})["param"] == "input"
+
+
+def test_a_conversation_is_compacted_into_a_summary_that_takes_its_place(agent: Server) -> None:
+    agent.pool.answers = ["Hello", "<think>hm</think>They said Hi. é", "Bye"]
+    first = create(agent)
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "sun"}
+    compacted = agent.openai.responses.compact(
+        model="demo",
+        instructions="Be brief.",
+        previous_response_id=first.id,
+        input=[call, output, USER],  # type: ignore[list-item]
+    )
+    assert compacted.object == "response.compaction"
+    assert [item.type for item in compacted.output] == ["message", "message", "compaction"]
+    assert (compacted.usage.output_tokens, compacted.usage.output_tokens_details.reasoning_tokens) == (6, 1)
+
+    asked = agent.pool.submits[-1]
+    roles = ["system", "user", "assistant", "tool", "user", "user"]
+    assert [message["role"] for message in asked.messages] == roles
+    assert asked.messages[0]["content"] == "Be brief."
+    assert "summary" in asked.messages[-1]["content"]
+    assert asked.chat_template_kwargs["enable_thinking"] is False
+    assert asked.sampling.max_tokens == agent.pool.model.max_model_len // 4
+
+    # The output is the next input, as it came.
+    window = compacted.to_dict(warnings=False)["output"]
+    made = create(agent, input=[*window, {"role": "user", "content": "Go on"}])  # type: ignore[misc]
+    texts = [message["content"] for message in agent.pool.submits[-1].messages]
+    assert texts[:2] == ["Hi", "Hi"]
+    assert texts[2].endswith(":\nThey said Hi. é")
+    assert texts[3] == "Go on"
+    create(agent, previous_response_id=made.id)
+    assert texts[2] in [message["content"] for message in agent.pool.submits[-1].messages]
+
+
+def test_a_summary_that_breaks_off_says_so_and_none_is_an_error(agent: Server) -> None:
+    agent.pool.answers = ["They said" + AgentPool.CUT, "<think>hm</think>" + AgentPool.CUT]
+    output = agent.http.post("/v1/responses/compact", json={"input": "Hi"}).json()["output"]
+    create(agent, input=[output[-1]])
+    assert "They said\n[The summary breaks off here.]" in agent.pool.submits[-1].messages[0]["content"]
+
+    agent.pool.answers = ["<think>hm</think>" + AgentPool.CUT]
+    none = agent.http.post("/v1/responses/compact", json={"input": "Hi"})
+    assert (none.status_code, none.json()["error"]["type"]) == (500, "server_error")
+
+
+def test_a_compaction_that_cannot_be_is_named(agent: Server) -> None:
+    for body, param in (
+        ({}, "input"),
+        ({"input": "Hi", "stream": True}, "stream"),
+        ({"input": [{"type": "compaction", "encrypted_content": "gAAA"}]}, "input[0].encrypted_content"),
+        ({"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
+    ):
+        answer = agent.http.post("/v1/responses/compact", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert agent.http.get("/v1/responses/compact").json()["error"]["code"] == "response_not_found"
 
 

@@ -215,7 +215,10 @@ def _add_tools(
         if tool.defer_loading and tool.name not in found:
             continue
         path = f"tools[{index}]"
-        function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
+        schema = tool.input_schema
+        if tool.input_examples:
+            schema = {**schema, "examples": tool.input_examples}
+        function: dict[str, Any] = {"name": tool.name, "parameters": schema}
         if tool.description is not None:
             function["description"] = tool.description
         if tool.strict is not None:

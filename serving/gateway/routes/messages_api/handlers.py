@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from .....engine.errors import EngineFault, PhalanxError
-from .....engine.protocol.messages import Tokenize, Tokenized
 from ...gateway import Gateway
 from ...http.exchange import Exchange
 from ...schemas.messages_api.answer import MessageAnswer, MessageUsage, TokenCount
@@ -38,19 +36,4 @@ async def count_tokens(gateway: Gateway, exchange: Exchange) -> None:
     request = await exchange.read(CountTokensRequest, REFUSED_COUNT_TOKENS)
     chat, paths = to_chat(request, gateway.config)
     turn = faces.prepare(gateway, exchange, chat, paths)
-    submit = turn.submit
-    question = Tokenize(
-        id=submit.id,
-        messages=submit.messages,
-        tools=submit.tools,
-        chat_template_kwargs=submit.chat_template_kwargs,
-        add_generation_prompt=submit.add_generation_prompt,
-        continue_final_message=submit.continue_final_message,
-    )
-    try:
-        answer = await gateway.ask(question)
-    except PhalanxError as error:
-        raise faces.explained(gateway, error, turn) from error
-    if not isinstance(answer, Tokenized):
-        raise EngineFault(f"the engine answered a Tokenize with {type(answer).__name__}")
-    await exchange.respond_json(TokenCount(input_tokens=len(answer.token_ids)))
+    await exchange.respond_json(TokenCount(input_tokens=await faces.count_tokens(gateway, turn)))

@@ -32,6 +32,7 @@ EventType = Literal[
     "message_stop", "ping",
 ]  # fmt: skip
 
+_NOTHING = f'{{"{INVALID_JSON}": ""}}'
 _encode = msgspec.json.Encoder().encode
 
 
@@ -80,6 +81,9 @@ class MessageWriter:
                 if part.text:
                     self._piece(part.text, EventDelta(type="input_json_delta", partial_json=part.text))
             else:
+                if not part.whole and not self._pieces:
+                    # Nothing at all would be read as a call without arguments.
+                    self._piece(_NOTHING, EventDelta(type="input_json_delta", partial_json=_NOTHING))
                 self._close()
 
     def end(self, finished: Finished, ending: Completion) -> None:

@@ -16,6 +16,7 @@ from ...schemas.responses_api.request import (
     MESSAGE_PARTS,
     OUTPUT_PARTS,
     REASONING_PARTS,
+    CompactionItem,
     FunctionCallItem,
     FunctionCallOutputItem,
     ItemReference,
@@ -31,6 +32,9 @@ from .tools import add_tools, joined_name
 
 Item = dict[str, Any]
 
+SUMMARY = "This is a summary of the conversation up to here:"
+"""What comes before a summary in the prompt. Its role is the user's: templates take other roles in some places only."""
+
 _TEXT_ONLY = "the models of this server read text"
 _ITEMS = f"the input may hold {', '.join(ITEMS)}"
 
@@ -40,6 +44,11 @@ def input_items(request: ResponsesRequest, find: Callable[[str], Item | None]) -
 
     `find` returns an item of a stored response by its id. Raises ApiError for a reference to what is not stored.
     """
+    if request.input is None:
+        if request.previous_response_id is None:
+            why = "one of input and previous_response_id must be given"
+            raise invalid(f"input is required: {why}", "input", "missing_required_parameter")
+        return []
     if isinstance(request.input, str):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": request.input}]}]
     items = []
@@ -130,6 +139,10 @@ def _add(turns: Turns, item: Item, path: str) -> None:
         where = f"{path}.arguments"
         name = joined_name(checked.namespace, checked.name)
         turns.call(checked.call_id, name, checked.arguments, path, arguments_path=where)
+    elif isinstance(checked, CompactionItem):
+        where = f"{path}.encrypted_content"
+        content = f"{SUMMARY}\n{unseal(checked.encrypted_content, where)}"
+        turns.add("user", content, path, content_path=where)
     elif isinstance(checked, FunctionCallOutputItem):
         content = parts_text(checked.output, OUTPUT_PARTS, f"{path}.output", _TEXT_ONLY)
         turns.add("tool", content, path, content_path=f"{path}.output", tool_call_id=checked.call_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,15 +14,18 @@ from ...gateway import Gateway
 from ...generation.response_store import StoredResponse
 from ...http.errors import ApiError, invalid
 from ...http.exchange import Exchange
-from ...schemas.responses_api.answer import DeletedResponse, InputItems, ReasoningInfo, ResponseObject
+from ...schemas.responses_api.answer import DeletedResponse, InputItems, InputTokens, ReasoningInfo, ResponseObject
 from ...schemas.responses_api.request import (
     ENCRYPTED,
+    REFUSED_COMPACT,
     REFUSED_RESPONSES,
+    CompactRequest,
     InputItemsQuery,
     ResponseQuery,
     ResponsesRequest,
 )
 from .. import faces
+from .compaction import ASK, SummaryWriter, as_response
 from .conversation import Item, check_together, echoed_format, input_items, to_chat
 from .keeping import Keeper, start_in_background
 from .tools import echoed_tools, namespaces
@@ -40,16 +44,13 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
         field = "background" if request.background else "store"
         raise invalid(f"{field}=true is not supported: this server keeps nothing (stored_responses=0)", field)
 
-    before = _previous_items(gateway, owner, request.previous_response_id)
-    items = input_items(request, lambda item_id: store.find_item(owner, item_id))
-    chat, paths = to_chat(request, before, items, gateway.config)
-    turn = faces.prepare(gateway, exchange, chat, paths)
+    turn, items = _read_turn(gateway, exchange, request)
     durable = exchange.durable
     # The same id when it is computed again: its caller may know it.
     identity = uuid.uuid4().hex if durable is None else durable.request.id
     writer = _writer(request, turn, f"resp_{identity}", keeps=store.keeps)
 
-    keeper = Keeper(gateway, owner, before + items, writer) if writer.response.store else None
+    keeper = Keeper(gateway, owner, items, writer) if writer.response.store else None
     if request.background:
         assert keeper is not None
         await start_in_background(gateway, exchange, turn, keeper)
@@ -60,11 +61,21 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
         await exchange.respond_json(writer.response)
 
 
+async def count_input_tokens(gateway: Gateway, exchange: Exchange) -> None:
+    """Count the tokens of an input, as /v1/responses would send it to the model."""
+    request = await exchange.read(ResponsesRequest, REFUSED_RESPONSES)
+    turn, _ = _read_turn(gateway, exchange, request)
+    await exchange.respond_json(InputTokens(input_tokens=await faces.count_tokens(gateway, turn)))
+
+
 async def compact(gateway: Gateway, exchange: Exchange) -> None:
-    """Say that there is no such route, though its path is like that of a kept response."""
-    path = exchange.scope["path"]
-    why = "this server compacts nothing; shorten the input yourself"
-    raise ApiError(404, f"there is no route {path}: {why}", type="not_found_error", code="not_found")
+    """Have the model write a summary of an input, which later inputs may have in its place."""
+    request = await exchange.read(CompactRequest, REFUSED_COMPACT)
+    _, info = gateway.model(request.model)
+    turn, items = _read_turn(gateway, exchange, as_response(request, info.max_model_len), [ASK])
+    writer = SummaryWriter()
+    await faces.answer(gateway, exchange, turn, writer)
+    await exchange.respond_json(writer.response(items))
 
 
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
@@ -144,6 +155,21 @@ def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
             code="response_not_found",
         )
     return response_id, record
+
+
+def _read_turn(
+    gateway: Gateway, exchange: Exchange, request: ResponsesRequest, added: Sequence[Item] = ()
+) -> tuple[faces.Turn, list[Item]]:
+    """(the request on its way to the engine, the items of its input with those of the responses before it)
+
+    Items that are `added` come after them, to the engine alone. Raises ApiError with the path of the field that is
+    wrong.
+    """
+    owner = exchange.owner
+    before = _previous_items(gateway, owner, request.previous_response_id)
+    items = input_items(request, lambda item_id: gateway.responses.find_item(owner, item_id))
+    chat, paths = to_chat(request, before, [*items, *added], gateway.config)
+    return faces.prepare(gateway, exchange, chat, paths), before + items
 
 
 def _previous_items(gateway: Gateway, owner: str, response_id: str | None) -> list[Item]:

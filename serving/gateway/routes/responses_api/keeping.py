@@ -22,7 +22,7 @@ from .writer import ResponseWriter
 
 _log = logging.getLogger(__name__)
 
-_ID_PREFIXES = {"function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_ID_PREFIXES = {"function_call": "fc", "function_call_output": "fco", "reasoning": "rs", "compaction": "cmp"}
 
 
 class Keeper:
@@ -34,8 +34,7 @@ class Keeper:
         self._owner = owner
         self._writer = writer
         self.keep_alive = writer.keep_alive
-        named = [item if item.get("id") else {"id": _new_id(item), **item} for item in items]
-        self._input = msgspec.json.encode(named)
+        self._input = msgspec.json.encode([with_id(item) for item in items])
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, accepted: Accepted) -> None:
@@ -141,5 +140,8 @@ async def _compute_answer(
             started.set_exception(internal())
 
 
-def _new_id(item: Item) -> str:
-    return f"{_ID_PREFIXES.get(str(item['type']), 'msg')}_{uuid.uuid4().hex}"
+def with_id(item: Item) -> Item:
+    """The item, with an id if it had none."""
+    if item.get("id"):
+        return item
+    return {**item, "id": f"{_ID_PREFIXES.get(str(item['type']), 'msg')}_{uuid.uuid4().hex}"}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET
 
-from .....engine.protocol.messages import Accepted, Completion, Finished
+from .....engine.protocol.messages import Accepted, Completion, Finished, Usage
 from ...generation.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from ...http.error_shapes import responses_event
 from ...http.errors import ApiError
@@ -112,14 +112,7 @@ class ResponseWriter:
             self._message()
         self._close("incomplete" if cut else "completed")
 
-        usage = finished.usage
-        response.usage = ResponseUsage(
-            input_tokens=usage.prompt_tokens,
-            input_tokens_details=InputTokensDetails(cached_tokens=usage.cached_tokens),
-            output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
-            total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        )
+        response.usage = usage_of(finished.usage)
         if cut:
             response.status = "incomplete"
             response.incomplete_details = IncompleteDetails(reason="max_output_tokens")
@@ -256,6 +249,17 @@ class ResponseWriter:
         event = ResponseEvent(type=type, sequence_number=self._sequence, **fields)
         self._sequence += 1
         self._events.append(b"event: " + type.encode() + b"\ndata: " + _encode(event) + b"\n\n")
+
+
+def usage_of(usage: Usage) -> ResponseUsage:
+    """The tokens of a response."""
+    return ResponseUsage(
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputTokensDetails(cached_tokens=usage.cached_tokens),
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+    )
 
 
 def _failure_code(status: int) -> Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ..fields import CacheControl, ModelName, Stream
+from ..fields import CacheControl, DirectCaller, ModelName, Stream
 
 Blocks = list[dict[str, Any]]
 
@@ -32,12 +32,6 @@ class RedactedThinkingBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=
     """Thinking that only another server can read; it is left out of the prompt."""
 
     data: str
-
-
-class DirectCaller(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Who called a tool: the model."""
-
-    type: Literal["direct"]
 
 
 class ToolUseBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +88,9 @@ class CustomTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
     allowed_callers: list[Literal["direct"]] | None = None
+    input_examples: (
+        Annotated[list[dict[str, Any]], Meta(description="The model knows them as the schema's examples.")] | None
+    ) = None
     defer_loading: (
         Annotated[bool, Meta(description="The model knows it once a tool_result has a tool_reference to it.")] | None
     ) = None
@@ -230,6 +227,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=Tr
     top_k: Annotated[int, Meta(ge=-1, description="Keep the k likeliest tokens; 0 or -1 keeps all.")] | None = None
     stream: Stream | None = None
     metadata: Annotated[AnthropicMetadata, Meta(description="Accepted; has no effect.")] | None = None
+    user_profile_id: Annotated[str, Meta(description="Accepted; has no effect.")] | None = None
     service_tier: (
         Annotated[Literal["auto", "standard_only"], Meta(description="Accepted; there is one tier.")] | None
     ) = None
@@ -241,6 +239,10 @@ _REFUSED_BOTH = {
     "inference_geo": "the server is where it is",
     "speed": "there is one speed",
     "stop": "its name is stop_sequences here",
+    "thread": "conversations are not kept; send all messages",
+    "compaction": "the server compacts nothing; shorten the messages yourself",
+    "fallbacks": "the model that is asked answers",
+    "diagnostics": "prompts are not compared; usage says what was cached",
 }
 REFUSED_COUNT_TOKENS = {**_REFUSED_BOTH, "max_tokens": "it has no part in the count"}
 REFUSED_MESSAGES = {

@@ -167,6 +167,23 @@ class ResponseEvent(msgspec.Struct, kw_only=True):
     logprobs: list[LogprobContent] | UnsetType = UNSET
 
 
+class InputTokens(msgspec.Struct, kw_only=True):
+    """The answer of /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
+class CompactedResponse(msgspec.Struct, kw_only=True):
+    """The answer of /v1/responses/compact: the user's messages, and one compaction item."""
+
+    id: str
+    object: Literal["response.compaction"] = "response.compaction"
+    created_at: int
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
+
+
 class DeletedResponse(msgspec.Struct, kw_only=True):
     """The answer of DELETE /v1/responses/{response_id}."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ..fields import CacheSalt, ModelName, Penalty, Priority, Stream, TimeoutS
+from ..fields import CacheBreakpoint, CacheSalt, DirectCaller, ModelName, Parsed, Penalty, Priority, Stream, TimeoutS
 
 MAX_TOP_LOGPROBS = 20
 ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
@@ -32,6 +32,10 @@ class ReasoningConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         ]
         | None
     ) = None
+    context: Annotated[Literal["auto"], Meta(description='Only "auto": the template chooses what it shows.')] | None = (
+        None
+    )
+    mode: Annotated[Literal["standard"], Meta(description='Only "standard": there is one mode.')] | None = None
     generate_summary: Annotated[Literal["auto", "detailed"], Meta(description="The older name of summary.")] | None = (
         None
     )
@@ -75,13 +79,16 @@ class ResponsesStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What is to be answered."""
 
-    input: Annotated[
-        str | list[dict[str, Any]],
-        Meta(
-            description="A text of the user, or items: message, function_call, function_call_output, reasoning, "
-            "item_reference."
-        ),
-    ]
+    input: (
+        Annotated[
+            str | list[dict[str, Any]],
+            Meta(
+                description="A text of the user, or items: message, function_call, function_call_output, reasoning, "
+                "compaction, item_reference. Without previous_response_id it is required."
+            ),
+        ]
+        | None
+    ) = None
     model: ModelName | None = None
     instructions: (
         Annotated[str, Meta(description="A system message before everything else; not carried on to later responses.")]
@@ -171,20 +178,45 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     client_metadata: Annotated[dict[str, str], Meta(description="Accepted; has no effect.")] | None = None
 
 
+class CompactRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A conversation of which the model is to write a summary."""
+
+    input: Annotated[str | list[dict[str, Any]], Meta(description="As in /v1/responses.")] | None = None
+    model: ModelName | None = None
+    instructions: Annotated[str, Meta(description="A system message before everything else.")] | None = None
+    previous_response_id: (
+        Annotated[str, Meta(description="A stored response; its input and its output come before this input.")] | None
+    ) = None
+    prompt_cache_key: Annotated[str, Meta(description="Requests with the same key go to the same engine.")] | None = (
+        None
+    )
+    service_tier: Annotated[Literal["auto", "default"], Meta(description="Accepted; there is one tier.")] | None = None
+
+
 REFUSED_RESPONSES = {
     "conversation": "conversations are not kept; use previous_response_id",
     "prompt": "prompt templates are not kept; use instructions and input",
-    "context_management": "the server compacts nothing; shorten the input yourself",
+    "context_management": "the server compacts nothing by itself; use /v1/responses/compact",
     "moderation": "this server moderates nothing",
     "background_options": "background responses are computed as soon as there is room",
     "prompt_cache_retention": "cached prefixes stay while there is room",
     "prompt_cache_options": "cached prefixes stay while there is room",
+    "personality": "ask for it in instructions",
+    "access_programs": "there are no such programs here",
+    "image": "the models of this server read text",
     "n": "a response is one answer; use /v1/chat/completions",
     "stop": "use /v1/chat/completions",
     "response_format": "its name is text.format here",
     "messages": "use input, or /v1/chat/completions",
     "max_tokens": "its name is max_output_tokens here",
     "max_completion_tokens": "its name is max_output_tokens here",
+}
+
+
+REFUSED_COMPACT = {
+    **{name: REFUSED_RESPONSES[name] for name in ("prompt_cache_retention", "prompt_cache_options", "image")},
+    "stream": "a summary is answered whole",
+    "max_output_tokens": "a summary takes at most a quarter of the model's context",
 }
 
 
@@ -210,6 +242,8 @@ class FunctionCallItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     arguments: str
     id: str | None = None
     status: Status | None = None
+    caller: DirectCaller | None = None
+    parsed_arguments: Parsed = None
 
 
 class FunctionCallOutputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -219,6 +253,9 @@ class FunctionCallOutputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields
     output: str | list[dict[str, Any]]
     id: str | None = None
     status: Status | None = None
+    caller: DirectCaller | None = None
+    name: str | None = None
+    namespace: str | None = None
 
 
 class ReasoningItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -229,6 +266,14 @@ class ReasoningItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     encrypted_content: str | None = None
     id: str | None = None
     status: Status | None = None
+
+
+class CompactionItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A conversation's summary, as /v1/responses/compact answers it."""
+
+    encrypted_content: str
+    id: str | None = None
+    created_by: str | None = None
 
 
 class ItemReference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -242,6 +287,7 @@ ITEMS: dict[str, type[msgspec.Struct]] = {
     "function_call": FunctionCallItem,
     "function_call_output": FunctionCallOutputItem,
     "reasoning": ReasoningItem,
+    "compaction": CompactionItem,
     "item_reference": ItemReference,
 }
 
@@ -252,6 +298,8 @@ class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+    parsed: Parsed = None
 
 
 class RefusalPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -277,6 +325,8 @@ class FunctionTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
+    defer_loading: Annotated[Literal[False], Meta(description="Only false: every tool is known.")] | None = None
 
 
 class NamespaceTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
