@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -190,7 +191,7 @@ def _kv_memory(text: str) -> float:
 
 def _check_preset_name(model: str) -> None:
     """Raise ConfigError for a bare word that is neither a folder nor a file: it was meant to be a preset."""
-    if model and "/" not in model and not Path(model).exists():
+    if model and "/" not in model and not os.path.exists(model):
         raise ConfigError(unknown_name("model folder or preset", model, choices("models")))
 
 
