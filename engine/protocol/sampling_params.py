@@ -209,7 +209,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def plain(value: Any) -> Any:
-    """Return a number or an array of numpy or torch as Python's number or list; anything else as it is."""
+    """Return a number or an array of numpy or torch as Python's number or list; anything else as it is.
+
+    A text of a class of its own, such as a template engine's, becomes a plain one: no wire takes another.
+    """
+    if isinstance(value, str) and type(value) is not str:
+        return str.__str__(value)
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
     return value

@@ -105,6 +105,8 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: Ran
             continue
         if name not in names and not name.startswith(("shape.", "bench.", "sampling.logit_bias.")):
             raise ConfigError(unknown_name("configuration key", name, names))
+        if override.is_delete() and name not in GROUPS:
+            raise ConfigError(f"{text!r} takes a key away, and every key has a value: write {name}=VALUE")
         given[name] = override.value()
         if name in GROUPS and given[name] is not None and given[name] not in choices(name, folders):
             raise ConfigError(unknown_name(f"choice of {name}:", str(given[name]), choices(name, folders)))

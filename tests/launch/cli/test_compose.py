@@ -233,6 +233,12 @@ def test_keys_of_generate_that_do_not_go_together_are_refused(keys: GenerateKeys
         check_keys(keys)
 
 
+@pytest.mark.parametrize("word", ["~max_queue", "~max_queue=5", "~prompt", "~sampling.n"])
+def test_a_key_cannot_be_taken_away(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"takes a key away.*=VALUE"):
+        prepare_arguments(["model=x", word], GenerateKeys, RankInfo())
+
+
 def test_an_output_that_is_the_input_under_another_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("{}")
     os.link(tmp_path / "in.jsonl", tmp_path / "hard")
