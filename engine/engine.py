@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -336,7 +337,7 @@ def _tokenizer(config: EngineConfig, folder: Path, spec: ModelSpec) -> Tokenizer
     try:
         return Tokenizer(
             resolve_model(config.tokenizer, weights=False) if config.tokenizer else folder,
-            None if store == "none" else Path(store).expanduser(),
+            None if store == "none" else Path(os.path.expanduser(store)),
         )
     except CheckpointError:
         # Dummy weights are for measuring: token ids are enough, and the folder may hold config.json alone.

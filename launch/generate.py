@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import statistics
 import sys
@@ -185,14 +186,25 @@ def check_keys(keys: GenerateKeys) -> None:
                 raise ConfigError(f"{name}={getattr(keys, name)} goes with input=FILE.jsonl, not with prompt=")
         return
 
-    if not Path(keys.input).is_file():
+    if not os.path.isfile(keys.input):
         raise ConfigError(f"input={keys.input!r} is not a file")
     if keys.resume and keys.output is None:
         raise ConfigError("resume=true needs output=FILE.jsonl, the file to continue")
     if keys.journal is not None and keys.output is None:
         raise ConfigError(f"journal={keys.journal!r} needs output=FILE.jsonl: what is answered is told from it")
-    if keys.output is not None and Path(keys.output).resolve() == Path(keys.input).resolve():
+    if keys.output is not None and _is_same_file(keys.output, keys.input):
         raise ConfigError(f"output={keys.output!r} is the input file: give another")
+    for name, path in (("input", keys.input), ("output", keys.output)):
+        if keys.journal is not None and path is not None and _is_same_file(keys.journal, path):
+            raise ConfigError(f"journal={keys.journal!r} is the file of {name}: give another")
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    """Whether two paths lead to one file, by links of any kind; it need not be there yet."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _one(job: Job[GenerateKeys], config: EngineConfig, prompt: str) -> int:
@@ -251,7 +263,8 @@ def _answer_all(job: Job[GenerateKeys], config: EngineConfig, done: set[str], jo
     with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
         with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
             _say_report(llm)
-            if answers is not None and not keys.resume and journal is None:
+            # What standard output goes to may hold another program's lines, as with ">> FILE".
+            if answers is not None and keys.output is not None and not keys.resume and journal is None:
                 answers.clear()
 
             display: Display = AnswerStream(write_stdout)
@@ -286,9 +299,18 @@ def _journal(keys: GenerateKeys, config: EngineConfig) -> Iterator[RunJournal | 
 @contextlib.contextmanager
 def _answer_file(keys: GenerateKeys) -> Iterator[AnswerFile | None]:
     if keys.output is not None:
-        Path(keys.output).parent.mkdir(parents=True, exist_ok=True)
-        with _open(keys.output, "ab") as file:
+        folder = Path(keys.output).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output={keys.output!r}: folder {folder} cannot be made: {error.strerror}") from error
+        file = _open(keys.output, "ab")
+        try:
             yield AnswerFile(file)
+        finally:
+            # Each record was flushed: closing fails only where a record did, which is told then.
+            with contextlib.suppress(OSError):
+                file.close()
     else:
         yield None if keys.stream else AnswerFile(sys.stdout.buffer)
 

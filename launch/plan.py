@@ -6,6 +6,7 @@ Reads a preset or a folder's config.json; no weights, no GPU, no torch.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import textwrap
 import typing
@@ -147,8 +148,8 @@ def read_spec(model: str) -> ModelSpec:
     """Read the spec of a preset or of a folder. Raises ConfigError or CheckpointError if there is none."""
     if model in presets():
         return spec_from_config(load_preset(model)["shape"], f"preset {model}")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):
         return spec_from_config(read_config(folder), model)
     same = [name for name in presets() if load_preset(name)["model"] == model]
     raise ConfigError(

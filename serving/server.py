@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -60,7 +60,7 @@ class ServerConfig:
             raise ConfigError(f"ssl_keyfile={self.ssl_keyfile!r} needs its certificate: set ssl_certfile")
         for name in ("ssl_certfile", "ssl_keyfile"):
             path = getattr(self, name)
-            if path is not None and not Path(path).is_file():
+            if path is not None and not os.path.isfile(path):
                 raise ConfigError(f"{name}={path!r} is not a file")
         if not self.backlog >= 1:
             raise ConfigError(f"backlog={self.backlog!r} is out of range: it must be at least 1")

@@ -32,6 +32,7 @@ from ..protocol.messages import (
     Tokenize,
     Tokenized,
 )
+from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import Connection
 from .callbacks import CallbackThreads, OnEvent, Receiver
 
@@ -124,6 +125,9 @@ class Client:
                 )
             self._sinks[command.id] = on_event
         try:
+            if isinstance(command, Submit) and not isinstance(command.sampling, SamplingParams):
+                # A connection that keeps requests looks into it before any engine does.
+                raise InvalidRequest(f"the request is ill-typed: sampling={shown(command.sampling)}")
             self._connection.send(command)
         except InvalidRequest as error:
             self._on_event(Failed(command.id, type(error).__name__, str(error)))
@@ -154,7 +158,9 @@ class Client:
 
     def status(self, timeout_s: float | None) -> Status:
         """The engine's Status; Timeout if none comes in time (None waits), EngineStopped if the engine has stopped."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        # A wait for longer than the system can wait has no end.
+        wait_s = None if timeout_s is None or timeout_s > threading.TIMEOUT_MAX else timeout_s
+        deadline = None if wait_s is None else time.monotonic() + wait_s
         answers: queue.SimpleQueue[Event] = queue.SimpleQueue()
         while True:
             self.ask(StatusRequest(), answers.put)

@@ -7,6 +7,7 @@ processes needs none of it.
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,7 @@ class LLM:
         """
         llm = cls.__new__(cls)
         secret = None if secret_file is None else read_secret(secret_file)
+        restart_wait_s = min(restart_wait_s, threading.TIMEOUT_MAX)  # the system waits no longer
         llm.client = client = Client(ResumingConnection(ZmqConnection(address, secret), restart_wait_s))
         llm._lifetime = Lifetime(llm, partial(client.leave, EngineStopped("the connection was closed")))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,8 @@ def _plain_within(value: Any) -> Any:
         return {plain(key): _plain_within(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_within(each) for each in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain_within({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     return plain(value)
 
 

@@ -21,7 +21,7 @@ from ..protocol.sampling_params import SamplingParams
 from ..scheduling.request import Request
 from ..scheduling.step_plan import SlotSampling
 from .resumed import resumed_outputs
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, unused_fields
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class InputProcessor:
         self._max_model_len = max_model_len
         self._generation = sampling_defaults(generation_config)
         self._stated = stated_defaults(generation_config)
+        self._unused = unused_fields(generation_config)
         self.eos_token_ids = _eos_token_ids(generation_config, spec, tokenizer)
         self._unseeded = itertools.count()
         self._grammars: GrammarCompiler | None = None
@@ -61,10 +62,10 @@ class InputProcessor:
     @property
     def defaults_report(self) -> str:
         """In words: what requests get that leave a field unset."""
-        if not self._generation:
-            return "generation_config gives no sampling defaults: requests are greedy unless they say otherwise"
         values = ", ".join(f"{name}={value}" for name, value in self._generation.items())
-        return f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
+        given = f"generation_config defaults applied where a request and sampling.* leave a field unset: {values}"
+        none = "generation_config gives no sampling defaults: requests are greedy unless they say otherwise"
+        return (given if values else none) + self._unused
 
     @property
     def server_defaults(self) -> dict[str, float]:
@@ -124,8 +125,7 @@ class InputProcessor:
         eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | self._special_tokens(params.stop)
         seed = params.seed if params.seed is not None else seed
-        if seed is None:
-            seed = derive_seed(self._config.seed, next(self._unseeded))
+        seed = derive_seed(self._config.seed, next(self._unseeded)) if seed is None else seed
         max_tokens = _first(params.max_tokens, self._config.sampling.max_tokens, self._generation.get("max_tokens"))
 
         outputs = []

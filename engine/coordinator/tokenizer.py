@@ -354,3 +354,20 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
         return read_json_object(path)
     except LoadError as error:
         raise CheckpointError(str(error)) from error
+
+
+_UNUSED: dict[str, Any] = {
+    "bad_words_ids": None, "begin_suppress_tokens": None, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "num_beams": 1,
+    "penalty_alpha": None, "sequence_bias": None, "stop_strings": None, "suppress_tokens": None, "top_h": None,
+    "typical_p": 1.0,
+}  # fmt: skip
+"""Fields of generation_config.json that change what transformers generates and nothing here, and their defaults."""
+
+
+def unused_fields(generation_config: dict[str, Any]) -> str:
+    """Return in words what a generation_config asks for and does not get; empty if there is nothing."""
+    asked = [name for name, default in _UNUSED.items() if generation_config.get(name) not in (None, default)]
+    values = ", ".join(f"{name}={shown(generation_config[name])}" for name in asked)
+    return f"; it gives what is not used: {values}" if values else ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from ...parallel.loading.json_files import LoadError, read_json_object
+from ...parallel.loading.json_files import LoadError, read_json_object, shown
 from ..errors import ConfigError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -18,22 +19,26 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
 
     Raises ConfigError within seconds if it is neither on this machine nor to be fetched.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise ConfigError(
             f"model={name!r} is a file; give a model folder (a GGUF file is converted with "
             f"`python -m phalanx.launch.get_model gguf=FILE out=DIR`)"
         )
     if not _HUB_NAME.fullmatch(name):
-        raise ConfigError(f"model={name!r} is no folder here, and no hub name (organisation/model) either")
+        raise _no_name(name)
     return _from_hub(name, weights)
+
+
+def _no_name(name: str) -> ConfigError:
+    return ConfigError(f"model={shown(name)} is no folder here, and no hub name (organisation/model) either")
 
 
 def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     # A whole snapshot in the cache needs no network.
     where = "is not in the local hub cache"
@@ -41,6 +46,8 @@ def _from_hub(name: str, weights: bool) -> Path:
         cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES))  # nosec B615 # fetches nothing
     except LocalEntryNotFoundError:
         pass  # the hub is asked
+    except HFValidationError as error:  # as for ./folder, which is not there
+        raise _no_name(name) from error
     else:
         missing = _missing_file(cached, weights)
         if missing is None:

@@ -126,6 +126,8 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
         raise fields.error("num_key_value_heads", spec.num_kv_heads, f"a divisor of num_attention_heads={heads}")
     if spec.head_dim % 2:
         raise fields.error("head_dim", spec.head_dim, "an even number: rotary embedding turns pairs")
+    if spec.rope.kind == "dynamic" and spec.head_dim == 2:
+        raise fields.error("head_dim", spec.head_dim, "above 2 with rope type dynamic, which divides by head_dim - 2")
     return spec
 
 
@@ -247,8 +249,11 @@ def _architecture(config: dict[str, Any], folder_name: str) -> str:
 
 def _refuse_unsupported(fields: _Fields) -> None:
     activation = fields.values.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):  # two names of one function
         raise ConfigError(f"{fields.path}: hidden_act={shown(activation)} is not supported; only silu is")
+    # As in transformers: embedding models have it, whose tokens see those after them.
+    if not fields.flag("is_causal", True):
+        raise ConfigError(f"{fields.path}: is_causal=false is not supported: a model that generates is causal")
     for name in ("quantization_config", "compression_config"):
         if values := fields.values.get(name):
             method = values.get("quant_method") if isinstance(values, dict) else None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...parallel.loading.json_files import LoadError
-from ...parallel.loading.safetensors_files import StoredTensor, hold_the_same, lacks, locate_tensors
+from ...parallel.loading.safetensors_files import StoredTensor, check_readable, hold_the_same, lacks, locate_tensors
 from ..errors import CheckpointError
 from .spec import ModelSpec
 
@@ -34,6 +34,7 @@ def read_stored(spec: ModelSpec, folder: Path) -> dict[str, StoredTensor]:
                 f"config.json that belongs to the weights"
             )
         if stored[name].shape != shape:
+            _check_readable(name, stored[name])
             raise CheckpointError(
                 f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but by {config} it must "
                 f"have {list(shape)}: {fields}; use the config.json that belongs to the weights"
@@ -45,6 +46,14 @@ def read_stored(spec: ModelSpec, folder: Path) -> dict[str, StoredTensor]:
             f"config.json that belongs to the weights"
         )
     return stored
+
+
+def _check_readable(name: str, tensor: StoredTensor) -> None:
+    """Raise CheckpointError for a tensor of a quantized checkpoint, whose elements hold several numbers each."""
+    try:
+        check_readable(name, tensor)
+    except LoadError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def has_own_head(spec: ModelSpec, stored: dict[str, StoredTensor]) -> bool:

@@ -29,6 +29,8 @@ IDS_LIMIT = 1024
 ALLOWED_LIMIT = 1 << 20
 """Entries of allowed_token_ids at most."""
 MAX_FLOAT = sys.float_info.max
+REPETITION_PENALTIES = (1e-18, 1e18)
+"""Bounds of a repetition_penalty: a logit times it, or divided by it, is a number in float32."""
 _LISTS = {
     "stop": STOP_LIMIT,
     "bad_words": BAD_WORDS_LIMIT,
@@ -58,7 +60,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_p: float | None = None
     """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]."""
     repetition_penalty: float | None = None
-    """Divide positive, multiply negative logits of tokens already in prompt or output, > 0 (CTRL, arXiv:1909.05858)."""
+    """Divide positive, multiply negative logits of tokens already in prompt or output (CTRL, arXiv:1909.05858)."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens already in the output, in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -121,7 +123,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_number("top_k", self.top_k, -1, math.inf, integer=True, optional=True)
         _check_number("top_p", self.top_p, 0, 1, optional=True, open_low=True)
         _check_number("min_p", self.min_p, 0, 1, optional=True)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, optional=True, open_low=True)
+        _check_number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES, optional=True)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_number("seed", self.seed, -SEED_LIMIT - 1, SEED_LIMIT, integer=True, optional=True)
@@ -207,7 +209,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def plain(value: Any) -> Any:
-    """Return a number or an array of numpy or torch as Python's number or list; anything else as it is."""
+    """Return a number or an array of numpy or torch as Python's number or list; anything else as it is.
+
+    A text of a class of its own, such as a template engine's, becomes a plain one: no wire takes another.
+    """
+    if isinstance(value, str) and type(value) is not str:
+        return str.__str__(value)
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
     return value

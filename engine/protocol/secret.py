@@ -7,6 +7,7 @@ and reads nothing of what others send.
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -37,7 +38,7 @@ def read_secret(path: str | Path) -> bytes:
 
     Raises ConfigError if it cannot be read, if others than its owner may read it, or if it is short.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     try:
         others = stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
         secret = file.read_bytes().strip()

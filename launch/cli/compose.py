@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -104,6 +105,8 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: Ran
             continue
         if name not in names and not name.startswith(("shape.", "bench.", "sampling.logit_bias.")):
             raise ConfigError(unknown_name("configuration key", name, names))
+        if override.is_delete() and name not in GROUPS:
+            raise ConfigError(f"{text!r} takes a key away, and every key has a value: write {name}=VALUE")
         given[name] = override.value()
         if name in GROUPS and given[name] is not None and given[name] not in choices(name, folders):
             raise ConfigError(unknown_name(f"choice of {name}:", str(given[name]), choices(name, folders)))
@@ -190,7 +193,7 @@ def _kv_memory(text: str) -> float:
 
 def _check_preset_name(model: str) -> None:
     """Raise ConfigError for a bare word that is neither a folder nor a file: it was meant to be a preset."""
-    if model and "/" not in model and not Path(model).exists():
+    if model and "/" not in model and not os.path.exists(model):
         raise ConfigError(unknown_name("model folder or preset", model, choices("models")))
 
 

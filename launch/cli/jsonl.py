@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
+import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,12 @@ class _Line(msgspec.Struct):
     token_ids: list[int] | None = None
     sampling: dict[str, Any] | None = None
     structured: StructuredOutput | None = None
+
+
+class _Answered(msgspec.Struct):
+    """What a line of the output says of which request it answers."""
+
+    id: Id
 
 
 @dataclass(frozen=True)
@@ -179,14 +187,26 @@ class AnswerFile:
         self._file = file
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record."""
-        self._file.write(msgspec.json.encode(record) + b"\n")
-        self._file.flush()
+        """Append a record. Raises ConfigError where the file cannot take it."""
+        try:
+            self._file.write(msgspec.json.encode(record) + b"\n")
+            self._file.flush()
+        except BrokenPipeError:  # nobody reads any more: for the caller to end
+            raise
+        except OSError as error:
+            raise ConfigError(f"output={self._file.name!r} cannot be written: {error.strerror}") from error
 
     def clear(self) -> None:
-        """Drop what an earlier run wrote; a pipe or terminal holds nothing to drop."""
-        if self._file.seekable():
+        """Drop what an earlier run wrote; a pipe, a terminal or another device holds nothing to drop."""
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._file.truncate(0)
+
+
+def _open_answers(path: Path) -> BinaryIO:
+    try:
+        return path.open("r+b")
+    except OSError as error:
+        raise ConfigError(f"output={str(path)!r} cannot be continued: {error.strerror}") from error
 
 
 def read_done(path: Path) -> set[str]:
@@ -195,10 +215,12 @@ def read_done(path: Path) -> set[str]:
     Raises ConfigError if the file holds anything but such lines.
     """
     done: set[str] = set()
-    if not path.exists():
+    if not os.path.lexists(path):
         return done
+    if not path.is_file():  # to read a pipe or a device might take for ever
+        raise ConfigError(f"output={str(path)!r} is not a file: resume=true continues only a file that generate wrote")
 
-    with path.open("r+b") as file:
+    with _open_answers(path) as file:
         whole = 0
         for number, line in enumerate(file, 1):
             # A killed run left this line unfinished.
@@ -206,8 +228,8 @@ def read_done(path: Path) -> set[str]:
                 break
 
             try:
-                done.add(str(msgspec.json.decode(line)["id"]))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+                done.add(str(msgspec.json.decode(line, type=_Answered).id))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 raise ConfigError(
                     f"line {number} of output={str(path)!r} is no answer with an id: resume=true continues only a "
                     f"file that generate wrote; give another output="

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import stat
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def _read_file(path: str) -> list[str]:
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     try:
         others = stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
         lines = file.read_text("utf-8").splitlines()

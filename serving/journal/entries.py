@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 ROW_BYTES = 512
 """About what a row takes beside its texts and bytes."""
+EXPIRED = 600
+"""Stands for the HTTP status of a batch's request that was not answered within the batch's window."""
 _PAGE_BYTES = 4096
 _LONG_BYTES = 1024
 
@@ -56,7 +58,7 @@ class Entry:
     """How many processes have computed it without getting on."""
     finished_at: float | None = None
     status: int | None = None
-    """The HTTP status of its answer."""
+    """The HTTP status of its answer, or EXPIRED."""
     answer: bytes | None = None
     """The whole answer."""
 

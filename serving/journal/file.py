@@ -83,7 +83,7 @@ class JournalFile:
         Raises ConfigError for a file that others may touch, is in use, is damaged, or is no journal of this version and
         purpose.
         """
-        place = Path(path).expanduser().absolute()
+        place = Path(os.path.expanduser(path)).absolute()
         _check_folder(path, place.parent)
         lock = _lock(path, place)
         try:

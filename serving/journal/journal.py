@@ -206,6 +206,18 @@ class Journal:
 
         return self._writer.run(action)
 
+    def expire_batch(self, batch: str) -> Future[int]:
+        """End the requests of a batch that have not ended: its window is over. The Future has how many there were."""
+
+        def action(connection: sqlite3.Connection) -> int:
+            count, freed = rows.expire_batch(connection, batch, self._clock())
+            self.size.bytes -= freed
+            self.size.finished += count
+            self.size.unfinished -= count
+            return count
+
+        return self._writer.run(action)
+
     def prune(self) -> Future[int]:
         """Forget what ended more than keep_s ago, and give free pages back. How many requests were forgotten."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from .entries import Entry, Request, taken
+from .entries import EXPIRED, Entry, Request, taken
 
 PROGRESS_BYTES = 64
 """About what a row of progress takes beside its bytes."""
@@ -39,6 +39,9 @@ class BatchCounts:
     completed: int
     """Answered with a status below 400."""
     failed: int
+    """Answered with another one, or expired."""
+    expired: int
+    """Not answered within the batch's window."""
     finished_at: float | None
     """When the last one of them ended, Unix time in seconds."""
 
@@ -227,9 +230,31 @@ def delete_batch(connection: sqlite3.Connection, batch: str, finished: bool) -> 
 
 def count_of_batch(connection: sqlite3.Connection, batch: str) -> BatchCounts:
     """How the requests of a batch ended."""
-    query = "SELECT count(*), total(status < 400), total(status >= 400), max(finished_at) FROM request WHERE batch = ?"
-    total, completed, failed, finished_at = connection.execute(query, (batch,)).fetchone()
-    return BatchCounts(total, int(completed), int(failed), finished_at)
+    query = (
+        "SELECT count(*), total(status < 400), total(status >= 400), total(status = ?), max(finished_at) "
+        "FROM request WHERE batch = ?"
+    )
+    total, completed, failed, expired, finished_at = connection.execute(query, (EXPIRED, batch)).fetchone()
+    return BatchCounts(total, int(completed), int(failed), int(expired), finished_at)
+
+
+def expire_batch(connection: sqlite3.Connection, batch: str, now: float) -> tuple[int, int]:
+    """End the requests of a batch that have not ended, without an answer.
+
+    Returns how many there were, and how many bytes they take less than before.
+    """
+    query = "SELECT number, name, key, custom_id, size FROM request WHERE batch = ? AND finished_at IS NULL"
+    found = connection.execute(query, (batch,)).fetchall()
+    ended = []
+    for number, name, key, custom_id, _ in found:
+        size = Request("", "", name=_text(name), key=key, custom_id=custom_id).size
+        ended.append((now, EXPIRED, size, number))
+
+    connection.executemany("DELETE FROM progress WHERE number = ?", ((number,) for *_, number in ended))
+    connection.executemany(
+        "UPDATE request SET finished_at = ?, status = ?, answer = NULL, body = NULL, size = ? WHERE number = ?", ended
+    )
+    return len(found), sum(row[-1] for row in found) - sum(size for _, _, size, _ in ended)
 
 
 def _entry(row: tuple[object, ...]) -> Entry:

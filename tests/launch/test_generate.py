@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from phalanx.serving.journal.journal import Journal
-from phalanx.tests.launch.programs import ALONE, TORCHRUN, run, start
+from phalanx.tests.launch.programs import ALONE, TORCHRUN, command, environment, run, start
 
 pytestmark = pytest.mark.slow
 
@@ -147,9 +147,17 @@ def test_stream_shows_the_answers_one_below_the_other_in_the_order_of_the_lines(
     assert shown.count("error: ") == len(BAD)
 
 
-def test_without_output_the_answers_go_to_standard_output(tiny: Path, requests: Path) -> None:
-    ended = run("generate", f"model={tiny}", f"input={requests}", "sampling.max_tokens=2")
-    assert {json.loads(line)["id"] for line in ended.stdout.splitlines()} == {"text", 7, "ids", "many", "late"} | BAD
+def test_without_output_the_answers_go_behind_what_standard_output_holds(
+    tiny: Path, requests: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text('{"id": "before"}\n')
+    with log.open("a") as stdout:  # as ">> log"
+        arguments = command("generate", f"model={tiny}", f"input={requests}", "sampling.max_tokens=2")
+        subprocess.run(arguments, stdout=stdout, stderr=subprocess.DEVNULL, timeout=120, env=environment(), check=False)
+    ids = [json.loads(line)["id"] for line in log.read_text().splitlines()]
+    assert ids[0] == "before"
+    assert set(ids[1:]) == {"text", 7, "ids", "many", "late"} | BAD
 
 
 def test_a_prompt_with_any_characters_is_answered_on_standard_output(tiny: Path) -> None:
@@ -173,6 +181,7 @@ def test_a_prompt_that_is_too_long_fails_with_1_and_names_the_limit(tiny: Path) 
         (("prompt=a", "model=/no/such/folder"), "/no/such/folder"),
         (("prompt=a", "input=b", "model=/x"), "either prompt=TEXT or input=FILE.jsonl"),
         (("input=/no/such/file", "model=/x"), "input='/no/such/file' is not a file"),
+        ((f"input={__file__}", f"output={__file__}/x/y", "model=/x"), "cannot be made: Not a directory"),
         (("prompt=a", "resume=true", "model=/x"), "resume=True goes with input=FILE.jsonl"),
     ],
 )

@@ -7,17 +7,18 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 
 import msgspec
 
 from ...journal.documents import Document
-from ...journal.entries import Entry
+from ...journal.entries import EXPIRED, Entry
 from ..config import GatewayConfig
 from ..http.errors import ApiError, invalid
 from ..schemas.journal_api.batches import BatchErrors, BatchObject, BatchRequest, FileObject, RequestCounts
 from .batch_lines import read_lines
 from .files import BATCH, Files, done, end_of, quota_of, unknown
-from .requests import DurableRequests, kept_answer
+from .requests import EXPIRED_CODE, EXPIRED_MESSAGE, DurableRequests, kept_answer
 
 WINDOW_S = 86400
 """Seconds until the requests of a batch are given up."""
@@ -128,31 +129,34 @@ class Batches:
         """The same as they are now."""
         return [await self._current(batch) for batch in batches]
 
-    async def cancel(self, owner: str, batch_id: str, *, expired: bool = False) -> BatchObject:
+    async def cancel(self, owner: str, batch_id: str) -> BatchObject:
         """Give up what has not ended of a batch: it is forgotten at once, and what is being computed is aborted."""
         batch = await self.batch(owner, batch_id)
         if batch.status != "in_progress" or batch_id in self._ending:
             return batch
-        now = int(time.time())
-        if expired:
-            batch.status, batch.expired_at = "expired", now
-        else:
-            batch.status, batch.cancelling_at = "cancelling", now
-
-        # Forgotten first: what a crash interrupts here is not computed again, and no line ends after this.
-        self._ending.add(batch_id)
-        try:
-            document = _document(owner, batch)
-            await done(self._journal.withdraw_batch(batch_id, finished=False, document=document))
-        except BaseException:
-            self._ending.discard(batch_id)
-            raise
+        batch.status, batch.cancelling_at = "cancelling", int(time.time())
+        document = _document(owner, batch)
+        await self._give_up(batch, self._journal.withdraw_batch(batch_id, finished=False, document=document))
         try:
             return await self._current(msgspec.structs.replace(batch))
         finally:
-            task = asyncio.create_task(self._end(owner, batch))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin_end(owner, batch)
+
+    async def _give_up(self, batch: BatchObject, written: Future[int]) -> None:
+        """Wait until the journal has `written` that nobody wants the rest of a batch. _begin_end follows."""
+        # Written before anything is aborted: what a crash interrupts here is not computed again, and no line ends
+        # after this.
+        self._ending.add(batch.id)
+        try:
+            await done(written)
+        except BaseException:
+            self._ending.discard(batch.id)
+            raise
+
+    def _begin_end(self, owner: str, batch: BatchObject) -> None:
+        task = asyncio.create_task(self._end(owner, batch))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def prune(self) -> None:
         """Give up what is past its window, and forget files and batches a while after their end."""
@@ -160,8 +164,9 @@ class Batches:
         for document in await done(self._journal.documents.heads(BATCH)):
             batch = await self._current(_decoded(document))
             if batch.status == "in_progress":
-                if time.time() > (batch.expires_at or 0):
-                    await self.cancel(document.owner, batch.id, expired=True)
+                if time.time() > (batch.expires_at or 0) and batch.id not in self._ending:
+                    await self._give_up(batch, self._journal.expire_batch(batch.id))
+                    self._begin_end(document.owner, batch)
             elif (ended_at := _ended_at(batch)) is not None and ended_at < old:
                 await done(self._journal.withdraw_batch(batch.id, finished=True))
                 await done(self._journal.documents.delete(BATCH, document.owner, batch.id))
@@ -205,6 +210,8 @@ class Batches:
     async def _current(self, batch: BatchObject) -> BatchObject:
         counts = await done(self._journal.count_of_batch(batch.id))
         batch.request_counts.completed, batch.request_counts.failed = counts.completed, counts.failed
+        if batch.status == "in_progress" and counts.expired:
+            batch.status, batch.expired_at = "expired", int(counts.finished_at or batch.created_at)
         if batch.status == "in_progress" and counts.completed + counts.failed >= batch.request_counts.total:
             batch.status = "completed"
             batch.finalizing_at = batch.completed_at = int(counts.finished_at or batch.created_at)
@@ -230,8 +237,13 @@ def _ended_at(batch: BatchObject) -> int | None:
 
 
 def _line(entry: Entry) -> bytes:
-    """What became of a request, as a line of its batch's output."""
-    answer, request = kept_answer(entry), entry.request
-    response = {"status_code": answer.status, "request_id": request.name, "body": msgspec.Raw(answer.body)}
-    line = {"id": f"batch_req_{request.id}", "custom_id": request.custom_id, "response": response, "error": None}
+    """What became of a request, as a line of its batch's output or errors."""
+    request = entry.request
+    response, error = None, None
+    if entry.status == EXPIRED:
+        error = {"code": EXPIRED_CODE, "message": EXPIRED_MESSAGE}
+    else:
+        answer = kept_answer(entry)
+        response = {"status_code": answer.status, "request_id": request.name, "body": msgspec.Raw(answer.body)}
+    line = {"id": f"batch_req_{request.id}", "custom_id": request.custom_id, "response": response, "error": error}
     return msgspec.json.encode(line) + b"\n"

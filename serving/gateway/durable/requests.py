@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ...journal.entries import Entry, Request, digest_of
+from ...journal.entries import EXPIRED, Entry, Request, digest_of
 from ...journal.journal import Journal
 from ...journal.writer import JournalError
 from ..config import GatewayConfig
@@ -25,6 +25,9 @@ RETRY_S = 1.0
 
 Respond = Callable[[Exchange], Awaitable[None]]
 """A route: reads an exchange and answers it, with an error where it must; it raises nothing."""
+
+EXPIRED_CODE = "batch_expired"
+EXPIRED_MESSAGE = "This request could not be executed before the completion window expired."
 
 _log = logging.getLogger(__name__)
 
@@ -219,12 +222,11 @@ def kept_answer(entry: Entry) -> Answer:
     """The answer that the journal has of a request that has ended."""
     if entry.answer is not None:
         return Answer(entry.status or 200, entry.answer, entry.request.name, {})
-    error = ApiError(
-        500,
-        "the request was computed, and its answer had no room in the journal (journal_max_mb)",
-        type="server_error",
-        code="answer_not_kept",
-    )
+    if entry.status == EXPIRED:
+        error = ApiError(504, EXPIRED_MESSAGE, type="timeout_error", code=EXPIRED_CODE)
+    else:
+        why = "the request was computed, and its answer had no room in the journal (journal_max_mb)"
+        error = ApiError(500, why, type="server_error", code="answer_not_kept")
     status, body = error_shapes.whole(entry.request.kind, error, entry.request.name)
     return Answer(status, body, entry.request.name, {})
 

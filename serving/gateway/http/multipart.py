@@ -11,15 +11,15 @@ from .json_body import shown
 _MOST_PARTS = 8
 _MOST_HEAD_BYTES = 4096
 _MOST_FIELD_BYTES = 4096
+_MOST_NAME_BYTES = 100
 _MOST_FILENAME_BYTES = 255
 _FORM = re.compile(r"\s*multipart/form-data\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
 _BOUNDARY_CHARS = r"[0-9A-Za-z'()+_,\-./:=?"
 _BOUNDARY = re.compile(
     rf';\s*boundary=(?:"({_BOUNDARY_CHARS} ]{{1,70}})"|({_BOUNDARY_CHARS}]{{1,70}}))\s*(?:;|$)', re.IGNORECASE
 )
-_NAME = re.compile(
-    rb'content-disposition:\s*form-data;\s*name="([^"\r\n]{1,100})"(?:;\s*filename="([^"\r\n]*)")?', re.I
-)
+_PARAMETER = re.compile(rb"""[ \t]*;[ \t]*([\w*-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s";]+))""")
+_PLAIN_CODINGS = (b"7bit", b"8bit", b"binary")
 
 
 @dataclass
@@ -76,24 +76,49 @@ def _take_part(form: Form, body: bytes, begin: int, end: int, number: int) -> No
     if head_end < 0:
         why = f"has no head, or one of more than {_MOST_HEAD_BYTES} bytes"
         raise invalid(f"part {number} of the form {why}", code="invalid_form")
-    found = _NAME.search(body, begin, head_end)
-    if found is None:
+    found = _parameters(body[begin:head_end], number)
+    if not 1 <= len(found.get(b"name", b"")) <= _MOST_NAME_BYTES:
         raise invalid(
-            f"part {number} of the form has no name of 1 to 100 bytes: send Content-Disposition: form-data; "
-            f'name="file"; filename="NAME"',
+            f"part {number} of the form has no name of 1 to {_MOST_NAME_BYTES} bytes: send Content-Disposition: "
+            f'form-data; name="file"; filename="NAME"',
             code="invalid_form",
         )
 
-    name = _text(found[1], f"the name of part {number}", None)
+    name = _text(found[b"name"], f"the name of part {number}", None)
     begin = head_end + 4
     if name in form.fields or (name == "file" and form.content is not None):
         raise invalid(f"{name} occurs twice in the form", name)
     if name == "file":
-        form.content, form.filename = body[begin:end], _filename(found[2] or b"")
+        form.content, form.filename = body[begin:end], _filename(found.get(b"filename", b""))
     elif end - begin > _MOST_FIELD_BYTES:
         raise invalid(f"{name} has {end - begin} bytes, and may have {_MOST_FIELD_BYTES}", name)
     else:
         form.fields[name] = _text(body[begin:end], name, name)
+
+
+def _parameters(head: bytes, number: int) -> dict[bytes, bytes]:
+    """The parameters of a part's Content-Disposition: in any order, quoted or not, as clients write them.
+
+    Raises ApiError (400) for one that occurs twice, and for a part that is encoded.
+    """
+    found: dict[bytes, bytes] = {}
+    for line in head.split(b"\r\n"):
+        field, _, value = line.partition(b":")
+        field, kind = field.strip().lower(), value.partition(b";")[0].strip().lower()
+        if field == b"content-transfer-encoding" and kind not in _PLAIN_CODINGS:
+            why = f"content-transfer-encoding={shown(value.strip())}: send its bytes as they are"
+            raise invalid(f"part {number} of the form has {why}", code="invalid_form")
+        if field != b"content-disposition" or kind != b"form-data":
+            continue
+
+        at = value.find(b";")
+        while at >= 0 and (parameter := _PARAMETER.match(value, at)):
+            name, quoted, plain = parameter.groups()
+            if name.lower() in found:
+                raise invalid(f"part {number} of the form has {shown(name)} twice", code="invalid_form")
+            given = plain if quoted is None else re.sub(rb'\\(["\\])', rb"\1", quoted)
+            found[name.lower()], at = given, parameter.end()
+    return found
 
 
 def _filename(given: bytes) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -25,7 +26,8 @@ RESERVED_CONNECTIONS = 64
 class BoundedHttpProtocol(HttpToolsProtocol):
     """Answers 431 to a head of more than MAX_HEAD_BYTES and 408 to one that takes longer than head_timeout_s.
 
-    With max_connections open it answers 503 to whatever is no probe.
+    With max_connections open it answers 503 to whatever is no probe. A wish to upgrade to another protocol is left out:
+    the request is answered as it is (RFC 9110, 7.8). Trailers after a body count for nothing.
 
     A client that has read nothing for WRITE_TIMEOUT_S while an answer waits for it loses its connection.
     """
@@ -33,6 +35,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _gateway = GatewayConfig()
     _head_bytes = 0
     _in_head = True  # a new connection's first bytes are a head's
+    _framing_bytes = 0  # of trailers and chunks' extensions, since the last bytes of a body
+    _wants_upgrade = False
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
@@ -85,7 +89,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                     ApiError(431, f"the request's head is longer than {MAX_HEAD_BYTES} bytes", code="head_too_large")
                 )
                 return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._framing_bytes += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+            return
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            what = f"{MAX_HEAD_BYTES} bytes that are none of the request's body follow a part of it"
+            self._refuse(ApiError(431, f"more than {what}", code="trailers_too_large"))
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -94,10 +107,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._expect_head()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the head; those that follow a body were not checked with it, and would replace some."""
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """A head ends, and a body begins."""
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._wants_upgrade = True
+            return
         self._in_head = False
-        self._head_bytes = 0
+        self._head_bytes = self._framing_bytes = 0
         self._stop_timer()
         _check_head(self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -108,14 +129,40 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.scope["http_version"] == "1.0" and self.cycle is not None:
             _end_by_closing(self.cycle)
 
+    def on_body(self, body: bytes) -> None:
+        """A part of a body."""
+        self._framing_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """A body ends; what comes next is a head."""
+        if self._wants_upgrade:
+            return
         self._in_head = True
+        self._framing_bytes = 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP as every other error is answered."""
         self._refuse(ApiError(400, msg, code="invalid_http"))
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. Raises httptools.HttpParserError for what is no HTTP."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._wants_upgrade:  # CONNECT: what follows is not HTTP
+                    return
+                data = data[upgrade.args[0] :]
+            # The parser takes what follows such a head for the other protocol, the request's own body too. Java's
+            # clients ask for HTTP/2 so with every request.
+            head = _without_upgrade(self.parser, self.url, self.headers)
+            self._wants_upgrade = False
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(head)
 
     def _full(self) -> ApiError:
         most = self._gateway.max_connections
@@ -194,6 +241,19 @@ def _end_by_closing(cycle: RequestResponseCycle) -> None:
         await send(message)
 
     cycle.send = send_plain  # type: ignore[method-assign]
+
+
+def _without_upgrade(parser: httptools.HttpRequestParser, url: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """A head that the parser has read, without the wish to upgrade to another protocol."""
+    lines = [b"%s %s HTTP/%s" % (parser.get_method(), url, parser.get_http_version().encode())]
+    for name, value in headers:
+        kept = value
+        if name == b"connection":
+            options = (option.strip() for option in value.split(b","))
+            kept = b", ".join(option for option in options if option.lower() not in (b"upgrade", b"http2-settings"))
+        if name != b"upgrade":
+            lines.append(b"%s: %s" % (name, kept))
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def _check_head(headers: list[tuple[bytes, bytes]]) -> None:

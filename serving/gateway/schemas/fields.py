@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from ....engine.errors import InvalidRequest
 from ....engine.protocol.messages import ModelInfo
-from ....engine.protocol.sampling_params import LOGPROBS_LIMIT, SamplingParams
+from ....engine.protocol.sampling_params import LOGPROBS_LIMIT, REPETITION_PENALTIES, SamplingParams
 from ..config import GatewayConfig
 from ..http.errors import ApiError, from_engine, invalid
 from .structured import ResponseFormat, StructuredOutputs
@@ -81,7 +81,15 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         | None
     ) = None
     repetition_penalty: (
-        Annotated[float, Meta(gt=0, description="Divides the logits of tokens in prompt and answer.")] | None
+        Annotated[
+            float,
+            Meta(
+                ge=REPETITION_PENALTIES[0],
+                le=REPETITION_PENALTIES[1],
+                description="Divides the logits of tokens in prompt and answer.",
+            ),
+        ]
+        | None
     ) = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(description="Added to the logits of these token ids.")] | None = (
         None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx import LLM, EngineStopped, SamplingParams
+from phalanx import LLM, EngineStopped, InvalidRequest, SamplingParams
 from phalanx.engine.client import callbacks
 from phalanx.engine.client.callbacks import CallbackThreads, Receiver
 from phalanx.engine.client.client import Client, RequestHandle
+from phalanx.engine.client.resume.connection import ResumingConnection
 from phalanx.engine.protocol.liveness import PING_S
 from phalanx.engine.protocol.messages import Command, Delta, Event, Failed, Submit
 from phalanx.engine.protocol.transport import Connection, InProcess, Transport, ZmqConnection, ZmqTransport
@@ -56,6 +59,39 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Ends]:
 
 def _submit(name: str) -> Submit:
     return Submit(id=name, token_ids=[1])
+
+
+def test_a_wait_for_a_status_may_be_as_long_as_any_number_and_ends_with_the_engine(ends: _Ends) -> None:
+    with ThreadPoolExecutor() as threads:
+        waits = [threads.submit(ends.client.status, wait_s) for wait_s in (None, math.inf, 1e300, 1e11)]
+        assert not wait(waits, timeout=0.2).done
+        ends.client.fail_all(EngineStopped("it has ended"))
+        for each in waits:
+            with pytest.raises(EngineStopped, match="it has ended"):
+                each.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("sampling", [None, SamplingParams, {"n": 1}, 5])
+def test_a_request_without_sampling_parameters_fails_before_anything_looks_into_it(sampling: Any) -> None:
+    link = InProcess()
+    client = Client(ResumingConnection(link.connection))
+    with pytest.raises(InvalidRequest, match="the request is ill-typed: sampling="):
+        list(RequestHandle(client, Submit(id="a", token_ids=[1], sampling=sampling)))
+
+
+def test_a_wait_for_another_engine_may_be_as_long_as_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    def resuming(_: object, wait_s: float) -> None:
+        waits.append(wait_s)
+        raise EngineStopped("enough")
+
+    monkeypatch.setattr("phalanx.engine.client.llm.ResumingConnection", resuming)
+    monkeypatch.setattr("phalanx.engine.client.llm.ZmqConnection", lambda *_: None)
+    for wait_s in (5.0, math.inf, 1e300):
+        with pytest.raises(EngineStopped, match="enough"):
+            LLM.connect("ipc://nowhere", restart_wait_s=wait_s)
+    assert waits == [5.0, threading.TIMEOUT_MAX, threading.TIMEOUT_MAX]
 
 
 def test_a_receiver_that_blocks_holds_up_its_own_request_alone(ends: _Ends) -> None:

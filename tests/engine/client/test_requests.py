@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from phalanx import LLM, AsyncLLM, InvalidRequest
+from phalanx import LLM, AsyncLLM, InvalidRequest, SamplingParams
 from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.client.requests import as_prompts, make_submit, spread_sampling
 from phalanx.engine.protocol.messages import Submit, Tokenize
@@ -151,3 +152,26 @@ def test_a_handle_that_could_not_be_made_is_dropped_in_silence(recwarn: pytest.W
         RequestHandle(Client(InProcess().connection), None)  # type: ignore[arg-type]
     gc.collect()
     assert not [warning for warning in recwarn if "RequestHandle" in str(warning.message)]
+
+
+class _Text(str):
+    """A text of a class of its own, as template engines make them."""
+
+
+@dataclasses.dataclass
+class _Message:
+    role: str
+    content: str
+
+
+def test_texts_and_messages_of_classes_of_their_own_are_plain_before_any_connection_has_them() -> None:
+    plain_message = {"role": "user", "content": "Hi"}
+    for message in ({_Text("role"): _Text("user"), "content": _Text("Hi")}, _Message("user", _Text("Hi"))):
+        submit = make_submit("a", messages=[message])  # type: ignore[list-item]
+        assert submit.messages == [plain_message]
+        assert {type(value) for each in submit.messages or [] for pair in each.items() for value in pair} == {str}
+
+    assert [type(prompt) for prompt in as_prompts(_Text("a"))] == [str]
+    assert [type(prompt) for prompt in as_prompts([_Text("a"), "b"])] == [str, str]
+    submit = make_submit("a", prompt=_Text("a"), sampling=SamplingParams(stop=[_Text("b")], bad_words=(_Text("c"),)))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(submit), type=Submit) == submit

@@ -16,7 +16,7 @@ import pytest
 from phalanx import EngineConfig
 from phalanx.engine.coordinator.input_processor import InputProcessor
 from phalanx.engine.coordinator.text.template_processes import TemplateProcesses
-from phalanx.engine.coordinator.tokenizer import Tokenizer, read_generation_config
+from phalanx.engine.coordinator.tokenizer import Tokenizer, read_generation_config, unused_fields
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
 from phalanx.engine.protocol.messages import Submit
 from phalanx.tests.hostile_values import NO_OBJECTS, VALUES, little_memory, read_json, refusal
@@ -267,3 +267,12 @@ def test_a_byte_order_mark_is_read_over_or_refused_by_name(folder: Path, spec: M
         (folder / file).write_bytes(marked)
     _resolve(folder, spec)
     assert refusal("mark", lambda: _tokenize(folder, spec), str(folder / SETTINGS), "byte-order mark")
+
+
+def test_what_a_generation_config_asks_for_and_does_not_get_is_said() -> None:
+    assert unused_fields({}) == ""
+    assert unused_fields({"num_beams": 1, "stop_strings": None, "typical_p": 1.0, "temperature": 0.5}) == ""
+    asked = unused_fields({"num_beams": 4, "stop_strings": ["User:"], "min_length": 0})
+    assert asked == "; it gives what is not used: num_beams=4, stop_strings=['User:']"
+    for value in VALUES.values():
+        assert len(unused_fields({"stop_strings": value})) < 500

@@ -21,6 +21,7 @@ from phalanx.kernels.rope import RotaryEmbedding
 from phalanx.tests.engine.conftest import CONFIG
 from phalanx.tests.engine.coordinator.test_hostile_tokenizer import GENERATION_FIELDS, SETTINGS_FIELDS
 from phalanx.tests.hostile_values import NO_OBJECTS, VALUES, little_memory, read_json, refusal
+from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
@@ -214,6 +215,18 @@ def test_sizes_that_the_weights_do_not_have_are_refused_by_their_headers(
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     spec = spec_from_config(read_config(folder), str(folder))
     assert refusal(str(change), lambda: read_stored(spec, folder), f"{folder / 'config.json'}", *words)
+
+
+def test_packed_embeddings_are_refused_as_quantized_and_not_by_their_shape(folder: Path) -> None:
+    # As MLX writes them, whose config.json may name the quantization under a field of its own.
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 4}}))
+    spec = spec_from_config(read_config(folder), str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(1031, 8, dtype=torch.uint32)
+    save_file(tensors, folder / "model.safetensors")
+    words = ("model.safetensors", "embed_tokens.weight", "'U32'", "Quantized checkpoints are not")
+    assert refusal("packed", lambda: read_stored(spec, folder), *words)
 
 
 # The index

@@ -235,6 +235,10 @@ def test_the_makers_sampling_advice_comes_with_qwq_32b_alone() -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
         ({"eos_token_id": ["end"]}, "eos_token_id="),
         ({"hidden_act": "gelu"}, "gelu.*silu"),
+        ({"hidden_act": ["silu"]}, "hidden_act=.*silu"),
+        ({"is_causal": False}, "is_causal=false"),
+        ({"is_causal": "no"}, "is_causal='no'"),
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "head_dim=2.*dynamic"),
         ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, "sliding_window=0"),
         ({"layer_types": "all", "use_sliding_window": True}, "layer_types='all'"),
         ({"layer_types": ["chunked_attention"] * 64}, "layer_types=.*of full_attention and sliding_attention"),
@@ -255,6 +259,10 @@ def test_the_makers_sampling_advice_comes_with_qwq_32b_alone() -> None:
 def test_what_is_not_supported_is_refused_with_what_is(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         spec_from_config({**QWQ, **change}, "folder")
+
+
+def test_the_other_name_of_silu_and_a_model_that_says_that_it_is_causal_are_taken() -> None:
+    assert spec_from_config({**QWQ, "hidden_act": "swish", "is_causal": True}, "folder") == spec_from_config(QWQ, "")
 
 
 def test_a_qwen_without_its_kv_heads_is_refused() -> None:

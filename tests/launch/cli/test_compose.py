@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,35 @@ def test_meanings_are_read_from_below_each_field() -> None:
 def test_keys_of_generate_that_do_not_go_together_are_refused(keys: GenerateKeys, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_keys(keys)
+
+
+@pytest.mark.parametrize("word", ["~max_queue", "~max_queue=5", "~prompt", "~sampling.n"])
+def test_a_key_cannot_be_taken_away(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"takes a key away.*=VALUE"):
+        prepare_arguments(["model=x", word], GenerateKeys, RankInfo())
+
+
+def test_an_output_that_is_the_input_under_another_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("{}")
+    os.link(tmp_path / "in.jsonl", tmp_path / "hard")
+    (tmp_path / "soft").symlink_to("in.jsonl")
+    for name in ("in.jsonl", "hard", "soft", "../" + tmp_path.name + "/in.jsonl"):
+        with pytest.raises(ConfigError, match="is the input file"):
+            check_keys(GenerateKeys(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / name)))
+
+
+def test_a_journal_that_is_the_input_or_the_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("{}")
+    (tmp_path / "link").symlink_to("new")
+    for journal, words in (("in", "is the file of input"), ("new", "of output"), ("link", "of output")):
+        with pytest.raises(ConfigError, match=words):
+            check_keys(GenerateKeys(input=f"{tmp_path}/in", output=f"{tmp_path}/new", journal=str(tmp_path / journal)))
+
+
+def test_a_path_that_no_file_can_have_is_no_file() -> None:
+    for path in ("x" * 5000, "a\0b", "x/" * 5000):
+        with pytest.raises(ConfigError, match="is not a file"):
+            check_keys(GenerateKeys(input=path))
 
 
 def test_the_configuration_folder_is_part_of_the_package() -> None:

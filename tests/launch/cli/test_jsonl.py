@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +190,38 @@ def test_no_earlier_output_means_that_nothing_is_done(tmp_path: Path) -> None:
     assert read_done(tmp_path / "none") == set()
 
 
-@pytest.mark.parametrize("content", [b"notes\n", b"[1]\n", b"{}\n", b"\xff\n", b'{"text":"x"}\n'])
+@pytest.mark.parametrize(
+    "content", [b"notes\n", b"[1]\n", b"{}\n", b"\xff\n", b'{"text":"x"}\n', b'{"id":null}\n', b'{"id":[1]}\n']
+)
 def test_a_file_that_generate_did_not_write_is_not_continued(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="line 1 of output="):
         read_done(path)
     assert path.read_bytes() == content
+
+
+def test_what_is_no_file_of_answers_is_not_continued_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ConfigError, match=r"output=.* is not a file"):
+            read_done(path)
+
+
+class _Full(io.BytesIO):
+    name = "out.jsonl"
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_output_that_cannot_take_an_answer_is_named() -> None:
+    with Path("/dev/null").open("ab") as file:
+        answers = AnswerFile(file)
+        answers.clear()
+        answers.write({"id": 1})
+    with pytest.raises(ConfigError, match=r"output='out\.jsonl' cannot be written: No space left"):
+        AnswerFile(_Full()).write({"id": 1})
 
 
 def test_clearing_drops_what_an_earlier_run_wrote(tmp_path: Path) -> None:

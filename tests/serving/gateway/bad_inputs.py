@@ -148,6 +148,7 @@ _LENGTH = b"Content-Length: %d\r\n" % len(_BODY)
 _CHUNKED = b"Transfer-Encoding: chunked\r\n"
 _MESSAGE = b"POST /v1/messages HTTP/1.1\r\n" + _HOST
 _GET = b"GET /health/live HTTP/1.1\r\n" + _HOST
+_HTTP2 = b"Connection: keep-alive, Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
 _UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
 
 RAW: dict[str, tuple[bytes, tuple[int, ...]]] = {
@@ -196,6 +197,13 @@ RAW: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "silence": (b"", (408,)),
     "websocket": (b"GET /v1/chat/completions HTTP/1.1\r\n" + _HOST + _UPGRADE + b"\r\n", (405,)),
     "websocket, then frames": (b"GET /v1/models HTTP/1.1\r\n" + _HOST + _UPGRADE + b"\r\n\x81\x85abcd", (200, 400)),
+    "websocket with a body": (_TO + _UPGRADE + _LENGTH + b"\r\n" + _BODY, (200,)),
+    "upgrade to http 2 with a body": (_TO + _HTTP2 + _LENGTH + b"\r\n" + _BODY, (200,)),
+    "upgrade to http 2 with chunks": (_TO + _HTTP2 + _CHUNKED + b"\r\n21\r\n" + _BODY + b"\r\n0\r\n\r\n", (200,)),
+    "upgrade to http 2 with a bad length": (_TO + _HTTP2 + b"Content-Length: 2\r\n\r\n" + _BODY, (400,)),
+    "trailers of 1 MB": (_TO + _CHUNKED + b"\r\n21\r\n" + _BODY + b"\r\n0\r\n" + b"X: a\r\n" * 200_000, (431,)),
+    "trailer that never ends": (_TO + _CHUNKED + b"\r\n0\r\nX: " + b"a" * 2**20, (431,)),
+    "chunk extension of 1 MB": (_TO + _CHUNKED + b"\r\n21;" + b"a" * 2**20 + b"\r\n" + _BODY, (431,)),
     "upgrade to http 2": (_GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", (200,)),
     "deep nesting": (_TO + b"Content-Length: 200000\r\n\r\n" + b"[" * 200_000, (400,)),
     "request after a bad one": (_TO + b"Content-Length: x\r\n\r\n" + _GET + b"\r\n", (400,)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import socket
 import threading
 import time
@@ -167,6 +168,36 @@ def test_a_body_may_begin_with_a_byte_order_mark_and_say_that_it_is_not_compress
         body = b"\xef\xbb\xbf" + json.dumps({"prompt": "Hi", "max_tokens": 1}).encode()
         answer = bounded.http.post("/v1/completions", content=body, headers=headers)
         assert answer.status_code == 200, answer.text
+
+
+def test_a_wish_for_another_protocol_changes_neither_a_body_nor_the_requests_behind_it(
+    bounded: Server, neighbour: Neighbour
+) -> None:
+    # Java's HttpClient asks for HTTP/2 so with every request.
+    bodies = [json.dumps({"prompt": "Hi", "max_tokens": count}).encode() for count in (1, 2, 3)]
+    sent = b"".join(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAEAAEAAAAIAAAAB\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        for body in bodies
+    )
+    for size in (len(sent), 100, 7):
+        with socket.create_connection(("127.0.0.1", bounded.port), timeout=20) as connected:
+            for begin in range(0, len(sent), size):
+                connected.sendall(sent[begin : begin + size])
+            answers = b""
+            while answers.count(b'"completion_tokens":3') == 0 and (piece := connected.recv(65536)):
+                answers += piece
+        counts = re.findall(rb'"completion_tokens":(\d+)', answers)
+        assert (answers.count(b"HTTP/1.1 200 OK"), counts) == (3, [b"1", b"2", b"3"])
+
+
+def test_trailers_replace_no_field_of_the_head(bounded: Server, neighbour: Neighbour) -> None:
+    body = b'{"prompt": "Hi", "max_tokens": 1}'
+    sent = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: head\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"21\r\n" + body + b"\r\n0\r\nX-Request-Id: trailer\r\n\r\n"
+    )
+    assert json.loads(answer_to(bounded.port, sent)[1])["id"] == "cmpl-head"
 
 
 def test_a_client_of_one_byte_a_second_is_ended(bounded: Server, neighbour: Neighbour) -> None:

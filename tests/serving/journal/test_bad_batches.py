@@ -50,6 +50,15 @@ FORMS: dict[str, tuple[str | None, bytes, int, str | None, str]] = {
     "part without a head": (FORM, b"--x\r\nbatch\r\n" + END, 400, None, "part 1"),
     "part of a long head": (FORM, named(b"file", b"", b"a" * 5000) + END, 400, None, "4096"),
     "part without a name": (FORM, part(b"Content-Disposition: form-data") + END, 400, None, "name"),
+    "name in another field": (FORM, part(b'X: content-disposition: form-data; name="file"') + END, 400, None, "name"),
+    "name twice": (FORM, part(b'Content-Disposition: form-data; name="a"; name="file"') + END, 400, None, "twice"),
+    "encoded part": (
+        FORM,
+        PURPOSE + part(b'Content-Disposition: form-data; name="file"\r\nContent-Transfer-Encoding: base64') + END,
+        400,
+        None,
+        "content-transfer-encoding=b'base64'",
+    ),
     "name that is no text": (FORM, named(b"\xff") + END, 400, None, "part 1"),
     "no purpose": (FORM, FILE + END, 400, "purpose", "required"),
     "other purpose": (FORM, named(b"purpose", b"fine-tune") + FILE + END, 400, "purpose", "fine-tune"),
@@ -127,6 +136,23 @@ def test_a_form_that_cannot_be_is_refused_and_not_kept(shared: Journaled, name: 
     headers = {} if content_type is None else {"content-type": content_type}
     check_error(shared.http.post("/v1/files", content=body, headers=headers), status, param, message)
     assert (shared.kept_bytes, shared.held_bytes) == (before, 0)
+
+
+@pytest.mark.parametrize(
+    ("head", "filename"),
+    [
+        (b"Content-Disposition: form-data; name=file; filename=a.jsonl; filename*=utf-8''a.jsonl", "a.jsonl"),  # .NET
+        (b'content-disposition:form-data;filename="a.jsonl";name="file"', "a.jsonl"),
+        (rb'Content-Disposition: form-data; name="file"; filename="a\"b\\c.jsonl"', 'a"b\\c.jsonl'),  # curl
+        (b'Content-Disposition: form-data; name="file"; filename="a; name=b"', "a; name=b"),
+        (b'Content-Type: text/plain\r\nContent-Disposition: Form-Data; Name="file"', ""),
+        (b'Content-Disposition: form-data; name="file"\r\nContent-Transfer-Encoding: binary', ""),
+    ],
+)
+def test_a_part_may_be_named_as_any_client_writes_it(shared: Journaled, head: bytes, filename: str) -> None:
+    answer = shared.http.post("/v1/files", content=PURPOSE + part(head, b"{}") + END, headers={"content-type": FORM})
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["filename"], answer.json()["bytes"]) == (filename, 2)
 
 
 def test_forms_that_may_be_are_taken(shared: Journaled) -> None:

@@ -112,8 +112,49 @@ def test_a_batch_past_its_window_is_aborted(tmp_path: Path, monkeypatch: pytest.
         asyncio.run_coroutine_threadsafe(server.gateway.journaling.batches.prune(), server.loop).result(10)
         assert all(ticket.aborted.wait(10) for ticket in server.pool.tickets[1:])
         ended = batch_now(server.http, batch["id"])
-        assert (ended["status"], ended["request_counts"]["completed"]) == ("expired", 1)
+        assert (ended["status"], ended["request_counts"]) == ("expired", {"total": 9, "completed": 1, "failed": 8})
+        assert ended["expired_at"] >= ended["created_at"]
         assert output(server, ended) == ["line 0"]
+        assert server.gateway.journaling.journal.size.unfinished == 0
+
+
+def test_the_lines_that_an_expired_batch_did_not_reach_stand_in_its_error_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "WINDOW_S", -1)
+    with journaled(tmp_path, max_open_requests=4 * AT_ONCE) as server:
+        batch = slow(server)
+        started(server, batch)
+        before = server.kept_bytes
+        asyncio.run_coroutine_threadsafe(server.gateway.journaling.batches.prune(), server.loop).result(10)
+        assert server.kept_bytes < before
+    with journaled(tmp_path) as server:
+        ended = batch_now(server.http, batch["id"])
+        lines = server.http.get(f"/v1/files/{ended['error_file_id']}/content").text.splitlines()
+        found = [json.loads(each) for each in lines]
+        assert [each["custom_id"] for each in found] == [f"line {number}" for number in range(1, 9)]
+        assert all((each["response"], each["error"]["code"]) == (None, "batch_expired") for each in found)
+
+        # As after any end: it cannot be cancelled, its lines can be asked for one by one, and it is forgotten whole.
+        assert server.http.post(f"/v1/batches/{batch['id']}/cancel").json() == ended
+        name = found[0]["id"].removeprefix("batch_req_")
+        response = server.http.get(f"/v1/requests/{name}").json()["response"]
+        assert (response["status_code"], response["body"]["error"]["code"]) == (504, "batch_expired")
+        assert server.pool.submits == []
+        journal = server.gateway.journaling.journal
+        assert (journal.size.unfinished, journal.size.finished) == (0, 9)
+        journal.keep_s = -2.0
+        asyncio.run_coroutine_threadsafe(server.gateway.journaling.batches.prune(), server.loop).result(10)
+        assert (server.kept_bytes, journal.size.finished) == (0, 0)
+
+
+def test_a_batch_is_told_as_expired_as_soon_as_one_of_its_lines_is(tmp_path: Path) -> None:
+    # What is told of a batch is read before its lines are counted: it may expire in between.
+    with journaled(tmp_path, max_open_requests=4 * AT_ONCE) as server:
+        batch = slow(server)
+        started(server, batch)
+        assert server.gateway.journaling.journal.expire_batch(batch["id"]).result() == 8
+        assert batch_now(server.http, batch["id"])["status"] == "expired"
 
 
 def test_files_and_batches_are_forgotten_in_time(tmp_path: Path) -> None:

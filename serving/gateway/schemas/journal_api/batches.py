@@ -54,7 +54,10 @@ class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     input_file_id: Annotated[str, Meta(max_length=100, description="A file that was uploaded with purpose=batch.")]
     endpoint: Annotated[Endpoint, Meta(description="The route of every request in the file.")]
-    completion_window: Annotated[Literal["24h"], Meta(description="What has not ended by then is given up.")]
+    completion_window: Annotated[
+        Literal["24h"],
+        Meta(description="What has not ended by then is batch_expired in the error file."),
+    ]
     metadata: Metadata | None = None
 
 
