@@ -35,8 +35,9 @@ class RowSettings:
         """Return the rows' settings on `device`, in one copy for which nobody waits."""
         samplings = [row.sampling for row in rows]
 
-        # Further out, dividing by the temperature leaves float32's range; no draw changes any more before that.
-        temperatures = [min(max(s.temperature, 1e-30), 1e30) if s.temperature > 0.0 else 1.0 for s in samplings]
+        # No draw changes any more before that. Further out, a logit divided by it leaves the range of float32, also one
+        # that was multiplied by the largest repetition_penalty.
+        temperatures = [min(max(s.temperature, 1e-15), 1e30) if s.temperature > 0.0 else 1.0 for s in samplings]
         limits = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in samplings]
 
         fractions = np.array([temperatures, [s.top_p for s in samplings], [s.min_p for s in samplings]])

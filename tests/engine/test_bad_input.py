@@ -23,6 +23,7 @@ from phalanx import (
     SamplingParams,
 )
 from phalanx.engine.protocol.messages import Submit
+from phalanx.engine.protocol.sampling_params import REPETITION_PENALTIES
 from phalanx.launch.model_files.random_model import make_random_model
 from phalanx.tests.engine.conftest import CONFIG
 from phalanx.tests.models import TINY_SHAPE, score
@@ -101,19 +102,15 @@ def test_a_bad_request_fails_alone(llm: LLM, request_fields: dict[str, Any], wor
     assert tokens == alone
 
 
-def test_logits_that_overflow_fail_their_own_request(tiny: Path) -> None:
-    # float16 ends at 65504, which a bias does not reach: a penalty that multiplies the logits beyond it does.
-    huge = SamplingParams(max_tokens=8, temperature=1e-38, repetition_penalty=1e-38, ignore_eos=True)
-    with LLM(str(tiny), **{**CONFIG, "dtype": "float16"}) as llm:
-        alone = _beside(llm)
-        handles = [
-            llm.submit(Submit(id="beside", token_ids=[5, 6, 7, 8], sampling=BESIDE)),
-            llm.submit(Submit(id="huge", token_ids=[9, 10], sampling=huge)),
-        ]
-        tokens = [token for event in handles[0] or () for token in getattr(event, "token_ids", [])]
-        assert tokens == alone
-        with pytest.raises(EngineFault, match=r"not a number.*float16"):
-            list(handles[1] or ())
+@pytest.mark.parametrize("penalty", REPETITION_PENALTIES)
+def test_no_request_makes_logits_that_are_no_numbers(tiny: Path, penalty: float) -> None:
+    # The smallest temperature divides what the largest penalty has multiplied; the answer is the greedy one.
+    greedy = SamplingParams(max_tokens=8, temperature=0, repetition_penalty=penalty, logit_bias={5: 100}, ignore_eos=True)
+    with LLM(str(tiny), **CONFIG) as llm:
+        expected = llm.generate([[9, 10]], greedy)[0].outputs[0].token_ids
+        for more in ({}, {"top_p": 0.9, "min_p": 0.1}, {"logprobs": 3, "logprobs_mode": "processed"}):
+            sampling = msgspec.structs.replace(greedy, temperature=5e-324, **more)
+            assert llm.generate([[9, 10]], sampling)[0].outputs[0].token_ids == expected
 
 
 def test_a_chat_template_that_raises_fails_its_request_alone(tiny: Path, tmp_path: Path) -> None:
@@ -167,21 +164,24 @@ def test_a_full_queue_refuses_the_next_and_names_max_queue(tiny: Path) -> None:
         assert refusals == {"2 requests wait, as many as max_queue=2: retry later or raise it"}
 
 
-def test_logits_that_are_no_numbers_fail_their_own_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "value"), [("float32", float("nan")), ("float16", float("inf"))])
+def test_logits_that_are_no_numbers_fail_their_own_request(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, value: float
+) -> None:
     from phalanx.engine.models.decoder import CausalLM
 
-    with LLM(str(tiny), **CONFIG) as llm:
+    with LLM(str(tiny), **{**CONFIG, "dtype": dtype}) as llm:
         alone = _beside(llm)
         compute = CausalLM.forward
 
         def poisoned(self: CausalLM, batch: Any, cache: Any, logits_indices: torch.Tensor) -> torch.Tensor:
             hidden = compute(self, batch, cache, logits_indices)
-            hidden[batch.token_ids[logits_indices] == 13] = float("nan")
+            hidden[batch.token_ids[logits_indices] == 13] = value
             return hidden
 
         monkeypatch.setattr(CausalLM, "forward", poisoned)
         beside = llm.submit(Submit(id="beside", token_ids=[5, 6, 7, 8], sampling=BESIDE))
-        with pytest.raises(EngineFault, match="not a number"):
+        with pytest.raises(EngineFault, match=r"not a number.*float16"):
             llm.generate([[12, 13]], BESIDE)
         assert [token for event in beside or () for token in getattr(event, "token_ids", [])] == alone
 
