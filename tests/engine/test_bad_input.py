@@ -105,7 +105,9 @@ def test_a_bad_request_fails_alone(llm: LLM, request_fields: dict[str, Any], wor
 @pytest.mark.parametrize("penalty", REPETITION_PENALTIES)
 def test_no_request_makes_logits_that_are_no_numbers(tiny: Path, penalty: float) -> None:
     # The smallest temperature divides what the largest penalty has multiplied; the answer is the greedy one.
-    greedy = SamplingParams(max_tokens=8, temperature=0, repetition_penalty=penalty, logit_bias={5: 100}, ignore_eos=True)
+    greedy = SamplingParams(
+        max_tokens=8, temperature=0, repetition_penalty=penalty, logit_bias={5: 100}, ignore_eos=True
+    )
     with LLM(str(tiny), **CONFIG) as llm:
         expected = llm.generate([[9, 10]], greedy)[0].outputs[0].token_ids
         for more in ({}, {"top_p": 0.9, "min_p": 0.1}, {"logprobs": 3, "logprobs_mode": "processed"}):
