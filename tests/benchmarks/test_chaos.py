@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 from pathlib import Path
@@ -12,6 +13,8 @@ from phalanx.benchmarks.chaos import Options, disturb
 from phalanx.benchmarks.lab.chaos.answers import Asked, _folded, comparable, differences, judge
 from phalanx.benchmarks.lab.chaos.kills import Plan, disturb_group
 from phalanx.benchmarks.lab.chaos.questions import CHAT, MESSAGES, RESPONSES, TEXT, questions
+from phalanx.benchmarks.lab.chaos.server import TEMPLATES, programs
+from phalanx.engine.coordinator.text.template_processes import PROCESSES
 from phalanx.engine.errors import ConfigError
 
 
@@ -23,6 +26,23 @@ def test_sixteen_requests_ask_for_everything_that_a_seam_may_break() -> None:
     fields = {name for question in asked for name in question.body}
     wanted = {"n", "stop", "logprobs", "prompt_logprobs", "echo", "response_format", "structured_outputs", "tools"}
     assert wanted | {"tool_choice", "presence_penalty", "return_token_ids", "chat_template_kwargs", "seed"} <= fields
+
+
+class _Process:
+    def __init__(self, *words: str) -> None:
+        self._words = words
+
+    def cmdline(self) -> list[str]:
+        return list(self._words)
+
+
+def test_processes_for_templates_are_no_growth_up_to_their_bound() -> None:
+    rank, template = _Process("python", "-m", "phalanx.launch.ranks.fork"), _Process("python", "-m", TEMPLATES)
+    assert importlib.util.find_spec(TEMPLATES) is not None
+    found = programs([rank, rank, template])
+    assert found == {"processes of phalanx.launch.ranks.fork": 2, f"processes of {TEMPLATES}": PROCESSES}
+    assert programs([template] * PROCESSES) == programs([])
+    assert programs([template] * (PROCESSES + 1)) != programs([])
 
 
 def _chunk(content: str | None = None, calls: Any = None, reason: str | None = None) -> dict[str, Any]:

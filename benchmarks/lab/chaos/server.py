@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import psutil
 from phalanx.benchmarks.lab.agent_model import make_agent_model
 from phalanx.benchmarks.lab.traces import Traces
 from phalanx.engine.client.group_failure import GroupState, read_state
+from phalanx.engine.coordinator.text.template_processes import PROCESSES
 from phalanx.engine.errors import EngineStopped
 
 READY_S = 180.0
 """Seconds within which a group must be ready again."""
 END_S = 30.0
 REQUEST_S = 60.0
+TEMPLATES = "phalanx.engine.coordinator.text.sandbox"
 SETTLE_S = 15.0
 """Seconds within which what has ended must be gone."""
 
@@ -121,7 +124,7 @@ class Server:
         for name, process in lasting.items():
             with contextlib.suppress(psutil.Error, OSError):
                 found[name] = {**_descriptors(process.pid), "threads": process.num_threads()}
-        found["server"] = {"processes": len(self._traces.processes())}
+        found["server"] = programs(self._traces.processes())
         found["machine"] = {"shared segments": len(self._traces.shared_memory())}
         found["temporary folder"] = {"files": sum(1 for _ in self._temporary.rglob("*"))}
         return found
@@ -168,6 +171,22 @@ class Server:
     def remove(self) -> None:
         """Take its folder away, log and all."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def programs(processes: Sequence[psutil.Process]) -> dict[str, int]:
+    """How many run each program, by the module or file that they began with.
+
+    Those that render chat templates are started as they are needed and stay, up to PROCESSES, which is what counts.
+    """
+    found: Counter[str] = Counter()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            module = words[words.index("-m") + 1] if "-m" in words[:-1] else " ".join(words[:2])
+            found[f"processes of {module}"] += 1
+    templates = f"processes of {TEMPLATES}"
+    found[templates] = max(PROCESSES, found[templates])
+    return dict(found)
 
 
 def _descriptors(pid: int) -> dict[str, int]:
