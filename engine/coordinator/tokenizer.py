@@ -13,6 +13,7 @@ from ..constraints.matcher import Beginning
 from ..errors import CheckpointError, InvalidRequest
 from ..protocol.messages import Prompt
 from .text.chat_template import ChatTemplate
+from .text.normalized_tokens import NormalizedTokens
 from .text.plain_text import PlainText
 from .text.reasoning import Phase, ReasoningSplitter, find_tags, phase_after
 from .text.template_processes import TemplateProcesses
@@ -167,8 +168,9 @@ class Tokenizer:
 
     def _chat_templates(self, processes: TemplateProcesses) -> dict[str, ChatTemplate]:
         variables = dict(self._tokenizer.special_tokens_map)
+        normalized = NormalizedTokens(self._backend)
         return {
-            name: ChatTemplate(text, variables, self._special_ids, processes)
+            name: ChatTemplate(text, variables, self._special_ids, processes, normalized)
             for name, text in self._template_texts.items()
         }
 

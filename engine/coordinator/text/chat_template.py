@@ -9,6 +9,7 @@ from typing import Any
 
 from ....parallel.loading.json_files import shown
 from ...errors import InvalidRequest
+from .normalized_tokens import NormalizedTokens
 from .template_processes import RenderError, TemplateProcesses
 
 Message = dict[str, Any]
@@ -71,14 +72,18 @@ class ChatTemplate:
         variables: dict[str, Any],
         special_tokens: Iterable[str],
         processes: TemplateProcesses | None = None,
+        normalized: NormalizedTokens | None = None,
     ) -> None:
         """`variables` are the tokenizer's own, such as bos_token; `special_tokens` the texts of its special tokens.
 
-        It is rendered in `processes`, without them in some of its own.
+        Those that are looked for after a text was normalized are `normalized` too. It is rendered in `processes`,
+        without them in some of its own.
         """
         self._source = source
         self._variables = variables
-        special = sorted((text for text in special_tokens if text), key=len, reverse=True)
+        self._normalized = normalized if normalized is not None and normalized.texts else None
+        texts = {*special_tokens, *(() if self._normalized is None else self._normalized.texts)} - {""}
+        special = sorted(texts, key=len, reverse=True)
         self._special = frozenset(special)
         self._pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._joined = "\0".join(special)
@@ -167,12 +172,31 @@ class ChatTemplate:
         return copy
 
     def _mark_text(self, text: str, marks: Marks) -> str:
-        marked = self._pattern.sub(f"{marks.begin}\\g<0>{marks.end}", text)
+        if self._normalized is not None and text:
+            return self._mark_normalized(text, marks, self._normalized)
+        marked = self._mark_written(text, marks)
         # A user's text may also be a part of a special token that the text beside it completes.
         if text and text in self._joined:
             return f"{marks.cut}{marked}{marks.cut}" if text not in self._special else marked
         begins = text.startswith(self._ends)
         ends = text.endswith(self._beginnings)
+        return f"{marks.cut if begins else ''}{marked}{marks.cut if ends else ''}"
+
+    def _mark_written(self, text: str, marks: Marks) -> str:
+        return self._pattern.sub(f"{marks.begin}\\g<0>{marks.end}", text)
+
+    def _mark_normalized(self, text: str, marks: Marks, tokens: NormalizedTokens) -> str:
+        """The same where a token may be written in other ways than its own."""
+        marked, start = "", 0
+        for first, end in tokens.find(text):
+            marked += self._mark_written(text[start:first], marks) + marks.begin + text[first:end] + marks.end
+            start = end
+        marked += self._mark_written(text[start:], marks)
+
+        # What is not ASCII may also be composed with the text before it.
+        seen = tokens.normalize(text)
+        begins = not text[0].isascii() or seen.startswith(self._ends) or seen in self._joined
+        ends = seen.endswith(self._beginnings) or seen in self._joined
         return f"{marks.cut if begins else ''}{marked}{marks.cut if ends else ''}"
 
     def _collect(self, text: str, marks: Marks) -> Rendered:
@@ -182,7 +206,10 @@ class ChatTemplate:
             plain.append(match[1] or "")
             return marks.stands_for
 
-        marked = f"{marks.begin}({self._pattern.pattern}){marks.end}|[{marks.begin}{marks.end}{marks.cut}]"
+        any_mark = f"[{marks.begin}{marks.end}{marks.cut}]"
+        # What becomes a special token by normalization may be written in any way.
+        texts = self._pattern.pattern if self._normalized is None else f"[^{any_mark[1:]}*"
+        marked = f"{marks.begin}({texts}){marks.end}|{any_mark}"
         return Rendered(re.sub(marked, stand_for, text), marks.stands_for, plain)
 
 
