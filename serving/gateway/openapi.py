@@ -20,6 +20,7 @@ STATUS_MEANINGS = {
     408: "The body came too slowly.",
     413: "The body is too long.",
     415: "The body is not JSON.",
+    422: "The model has not done what is asked of it: it wrote no summary.",
     429: "The server is full; Retry-After tells when to try again.",
     500: "The server failed.",
     503: "The model is being loaded, or the server is about to stop or has stopped.",

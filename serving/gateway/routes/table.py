@@ -149,7 +149,7 @@ OPERATIONS: tuple[Operation, ...] = (
         CompactRequest,
         None,
         REFUSED_COMPACT,
-        _COMPUTES,
+        (*_COMPUTES, 422),
     ),
     Operation(
         "GET",

@@ -443,7 +443,7 @@ def test_a_summary_that_breaks_off_says_so_and_none_is_an_error(agent: Server) -
 
     agent.pool.answers = ["<think>hm</think>" + AgentPool.CUT]
     none = agent.http.post("/v1/responses/compact", json={"input": "Hi"})
-    assert (none.status_code, none.json()["error"]["type"]) == (500, "server_error")
+    assert (none.status_code, none.json()["error"]["type"]) == (422, "invalid_request_error")
 
 
 def test_a_compaction_that_cannot_be_is_named(agent: Server) -> None:

@@ -70,10 +70,11 @@ class SummaryWriter:
         return b""
 
     def response(self, items: list[Item]) -> CompactedResponse:
-        """The user's messages among the conversation's `items`, and the summary. Raises ApiError (500) without one."""
+        """The user's messages among the conversation's `items`, and the summary. Raises ApiError (422) without one."""
         text = "".join(self._pieces).strip()
         if not text or text == CUT or self._usage is None:
-            raise ApiError(500, "the model wrote no summary; send the conversation itself", type="server_error")
+            why = "the model wrote no summary of this input; send the conversation itself"
+            raise ApiError(422, why, code="no_summary")
         summary = {"type": "compaction", "id": f"cmp_{uuid.uuid4().hex}", "encrypted_content": seal(text)}
         return CompactedResponse(
             id=f"resp_{uuid.uuid4().hex}",
