@@ -1,6 +1,6 @@
-"""Thinking in a form that clients send back without a look into it: encrypted_content, and signatures.
+"""Thinking and summaries in a form that clients send back without a look into it: encrypted_content, and signatures.
 
-It is encoded, not encrypted: who may read an answer may read its thinking, too. A client that writes one itself says
+They are encoded, not encrypted: who may read an answer may read its thinking, too. A client that writes one itself says
 nothing that it could not say in a history.
 """
 
