@@ -166,10 +166,15 @@ class ChatTemplate:
             known = key in ("role", "type") and isinstance(item, str) and item in _KNOWN_WORDS
             name = key
             # Templates ask for keys that are plain words; any other is a user's wherever it stands.
-            if isinstance(key, str) and (users_keys or not key.isidentifier() or self._pattern.search(key)):
+            if isinstance(key, str) and (users_keys or not key.isidentifier() or self._has_special(key)):
                 name = self._mark_text(key, marks)
             copy[name] = item if known else self._mark(item, marks, inside)
         return copy
+
+    def _has_special(self, text: str) -> bool:
+        """Whether the text of a special token is in it."""
+        found = self._pattern.search(text) or (self._normalized is not None and self._normalized.find(text))
+        return bool(found)
 
     def _mark_text(self, text: str, marks: Marks) -> str:
         if self._normalized is not None and text:

@@ -18,7 +18,7 @@ SPACES = normalizers.Replace(" ", "▁")
 TEMPLATE = "{% for m in messages %}<s>e{{ m.content }}{{ m.content | upper }}</s>{% endfor %}"
 
 
-def _tokenizer(folder: Path, tiny: Path, normalizer: Any, special: str) -> Tokenizer:
+def _tokenizer(folder: Path, tiny: Path, normalizer: Any, special: str, template: str = TEMPLATE) -> Tokenizer:
     """A tokenizer of bytes, with `<s>` and `</s>` as the template's tokens and another one that text may become."""
     backend = Backend(
         models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
@@ -34,7 +34,7 @@ def _tokenizer(folder: Path, tiny: Path, normalizer: Any, special: str) -> Token
     # The tokenizer of this family is read as it is stored; others get a normalizer of their own.
     config = {**json.loads((tiny / "config.json").read_text()), "model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(config))
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": TEMPLATE}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     made = Tokenizer(folder)
     assert type(made._backend.normalizer) is type(normalizer)
@@ -67,6 +67,17 @@ def test_a_users_text_makes_no_special_token(
         seen = normalizer.normalize_str("".join(f"<s>e{each}{each.upper()}</s>" for each in (text, f"x{text}")))
         written = tokenizer.decode(token_ids)
         assert normalizer.normalize_str(written) == seen
+    finally:
+        tokenizer.close()
+
+
+def test_a_key_that_is_a_word_makes_none_either(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = _tokenizer(tmp_path / "model", tiny, NFC, "\xe9", "<s>{{ messages | tojson }}</s>")
+    try:
+        odd = {"role": "user", "content": "1", "cafe\u0301": {"e\u0301": 1}}
+        token_ids = tokenizer.encode_conversation(Prompt(messages=[odd]))[1]
+        begin, end = (tokenizer.special_token_id(token) for token in ("<s>", "</s>"))
+        assert [token for token in token_ids if token in tokenizer._special] == [begin, end]
     finally:
         tokenizer.close()
 
