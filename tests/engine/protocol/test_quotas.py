@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -28,7 +30,7 @@ from phalanx.engine.protocol.messages import (
 )
 from phalanx.engine.protocol.outbox import UNREAD_BYTES
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
-from phalanx.engine.protocol.wire import MESSAGE_BYTES
+from phalanx.engine.protocol.wire import MESSAGE_BYTES, Wire
 from phalanx.parallel.group import local_group
 from phalanx.tests.engine.conftest import CONFIG
 
@@ -150,8 +152,20 @@ def test_a_peer_that_sends_more_than_the_bound_is_cut_off_alone(address: str) ->
     echo.transport.close()
 
 
-def _fails(*_: object) -> None:
-    raise MemoryError("no more")
+def _break(monkeypatch: pytest.MonkeyPatch, of: Wire, method: str, client: Client) -> None:
+    """Let a method of a wire's thread fail, and have it called; the call that is under way may still take a message."""
+    failed = threading.Event()
+
+    def fails(*_: object) -> None:
+        failed.set()
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(of, method, fails)
+    deadline = time.monotonic() + PATIENCE_S
+    client.abort("b")
+    while not failed.wait(0.05):
+        assert time.monotonic() < deadline
+        client.abort("b")
 
 
 def test_the_end_of_the_transports_thread_is_told_and_closes_its_sockets(
@@ -159,8 +173,7 @@ def test_the_end_of_the_transports_thread_is_told_and_closes_its_sockets(
 ) -> None:
     echo, client = _Echo(address), Client(ZmqConnection(address))
     assert _asks(client) == FILLER
-    monkeypatch.setattr(echo.transport._wire, "_take_in_arrived", _fails)
-    client.abort("a")
+    _break(monkeypatch, echo.transport._wire, "_take_in_arrived", client)
     assert "the transport's thread ended: MemoryError('no more')" in str(echo.broken.get(timeout=PATIENCE_S))
     assert echo.transport._wire.socket.closed
     client.close()
@@ -179,8 +192,7 @@ def test_the_end_of_the_transports_thread_ends_the_engine_with_that_reason(
     thread = EngineThread(engine, failures.put)
     client = Client(ZmqConnection(address))
     assert client.status(PATIENCE_S).ready
-    monkeypatch.setattr(transport._wire, "_take_in_arrived", _fails)
-    client.abort("a")
+    _break(monkeypatch, transport._wire, "_take_in_arrived", client)
     assert "the transport's thread ended: MemoryError('no more')" in str(failures.get(timeout=PATIENCE_S))
     client.close()
     thread.stop()
@@ -197,8 +209,7 @@ def test_the_end_of_a_connections_thread_fails_its_requests_for_good(
     client = Client(connection)
     handle = RequestHandle(client, Submit(id="a", token_ids=[1]))
     assert isinstance(arrived.get(timeout=PATIENCE_S), Submit)
-    monkeypatch.setattr(connection._wire, "_send_queued", _fails)
-    client.abort("b")
+    _break(monkeypatch, connection._wire, "_send_queued", client)
     with pytest.raises(EngineStopped, match=r"thread of the connection to .* ended: MemoryError"):
         next(handle)
     with pytest.raises(EngineStopped, match="MemoryError"):
