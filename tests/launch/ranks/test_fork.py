@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,11 @@ def test_a_forked_rank_looks_as_if_it_had_been_started_by_itself(starter: RankSt
 
     for rank, name in ((first, "0"), (last, "11")):
         process = psutil.Process(rank.pid)
+        # It is told of as soon as it is forked, and then makes itself look so.
+        deadline = time.monotonic() + WAIT_S
+        while process.environ().get("RANK") != name or "phalanx.launch.ranks.rank" not in process.cmdline():
+            assert time.monotonic() < deadline, (process.cmdline(), process.environ())
+            time.sleep(0.01)
         environment = process.environ()
         assert process.cmdline()[1:] == ["-m", "phalanx.launch.ranks.rank", str(folder)]
         assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == (name, name, "12")
