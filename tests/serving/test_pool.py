@@ -459,14 +459,21 @@ def test_what_no_engine_takes_again_in_time_fails_with_what_the_last_one_said(tm
     asyncio.run(main())
 
 
+@contextlib.asynccontextmanager
+async def two_under_way(engines: list[FakeEngine]) -> AsyncIterator[tuple[Engines, list[Caller]]]:
+    """A pool of the engines, and two requests of which the first tokens are there and no end comes."""
+    for engine in engines:
+        engine.answer = endless
+    async with open_pool(*(engine.address for engine in engines)) as pool:
+        callers = [Caller(pool, str(number)) for number in range(2)]
+        for caller in callers:
+            await caller.next()
+        yield pool, callers
+
+
 def test_a_request_that_moves_waits_for_room_at_the_other_engine(engines: list[FakeEngine]) -> None:
     async def main() -> None:
-        for engine in engines:
-            engine.answer = endless
-        async with open_pool(*(engine.address for engine in engines)) as pool:
-            callers = [Caller(pool, str(number)) for number in range(2)]
-            for caller in callers:
-                await caller.next()
+        async with two_under_way(engines) as (pool, callers):
             full = Failed(engines[0].requests[0].id, CapacityExceeded.__name__, "no room")
             engines[1].answer = lambda submit: [full]
             engines[0].status = None  # it does not come back
@@ -480,12 +487,7 @@ def test_a_request_that_moves_waits_for_room_at_the_other_engine(engines: list[F
 
 def test_a_request_moves_also_while_the_server_drains(engines: list[FakeEngine]) -> None:
     async def main() -> None:
-        for engine in engines:
-            engine.answer = endless
-        async with open_pool(*(engine.address for engine in engines)) as pool:
-            callers = [Caller(pool, str(number)) for number in range(2)]
-            for caller in callers:
-                await caller.next()
+        async with two_under_way(engines) as (pool, callers):
             for engine in engines:
                 engine.answer = lambda submit: two_tokens(submit)[2:]
             drained = asyncio.ensure_future(pool.drain_all(PATIENCE_S))

@@ -177,32 +177,32 @@ class ChatTemplate:
         return bool(found)
 
     def _mark_text(self, text: str, marks: Marks) -> str:
-        if self._normalized is not None and text:
-            return self._mark_normalized(text, marks, self._normalized)
-        marked = self._mark_written(text, marks)
-        # A user's text may also be a part of a special token that the text beside it completes.
-        if text and text in self._joined:
-            return f"{marks.cut}{marked}{marks.cut}" if text not in self._special else marked
-        begins = text.startswith(self._ends)
-        ends = text.endswith(self._beginnings)
+        tokens = self._normalized
+        if tokens is None:
+            marked, seen = self._mark_written(text, marks), text
+        else:
+            marked, seen = self._mark_normalized(text, marks, tokens), tokens.normalize(text)
+        if not text or (tokens is None and text in self._special):  # it is marked as a whole
+            return marked
+
+        # A user's text may also be a part of a special token that the text beside it completes. Where texts are
+        # normalized, one that does not begin in ASCII may be composed with what is before it.
+        is_part = seen in self._joined
+        begins = is_part or seen.startswith(self._ends) or (tokens is not None and not text[0].isascii())
+        ends = is_part or seen.endswith(self._beginnings)
         return f"{marks.cut if begins else ''}{marked}{marks.cut if ends else ''}"
 
     def _mark_written(self, text: str, marks: Marks) -> str:
+        """Mark special tokens that are written as they are."""
         return self._pattern.sub(f"{marks.begin}\\g<0>{marks.end}", text)
 
     def _mark_normalized(self, text: str, marks: Marks, tokens: NormalizedTokens) -> str:
-        """The same where a token may be written in other ways than its own."""
+        """Mark also what becomes one by normalization."""
         marked, start = "", 0
         for first, end in tokens.find(text):
             marked += self._mark_written(text[start:first], marks) + marks.begin + text[first:end] + marks.end
             start = end
-        marked += self._mark_written(text[start:], marks)
-
-        # What is not ASCII may also be composed with the text before it.
-        seen = tokens.normalize(text)
-        begins = not text[0].isascii() or seen.startswith(self._ends) or seen in self._joined
-        ends = seen.endswith(self._beginnings) or seen in self._joined
-        return f"{marks.cut if begins else ''}{marked}{marks.cut if ends else ''}"
+        return marked + self._mark_written(text[start:], marks)
 
     def _collect(self, text: str, marks: Marks) -> Rendered:
         plain: list[str] = []
