@@ -33,7 +33,7 @@ from phalanx.kernels.weight_formats import get_weight_format
 from phalanx.kernels.weight_formats.packed import Output, PackedWeight
 from phalanx.launch.get_model import load_shape
 
-INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
 EMULATED = "emulated_amx"  # measured only where it is named: it is slow, and tells nothing of the machine
 FORMATS = {"bf16_12": "none", "bf16": "none", "int8": "int8", "w8a8": "w8a8", "int4": "int4"}
 """A name for each, and the `quantization` that makes it. bf16_12 are bf16 numbers kept in 12 bits."""

@@ -108,7 +108,7 @@ struct Linear {
 
 // x as the micro-kernel takes it.
 struct PackedRows {
-    const uint32_t* words;  // row blocks [k words][rows of the block]
+    const uint32_t* words;  // row blocks [k words][rows of the block]; or of floats, see kSteps in vectors.h
     const float* scales;    // kInt8, kW8A8: (m,)
 };
 
@@ -180,7 +180,7 @@ struct Kernels {
     int max_rows;                         // rows of x that the micro-kernel takes
     int query_rows;                       // of a task of attention
     void (*release)();                    // gives up the calling thread's tiles; null where there are none
-    int64_t (*row_bytes)(const Linear&);  // of packed x, with tiles
+    int64_t (*row_bytes)(const Linear&);  // of packed x
     void (*pack_x)(const Linear&, int row_block, uint32_t* to, float* scales);
     void (*linear)(const Linear&, const PackedRows& x, int task);
     void (*attention)(const Attention&, int task);
@@ -240,6 +240,6 @@ inline int64_t number_index(int64_t row, int64_t k, int64_t i, int together) {
 // The first row of block `i` when m rows are cut into `blocks` even ones.
 inline int block_start(int64_t m, int64_t blocks, int64_t i) { return static_cast<int>(m * i / blocks); }
 
-extern const Kernels kAvx512Amx, kEmulatedAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable;
+extern const Kernels kAvx512Amx, kEmulatedAmx, kAvx512Bf16, kAvx512Vnni, kAvx512, kAvx2, kPortable;
 
 }  // namespace phalanx

@@ -300,8 +300,8 @@ inline float multiply_adds(int64_t steps) {
     for (int j = 0; j < 12; ++j) sums[j] = splat(static_cast<float>(j));
     vu x = splat(uint32_t{0x3f803f80}), w = splat(uint32_t{0x38803880});
     for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 12
-        for (int j = 0; j < 12; ++j) sums[j] = multiply_add<bf16>(sums[j], x, w);
+#pragma GCC unroll 24
+        for (int j = 0; j < 12 * kSteps<bf16>; ++j) sums[j % 12] = multiply_add<bf16>(sums[j % 12], x, w);
         asm volatile("" : "+r"(i));
     }
     vf sum{};

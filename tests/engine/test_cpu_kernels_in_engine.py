@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 KERNELS = [
     name
-    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx2", "portable")
+    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512_vnni", "avx2", "portable")
     if cpu.native is not None and cpu.native.can_run(name)
 ]
 """Instruction sets that this machine can run."""

@@ -15,7 +15,7 @@ from phalanx.kernels.cuda.attention import CudaAttention, TritonDecode, TritonPr
 
 INSTRUCTION_SETS = [
     name
-    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", "portable")
+    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
     if cpu.native and cpu.native.can_run(name)
 ]
 KV_HEADS, BLOCK_SIZE = 2, 16

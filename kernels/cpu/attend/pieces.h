@@ -37,15 +37,18 @@ INLINE T* out_at(const Attention& job, int64_t token, int64_t head, int i) {
     return element<T>(job.out, job.heads * dim, job.out_tiles, token, head * dim + i);
 }
 
-// What a cache's element is multiplied as, and bytes of the cache for a word: its own kind, or numbers.
+// What a cache's element is multiplied as, in so many steps a word, and bytes of the cache for a word: its own kind, or
+// numbers.
 template <class T, class Cache>
 struct Stored {
-    using Weight = T;
+    using Weight = Factor<T>;
+    static constexpr int kWordSteps = kSteps<T>;
     static constexpr int kPerWord = 4 / sizeof(T), kWordBytes = 4, kScaleBytes = 0;
 };
 template <class T>
 struct Stored<T, int8_t> {
     using Weight = int16_t;
+    static constexpr int kWordSteps = 1;
     static constexpr int kPerWord = 2, kWordBytes = 2, kScaleBytes = 4;
 };
 

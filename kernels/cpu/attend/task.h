@@ -27,7 +27,7 @@ struct AttentionTask {
     const TaskView task;
     int group, dim, rows, words;  // words of a head
     int before, last_key, blocks;
-    uint32_t* q;      // row blocks [words][rows of the block]
+    uint32_t* q;      // row blocks [words][rows of the block], in as many steps as a word has
     float* scores;    // (kMaxRows, kKeyTile), of the row block that is computed
     Weight* weights;  // the same
     Running running;
@@ -49,15 +49,15 @@ struct AttentionTask {
 
         // All of it in one piece of scratch memory, cut into parts that begin at cache lines: up to 64 bytes more for
         // each.
-        const int64_t bytes =
-            rows * 4 * (words + dim + 3) + kMaxRows * ((4 + sizeof(Weight)) * kKeyTile + 2 * dim) + 64 * 10;
+        const int64_t bytes = rows * 4 * (words * S::kWordSteps + dim + 3) +
+                              kMaxRows * ((4 + sizeof(Weight)) * kKeyTile + 2 * dim) + 64 * 10;
         char* memory = static_cast<char*>(scratch(Scratch::kAttentionTask, bytes));
         auto take = [&memory](int64_t size) {
             char* start = memory;
             memory += (size + 63) / 64 * 64;
             return start;
         };
-        q = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(rows) * words * 4));
+        q = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(rows) * words * S::kWordSteps * 4));
         scores = reinterpret_cast<float*>(take(kMaxRows * kKeyTile * 4));
         weights = reinterpret_cast<Weight*>(take(kMaxRows * kKeyTile * sizeof(Weight)));
         running.sums = reinterpret_cast<float*>(take(static_cast<int64_t>(rows) * dim * 4));
@@ -91,6 +91,11 @@ struct AttentionTask {
         return static_cast<int64_t>(job.block_size) / S::kPerWord * 16 * S::kWordBytes;
     }
 
+    // Where a row block's queries stand.
+    INLINE uint32_t* packed_queries(const RowBlock& block) const {
+        return q + static_cast<int64_t>(block.start) * words * S::kWordSteps;
+    }
+
     // A row block's queries, interleaved as the micro-kernel reads them; over an int8 cache they become 16-bit numbers.
     INLINE void pack_queries(const RowBlock& block) {
         const uint32_t* from[kMaxRows];
@@ -103,7 +108,8 @@ struct AttentionTask {
                 from[r] = reinterpret_cast<const uint32_t*>(numbers);
             }
         }
-        interleave(from, block.rows, words, q + static_cast<int64_t>(block.start) * words);
+        uint32_t* to = packed_queries(block);
+        kNumbers ? interleave(from, block.rows, words, to) : interleave_factors<T>(from, block.rows, words, to);
     }
 
     // Of keys past the last one the values count for nothing, whatever their scales are.
@@ -114,7 +120,7 @@ struct AttentionTask {
 
     // scores (rows of the block x keys) = queries * keys, by two pieces of 16 keys.
     INLINE void multiply_keys(const KeyTile& tile, const RowBlock& block) const {
-        const uint32_t* x = q + static_cast<int64_t>(block.start) * words;
+        const uint32_t* x = packed_queries(block);
         const Pieces& pieces = tile.pieces;
         for (int k = 0; k < tile.width; k += 32) {
             const int i = k / 16, second = k + 16 < tile.width ? i + 1 : i;
@@ -207,7 +213,7 @@ struct AttentionTask {
                     values[count / 16] = reinterpret_cast<const char*>(piece);
                 }
 
-                add_values<T, 1>(p + r * (kKeyTile / S::kPerWord), values, values, 0, -1, value_words,
+                add_values<T, 1>(p + r * (kKeyTile / S::kPerWord * S::kWordSteps), values, values, 0, -1, value_words,
                                  running.sums + static_cast<int64_t>(row) * dim + d, dim,
                                  tile.first ? nullptr : shrink + r);
             }

@@ -9,13 +9,13 @@ template <class T, int R>
 INLINE void add_values(const uint32_t* weights, const char* const* pieces, const char* const* ahead, int64_t offset0,
                        int64_t offset1, int words, float* sums, int ld, const float* shrink) {
     constexpr int kPieceWords = 16 / kPerWord<T>;
-    constexpr int kStride = kKeyTile / kPerWord<T>;
+    constexpr int kStride = kKeyTile / kPerWord<T> * kSteps<T>;
     const bool both = offset1 >= 0;
-    vf c0[R], c1[R];
+    Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-        c0[r] = shrink ? load(sums + r * ld) * shrink[r] : vf{};
-        c1[r] = shrink && both ? load(sums + r * ld + 16) * shrink[r] : vf{};
+        set_sums(c0, r, shrink ? load(sums + r * ld) * shrink[r] : vf{});
+        set_sums(c1, r, shrink && both ? load(sums + r * ld + 16) * shrink[r] : vf{});
     }
 
     const uint32_t* x = weights;
@@ -24,23 +24,18 @@ INLINE void add_values(const uint32_t* weights, const char* const* pieces, const
         const auto* v0 = reinterpret_cast<const uint32_t*>(*pieces + offset0);
         const auto* v1 = reinterpret_cast<const uint32_t*>(*pieces + offset1);
         int count = std::min(kPieceWords, words - done);
-        for (int k = 0; k < count; ++k, ++x) {
-            vu w0 = load(v0 + k * 16), w1 = load(v1 + k * 16);
+        for (int k = 0; k < count; ++k, x += kSteps<T>) {
             __builtin_prefetch(*ahead + offset0 + k * 64, 0, 2);
             __builtin_prefetch(*ahead + offset1 + k * 64, 0, 2);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                vu p = splat(x[r * kStride]);
-                c0[r] = multiply_add<T>(c0[r], p, w0);
-                c1[r] = multiply_add<T>(c1[r], p, w1);
-            }
+            add_products<T, R>(c0, c1, v0 + k * 16, v1 + k * 16,
+                               [&](int step, int r) { return x[r * kStride + step]; });
         }
     }
 
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-        store(sums + r * ld, c0[r]);
-        if (both) store(sums + r * ld + 16, c1[r]);
+        store(sums + r * ld, sums_of(c0, r));
+        if (both) store(sums + r * ld + 16, sums_of(c1, r));
     }
 }
 

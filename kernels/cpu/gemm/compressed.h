@@ -85,9 +85,9 @@ template <int R>
 __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint8_t* const* tables,
                                                    const uint8_t* const* quads, int64_t words, float* c, bool add,
                                                    int64_t ahead0, int64_t ahead1) {
-    vf c0[R], c1[R];
+    Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
+    for (int i = 0; i < R * kParts; ++i) c0[i] = c1[i] = Part{};
     const uint8_t *t0 = tables[0], *t1 = tables[1], *q0 = quads[0], *q1 = quads[1];
     while (words > 0) {
         const Expander expand0(t0), expand1(t1);
@@ -96,12 +96,9 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
             expand0.template operator()<J>(q0, w0[0], w0[1]);
             expand1.template operator()<J>(q1, w1[0], w1[1]);
             for (int i = 0; i < 2; ++i) {
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    const vu x = splat(a[(2 * J + i) * R + r]);
-                    c0[r] = multiply_add<bf16>(c0[r], x, w0[i]);
-                    c1[r] = multiply_add<bf16>(c1[r], x, w1[i]);
-                }
+                const uint32_t* x = a + (2 * J + i) * R * kSteps<bf16>;
+                add_products<bf16, R>(c0, c1, words_in(w0[i]), words_in(w1[i]),
+                                      [&](int step, int r) { return x[step * R + r]; });
             }
         };
 
@@ -111,7 +108,7 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
             for (int line = 0; ahead1 && line < kQuadBytes; line += 64) __builtin_prefetch(q1 + ahead1 + line, 0, 2);
             pair(std::integral_constant<int, 0>{});
             pair(std::integral_constant<int, 1>{});
-            a += 4 * R;
+            a += 4 * R * kSteps<bf16>;
             q0 += kQuadBytes;
             q1 += kQuadBytes;
         }

@@ -57,7 +57,7 @@ inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, in
             for (int block = tile.first_block; block < tile.last_block; ++block) {
                 const int64_t row = block_start(job.m, job.row_blocks, block);
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
-                const uint32_t* a = x.words + row * job.words + k * block_rows;
+                const uint32_t* a = packed_at<bf16>(job, x, row, k, block_rows);
                 float* to = sums + (row - tile.first_row) * 32;
                 // Of the panels that come next the first two row blocks fetch one each, an only row block both.
                 const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
@@ -116,7 +116,7 @@ void linear_task(const Linear& job, const PackedRows& x, int task) {
                 // Of the two panels each of the first two row blocks fetches one, an only row block both.
                 const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
                 const int lines = !plain || nth > 1 ? 0 : blocks == 1 ? 2 : 1;
-                kMultiply<T>[block_rows - 1](x.words + row* job.words + k* block_rows, b0, b1, words,
+                kMultiply<T>[block_rows - 1](packed_at<T>(job, x, row, k, block_rows), b0, b1, words,
                                              sums + (row - tile.first_row)* 32, 32, k > 0, plain ? nullptr : scales,
                                              nth == 1 ? next + 1 : next, lines);
             }

@@ -11,22 +11,24 @@
 //     ...                ...                  ...                 kMaxRows is how many rows leave no sum in memory
 //     splat(a[k][R-1])   c0[R-1]              c1[R-1]             (targets/ say so of each instruction set).
 //
+// Where a word of bfloat16 takes two steps, see kSteps, a has the floats of both, a[k][step][r].
+//
 // R is a template's argument, so that the compiler keeps the sums in registers: see with_rows().
 
 // R rows of 32 columns, in registers, to or onto those of c.
 template <int R>
-INLINE void put_sums(const vf* c0, const vf* c1, float* c, int64_t ldc, bool add) {
+INLINE void put_sums(const Part* c0, const Part* c1, float* c, int64_t ldc, bool add) {
     if (add) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            store(c + r * ldc, load(c + r * ldc) + c0[r]);
-            store(c + r * ldc + 16, load(c + r * ldc + 16) + c1[r]);
+            store(c + r * ldc, load(c + r * ldc) + sums_of(c0, r));
+            store(c + r * ldc + 16, load(c + r * ldc + 16) + sums_of(c1, r));
         }
     } else {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            store(c + r * ldc, c0[r]);
-            store(c + r * ldc + 16, c1[r]);
+            store(c + r * ldc, sums_of(c0, r));
+            store(c + r * ldc + 16, sums_of(c1, r));
         }
     }
 }
@@ -37,27 +39,22 @@ INLINE void put_sums(const vf* c0, const vf* c1, float* c, int64_t ldc, bool add
 template <class T, int R, int Lines>
 INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words, float* c,
                           int64_t ldc, bool add, const float* const* scales, const char* const* ahead) {
-    vf c0[R], c1[R];
+    Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
+    for (int i = 0; i < R * kParts; ++i) c0[i] = c1[i] = Part{};
     for (int64_t k = 0; k < words; ++k) {
-        vu w0 = load(b0 + k * 16), w1 = load(b1 + k * 16);
         if constexpr (Lines > 0) __builtin_prefetch(ahead[0] + k * 64, 0, 2);
         if constexpr (Lines > 1) __builtin_prefetch(ahead[1] + k * 64, 0, 2);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            vu x = splat(a[k * R + r]);
-            c0[r] = multiply_add<T>(c0[r], x, w0);
-            c1[r] = multiply_add<T>(c1[r], x, w1);
-        }
+        add_products<T, R>(c0, c1, b0 + k * 16, b1 + k * 16,
+                           [&](int step, int r) { return a[(k * kSteps<T> + step) * R + r]; });
     }
     if (!scales) return put_sums<R>(c0, c1, c, ldc, add);
     const vf s0 = load(scales[0]), s1 = load(scales[1]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
-        store(to, fused(c0[r], s0, add ? load(to) : vf{}));
-        store(to + 16, fused(c1[r], s1, add ? load(to + 16) : vf{}));
+        store(to, fused(sums_of(c0, r), s0, add ? load(to) : vf{}));
+        store(to + 16, fused(sums_of(c1, r), s1, add ? load(to + 16) : vf{}));
     }
 }
 
@@ -124,6 +121,42 @@ INLINE void interleave(const uint32_t* const* from, int rows, int64_t words, uin
         for (int r = 0; r < rows; ++r) to[k * rows + r] = from[r][k];
 }
 
+// The same as the micro-kernel reads them: to[(k * kSteps<T> + step) * rows + r].
+template <class T>
+INLINE void interleave_factors(const uint32_t* const* from, int rows, int64_t words, uint32_t* to) {
+    if constexpr (kSteps<T> == 1) return interleave(from, rows, words, to);
+
+    // The words stand in the second half of what they become, and none is overwritten before it has been read. Of a
+    // vector of 16 the lanes from `rows` on are the next word's: what is stored of them is overwritten in turn.
+    const uint32_t* half = to + words * rows;
+    interleave(from, rows, words, to + words * rows);
+    int64_t k = 0;
+    for (; k + 16 <= words; ++k) {
+        const vu both = load(half + k * rows);
+        *reinterpret_cast<vu_any*>(to + 2 * k * rows) = factors_of<T, 0>(both);
+        *reinterpret_cast<vu_any*>(to + (2 * k + 1) * rows) = factors_of<T, 1>(both);
+    }
+    for (; k < words; ++k) {
+        for (int r = 0; r < rows; ++r) {
+            const uint32_t both = half[k * rows + r];
+            to[2 * k * rows + r] = both << 16;
+            to[(2 * k + 1) * rows + r] = both & 0xffff0000u;
+        }
+    }
+}
+
+// Bytes of a packed row of x, as pack_x() makes it without tiles.
+INLINE int64_t vector_row_bytes(const Linear& job) {
+    const bool numbers = job.kind == WeightKind::kInt8 || job.kind == WeightKind::kW8A8;
+    return int64_t{job.words} * 4 * (numbers || job.dtype == DType::kFloat32 ? 1 : kSteps<bf16>);
+}
+
+// Row block `row`, of `rows`, of packed x, from word k on.
+template <class T>
+INLINE const uint32_t* packed_at(const Linear& job, const PackedRows& x, int64_t row, int64_t k, int rows) {
+    return x.words + (row * job.words + k * rows) * kSteps<T>;
+}
+
 // A row block of x, interleaved word by word: the micro-kernel reads it from the first byte to the last.
 template <class T>
 void pack_rows(const Linear& job, int block, uint32_t* to) {
@@ -131,7 +164,7 @@ void pack_rows(const Linear& job, int block, uint32_t* to) {
     const uint32_t* rows[kMaxRows];
     for (int r = first; r < last; ++r)
         rows[r - first] = reinterpret_cast<const uint32_t*>(static_cast<const T*>(job.x) + r * job.ldx);
-    interleave(rows, last - first, job.words, to + static_cast<int64_t>(first) * job.words);
+    interleave_factors<T>(rows, last - first, job.words, to + static_cast<int64_t>(first) * job.words * kSteps<T>);
 }
 
 // Whether what comes out is more than caches keep, as the logits of many rows are, and can go past them.

@@ -76,9 +76,9 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
     for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
         // A group's sums by themselves; then they join the total, times the group's scales.
         const int64_t last = std::min<int64_t>(job.words, first + job.word_block);
-        vf c0[R], c1[R];
+        Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) c0[r] = c1[r] = vf{};
+        for (int i = 0; i < R * kParts; ++i) c0[i] = c1[i] = Part{};
         for (int64_t k = first; k < last; k += 4, b0 += kPanel, b1 += kPanel) {
             const vu v0 = load(b0), v1 = load(b1);
             __builtin_prefetch(b0 + ahead, 0, 2);
@@ -86,18 +86,15 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 const vu w0 = nibbles(v0, j), w1 = nibbles(v1, j);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    const vu x = splat(a[(k + j) * R + r]);
-                    c0[r] = multiply_add<bf16>(c0[r], x, w0);
-                    c1[r] = multiply_add<bf16>(c1[r], x, w1);
-                }
+                const uint32_t* x = a + (k + j) * R * kSteps<bf16>;
+                add_products<bf16, R>(c0, c1, words_in(w0), words_in(w1),
+                                      [&](int step, int r) { return x[step * R + r]; });
             }
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            t0[r] = fused(c0[r], load(s0), t0[r]);
-            t1[r] = fused(c1[r], load(s1), t1[r]);
+            t0[r] = fused(sums_of(c0, r), load(s0), t0[r]);
+            t1[r] = fused(sums_of(c1, r), load(s1), t1[r]);
         }
     }
 #pragma GCC unroll 16
@@ -212,7 +209,7 @@ struct Shorts {
     }
 
     static INLINE vi multiply_add(vi sum, vu x, vu w) {
-#if PHALANX_ISA_BF16
+#if PHALANX_ISA_VNNI
         return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
                                                         reinterpret_cast<__m512i>(w)));
 #else
@@ -228,7 +225,7 @@ struct Bytes {
     static INLINE vu load_weight(const char* from) { return *reinterpret_cast<const vu_any*>(from); }
 
     static INLINE vi multiply_add(vi sum, vu x, vu w) {
-#if PHALANX_ISA_BF16
+#if PHALANX_ISA_VNNI
         return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
                                                         reinterpret_cast<__m512i>(w)));
 #else

@@ -25,9 +25,10 @@ constexpr int kOwnPackedColumns = 64;       // for each thread
 constexpr int kTasksPerThread = 16;         // of many rows: so that a thread which is held up costs little
 
 // The rows of x as row blocks, and the tasks: for the micro-kernel of vectors.
-void plan_vectors(Linear& job, int rows_each) {
-    job.row_blocks = static_cast<int>(ceil_div(job.m, rows_each));
-    job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(rows_each), kCachedRows));
+void plan_vectors(Linear& job, const Kernels& k) {
+    const int64_t cached_rows = kCachedRows * int64_t{job.words} * 4 / k.row_bytes(job);
+    job.row_blocks = static_cast<int>(ceil_div(job.m, k.max_rows));
+    job.m_tiles = static_cast<int>(ceil_div(job.row_blocks * static_cast<int64_t>(k.max_rows), cached_rows));
     if (job.kind == WeightKind::kPlain || job.kind == WeightKind::kCompressed) {
         int64_t passes = ceil_div(job.words, job.dtype == DType::kFloat32 ? kFloatWordBlock : kWordBlock);
         job.word_block = static_cast<int>(ceil_div(ceil_div(job.words, passes), kGroupWords) * kGroupWords);
@@ -76,7 +77,7 @@ void plan_amx(Linear& job) {
 bool as_it_stands(const Kernels& k, const Linear& job) {
     if (job.x_tiles) return true;
     if (job.m != 1 || job.kind == WeightKind::kInt8 || job.kind == WeightKind::kW8A8) return false;
-    return !by_tiles(k, job) || k.row_bytes(job) == int64_t{job.words} * 4;
+    return k.row_bytes(job) == int64_t{job.words} * 4;
 }
 
 // Plans the tasks of a chunk of rows and runs them. x is multiplied as it stands, or packed first: by each thread for
@@ -86,11 +87,10 @@ void run_chunk(Linear& job) {
     const bool tiles = by_tiles(k, job);
     int64_t columns = job.output == Output::kSiluMul ? job.n / 2 : job.n;
     job.n_units = static_cast<int>(ceil_div(columns, job.output == Output::kSiluMul ? kPanel : 2 * kPanel));
-    tiles ? plan_amx(job) : plan_vectors(job, k.max_rows);
+    tiles ? plan_amx(job) : plan_vectors(job, k);
 
     const int tasks = static_cast<int>(ceil_div(job.n_units, job.units_per_task)) * job.m_tiles;
-    const int64_t bytes = tiles ? int64_t{job.row_blocks} * job.block_rows * k.row_bytes(job)
-                                : static_cast<int64_t>(job.m) * job.words * 4;
+    const int64_t bytes = k.row_bytes(job) * (tiles ? int64_t{job.row_blocks} * job.block_rows : job.m);
     const auto room = [&] { return static_cast<uint32_t*>(scratch(Scratch::kPackedRows, bytes)); };
     const auto room_for_scales = [&] {
         return static_cast<float*>(scratch(Scratch::kRowScales, job.m * sizeof(float)));

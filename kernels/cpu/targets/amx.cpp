@@ -15,6 +15,7 @@
 #define PHALANX_ISA_TABLE kAvx512Amx
 #define PHALANX_ISA_AVX512 1
 #define PHALANX_ISA_FMA 1
+#define PHALANX_ISA_VNNI 1
 #define PHALANX_ISA_BF16 1
 #define PHALANX_ISA_TILES 1
 #define PHALANX_ISA_ROWS 12  // 12 rows by two panels: 24 of 32 registers hold sums

@@ -12,6 +12,7 @@
 #define PHALANX_ISA_TABLE kAvx2
 #define PHALANX_ISA_AVX512 0
 #define PHALANX_ISA_FMA 1
+#define PHALANX_ISA_VNNI 0
 #define PHALANX_ISA_BF16 0
 #define PHALANX_ISA_ROWS 3  // 3 rows by two panels: 12 of 16 registers hold sums, two for each vector of 16 lanes
 #include "isa.h"

@@ -13,6 +13,7 @@
 #define PHALANX_ISA_TABLE kAvx512
 #define PHALANX_ISA_AVX512 1
 #define PHALANX_ISA_FMA 1
+#define PHALANX_ISA_VNNI 0
 #define PHALANX_ISA_BF16 0
 #define PHALANX_ISA_ROWS 12  // 12 rows by two panels: 24 of 32 registers hold sums
 #include "isa.h"

@@ -14,6 +14,7 @@
 #define PHALANX_ISA_TABLE kAvx512Bf16
 #define PHALANX_ISA_AVX512 1
 #define PHALANX_ISA_FMA 1
+#define PHALANX_ISA_VNNI 1
 #define PHALANX_ISA_BF16 1
 #define PHALANX_ISA_ROWS 12  // 12 rows by two panels: 24 of 32 registers hold sums
 #include "isa.h"

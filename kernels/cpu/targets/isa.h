@@ -1,5 +1,6 @@
-// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _FMA, _BF16 and _ROWS, for
-// AMX also _TILES, and turns the instructions on before it includes this, but after common.h.
+// One instruction set's kernels. The including file sets PHALANX_ISA_NAME, _TABLE, _AVX512, _FMA, _VNNI (products of
+// integers), _BF16 (of bfloat16, and conversions) and _ROWS, for AMX also _TILES, and turns the instructions on before
+// it includes this, but after common.h.
 
 namespace phalanx {
 namespace PHALANX_ISA_NAME {
@@ -35,6 +36,14 @@ constexpr int kTaskRows = 48;
 template <class F>
 INLINE void by_type(DType dtype, F&& f) {
     dtype == DType::kFloat32 ? f(float{}) : f(bf16{});
+}
+
+// Bytes of a packed row of x.
+int64_t row_bytes(const Linear& job) {
+#if PHALANX_ISA_TILES
+    if (job.dtype == DType::kBFloat16) return packed_row_bytes(job);
+#endif
+    return vector_row_bytes(job);
 }
 
 // A row block of x as linear() reads it. With tiles only bfloat16 is multiplied by them, float32 by vectors.
@@ -110,20 +119,17 @@ void rope(const Rope& job, int token) {
 #define PHALANX_STRING(x) PHALANX_STRING_(x)
 
 const Kernels PHALANX_ISA_TABLE = {
-    PHALANX_STRING(PHALANX_ISA_NAME), PHALANX_ISA_ROWS,
-    PHALANX_ISA_NAME::kTaskRows,
+    PHALANX_STRING(PHALANX_ISA_NAME), PHALANX_ISA_ROWS,           PHALANX_ISA_NAME::kTaskRows,
 #if PHALANX_ISA_TILES
-    PHALANX_ISA_NAME::release_tiles,  PHALANX_ISA_NAME::packed_row_bytes,
+    PHALANX_ISA_NAME::release_tiles,
 #else
-    nullptr,                          nullptr,
+    nullptr,
 #endif
-    PHALANX_ISA_NAME::pack_x,         PHALANX_ISA_NAME::linear,
-    PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,
-    PHALANX_ISA_NAME::norm,           PHALANX_ISA_NAME::rope,
-    PHALANX_ISA_NAME::largest,        PHALANX_ISA_NAME::noisy_largest,
-    PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::mask_row,
-    PHALANX_ISA_NAME::sum_all,        PHALANX_ISA_NAME::multiply_adds,
-    PHALANX_ISA_NAME::compress,       PHALANX_ISA_NAME::choose_scale,
+    PHALANX_ISA_NAME::row_bytes,      PHALANX_ISA_NAME::pack_x,   PHALANX_ISA_NAME::linear,
+    PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,    PHALANX_ISA_NAME::norm,
+    PHALANX_ISA_NAME::rope,           PHALANX_ISA_NAME::largest,  PHALANX_ISA_NAME::noisy_largest,
+    PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::mask_row, PHALANX_ISA_NAME::sum_all,
+    PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::compress, PHALANX_ISA_NAME::choose_scale,
 #if PHALANX_ISA_TILES
     PHALANX_ISA_NAME::tile_products,
 #else

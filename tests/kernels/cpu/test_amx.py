@@ -245,4 +245,4 @@ print(cpu.native.kernels())
 def test_where_the_system_refuses_tiles_other_kernels_serve() -> None:
     process = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() in {"avx512_bf16", "avx512", "avx2", "portable"}
+    assert process.stdout.strip() in {"avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"}

@@ -26,7 +26,7 @@ from phalanx.tests.threads import pool_cpus
 
 INSTRUCTION_SETS = [
     name
-    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", "portable")
+    for name in ("avx512_amx", "emulated_amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
     if cpu.native and cpu.native.can_run(name)
 ]
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="not built; see test_extensions.py")
