@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import pytest
-from phalanx import LLM, ConfigError
+from phalanx import LLM, ConfigError, EngineConfig
 from phalanx.engine.client import group_process
 from phalanx.engine.protocol.transport import SOCKET_PATH_BYTES, ZmqConnection
 
@@ -59,3 +63,33 @@ def test_an_address_that_no_socket_can_have_is_refused_and_leaves_no_thread(addr
 def test_an_address_without_a_port_or_with_a_byte_that_no_path_has_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"address='(tcp|ipc)://.*must be .*tcp://HOST:PORT"):
         ZmqConnection(address, b"a secret of some length")
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "words"),
+    [
+        ("subprocess.Popen", OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "may start processes"),
+        ("Path.write_bytes", FULL, "No space left.*TMPDIR sets another"),
+        ("tempfile.gettempdir", FULL, "No space left.*set TMPDIR"),
+        ("tempfile.mkdtemp", FULL, "No space left.*set TMPDIR"),
+        ("ZmqConnection", ConfigError("no descriptor is left"), "no descriptor is left"),
+    ],
+)
+def test_a_group_that_cannot_be_started_says_why_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, short: Path, part: str, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    children = psutil.Process().children(recursive=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"phalanx.engine.client.group_process.{part}", lambda *_, **__: _raise(error))
+        with pytest.raises(ConfigError, match=words):
+            group_process.GroupProcess(EngineConfig(model=str(tiny), ranks=2))
+    assert list(short.iterdir()) == []
+    assert psutil.Process().children(recursive=True) == children
