@@ -102,7 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         # OpenAI's API has null for what is absent.
         for name, default in _defaults():
-            value = _number(plain(getattr(self, name)))
+            value = exact(plain(getattr(self, name)))
             msgspec.structs.force_setattr(self, name, default if value is None else value)
 
         # Above 64 bits no wire carries a number; all of these mean no limit long before.
@@ -261,7 +261,7 @@ def listed(value: Any, most: int) -> Any:
     return [plain(each) for each in (value if isinstance(value, list | tuple) else itertools.islice(value, most))]
 
 
-def _number(value: Any) -> Any:
+def exact(value: Any) -> Any:
     """Return an exact number of Python's library as a float; anything else as it is."""
     if isinstance(value, Decimal | Fraction):
         with contextlib.suppress(ValueError, OverflowError):
@@ -292,7 +292,7 @@ def _plain_within(value: Any) -> Any:
     """Return plain() of a value, or of what a list or mapping holds."""
     if isinstance(value, dict):
         return {plain(key): plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else _number(plain(value))
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else exact(plain(value))
 
 
 def _is_text(value: Any) -> bool:

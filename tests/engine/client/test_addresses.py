@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 import tempfile
 import threading
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import psutil
 import pytest
-from phalanx import LLM, ConfigError, EngineConfig
+import torch
+from phalanx import LLM, ConfigError, EngineConfig, Timeout
 from phalanx.engine.client import group_process
 from phalanx.engine.protocol.transport import SOCKET_PATH_BYTES, ZmqConnection
 
@@ -93,3 +97,30 @@ def test_a_group_that_cannot_be_started_says_why_and_leaves_nothing_behind(
             group_process.GroupProcess(EngineConfig(model=str(tiny), ranks=2))
     assert list(short.iterdir()) == []
     assert psutil.Process().children(recursive=True) == children
+
+
+@pytest.mark.parametrize("address", [None, 5, b"ipc:///tmp/x", Path("/tmp/x"), ["ipc:///tmp/x"]])
+def test_what_is_no_text_is_no_address(address: Any) -> None:
+    with pytest.raises(ConfigError, match=r"address=.* must be ipc://PATH or tcp://HOST:PORT"):
+        LLM.connect(address, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "restart_wait_s"])
+@pytest.mark.parametrize("value", [-1, math.nan, "5", True, b"5", [5], object()])
+def test_a_time_to_wait_is_a_number_of_seconds(short: Path, name: str, value: Any) -> None:
+    before = threading.active_count()
+    with pytest.raises(ConfigError, match=rf"{name}=.* must be a number of seconds of at least 0"):
+        LLM.connect(f"ipc://{short}/nobody", **{"timeout_s": 0.1, name: value})
+    assert threading.active_count() == before
+
+
+def test_times_are_those_of_any_library(short: Path) -> None:
+    for value in (0, Decimal("0.01"), np.float32(0.01), torch.tensor(0.01)):
+        with pytest.raises(Timeout, match="no engine answered"):
+            LLM.connect(f"ipc://{short}/nobody", timeout_s=value, restart_wait_s=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("secret_file", [5, "a\0b", object()])
+def test_what_is_no_path_is_no_file_of_a_secret(secret_file: Any) -> None:
+    with pytest.raises(ConfigError, match=r"secret_file=.* is no path of a file"):
+        LLM.connect("tcp://127.0.0.1:1", secret_file=secret_file)
