@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..kernels import ATTENTION_BACKENDS, weight_formats
 from ..parallel.loading.json_files import shown
 from .errors import ConfigError
-from .protocol.sampling_params import SEED_LIMIT, SamplingParams, plain
+from .protocol.sampling_params import MAX_FLOAT, SEED_LIMIT, SamplingParams, exact, plain
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -188,6 +188,8 @@ class EngineConfig:
             raise ConfigError(f'tokenizer={shown(self.tokenizer)} must be a folder, a hub name or "none"')
         if not isinstance(self.tokenizer_store, str) or not self.tokenizer_store:
             raise ConfigError(f'tokenizer_store={shown(self.tokenizer_store)} must be "auto", a folder, or "none"')
+        for name in ("model", "tokenizer", "tokenizer_store"):
+            _check_unicode(name, getattr(self, name))
         if not isinstance(self.sampling, SamplingParams):
             raise ConfigError(f"sampling={shown(self.sampling)} must be a mapping of sampling fields")
 
@@ -215,6 +217,17 @@ class EngineConfig:
         return cls(**values)
 
 
+def seconds(name: str, value: Any) -> float:
+    """Return a time that a caller gives, as a float that the system can wait for.
+
+    Raises ConfigError for what is no number, or below 0.
+    """
+    number = exact(plain(value))
+    if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
+        raise ConfigError(f"{name}={shown(value)} must be a number of seconds of at least 0")
+    return float(min(number, threading.TIMEOUT_MAX))
+
+
 def unknown_name(kind: str, name: str, allowed: list[str]) -> str:
     """A message for a name that is not one of `allowed`, with the nearest that is."""
     import difflib
@@ -230,9 +243,19 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_FLOAT
+
+
+def _check_unicode(name: str, text: str | None) -> None:
+    """Raise ConfigError for a path that no message to a rank, and no tokenizer, can hold."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name}={shown(text)} is not valid Unicode ({error}): rename the folder") from error
 
 
 def _at_least(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name}={shown(value)} must be an integer of at least {low}")
+    if value > SEED_LIMIT:
+        raise ConfigError(f"{name}={shown(value)} must be at most {SEED_LIMIT}")

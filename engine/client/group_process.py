@@ -51,19 +51,17 @@ class GroupProcess:
         partition_model(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
 
         self._folder = _private_folder()
-        (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
-
-        # The supervisor ends the group when its standard input closes, so that it never outlives this process.
-        package = __package__.partition(".")[0]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{package}.launch.ranks.own_group", str(self._folder)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        connection: Connection = ZmqConnection(f"ipc://{self._folder}/{_SOCKET}", supervised=True)
-        if config.max_restarts:
-            connection = ResumingConnection(connection, killed_from_outside=self._was_killed_from_outside)
-        self.client = Client(connection)
+        try:
+            self._process = self._start(config)
+            try:
+                self.client = Client(self._connection(config))
+            except BaseException:
+                self._process.kill()
+                self._process.wait()
+                raise
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
 
         self._state = GroupState("starting")
         self._state_written = 0
@@ -73,6 +71,30 @@ class GroupProcess:
 
         if wait:
             self._wait_until_ready()
+
+    def _start(self, config: EngineConfig) -> subprocess.Popen[bytes]:
+        """Start the supervisor, which ends the group when its standard input closes: it never outlives this process."""
+        try:
+            (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
+            package = __package__.partition(".")[0]
+            return subprocess.Popen(
+                [sys.executable, "-m", f"{package}.launch.ranks.own_group", str(self._folder)],
+                stdin=subprocess.PIPE,
+                stdout=_inherited(1),
+                stderr=_inherited(2),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"the engine's processes cannot be started with {self._folder}: {error.strerror}; see that there is "
+                f"room in that folder (TMPDIR sets another), and that this user may start processes and open files"
+            ) from error
+
+    def _connection(self, config: EngineConfig) -> Connection:
+        connection: Connection = ZmqConnection(f"ipc://{self._folder}/{_SOCKET}", supervised=True)
+        if config.max_restarts:
+            connection = ResumingConnection(connection, killed_from_outside=self._was_killed_from_outside)
+        return connection
 
     def _wait_until_ready(self) -> None:
         try:
@@ -138,12 +160,29 @@ class GroupProcess:
         self.client.fail_all(error)
 
 
+def _inherited(descriptor: int) -> int | None:
+    """How a child gets a standard stream: this process's, or nowhere where that is closed.
+
+    The first file that a child opens would stand in its place otherwise.
+    """
+    try:
+        return None if os.get_inheritable(descriptor) else subprocess.DEVNULL
+    except OSError:
+        return subprocess.DEVNULL
+
+
 def _private_folder() -> Path:
     """Make a folder of this user's alone, in which a socket's path is no longer than the system allows.
 
     Some clusters set TMPDIR to a path so long that a socket has no room in it. Raises ConfigError if there is no other.
     """
-    home = tempfile.gettempdir()
+    try:
+        home = tempfile.gettempdir()
+    except OSError as error:  # it has tried to write into each folder that there may be
+        raise ConfigError(
+            f"no folder for the engine's socket can be made: {error.strerror}; free some space, or set TMPDIR to a "
+            f"folder that can be written"
+        ) from error
     name_bytes = len(f"/phalanx-12345678/{_SOCKET}")
     if len(os.fsencode(home)) + name_bytes > SOCKET_PATH_BYTES:
         home = SHORT_TMPDIR

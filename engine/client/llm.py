@@ -7,7 +7,6 @@ processes needs none of it.
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..config import EngineConfig
+from ..config import EngineConfig, seconds
 from ..errors import CapacityExceeded, EngineStopped, Timeout
 from ..protocol.messages import Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
@@ -88,12 +87,13 @@ class LLM:
 
         Waits until the engine answers. close() ends this client's requests, not the group. When the group is started
         again at the address, as torchrun does, requests go on where they were; they fail with EngineStopped once it has
-        been silent for `restart_wait_s` seconds more than it takes to notice. Raises ConfigError for an address or a
-        secret that cannot be used, and Timeout if no engine answers within `timeout_s` seconds (None waits).
+        been silent for `restart_wait_s` seconds more than it takes to notice. Raises ConfigError for an address, a
+        secret or a time that cannot be used, and Timeout if no engine answers within `timeout_s` seconds (None waits).
         """
         llm = cls.__new__(cls)
         secret = None if secret_file is None else read_secret(secret_file)
-        restart_wait_s = min(restart_wait_s, threading.TIMEOUT_MAX)  # the system waits no longer
+        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
+        restart_wait_s = seconds("restart_wait_s", restart_wait_s)
         llm.client = client = Client(ResumingConnection(ZmqConnection(address, secret), restart_wait_s))
         llm._lifetime = Lifetime(llm, partial(client.leave, EngineStopped("the connection was closed")))
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ import msgspec
 from ...parallel.loading.json_files import shown
 from ..errors import InvalidRequest
 from ..protocol.logprobs import TokenLogprobs
-from ..protocol.messages import Delta, Event, Failed, Finished, Submit, Timings, Usage
+from ..protocol.messages import MESSAGE_BYTES, Delta, Event, Failed, Finished, Submit, Timings, Usage
 from ..protocol.sampling_params import SamplingParams, plain
 from ..protocol.structured import StructuredOutput
 from .client import to_error
@@ -31,16 +32,17 @@ def as_prompts(prompts: Any) -> list[Prompt]:
         return [prompts]
     if not _is_iterable(prompts):
         raise InvalidRequest(f"prompt={shown(prompts)} must be text or a list of token ids")
-    each = [plain(prompt) for prompt in prompts]
-    if each and isinstance(each[0], int):
-        return [as_prompt(prompts if isinstance(prompts, set | frozenset) else each)]
-    return [as_prompt(prompt) for prompt in each]
+    rest = iter(prompts)
+    first = [plain(prompt) for prompt in itertools.islice(rest, 1)]
+    if first and isinstance(first[0], int):
+        return [as_prompt(prompts if isinstance(prompts, set | frozenset) else itertools.chain(first, rest))]
+    return [as_prompt(prompt) for prompt in itertools.chain(first, rest)]
 
 
 def as_prompt(prompt: Any) -> Prompt:
     """Return a prompt as text or a list of token ids; raises InvalidRequest, naming it, for anything else.
 
-    Token ids may come in any iterable that has an order.
+    Token ids may come in any iterable that has an order, if it ends before there are more than a message holds.
     """
     prompt = plain(prompt)
     if isinstance(prompt, str):
@@ -49,11 +51,14 @@ def as_prompt(prompt: Any) -> Prompt:
         raise InvalidRequest(f"prompt={shown(prompt)} is a set, which has no order: give token ids as a list")
     if not _is_iterable(prompt):
         raise InvalidRequest(f"prompt={shown(prompt)} must be text or a list of token ids")
-    return [plain(token) for token in prompt]
+    token_ids = [plain(token) for token in itertools.islice(prompt, MESSAGE_BYTES + 1)]
+    if len(token_ids) > MESSAGE_BYTES:
+        raise InvalidRequest(f"a prompt has more than {MESSAGE_BYTES} token ids, the most that a request may hold")
+    return token_ids
 
 
 def _is_iterable(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | memoryview | Mapping)
 
 
 def as_messages(messages: Any) -> Any:
@@ -72,7 +77,7 @@ def as_messages(messages: Any) -> Any:
 def _plain_within(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {plain(key): _plain_within(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Iterator):
         return [_plain_within(each) for each in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain_within({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})

@@ -15,6 +15,10 @@ from ..errors import CheckpointError, ConfigError
 MINIMUM_TRANSFORMERS = {"Qwen2ForCausalLM": "4.37", "Qwen3ForCausalLM": "4.51", "LlamaForCausalLM": "4.28"}
 """The supported architectures, and the first transformers that knows each."""
 
+_MAX_POSITIONS = {"LlamaForCausalLM": 2048}
+"""Positions that transformers takes where a config.json states none (LLaMA's first); of all others _MAX_POSITION."""
+_MAX_POSITION = 32768
+
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -97,6 +101,9 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
     heads = fields.size("num_attention_heads")
     qwen2, qwen3, llama = (architecture == f"{name}ForCausalLM" for name in ("Qwen2", "Qwen3", "Llama"))
     attention_bias = not qwen2 and fields.flag("attention_bias")
+    max_position = fields.size(
+        "max_position_embeddings", _MAX_POSITIONS.get(architecture, _MAX_POSITION), most=MAX_POSITIONS
+    )
 
     spec = ModelSpec(
         architecture=architecture,
@@ -109,8 +116,8 @@ def spec_from_config(config: dict[str, Any], folder_name: str) -> ModelSpec:
         num_kv_heads=fields.size("num_key_value_heads", heads if llama or "num_key_value_heads" in config else None),
         head_dim=fields.size("head_dim", 128 if qwen3 else hidden // heads),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position=fields.size("max_position_embeddings", most=MAX_POSITIONS),
-        rope=_rope(fields),
+        max_position=max_position,
+        rope=_rope(fields, max_position),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=qwen2 or attention_bias,
         output_bias=attention_bias,
@@ -206,6 +213,11 @@ class _Fields:
     def optional_number(self, name: str) -> float | None:
         return None if self.values.get(name) is None else self.number(name)
 
+    def is_zero(self, name: str) -> bool:
+        """Whether it is the number that transformers takes for none, of some fields."""
+        value = self.values.get(name)
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -215,9 +227,9 @@ class _Fields:
     def token_ids(self, name: str) -> tuple[int, ...]:
         value = self._get(name, [])
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise self.error(name, value, "a token id or a list of token ids")
-        return tuple(ids)
+        return tuple(i for i in ids if i >= 0)  # some write -1 for none
 
     def group(self, name: str) -> _Fields | None:
         value = self.values.get(name)
@@ -235,7 +247,7 @@ class _Fields:
 def _architecture(config: dict[str, Any], folder_name: str) -> str:
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else named
-    if named is None:  # transformers then goes by the type alone
+    if named in (None, []):  # transformers then goes by the type alone
         architecture = {name.removesuffix("ForCausalLM").lower(): name for name in MINIMUM_TRANSFORMERS}.get(
             str(config.get("model_type"))
         )
@@ -289,7 +301,7 @@ def _layer_types(fields: _Fields) -> set[str]:
     return {LAYER_TYPES[layer >= full_layers] for layer in range(layers)}
 
 
-def _rope(fields: _Fields) -> RopeSpec:
+def _rope(fields: _Fields, max_position: int) -> RopeSpec:
     # As in transformers, rope_scaling (its form before 5) wins, and rope_theta may be inside or beside it.
     rope = fields.group("rope_scaling") or fields.group("rope_parameters") or _Fields({}, fields.path)
     if any(name.endswith("_attention") for name in rope.values):  # kinds of layers, also those that are unknown here
@@ -305,7 +317,6 @@ def _rope(fields: _Fields) -> RopeSpec:
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if kind == "default":
         return RopeSpec(theta=theta)
-    max_position = fields.size("max_position_embeddings", most=MAX_POSITIONS)
     if kind in ("linear", "dynamic"):
         return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"))
 
@@ -328,12 +339,12 @@ def _rope(fields: _Fields) -> RopeSpec:
         theta=theta,
         factor=rope.number("factor", max_position / original),
         original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=32.0 if rope.is_zero("beta_fast") else rope.number("beta_fast", 32.0),
+        beta_slow=1.0 if rope.is_zero("beta_slow") else rope.number("beta_slow", 1.0),
         attention_factor=rope.optional_number("attention_factor"),
-        mscale=rope.optional_number("mscale"),
-        mscale_all_dim=rope.optional_number("mscale_all_dim"),
-        truncate=rope.flag("truncate", True),
+        mscale=None if rope.is_zero("mscale") else rope.optional_number("mscale"),
+        mscale_all_dim=None if rope.is_zero("mscale_all_dim") else rope.optional_number("mscale_all_dim"),
+        truncate=rope.flag("truncate", "truncate" not in rope.values),  # a null is false there
     )
 
 

@@ -6,12 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...parallel.loading.json_files import LoadError
-from ...parallel.loading.safetensors_files import StoredTensor, check_readable, hold_the_same, lacks, locate_tensors
+from ...parallel.loading.safetensors_files import (
+    EMBEDDINGS,
+    HEAD,
+    StoredTensor,
+    check_readable,
+    hold_the_same,
+    lacks,
+    locate_tensors,
+    of_tied,
+)
 from ..errors import CheckpointError
 from .spec import ModelSpec
-
-_EMBEDDINGS = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 
 
 def read_stored(spec: ModelSpec, folder: Path) -> dict[str, StoredTensor]:
@@ -26,6 +32,8 @@ def read_stored(spec: ModelSpec, folder: Path) -> dict[str, StoredTensor]:
     except LoadError as error:
         raise CheckpointError(str(error)) from error
 
+    if spec.tied_embeddings:
+        stored = of_tied(stored)
     config = folder / "config.json"
     for name, shape, fields in _sized_tensors(spec):
         if name not in stored:
@@ -60,7 +68,7 @@ def has_own_head(spec: ModelSpec, stored: dict[str, StoredTensor]) -> bool:
     """Whether a model whose embeddings are tied to its head stores another head, which transformers then uses too."""
     if not spec.tied_embeddings:
         return False
-    embeddings, head = stored.get(_EMBEDDINGS), stored.get(_HEAD)
+    embeddings, head = stored.get(EMBEDDINGS), stored.get(HEAD)
     return embeddings is not None and head is not None and not hold_the_same(embeddings, head)
 
 
@@ -72,9 +80,9 @@ def _sized_tensors(spec: ModelSpec) -> Iterator[_Sized]:
     """Yield the tensors that have the model's sizes: no more than are asked for, as there may be millions of layers."""
     vocabulary = (spec.vocab_size, spec.hidden_size)
     fields = f"vocab_size={spec.vocab_size}, hidden_size={spec.hidden_size}"
-    yield _EMBEDDINGS, vocabulary, fields
+    yield EMBEDDINGS, vocabulary, fields
     if not spec.tied_embeddings:
-        yield _HEAD, vocabulary, f"{fields}, tie_word_embeddings=false"
+        yield HEAD, vocabulary, f"{fields}, tie_word_embeddings=false"
     for layer in range(spec.num_layers):
         yield from _layer_tensors(spec, layer)
 

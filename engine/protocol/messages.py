@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
+from ..errors import InvalidRequest
 from .logprobs import TokenLogprobs
 from .sampling_params import SamplingParams
 from .structured import StructuredOutput
 
 PROTOCOL_VERSION = 3
 """Both sides of a wire must have the same one; a Ping tells a client which one the engine has."""
+MESSAGE_BYTES = 32 * 2**20
+"""Most bytes of a command. ZeroMQ cuts the connection of whoever sends more, before it has taken it all in."""
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are no message; RecursionError for lists nested a thousand deep."""
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -300,3 +305,51 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 Command = Submit | Abort | Shutdown | StatusRequest | ModelInfoRequest | Tokenize | Detokenize
 Event = Accepted | Delta | Finished | Failed | Status | ModelInfo | Tokenized | Detokenized
+
+ENCODER = msgspec.msgpack.Encoder()
+_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_CHECKED = ("sampling", "structured")
+"""Fields whose values are plain and frozen since they were made."""
+
+
+def encode_command(command: Command | dict[str, Any]) -> bytes:
+    """Return the bytes of a command. Raises InvalidRequest for what has none, or more than MESSAGE_BYTES."""
+    try:
+        data = ENCODER.encode(command)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the {_unsendable(command)} is not valid Unicode text: {error}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        where = _unsendable(command)
+        raise InvalidRequest(f"the request holds a value that cannot be sent, in its {where}: {error}") from error
+    if len(data) > MESSAGE_BYTES:
+        raise InvalidRequest(
+            f"the request has {len(data)} bytes; a message may have at most {MESSAGE_BYTES}: shorten it"
+        )
+    return data
+
+
+def _unsendable(command: Command | dict[str, Any]) -> str:
+    """The name of the field of a command that has no bytes."""
+    values = command if isinstance(command, dict) else msgspec.structs.asdict(command)
+    for name, value in values.items():
+        try:
+            ENCODER.encode(value)
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return name
+    return "fields"
+
+
+def as_received(command: Command) -> Command:
+    """Return a command as the other side of a wire would have it.
+
+    So a client in the engine's process sends what any other could: nothing that its caller still changes, or that only
+    looks like a number or a text. Raises InvalidRequest for what no wire carries.
+    """
+    if not isinstance(command, Submit | Tokenize | Detokenize):
+        return command
+    values = {"type": command.__struct_config__.tag, **msgspec.structs.asdict(command)}
+    checked = {name: values.pop(name) for name in _CHECKED if name in values}
+    try:
+        return msgspec.structs.replace(_COMMANDS.decode(encode_command(values)), **checked)
+    except UNDECODABLE as error:
+        raise InvalidRequest(f"the request is ill-typed: {error}") from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import msgspec
@@ -28,6 +32,7 @@ IDS_LIMIT = 1024
 """Entries of logit_bias, and of stop_token_ids, at most."""
 ALLOWED_LIMIT = 1 << 20
 """Entries of allowed_token_ids at most."""
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 MAX_FLOAT = sys.float_info.max
 REPETITION_PENALTIES = (1e-18, 1e18)
 """Bounds of a repetition_penalty: a logit times it, or divided by it, is a number in float32."""
@@ -96,11 +101,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         # OpenAI's API has null for what is absent.
-        for field in msgspec.structs.fields(self):
-            value = plain(getattr(self, field.name))
-            if value is None and field.default is not None:
-                value = field.default
-            msgspec.structs.force_setattr(self, field.name, value)
+        for name, default in _defaults():
+            value = exact(plain(getattr(self, name)))
+            msgspec.structs.force_setattr(self, name, default if value is None else value)
 
         # Above 64 bits no wire carries a number; all of these mean no limit long before.
         for name in ("max_tokens", "min_tokens", "top_k"):
@@ -115,6 +118,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, name, tuple(value) if isinstance(value, list) else value)
         msgspec.structs.force_setattr(self, "logit_bias", _bias(self.logit_bias))
         self._validate()
+
+        # An integer above 64 bits is a number in range, too, and no wire carries it.
+        for name in _FLOATS:
+            value = getattr(self, name)
+            if value is not None:
+                msgspec.structs.force_setattr(self, name, float(value))
 
     def _validate(self) -> None:
         _check_number("max_tokens", self.max_tokens, 1, math.inf, integer=True, optional=True)
@@ -167,7 +176,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"null, which allows all"
             )
         if not isinstance(self.logit_bias, dict | None):
-            raise InvalidRequest(f"logit_bias={shown(self.logit_bias)} must map token ids to numbers in [-100, 100]")
+            raise _no_bias(self.logit_bias)
 
         sizes = {"stop_token_ids": IDS_LIMIT, "allowed_token_ids": ALLOWED_LIMIT, "logit_bias": IDS_LIMIT}
         for name, limit in sizes.items():
@@ -193,10 +202,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"unknown sampling field {shown(unknown[0])}; the fields are {', '.join(cls.__struct_fields__)}"
             )
         values = {
-            name: _plain_within(listed(value, _LISTS[name] + 1) if name in _LISTS else value)
+            name: _plain_within(listed(plain(value), _LISTS[name] + 1) if name in _LISTS else value)
             for name, value in values.items()
             if value is not None
         }
+        if not isinstance(values.get("logit_bias", {}), Mapping):
+            raise _no_bias(values["logit_bias"])
         for name in ("stop", "bad_words"):
             if isinstance(values.get(name), str):
                 values[name] = [values[name]]
@@ -208,14 +219,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(f"sampling parameters: a text is not valid Unicode: {error}") from error
 
 
+@functools.cache
+def _defaults() -> tuple[tuple[str, Any], ...]:
+    """The fields and what each is by itself; to ask msgspec takes longer than all checks."""
+    return tuple((field.name, field.default) for field in msgspec.structs.fields(SamplingParams))
+
+
+_PLAIN: dict[type, Any] = {str: str.__str__, int: int.__int__, float: float.__float__}
+"""What makes a plain value of a subclass's, whatever that has in the place of these."""
+
+
 def plain(value: Any) -> Any:
     """Return a number or an array of numpy or torch as Python's number or list; anything else as it is.
 
-    A text of a class of its own, such as a template engine's, becomes a plain one: no wire takes another.
+    A text or number of a class of its own, such as a template engine's or an enumeration's, becomes a plain one: no
+    wire takes another.
     """
-    if isinstance(value, str) and type(value) is not str:
-        return str.__str__(value)
-    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
+    kind = type(value)
+    if kind is str or kind is int:
+        return value
+    for own in (str, int, float):
+        if isinstance(value, own) and kind is not own and kind is not bool:
+            return _PLAIN[own](value)
+    if kind.__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
     return value
 
@@ -233,6 +259,18 @@ def listed(value: Any, most: int) -> Any:
     if isinstance(value, set | frozenset):
         value = sorted(value, key=repr)
     return [plain(each) for each in (value if isinstance(value, list | tuple) else itertools.islice(value, most))]
+
+
+def exact(value: Any) -> Any:
+    """Return an exact number of Python's library as a float; anything else as it is."""
+    if isinstance(value, Decimal | Fraction):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    return value
+
+
+def _no_bias(value: object) -> InvalidRequest:
+    return InvalidRequest(f"logit_bias={shown(value)} must map token ids to numbers in [-100, 100]")
 
 
 def _bias(value: Any) -> Any:
@@ -254,7 +292,7 @@ def _plain_within(value: Any) -> Any:
     """Return plain() of a value, or of what a list or mapping holds."""
     if isinstance(value, dict):
         return {plain(key): plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else plain(value)
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else exact(plain(value))
 
 
 def _is_text(value: Any) -> bool:

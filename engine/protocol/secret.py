@@ -16,6 +16,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
+from ...parallel.loading.json_files import shown
 from ..errors import ConfigError
 
 SECRET_BYTES = 32
@@ -38,10 +39,13 @@ def read_secret(path: str | Path) -> bytes:
 
     Raises ConfigError if it cannot be read, if others than its owner may read it, or if it is short.
     """
-    file = Path(os.path.expanduser(path))
     try:
+        path = os.fsdecode(path)
+        file = Path(os.path.expanduser(path))
         others = stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
         secret = file.read_bytes().strip()
+    except (TypeError, ValueError) as error:  # no text, or one that no path has
+        raise ConfigError(f"secret_file={shown(path)} is no path of a file: {error}") from error
     except OSError as error:
         raise ConfigError(f"secret_file={str(path)!r} cannot be read: {error.strerror}; {_HOW_TO_MAKE_ONE}") from error
     if others:
@@ -67,8 +71,8 @@ def curve_keys(secret: bytes) -> CurveKeys:
 
 def check_address(address: str, secret: bytes | None) -> None:
     """Raise ConfigError for an address that is neither ipc:// nor tcp://, or for tcp:// without a secret."""
-    if not address.startswith(("ipc://", "tcp://")) or "\0" in address:
-        raise ConfigError(f"address={address!r} must be ipc://PATH or tcp://HOST:PORT")
+    if not isinstance(address, str) or not address.startswith(("ipc://", "tcp://")) or "\0" in address:
+        raise ConfigError(f"address={shown(address)} must be ipc://PATH or tcp://HOST:PORT")
     if address.startswith("tcp://") and secret is None:
         raise ConfigError(
             f"address={address!r} lets everybody in who reaches it: set secret_file to a file that this engine and its "

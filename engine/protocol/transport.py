@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from ...parallel.loading.json_files import shown
 from ..errors import ConfigError, EngineFault, EngineStopped, InvalidRequest
 from .liveness import EngineWatch, version_mismatch
 from .messages import (
+    ENCODER,
     PROTOCOL_VERSION,
+    UNDECODABLE,
     Command,
     Detokenize,
     Event,
@@ -25,10 +26,12 @@ from .messages import (
     Shutdown,
     Submit,
     Tokenize,
+    as_received,
+    encode_command,
 )
 from .outbox import Outboxes
 from .secret import check_address, curve_keys
-from .wire import MESSAGE_BYTES, Wire
+from .wire import Wire
 
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket, on Linux."""
@@ -40,9 +43,6 @@ OnBroken = Callable[[EngineStopped], None]
 OnLost = Callable[[EngineStopped], None]
 
 _log = logging.getLogger(__name__)
-
-UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are no message; RecursionError for lists nested a thousand deep."""
 
 
 def _ignore(_: object) -> None:
@@ -149,7 +149,7 @@ class _InProcessConnection(Connection):
 
     def send(self, command: Command) -> None:
         if self._link.on_command is not None:
-            self._link.on_command(b"", command)
+            self._link.on_command(b"", as_received(command))
 
     def close(self) -> None:
         self._link.on_event = None
@@ -172,7 +172,6 @@ class ZmqTransport(Transport):
         self._epoch = uuid.uuid4().hex
         self._times_dropped: dict[bytes, int] = {}
         self._warned: set[bytes] = set()
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Command | Ping] = msgspec.msgpack.Decoder(Command | Ping)
         self._on_gone: OnGone = _ignore
 
@@ -182,7 +181,7 @@ class ZmqTransport(Transport):
             if secret is not None:
                 self._wire.socket.curve_server = True
                 self._wire.socket.curve_secretkey = curve_keys(secret).server_secret
-            _bind(self._wire.socket, address)
+            self._wire.bind(address)
         except BaseException:
             self._wire.close()
             raise
@@ -221,7 +220,7 @@ class ZmqTransport(Transport):
         """Queue events for a client; the transport's thread sends them."""
         # Frames of one message: threads and the client wake up once for all.
         try:
-            frames = [client, *map(self._encoder.encode, events)]
+            frames = [client, *map(ENCODER.encode, events)]
         except (TypeError, ValueError, OverflowError) as error:
             raise CannotEncode(str(error)) from error
         self._wire.send(frames)
@@ -241,7 +240,7 @@ class ZmqTransport(Transport):
     def _pong(self, client: bytes) -> bytes:
         times = self._times_dropped.get(client, 0)
         name = f"{client.hex()}.{times}" if times else client.hex()
-        return self._encoder.encode(Pong(self._epoch, name, PROTOCOL_VERSION))
+        return ENCODER.encode(Pong(self._epoch, name, PROTOCOL_VERSION))
 
     def _refuse(self, client: bytes, data: bytes, error: Exception) -> None:
         """Answer an ill-formed Submit, whose client waits; other undecodable messages are only logged."""
@@ -256,19 +255,8 @@ class ZmqTransport(Transport):
                     error,
                 )
             return
-        failed = Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-formed: {error}")
-        self._outboxes.send([client, self._encoder.encode(failed)])
-
-
-def _bind(socket: zmq.Socket[bytes], address: str) -> None:
-    """Bind; nobody but the owner may connect to an ipc:// socket, from its first moment on. Raises ConfigError."""
-    before = os.umask(0o177)
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as error:
-        raise ConfigError(f"address={address!r} cannot be bound: {error.strerror}; choose another") from error
-    finally:
-        os.umask(before)
+        failed = Failed(addressed.id, InvalidRequest.__name__, f"the request is ill-typed: {error}")
+        self._outboxes.send([client, ENCODER.encode(failed)])
 
 
 class _Addressed(msgspec.Struct, tag="submit"):
@@ -308,7 +296,6 @@ class ZmqConnection(Connection):
                 f"path of at most {SOCKET_PATH_BYTES} bytes"
             ) from error
         self._watch = EngineWatch(address)
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event | Pong] = msgspec.msgpack.Decoder(Event | Pong)
 
     @property
@@ -346,7 +333,7 @@ class ZmqConnection(Connection):
 
         def tick() -> None:
             if self._watch.should_ask:
-                self._wire.socket.send(self._encoder.encode(Ping()))
+                self._wire.socket.send(ENCODER.encode(Ping()))
                 self._watch.asked()
             tell(self._watch.silence(), on_silent or on_lost)
 
@@ -371,15 +358,7 @@ class ZmqConnection(Connection):
 
         Raises InvalidRequest for what cannot be encoded or has more than MESSAGE_BYTES.
         """
-        try:
-            data = self._encoder.encode(command)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InvalidRequest(f"the request holds a value that cannot be sent: {error}") from error
-        if len(data) > MESSAGE_BYTES:
-            raise InvalidRequest(
-                f"the request has {len(data)} bytes; a message may have at most {MESSAGE_BYTES}: shorten it"
-            )
-        self._wire.send([data])
+        self._wire.send([encode_command(command)])
 
     def close(self) -> None:
         """Send what is queued, then close the socket."""

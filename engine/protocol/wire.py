@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,14 +12,14 @@ from functools import partial
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from ..errors import ConfigError
+from .messages import MESSAGE_BYTES
 from .outbox import Outboxes
 
 OnFrames = Callable[[list[bytes]], None]
 
 TICK_MS = 500
 """Longest time between two looks at whether the engine lives."""
-MESSAGE_BYTES = 32 * 2**20
-"""Most bytes of a command. ZeroMQ cuts the connection of whoever sends more, before it has taken it all in."""
 UNHANDLED_MESSAGES = 64
 """Messages of one client that ZeroMQ takes in ahead of the wire's thread."""
 CLOSE_S = 4.0
@@ -67,6 +68,16 @@ class Wire:
         self._on_broken: Callable[[BaseException], None] = lambda error: None
         self._tick: Callable[[], None] | None = None
         self._on_link: Callable[[bool], None] | None = None
+
+    def bind(self, address: str) -> None:
+        """Bind; nobody but the owner may connect to an ipc:// socket, from its first moment on. Raises ConfigError."""
+        before = os.umask(0o177)
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"address={address!r} cannot be bound: {error.strerror}; choose another") from error
+        finally:
+            os.umask(before)
 
     def start(
         self,

@@ -16,10 +16,9 @@ import msgspec
 from ...engine.client.requests import RequestOutput
 from ...engine.config import unknown_name
 from ...engine.errors import ConfigError, InvalidRequest
-from ...engine.protocol.messages import Submit
+from ...engine.protocol.messages import MESSAGE_BYTES, Submit
 from ...engine.protocol.sampling_params import SamplingParams
 from ...engine.protocol.structured import StructuredOutput
-from ...engine.protocol.wire import MESSAGE_BYTES
 from ...parallel.loading.json_files import shown
 
 Id = str | int

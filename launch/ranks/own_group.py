@@ -240,6 +240,8 @@ def _signalled(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the supervisor process, and exit with the group's code."""
     folder = Path(sys.argv[1])
+    # A program may block signals for threads of its own; here, and in the ranks, they end a process.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGINT, _signalled)
     signal.signal(signal.SIGTERM, _signalled)
     try:

@@ -102,8 +102,9 @@ def run(folder: Path, parent: int | None = None, kept_memory: int | None = None)
     except (Exception, Signalled) as error:
         code = report_failure(error, rank_info, raised_by_client=True)
     # To tear down torch and its threads takes a second that nobody has any use for, and may hang.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as it is where the descriptor is closed
+            stream.flush()
     exit_now(code)
 
 

@@ -19,7 +19,7 @@ from ...kernels.torch_threads import one_torch_thread
 from ...kernels.weight_formats import WeightFormat
 from ...kernels.weight_formats.base import Allocate
 from .json_files import LoadError
-from .safetensors_files import StoredTensor, check_readable, lacks, locate_tensors
+from .safetensors_files import HEAD, StoredTensor, check_readable, lacks, locate_tensors, of_tied
 from .streaming import READERS, CudaLanding, Landing, cut, stream
 
 __all__ = ["LoadError", "LoadReport", "Packing", "Progress", "WeightSlice", "load_weights"]
@@ -128,9 +128,11 @@ def load_weights(
     landing's, and one file that is mapped.
     """
     started = time.monotonic()
-    stored = locate_tensors(folder)
-    _check_coverage(folder, slices, stored)
     needed = {part.name for part in slices}
+    stored = locate_tensors(folder)
+    if HEAD not in needed:
+        stored = of_tied(stored)
+    _check_coverage(folder, slices, stored)
     left_out = tuple(name for name in stored if name not in needed and not ignore(name))
     total = sum(part.destination.numel() * stored[part.name].itemsize for part in slices)
     done = 0
@@ -198,7 +200,7 @@ class _Reader:
             self._file = tensor.file
             self._mapped = 0
 
-        value: torch.Tensor = self._handle.get_slice(part.name)[part.index]
+        value: torch.Tensor = self._handle.get_slice(tensor.name)[part.index]
         self._mapped += _touched_bytes(part, tensor.itemsize)
         low, high = (float(bound) for bound in value.aminmax())
         _check_range(low, high, tensor.file, part)

@@ -33,6 +33,10 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_BASE = "model."
+_PARTS_OF_BASE = ("embed_tokens.", "layers.", "norm.")
 ADAPTER = "adapter_config.json"
 MERGE = (
     "adapters are not supported: merge it into its base model (peft's merge_and_unload, then save_pretrained), and use "
@@ -57,17 +61,20 @@ class StoredTensor:
     dtype: str
     itemsize: int
     offset: int
+    name: str = ""
+    """In its file."""
 
 
 def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of `folder` by name: of model.safetensors, or else of the files that its index.json names.
 
     As to transformers, an index says which files there are: what it says of a tensor that no file holds matters only to
-    whoever needs that tensor, and gets lacks(). A tensor may be in two files if both hold the same.
+    whoever needs that tensor, and gets lacks(). A tensor may be in two files if both hold the same. Names are those of
+    a model with its head: in a checkpoint of the base model alone (embeddings' models are such) none begins with model.
     Raises LoadError if there are none, for a damaged file or index, and for a file that is missing.
     """
     if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
+        return _with_base(read_header(folder / SINGLE))
     index = folder / INDEX
     if not index.is_file():
         raise LoadError(_no_weights(folder))
@@ -88,7 +95,23 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
                     f"be in one"
                 )
             located.setdefault(name, stored)
-    return located
+    return _with_base(located)
+
+
+def _with_base(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors by the names that a model with its head gives them."""
+    bare = {name for name in stored if name.startswith(_PARTS_OF_BASE) and _BASE + name not in stored}
+    return {_BASE + name if name in bare else name: tensor for name, tensor in stored.items()} if bare else stored
+
+
+def of_tied(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of a model whose embeddings are its head, too: the one tensor may be stored under either name.
+
+    safetensors' own save_model() keeps the name that comes first.
+    """
+    if EMBEDDINGS in stored or HEAD not in stored:
+        return stored
+    return {EMBEDDINGS if name == HEAD else name: tensor for name, tensor in stored.items()}
 
 
 def lacks(folder: Path, names: Sequence[str], stored: Mapping[str, StoredTensor]) -> str:
@@ -99,8 +122,8 @@ def lacks(folder: Path, names: Sequence[str], stored: Mapping[str, StoredTensor]
     if not (folder / SINGLE).is_file():
         weight_map = _read_index(folder / INDEX)
         for name in names:
-            if name in weight_map:
-                file = folder / weight_map[name]
+            if home := weight_map.get(name) or weight_map.get(name.removeprefix(_BASE)):
+                file = folder / home
                 return f"{file} lacks tensor {shortened(name)}, which {folder / INDEX} says is there{quantized}"
     return f"{folder}: its safetensors files lack tensor {name_some(names)}, which the model needs{quantized}"
 
@@ -171,7 +194,7 @@ def _stored_tensor(file: Path, name: str, entry: _Entry, data: int, size: int) -
         raise LoadError(
             f"{file} is cut off: tensor {shortened(name)} ends at byte {data + end}, the file has {size}; copy it again"
         )
-    return StoredTensor(file, tuple(entry.shape), entry.dtype, itemsize, offset=data + begin)
+    return StoredTensor(file, tuple(entry.shape), entry.dtype, itemsize, data + begin, name)
 
 
 def _check_order(file: Path, stored: dict[str, StoredTensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +157,53 @@ def test_tensors_without_a_place_and_adapters_are_left_out_and_said_to_be(tiny: 
         report = "\n".join(llm.status().report)
     assert "has no place for tensors of the checkpoint: model.position_ids (and 1 more) left out" in report
     assert "holds an adapter (adapter_config.json), which is left out" in report
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _head_alone(tensors: Tensors) -> Tensors:
+    """As safetensors' save_model() leaves a tensor of two names."""
+    return {"lm_head.weight" if name == "model.embed_tokens.weight" else name: each for name, each in tensors.items()}
+
+
+def _base_alone(tensors: Tensors) -> Tensors:
+    """As a base model without its head is saved."""
+    return {name.removeprefix("model."): each for name, each in tensors.items()}
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "saved"),
+    [
+        (True, _head_alone),
+        (True, _base_alone),
+        (False, _base_alone),
+        (True, lambda tensors: _base_alone(_head_alone(tensors))),
+    ],
+)
+def test_tensors_may_have_the_names_that_transformers_finds_them_by(
+    tmp_path: Path, tied: bool, saved: Callable[[Tensors], Tensors], index: bool
+) -> None:
+    folder = make_random_model(tmp_path / "model", {**TINY_SHAPE, "tie_word_embeddings": tied}, dtype="float32")
+    prompt = [5, 6, 7, 8]
+    tensors = saved(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if index:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        weight_map = dict.fromkeys(tensors, "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    with LLM(str(folder), **CONFIG) as llm:
+        tokens = llm.generate([prompt], GREEDY)[0].outputs[0].token_ids
+        assert not any("left out" in line or "not its embeddings" in line for line in llm.status().report)
+    assert tokens == score(folder, [*prompt, *tokens][:-1]).logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+
+def test_embeddings_that_are_missing_are_refused_unless_they_are_tied(tmp_path: Path) -> None:
+    folder = make_random_model(tmp_path / "model", {**TINY_SHAPE, "tie_word_embeddings": False}, dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lack tensor model\.embed_tokens\.weight"):
+        LLM(str(folder), **CONFIG)

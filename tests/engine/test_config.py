@@ -88,3 +88,23 @@ def test_a_configuration_is_frozen_and_made_from_plain_data() -> None:
     assert config.sampling == SamplingParams(top_k=5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.ranks = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "tokenizer_store"])
+def test_a_path_that_no_message_carries_is_refused_at_every_number_of_ranks(name: str) -> None:
+    for ranks in (1, 2):
+        with pytest.raises(ConfigError, match=rf"{name}=.* is not valid Unicode"):
+            EngineConfig(**{"model": "m", "ranks": ranks, name: "\udcff"})
+
+
+@pytest.mark.parametrize("name", ["max_queue", "max_num_seqs", "threads", "max_restarts", "max_model_len"])
+@pytest.mark.parametrize("value", [2**63, 10**400])
+def test_an_integer_that_no_message_carries_is_refused_by_name(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=.* must be at most {2**63 - 1}"):
+        EngineConfig(**{"model": "m", name: value})
+
+
+@pytest.mark.parametrize("name", ["kv_memory", "restart_window_s", "step_timeout_s", "timeout_s"])
+def test_a_number_that_no_float_holds_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}="):
+        EngineConfig(**{"model": "m", name: 10**400})

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from phalanx import LLM, SamplingParams
+from phalanx.engine.client.group_process import STOP_TIMEOUT_S
 
 LONG = "SamplingParams(max_tokens=200, ignore_eos=True)"
 
@@ -98,3 +99,32 @@ def test_a_forked_process_may_have_an_engine_of_its_own(tiny: Path) -> None:
     )
     parents, childs, status = done.stdout.splitlines()
     assert (childs, status) == (parents, "0"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_a_program_without_standard_streams_has_a_group_that_ends_well(tiny: Path, closed: str) -> None:
+    program = (
+        "import sys\nfrom phalanx import LLM\n"
+        f"llm = LLM({str(tiny)!r}, ranks=2, max_model_len=256)\nllm.generate('x')\nllm.close()\n"
+        "sys.stderr.write('closed\\n')\n"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "closed\n")
+
+
+@pytest.mark.slow
+def test_a_group_of_a_program_that_blocks_signals_ends_at_once(tiny: Path) -> None:
+    done = _run(
+        "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
+        f"llm = LLM({str(tiny)!r}, ranks=2, max_model_len=256)\nllm.generate('x')\n"
+        "begun = time.monotonic()\nllm.close()\nprint(time.monotonic() - begun)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < STOP_TIMEOUT_S / 2

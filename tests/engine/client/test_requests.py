@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import enum
 import gc
+import itertools
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from phalanx import LLM, AsyncLLM, InvalidRequest, SamplingParams
 from phalanx.engine.client.client import Client, RequestHandle
 from phalanx.engine.client.requests import as_prompts, make_submit, spread_sampling
-from phalanx.engine.protocol.messages import Submit, Tokenize
+from phalanx.engine.protocol.messages import MESSAGE_BYTES, Submit, Tokenize
 from phalanx.engine.protocol.structured import StructuredOutput
 from phalanx.engine.protocol.transport import InProcess, ZmqConnection
 
@@ -175,3 +177,67 @@ def test_texts_and_messages_of_classes_of_their_own_are_plain_before_any_connect
     assert [type(prompt) for prompt in as_prompts([_Text("a"), "b"])] == [str, str]
     submit = make_submit("a", prompt=_Text("a"), sampling=SamplingParams(stop=[_Text("b")], bad_words=(_Text("c"),)))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(submit), type=Submit) == submit
+
+
+class _Id(int):
+    """A token id of a class of its own."""
+
+
+class _Named(enum.IntEnum):
+    FIVE = 5
+
+
+@pytest.mark.parametrize("given", [[_Id(5), _Named.FIVE], (_Named.FIVE, _Id(5)), [[_Id(5), _Named.FIVE]]])
+def test_token_ids_of_classes_of_their_own_are_token_ids(given: Any) -> None:
+    [prompt] = as_prompts(given)
+    assert prompt == [5, 5]
+    assert {type(token) for token in prompt} == {int}
+
+
+def test_bytes_in_a_view_are_no_token_ids_and_an_endless_prompt_is_refused() -> None:
+    for given in (memoryview(b"hi"), [memoryview(b"hi")]):
+        with pytest.raises(InvalidRequest, match=r"prompt=.* must be text or a list of token ids"):
+            as_prompts(given)
+    with pytest.raises(InvalidRequest, match=r"more than 33554432 token ids"):
+        as_prompts(itertools.count())
+
+
+def test_parts_of_a_message_may_come_in_any_iterator() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    submit = make_submit("a", messages=[{"role": "user", "content": (part for part in parts)}])
+    assert submit.messages == [{"role": "user", "content": parts}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"token_ids": [_Id(5)]}, "a value that cannot be sent, in its token_ids"),
+        ({"token_ids": [2**64]}, "a value that cannot be sent, in its token_ids"),
+        ({"messages": [{"role": "user", "content": Path("a")}]}, "a value that cannot be sent, in its messages"),
+        ({"messages": [{"role": "user", "content": "a", 5: 6}]}, "ill-typed.*Expected `str`, got `int`"),
+        ({"prompt": "\ud800"}, "the prompt is not valid Unicode"),
+        ({"token_ids": [5], "priority": 2**63}, "ill-typed.*priority"),
+        ({"prompt": "x" * MESSAGE_BYTES}, "at most 33554432"),
+    ],
+)
+def test_a_client_in_the_engines_process_sends_what_a_wire_would_carry_alone(
+    fields: dict[str, Any], words: str
+) -> None:
+    link = InProcess()
+    sent: list[Any] = []
+    link.on_command = lambda client, command: sent.append(command)
+    with pytest.raises(InvalidRequest, match=words):
+        link.connection.send(Submit(id="a", **fields))
+    assert sent == []
+
+
+def test_what_a_caller_changes_after_it_was_sent_is_not_the_requests() -> None:
+    link = InProcess()
+    sent: list[Any] = []
+    link.on_command = lambda client, command: sent.append(command)
+    submit = Submit(id="a", token_ids=[5, 6], sampling=SamplingParams(n=2))
+    link.connection.send(submit)
+    assert sent == [submit]
+    assert submit.token_ids is not None
+    submit.token_ids.append("seven")  # type: ignore[arg-type]
+    assert sent[0].token_ids == [5, 6]

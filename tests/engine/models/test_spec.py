@@ -37,6 +37,8 @@ ROPES: list[dict[str, Any]] = [
     {"rope_type": "yarn", **YARN, "beta_fast": 24, "beta_slow": 2, "attention_factor": 1.25},
     {"rope_type": "yarn", **YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
     {"rope_type": "yarn", **YARN, "factor": None},
+    {"rope_type": "yarn", **YARN, "beta_fast": 0, "beta_slow": 0, "mscale": 0, "mscale_all_dim": 0},  # 0 is none there
+    {"rope_type": "yarn", **YARN, "truncate": None},
     {"rope_type": "llama3", **LLAMA3},
 ]
 
@@ -222,7 +224,7 @@ def test_the_makers_sampling_advice_comes_with_qwq_32b_alone() -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*Qwen2ForCausalLM.*Qwen3ForCausalLM.*LlamaFor"),
         ({"architectures": None, "model_type": "gpt2"}, "Qwen2ForCausalLM"),
-        ({"architectures": []}, "Qwen2ForCausalLM"),
+        ({"architectures": [], "model_type": "gpt2"}, "Qwen2ForCausalLM"),
         ({"architectures": 7}, "Qwen2ForCausalLM"),
         ({"hidden_size": None}, r"folder/config\.json: hidden_size=None"),
         ({"hidden_size": "big"}, "hidden_size='big'"),
@@ -358,7 +360,7 @@ def test_a_folder_without_a_readable_config_is_refused_by_name(tmp_path: Path) -
 @pytest.mark.parametrize("architecture", MINIMUM_TRANSFORMERS)
 def test_a_config_that_names_no_architecture_is_of_its_type(architecture: str) -> None:
     model_type = architecture.removesuffix("ForCausalLM").lower()
-    for named in ({}, {"architectures": None}):
+    for named in ({}, {"architectures": None}, {"architectures": []}):
         fields = {name: value for name, value in QWQ.items() if name != "architectures"}
         assert spec_from_config({**fields, **named, "model_type": model_type}, "folder").architecture == architecture
     for other in ("mistral", None, 5, ["qwen2"]):
@@ -377,3 +379,16 @@ def test_a_folder_that_holds_an_adapter_alone_is_told_what_to_do(tmp_path: Path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds an adapter .*no config\.json.*merge it into its base model"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "positions"), [("Llama", 2048), ("Qwen2", 32768), ("Qwen3", 32768)])
+def test_without_positions_a_model_has_those_that_transformers_gives_it(architecture: str, positions: int) -> None:
+    fields = {name: value for name, value in QWQ.items() if name != "max_position_embeddings"}
+    spec = spec_from_config({**fields, "architectures": [f"{architecture}ForCausalLM"]}, "folder")
+    assert spec.max_position == position_limit(spec) == positions
+    assert _transformers_config(architecture).max_position_embeddings == positions
+
+
+def test_a_negative_token_id_stands_for_none() -> None:
+    spec = spec_from_config({**QWQ, "eos_token_id": [-1, 7], "bos_token_id": -1}, "folder")
+    assert (spec.eos_token_ids, spec.bos_token_id) == ((7,), None)

@@ -19,6 +19,7 @@ from phalanx.engine.config import EngineConfig
 from phalanx.engine.engine import Engine, EngineThread
 from phalanx.engine.protocol import wire
 from phalanx.engine.protocol.messages import (
+    MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Abort,
     Command,
@@ -30,7 +31,7 @@ from phalanx.engine.protocol.messages import (
 )
 from phalanx.engine.protocol.outbox import UNREAD_BYTES
 from phalanx.engine.protocol.transport import ZmqConnection, ZmqTransport
-from phalanx.engine.protocol.wire import MESSAGE_BYTES, Wire
+from phalanx.engine.protocol.wire import Wire
 from phalanx.parallel.group import local_group
 from phalanx.tests.engine.conftest import CONFIG
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import msgspec
@@ -263,3 +265,29 @@ def test_a_long_value_is_shown_by_its_beginning() -> None:
     with pytest.raises(InvalidRequest, match="temperature='xxx") as caught:
         SamplingParams.from_dict({"temperature": "x" * 1_000_000})
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("make", [SamplingParams, SamplingParams.from_dict])
+def test_a_number_of_any_class_is_kept_as_pythons_and_travels(make: Any) -> None:
+    values = {"temperature": 10**30, "top_p": Decimal("0.5"), "min_p": Fraction(1, 4), "repetition_penalty": 2}
+    params = make(**values) if make is SamplingParams else make(values)
+    kept = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
+    assert kept == (1e30, 0.5, 0.25, 2.0)
+    assert {type(value) for value in kept} == {float}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "allowed_token_ids", "logit_bias"])
+@pytest.mark.parametrize("value", [torch.tensor(0.5), np.float32(0.5), range(1, 3), 5, object()])
+def test_what_is_no_list_and_no_mapping_is_refused_by_name_from_a_mapping_too(name: str, value: Any) -> None:
+    if name.endswith("ids") and isinstance(value, range):
+        return  # token ids
+    for make in (lambda: SamplingParams(**{name: value}), lambda: SamplingParams.from_dict({name: value})):
+        with pytest.raises(InvalidRequest, match=name):
+            make()
+
+
+def test_not_a_number_is_refused_however_it_is_written() -> None:
+    for value in (Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity"), Fraction(10**400)):
+        with pytest.raises(InvalidRequest, match="temperature="):
+            SamplingParams(temperature=value)  # type: ignore[arg-type]

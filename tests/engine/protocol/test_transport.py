@@ -191,7 +191,7 @@ def test_closing_twice_and_sending_after_closing_are_harmless(address: str) -> N
 def test_what_the_wire_cannot_carry_is_an_invalid_request(address: str, submit: Submit) -> None:
     client = Client(ZmqConnection(address))
     for _ in range(2):  # the second would be refused as a duplicate, were the first not forgotten
-        with pytest.raises(InvalidRequest, match="cannot be sent"):
+        with pytest.raises(InvalidRequest, match=r"cannot be sent|not valid Unicode"):
             next(RequestHandle(client, submit))
     client.close()
 
