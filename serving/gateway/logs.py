@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import uuid
 from typing import Any
 
 import msgspec
 
 from ...engine.errors import ConfigError
 from .auth import App, Message, Receive, Scope, Send
+from .http.request_ids import HEADER, request_id_of
 
 LEVELS = ("debug", "info", "warning", "error")
-REQUEST_ID = b"x-request-id"
-REQUEST_ID_BYTES = 128
 PATH_CHARS = 200
 _FIELDS = "phalanx_fields"
 
@@ -62,8 +60,7 @@ def configure_logging(level: str = "info") -> None:
 class AccessLog:
     """ASGI middleware: one line for each request at its end, and an X-Request-Id in each answer.
 
-    The id is the one that the app puts into its answer, or else the caller's (if it is short and printable), or else a
-    new one.
+    The id is the one that the app puts into its answer, or else the caller's if it may be, or else a new one.
     """
 
     def __init__(self, app: App) -> None:
@@ -76,7 +73,7 @@ class AccessLog:
             return
 
         started = time.monotonic()
-        request_id = _given_id(scope) or uuid.uuid4().hex.encode()
+        request_id = request_id_of(scope).encode()
         status = 0
         sent = 0
 
@@ -85,10 +82,10 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = list(message.get("headers", ()))
-                own = next((value for name, value in headers if name.lower() == REQUEST_ID), None)
+                own = next((value for name, value in headers if name.lower() == HEADER), None)
                 request_id = own or request_id
                 if own is None:
-                    message = {**message, "headers": [*headers, (REQUEST_ID, request_id)]}
+                    message = {**message, "headers": [*headers, (HEADER, request_id)]}
             else:
                 sent += len(message.get("body", b""))
             await send(message)
@@ -108,15 +105,3 @@ class AccessLog:
             # Probes would be most of the log.
             quiet = scope["path"].startswith("/health") or scope["path"] == "/metrics"
             _log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=fields)
-
-
-def _given_id(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if (
-            name == REQUEST_ID
-            and 0 < len(value) <= REQUEST_ID_BYTES
-            and value.isascii()
-            and value.decode().isprintable()
-        ):
-            return bytes(value)
-    return None
