@@ -15,6 +15,9 @@ from .http.request_ids import HEADER, request_id_of
 
 LEVELS = ("debug", "info", "warning", "error")
 PATH_CHARS = 200
+CLIENT_GONE = 499
+"""What the log says in place of a status where the client was gone before it was sent, as nginx does."""
+FAILED = 500
 _FIELDS = "phalanx_fields"
 
 _log = logging.getLogger("phalanx.gateway.access")
@@ -60,7 +63,7 @@ def configure_logging(level: str = "info") -> None:
 class AccessLog:
     """ASGI middleware: one line for each request at its end, and an X-Request-Id in each answer.
 
-    The id is the one that the app puts into its answer, or else the caller's if it may be, or else a new one.
+    The id is the caller's if it may be, or else a new one.
     """
 
     def __init__(self, app: App) -> None:
@@ -73,28 +76,30 @@ class AccessLog:
             return
 
         started = time.monotonic()
-        request_id = request_id_of(scope).encode()
-        status = 0
+        request_id_of(scope)
+        status = CLIENT_GONE
         sent = 0
 
         async def observe(message: Message) -> None:
-            nonlocal request_id, status, sent
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = list(message.get("headers", ()))
                 own = next((value for name, value in headers if name.lower() == HEADER), None)
-                request_id = own or request_id
                 if own is None:
-                    message = {**message, "headers": [*headers, (HEADER, request_id)]}
+                    message = {**message, "headers": [*headers, (HEADER, request_id_of(scope).encode())]}
             else:
                 sent += len(message.get("body", b""))
             await send(message)
 
         try:
             await self._app(scope, receive, observe)
+        except Exception:
+            status = FAILED if status == CLIENT_GONE else status
+            raise
         finally:
             fields = log_fields(
-                request_id=request_id.decode("latin-1"),
+                request_id=request_id_of(scope),
                 method=scope["method"],
                 path=scope["path"][:PATH_CHARS],
                 status=status,

@@ -15,7 +15,7 @@ from ..config import GatewayConfig
 from . import error_shapes
 from .errors import ApiError, invalid
 from .json_body import read_struct, to_struct
-from .request_ids import WHAT_MAY_BE, is_request_id, request_id_of
+from .request_ids import WHAT_MAY_BE, is_request_id, request_id_of, set_request_id
 
 if TYPE_CHECKING:
     from ..durable.open_request import OpenRequest
@@ -91,14 +91,21 @@ class Exchange:
         self._budget = budget or BodyBudget(config.max_open_body_bytes)
         self.started = False
         """Whether the answer's status has been sent."""
-        self.request_id = request_id_of(scope)
-        """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
         self.status = 0
         self.durable: OpenRequest | None = None
         """What the journal has of this request, if there is a journal and nothing of the answer is sent early."""
         self._path = str(scope.get("path", ""))
         self._held = HeldBytes(self._budget)
         self._body: bytes | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
+        return request_id_of(self.scope)
+
+    @request_id.setter
+    def request_id(self, request_id: str) -> None:
+        set_request_id(self.scope, request_id)
 
     def header(self, name: bytes) -> str | None:
         """A header's value by its lower-case name; the last one if there are several."""

@@ -28,3 +28,8 @@ def request_id_of(scope: MutableMapping[str, Any]) -> str:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == HEADER]
         state[_STATE] = given[-1] if given and is_request_id(given[-1]) else uuid.uuid4().hex
     return str(state[_STATE])
+
+
+def set_request_id(scope: MutableMapping[str, Any], request_id: str) -> None:
+    """Know a request by another id from now on: the one in its body."""
+    scope.setdefault("state", {})[_STATE] = request_id

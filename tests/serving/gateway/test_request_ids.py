@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from phalanx.serving.gateway.auth import Auth, AuthConfig
-from phalanx.serving.gateway.logs import AccessLog
+from phalanx.serving.gateway.logs import AccessLog, JsonFormatter
 from phalanx.tests.serving.gateway.conftest import Server
+from phalanx.tests.serving.gateway.scripted_pool import wait_until
 from phalanx.tests.serving.journal.journaled import journaled
 from starlette.middleware import Middleware
 
@@ -57,6 +59,26 @@ def test_a_request_id_that_cannot_be_is_refused_wherever_it_stands(server: Serve
                 assert (answer.status_code, answer.json()["error"]["param"]) == (400, "request_id")
             answer = each.http.post(COMPLETIONS, json={**BODY, "request_id": "other"}, headers={"x-request-id": "mine"})
             assert answer.json()["id"] == "cmpl-mine"
+
+
+def test_the_log_names_a_request_whose_client_has_left(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(middleware=[Middleware(AccessLog)])
+    server.pool.token_s = 0.05
+    server.pool.answer = "long " * 1000
+    body = {"prompt": "Hi", "max_tokens": 4000}
+    try:
+        with caplog.at_level(logging.INFO, "phalanx.gateway.access"):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}{COMPLETIONS}", json={**body, "request_id": "whole"}, timeout=0.2)
+            asked = {**body, "request_id": "streamed", "stream": True}
+            with httpx.stream("POST", f"{server.url}{COMPLETIONS}", json=asked) as answer:
+                next(answer.iter_lines())
+            wait_until(lambda: len(caplog.records) == 2)
+        lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+        assert sorted((line["request_id"], line["status"]) for line in lines) == [("streamed", 200), ("whole", 499)]
+    finally:
+        server.pool.token_s = 0.0
+        server.close()
 
 
 def test_a_body_with_a_byte_order_mark_is_journaled(tmp_path: Path) -> None:
