@@ -27,6 +27,7 @@ from .gateway.app import create_app
 from .gateway.auth import Auth, AuthConfig, read_keys
 from .gateway.config import GatewayConfig
 from .gateway.durable.journal_metrics import JournalMetrics
+from .gateway.http.browsers import BrowserGuard, BrowserRules, is_loopback
 from .gateway.http.server import make_server
 from .gateway.logs import LEVELS, AccessLog, configure_logging, log_fields
 from .gateway.metrics import CONTENT_TYPE
@@ -183,12 +184,21 @@ def make_app(pool: Engines, settings: Settings) -> Starlette:
         return Response(pool.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     origins = list(settings.auth.allow_origins)
-    cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Idempotency-Replayed"],
+    )
+    keyless_loopback = not read_keys(settings.auth)[0] and is_loopback(settings.gateway.host)
+    rules = BrowserRules(settings.gateway.host, settings.auth.allowed_hosts, origins, keyless_loopback=keyless_loopback)
+    auth = Middleware(Auth, config=settings.auth)
     app = create_app(
         pool,
         settings.gateway,
         # A browser's question before its request carries no key.
-        middleware=[Middleware(AccessLog), *([cors] if origins else []), Middleware(Auth, config=settings.auth)],
+        middleware=[Middleware(AccessLog), *([cors] if origins else []), Middleware(BrowserGuard, rules=rules), auth],
         routes=[Route("/metrics", metrics, methods=["GET"]), *admin_routes(pool)],
     )
     admission = app.state.gateway.admission

@@ -78,6 +78,10 @@ def _check_values(schema: dict[str, Any], path: str) -> None:
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise InvalidRequest(f"{path}.required must be a list of names, not {json.dumps(required)[:100]}")
+    fewest = schema.get("minProperties", 0)
+    if isinstance(fewest, int | float) and fewest > len(set(required)) + 1:
+        why = "a grammar does not see that a name occurs twice, so that it may be at most one above those required"
+        raise InvalidRequest(f"{path}.minProperties={fewest} is not supported: {why}")
     refused = why_refused(schema)
     if refused is not None:
         raise InvalidRequest(f"{path}.format={str(schema['format'])[:100]!r} {refused}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -55,7 +55,7 @@ def create_app(
     ]
     app = Starlette(
         routes=[*own, *others, *routes],
-        middleware=list(middleware),
+        middleware=[*middleware, Middleware(_WithoutLastSlash)],
         exception_handlers={HTTPException: _RoutingError(gateway.config)},
     )
     app.router.redirect_slashes = False
@@ -126,6 +126,22 @@ def _paths(operation: Operation) -> dict[str, str]:
     elif operation.request is DetokenizeRequest:
         paths["token_ids"] = "tokens"
     return paths
+
+
+class _WithoutLastSlash:
+    """Takes what is sent to a path with a slash too many for what was meant: /v1/completions/ (clients join paths so).
+
+    Other methods' paths may end with an id, which is missing then.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            scope = {**scope, "path": scope["path"].removesuffix("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 class _RoutingError:

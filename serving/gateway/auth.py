@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import ConfigError
-from .http import error_shapes
+from .config import GatewayConfig
+from .http.browsers import check_hosts
 from .http.errors import ApiError
+from .http.exchange import Exchange
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -52,7 +54,15 @@ class AuthConfig:
     isolate_tenants: bool = False
     """Whether requests share cached prefixes only with requests of the same API key."""
     allow_origins: tuple[str, ...] = ()
-    """Origins of web pages that may read answers (CORS), such as https://example.org; * is all. None by default."""
+    """Origins of web pages that may read answers (CORS), such as https://example.org; * is all. None by default.
+    To a server on the loopback interface without a key, no other pages of other sites may send anything either."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names in the header Host that are answered beside addresses and local names, such as api.example.org or
+    *.example.org; others are answered 421. * is all. Without any, all are answered, but on the loopback interface
+    without a key only local ones: a web page could give itself a name that leads to this machine (DNS rebinding)."""
+
+    def __post_init__(self) -> None:
+        check_hosts(self.allowed_hosts)
 
 
 class Keys:
@@ -127,7 +137,7 @@ class Auth:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await _answer(refusal, scope["path"], send)
+            await Exchange(scope, receive, send, GatewayConfig()).fail(refusal)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path = scope["path"]
@@ -151,14 +161,6 @@ class Auth:
         if self._isolate:
             scope.setdefault("state", {})[TENANT_SALT] = tenant_salt(found)
         return None
-
-
-async def _answer(error: ApiError, path: str, send: Send) -> None:
-    status, body = error_shapes.whole(path, error)
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _unauthorized(message: str) -> ApiError:

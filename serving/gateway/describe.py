@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Meta
 
+from .auth import AuthConfig
 from .config import GatewayConfig
 from .openapi import STATUS_MEANINGS
 from .routes.table import OPERATIONS, Operation
@@ -40,6 +41,9 @@ _DIFFERENCES = """## What differs from vLLM's server
   only where they hold log-probabilities, token ids or usage.
 * A streamed chat with `return_token_ids` has the prompt's ids in a last chunk without choices.
 * `return_timings` and `timeout` are this server's own.
+* A path that ends with a slash is answered where a POST is meant, without a redirect.
+* Without a key, on the loopback interface, requests that web pages of other sites have a browser send are a 403, and
+  those whose Host is no local name a 421, as the settings `allow_origins` and `allowed_hosts` say.
 * A schema of `response_format` or `structured_outputs` is enforced, `strict` or not. What no grammar can be made of is
   a 400 that names its path in the schema, and so is an integer beyond 2^53 that would not be kept exactly. Properties
   come in the schema's order, and a `format` is enforced.
@@ -135,7 +139,8 @@ def page() -> str:
             parts.append(_refused(operation))
         if operation.query is not None:
             parts.append(_fields(f"{operation.path} (query)", operation.query, set()))
-    parts += [_described_items(), _FACES, _DIFFERENCES, _JOURNAL, _settings()]
+    parts += [_described_items(), _FACES, _DIFFERENCES, _JOURNAL]
+    parts += [_settings("Settings of the gateway", GatewayConfig), _settings("Settings of who is answered", AuthConfig)]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
@@ -239,16 +244,11 @@ def _refused(operation: Operation) -> str:
     )
 
 
-def _settings() -> str:
-    docs = re.findall(
-        r'^    (\w+): [^\n]+\n    """(.*?)"""', inspect.getsource(GatewayConfig), re.DOTALL | re.MULTILINE
-    )
+def _settings(title: str, kind: type[GatewayConfig | AuthConfig]) -> str:
+    docs = re.findall(r'^    (\w+): [^\n]+\n    """(.*?)"""', inspect.getsource(kind), re.DOTALL | re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in docs}
-    rows = [
-        f"| `{field.name}` | {field.default!r} | {meanings[field.name]} |"
-        for field in dataclasses.fields(GatewayConfig)
-    ]
-    return "\n".join(["## Settings of the gateway", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""])
+    rows = [f"| `{field.name}` | {field.default!r} | {meanings[field.name]} |" for field in dataclasses.fields(kind)]
+    return "\n".join([f"## {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 if __name__ == "__main__":

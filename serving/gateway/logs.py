@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import uuid
 from typing import Any
 
 import msgspec
 
 from ...engine.errors import ConfigError
 from .auth import App, Message, Receive, Scope, Send
+from .http.request_ids import HEADER, request_id_of
 
 LEVELS = ("debug", "info", "warning", "error")
-REQUEST_ID = b"x-request-id"
-REQUEST_ID_BYTES = 128
 PATH_CHARS = 200
+CLIENT_GONE = 499
+"""What the log says in place of a status where the client was gone before it was sent, as nginx does."""
+FAILED = 500
 _FIELDS = "phalanx_fields"
 
 _log = logging.getLogger("phalanx.gateway.access")
@@ -62,8 +63,7 @@ def configure_logging(level: str = "info") -> None:
 class AccessLog:
     """ASGI middleware: one line for each request at its end, and an X-Request-Id in each answer.
 
-    The id is the one that the app puts into its answer, or else the caller's (if it is short and printable), or else a
-    new one.
+    The id is the caller's if it may be, or else a new one.
     """
 
     def __init__(self, app: App) -> None:
@@ -76,28 +76,30 @@ class AccessLog:
             return
 
         started = time.monotonic()
-        request_id = _given_id(scope) or uuid.uuid4().hex.encode()
-        status = 0
+        request_id_of(scope)
+        status = CLIENT_GONE
         sent = 0
 
         async def observe(message: Message) -> None:
-            nonlocal request_id, status, sent
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = list(message.get("headers", ()))
-                own = next((value for name, value in headers if name.lower() == REQUEST_ID), None)
-                request_id = own or request_id
+                own = next((value for name, value in headers if name.lower() == HEADER), None)
                 if own is None:
-                    message = {**message, "headers": [*headers, (REQUEST_ID, request_id)]}
+                    message = {**message, "headers": [*headers, (HEADER, request_id_of(scope).encode())]}
             else:
                 sent += len(message.get("body", b""))
             await send(message)
 
         try:
             await self._app(scope, receive, observe)
+        except Exception:
+            status = FAILED if status == CLIENT_GONE else status
+            raise
         finally:
             fields = log_fields(
-                request_id=request_id.decode("latin-1"),
+                request_id=request_id_of(scope),
                 method=scope["method"],
                 path=scope["path"][:PATH_CHARS],
                 status=status,
@@ -108,15 +110,3 @@ class AccessLog:
             # Probes would be most of the log.
             quiet = scope["path"].startswith("/health") or scope["path"] == "/metrics"
             _log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=fields)
-
-
-def _given_id(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if (
-            name == REQUEST_ID
-            and 0 < len(value) <= REQUEST_ID_BYTES
-            and value.isascii()
-            and value.decode().isprintable()
-        ):
-            return bytes(value)
-    return None

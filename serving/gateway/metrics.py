@@ -130,7 +130,7 @@ class GatewayMetrics:
 class RequestMetrics:
     """Observes one request, from its sending to its last event. Its events come one after the other, on any thread."""
 
-    __slots__ = ("_arrivals", "_gap", "_labels", "_metrics", "_sent", "_started")
+    __slots__ = ("_arrivals", "_gap", "_labels", "_metrics", "_sampling", "_sent", "_started")
 
     def __init__(self, metrics: GatewayMetrics, labels: tuple[str, str], submit: Submit) -> None:
         self._metrics = metrics
@@ -139,9 +139,7 @@ class RequestMetrics:
         self._started = False
         self._arrivals: dict[int, float] = {}
         self._gap = metrics.gap.labels(*labels)  # looked up once: there is one for each token
-        metrics.param_n.labels(*labels).observe(submit.sampling.n)
-        if submit.sampling.max_tokens is not None:
-            metrics.param_max_tokens.labels(*labels).observe(submit.sampling.max_tokens)
+        self._sampling = submit.sampling
 
     def on_event(self, event: Event) -> None:
         """Take in an event of the request, at the moment at which it arrives."""
@@ -174,6 +172,9 @@ class RequestMetrics:
 
         metrics.prompt.labels(*labels).observe(event.usage.prompt_tokens)
         metrics.generation.labels(*labels).observe(event.usage.completion_tokens)
+        metrics.param_n.labels(*labels).observe(self._sampling.n)
+        if self._sampling.max_tokens is not None:
+            metrics.param_max_tokens.labels(*labels).observe(self._sampling.max_tokens)
 
         # A request that was aborted while it waited was never computed.
         times = event.timings

@@ -15,11 +15,13 @@ from .schemas.responses import HealthInfo
 STATUS_MEANINGS = {
     400: "A field is not acceptable; param names it.",
     401: "A key is needed.",
+    403: "A web page of another site had a browser send it (allow_origins), or there is no admin key.",
     404: "There is no such model or route.",
     405: "The route has other methods.",
     408: "The body came too slowly.",
     413: "The body is too long.",
     415: "The body is not JSON.",
+    421: "The name in Host is none of this server's (allowed_hosts).",
     422: "The model has not done what is asked of it: it wrote no summary.",
     429: "The server is full; Retry-After tells when to try again.",
     500: "The server failed.",
@@ -62,7 +64,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         schema = {"type": "object", "required": ["data"], "properties": {"data": data}}
         content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
-    for status in sorted({401, *operation.statuses}):
+    for status in sorted({401, 403, 421, *operation.statuses}):
         # Of the routes about health, those that are not well answer as those that are.
         kind = HealthInfo if operation.answer is HealthInfo and status == 503 else operation.error
         responses[str(status)] = {

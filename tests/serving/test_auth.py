@@ -145,7 +145,9 @@ def test_an_app_that_fails_is_logged_too(caplog: pytest.LogCaptureFixture) -> No
 
     with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="broken"):
         get(AccessLog(broken), "/v1/models")
-    assert [record.message for record in caplog.records if record.name == "phalanx.gateway.access"] == ["request"]
+    (record,) = [record for record in caplog.records if record.name == "phalanx.gateway.access"]
+    assert record.message == "request"
+    assert json.loads(JsonFormatter().format(record))["status"] == 500
 
 
 def test_a_record_is_one_line_of_json_whatever_it_holds() -> None:

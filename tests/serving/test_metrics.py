@@ -96,6 +96,20 @@ def test_a_requests_times_and_tokens_are_observed_once() -> None:
     assert found["vllm:request_success_total"] == {("0", "stop"): 1}
 
 
+def test_what_an_engine_refuses_or_fails_is_no_observation_of_a_request() -> None:
+    metrics = _metrics(None)
+    submit = Submit(id="a", token_ids=[1], sampling=SamplingParams(n=3, max_tokens=40))
+    for error in ("InvalidRequest", "EngineFault"):
+        metrics.request("0", submit).on_event(Failed("a", error, "no"))
+    for event in two_tokens(submit):
+        metrics.request("0", submit).on_event(event)
+    found = values(metrics)
+    for name in ("e2e_request_latency_seconds", "request_prompt_tokens", "request_params_n"):
+        assert found[f"vllm:{name}_count"] == {("0",): 1}, name
+    assert found["vllm:request_params_n_sum"] == {("0",): 3}
+    assert found["vllm:request_params_max_tokens_sum"] == {("0",): 40}
+
+
 def test_each_completion_has_its_own_gaps() -> None:
     metrics = _metrics(None)
     request = metrics.request("0", Submit(id="a", token_ids=[1], sampling=SamplingParams(n=2)))

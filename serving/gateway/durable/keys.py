@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import msgspec
 
 from ..http.errors import invalid
 from ..http.exchange import Exchange
+from ..http.request_ids import WHAT_MAY_BE, is_request_id
 
-_NAME = re.compile(r"[\x21-\x7e]{1,256}")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class _Beginning(msgspec.Struct):
@@ -26,11 +26,11 @@ def peek(body: bytes) -> tuple[bool, str | None]:
     What is no request passes for a stream: its route refuses it, and nothing of it is kept.
     """
     try:
-        beginning = msgspec.json.decode(body, type=_Beginning)
+        beginning = msgspec.json.decode(body.removeprefix(_BYTE_ORDER_MARK), type=_Beginning)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return True, None
     given = beginning.request_id
-    name = given if isinstance(given, str) and _NAME.fullmatch(given) else None
+    name = given if isinstance(given, str) and is_request_id(given) else None
     return beginning.stream not in (None, False), name
 
 
@@ -39,6 +39,6 @@ def idempotency_key(exchange: Exchange) -> str | None:
     key = exchange.header(b"idempotency-key")
     if key is None:
         return None
-    if not _NAME.fullmatch(key):
-        raise invalid("Idempotency-Key must be 1 to 256 printable ASCII characters without spaces", "Idempotency-Key")
+    if not is_request_id(key):
+        raise invalid(f"Idempotency-Key must be {WHAT_MAY_BE}", "Idempotency-Key")
     return key

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import urllib.parse
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +15,7 @@ from ..config import GatewayConfig
 from . import error_shapes
 from .errors import ApiError, invalid
 from .json_body import read_struct, to_struct
+from .request_ids import WHAT_MAY_BE, is_request_id, request_id_of, set_request_id
 
 if TYPE_CHECKING:
     from ..durable.open_request import OpenRequest
@@ -33,7 +32,6 @@ LINGER_S = 2.0
 """Seconds in which the rest of a refused request is read and thrown away."""
 
 _log = logging.getLogger(__name__)
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 class ClientGone(Exception):
@@ -93,14 +91,21 @@ class Exchange:
         self._budget = budget or BodyBudget(config.max_open_body_bytes)
         self.started = False
         """Whether the answer's status has been sent."""
-        self.request_id = uuid.uuid4().hex
-        """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
         self.status = 0
         self.durable: OpenRequest | None = None
         """What the journal has of this request, if there is a journal and nothing of the answer is sent early."""
         self._path = str(scope.get("path", ""))
         self._held = HeldBytes(self._budget)
         self._body: bytes | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Echoed in X-Request-Id; the header's, the body's, or one of the gateway's."""
+        return request_id_of(self.scope)
+
+    @request_id.setter
+    def request_id(self, request_id: str) -> None:
+        set_request_id(self.scope, request_id)
 
     def header(self, name: bytes) -> str | None:
         """A header's value by its lower-case name; the last one if there are several."""
@@ -120,11 +125,10 @@ class Exchange:
     def take_request_id(self, given: str | None = None) -> None:
         """Use the header X-Request-Id, or else `given`. Raises ApiError for one that no header can hold."""
         header = self.header(b"x-request-id")
-        if not (chosen := header or given):
-            return
-        if not _REQUEST_ID.fullmatch(chosen):
-            raise invalid("request_id must be 1 to 256 printable ASCII characters without spaces", "request_id")
-        self.request_id = chosen
+        for each in (header, given):
+            if each and not is_request_id(each):
+                raise invalid(f"request_id must be {WHAT_MAY_BE}", "request_id")
+        self.request_id = header or given or self.request_id
 
     @property
     def owner(self) -> str:

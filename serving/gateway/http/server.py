@@ -18,7 +18,9 @@ from .exchange import LINGER_S, Exchange
 MAX_HEAD_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0
 MAX_PIPELINED = 64
-"""Requests of one connection that wait for the answer to the one before them."""
+"""Requests of one connection that wait for the answer to the one before them; more end it."""
+MAX_PIPELINED_BYTES = 64 * 1024
+"""Bytes of their bodies above which no more are read meanwhile; then nobody sees that the client closes, either."""
 RESERVED_CONNECTIONS = 64
 """Connections above max_connections that are let in, so that probes of /health are answered."""
 
@@ -28,6 +30,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     With max_connections open it answers 503 to whatever is no probe. A wish to upgrade to another protocol is left out:
     the request is answered as it is (RFC 9110, 7.8). Trailers after a body count for nothing.
+
+    Requests of one connection are answered one after the other, those before a bad one too. When the client closes the
+    connection, the one that is computed is told.
 
     A client that has read nothing for WRITE_TIMEOUT_S while an answer waits for it loses its connection.
     """
@@ -40,7 +45,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
+    _in_body = False  # of the last request that was begun, which is self.cycle
+    _running: RequestResponseCycle | None = None  # the request that is answered now; self.cycle may wait behind it
+    _why: ApiError | None = None  # what is wrong with a head, where the parser is stopped
     _refused = False
+    _last_answer: ApiError | None = None  # is sent after the answers before it
     url = b""
 
     @classmethod
@@ -63,6 +72,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as its answer is made."""
@@ -94,7 +107,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         try:
             self._parse(data)
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            self._refuse(self._why or _invalid("Invalid HTTP request received."))
             return
         if self._framing_bytes > MAX_HEAD_BYTES:
             what = f"{MAX_HEAD_BYTES} bytes that are none of the request's body follow a part of it"
@@ -103,6 +116,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         self._in_head = True
+        self._head_bytes = max(1, self._head_bytes)  # its first bytes may have come with the end of another
         if self._head_timer is None:
             self._expect_head()
         super().on_message_begin()
@@ -120,12 +134,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = self._framing_bytes = 0
         self._stop_timer()
-        _check_head(self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError(f"more than {MAX_PIPELINED} requests of one connection wait for their answers")
+            self._refused = True
+            self.transport.close()
+            raise ValueError(f"more than {MAX_PIPELINED} requests of one connection wait")  # stops the parser
+        self._why = _wrong_with(self.headers)
+        if self._why is not None:
+            raise ValueError(self._why.info.message)
         full = len(self.connections) > self._gateway.max_connections and not self.url.startswith(b"/health")
         self.app = self._answer_full if full else self.config.loaded_app
         super().on_headers_complete()
+        self._in_body = True
+        self._read_ahead()
         if self.scope["http_version"] == "1.0" and self.cycle is not None:
             _end_by_closing(self.cycle)
 
@@ -133,18 +153,39 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """A part of a body."""
         self._framing_bytes = 0
         super().on_body(body)
+        self._read_ahead()
 
     def on_message_complete(self) -> None:
         """A body ends; what comes next is a head."""
         if self._wants_upgrade:
             return
         self._in_head = True
+        self._in_body = False
         self._framing_bytes = 0
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """An answer has been sent; the next request's turn comes."""
+        super().on_response_complete()
+        if self._last_answer is not None and (self._running is None or self._running.response_complete):
+            self._answer_and_close(self._last_answer)
+
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP as every other error is answered."""
-        self._refuse(ApiError(400, msg, code="invalid_http"))
+        self._refuse(_invalid(msg))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _read_ahead(self) -> None:
+        """Go on reading though a request waits, so that the end of the connection is seen; within bounds."""
+        if not self.pipeline:
+            return
+        if sum(len(cycle.body) for cycle, _ in self.pipeline) > MAX_PIPELINED_BYTES:
+            self.flow.pause_reading()
+        else:
+            self.flow.resume_reading()
 
     def _parse(self, data: bytes) -> None:
         """Feed the parser. Raises httptools.HttpParserError for what is no HTTP."""
@@ -196,22 +237,30 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what the app never sees, and close the connection."""
+        """Answer what the app never sees, after the requests before it, and close the connection."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._stop_timer()
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            # The app waits for the rest of a request that will not come.
-            answered = cycle.response_started or bool(self.pipeline)
-            self.pipeline.clear()
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if answered:  # this answer would be read as a part of another one
+        if self._in_body and self.cycle is not None:
+            if self.cycle.response_started:  # this answer would be read as a part of that one, or as another's
                 self.transport.close()
                 return
+            if self.pipeline:
+                self.pipeline.popleft()
+            else:  # the app waits for the rest of a request that will not come
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+                self._running = None
 
+        if self._running is None or self._running.response_complete:
+            self._answer_and_close(error)
+        else:
+            self._last_answer = error
+
+    def _answer_and_close(self, error: ApiError) -> None:
+        if self.transport.is_closing():
+            return
         status, body = error_shapes.whole(self.url.partition(b"?")[0].decode("latin-1"), error)
         phrase = "Overloaded" if status == 529 else HTTPStatus(status).phrase
         fields = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
@@ -256,16 +305,21 @@ def _without_upgrade(parser: httptools.HttpRequestParser, url: bytes, headers: l
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def _check_head(headers: list[tuple[bytes, bytes]]) -> None:
-    """Raise ValueError for a head that a proxy before this server may have read in another way (RFC 9112).
+def _wrong_with(headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+    """Why a head is refused that a proxy before this server may have read in another way (RFC 9112).
 
     The parser takes several hosts, and codings of a body before the chunks that nobody undoes.
     """
     if sum(name == b"host" for name, _ in headers) > 1:
-        raise ValueError("the head has more than one host")
+        return _invalid("the head has more than one host")
     for name, value in headers:
         if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
-            raise ValueError("a body may be sent in chunks, but not in another transfer coding")
+            return _invalid("a body may be sent in chunks, but not in another transfer coding")
+    return None
+
+
+def _invalid(message: str) -> ApiError:
+    return ApiError(400, message, code="invalid_http")
 
 
 def _target(head: bytes) -> bytes:

@@ -21,6 +21,7 @@ from ..schemas.journal_api.batches import (
     DeletedFile,
     FileList,
     FileObject,
+    FilesQuery,
     ListQuery,
 )
 from ..schemas.journal_api.requests import JournaledRequest
@@ -204,7 +205,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("GET", "/v1/requests/{request_id}", journal_api.retrieve, JournaledRequest, statuses=(404, 503)),
     Operation("POST", "/v1/files", batch_api.upload, FileObject, statuses=(400, 404, 408, 413, 415, 429, 503)),
-    Operation("GET", "/v1/files", batch_api.list_files, FileList, statuses=(400, 404, 503), query=ListQuery),
+    Operation("GET", "/v1/files", batch_api.list_files, FileList, statuses=(400, 404, 503), query=FilesQuery),
     Operation("GET", "/v1/files/{file_id}/content", batch_api.file_content, FileObject, statuses=(404, 429, 503)),
     Operation("GET", "/v1/files/{file_id}", batch_api.retrieve_file, FileObject, statuses=(404, 503)),
     Operation("DELETE", "/v1/files/{file_id}", batch_api.delete_file, DeletedFile, statuses=(400, 404, 503)),

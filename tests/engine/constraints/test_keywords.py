@@ -52,6 +52,8 @@ KEPT: list[dict[str, Any]] = [
     {"propertyNames": {"pattern": "^a$"}, "properties": {"a": {"type": "integer"}, "b": {}}},
     {"minProperties": 1},
     {"minProperties": 1, "required": ["a"]},
+    {"minProperties": 2, "required": ["a"], "properties": {"a": {}}},
+    {"minProperties": 2, "required": ["a", "b"], "properties": {"a": {}, "b": {}}, "additionalProperties": False},
     {"maxProperties": 1, "additionalProperties": {"type": "integer"}},
     {"prefixItems": [{"type": "integer"}, {"type": "string"}]},
     {"prefixItems": [{"type": "integer"}], "items": False},
@@ -83,6 +85,8 @@ KEPT: list[dict[str, Any]] = [
     {"$schema": "https://json-schema.org/draft/2019-09/schema", "items": [{"type": "integer"}, {"type": "string"}]},
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"minProperties": 2}, "minProperties=2"),
+    ({"items": {"required": ["a", "a"], "minProperties": 3}}, "items.minProperties=3"),
     *(({keyword: value}, keyword) for keyword, value in {
         "not": {"type": "string"}, "contains": {"const": 1}, "propertyNames": {"maxLength": 1}, "uniqueItems": True,
         "dependentRequired": {"a": ["b"]}, "dependencies": {"a": ["b"]}, "dependentSchemas": {"a": {"type": "null"}},
@@ -238,6 +242,15 @@ def test_formats_are_asserted(compiler: GrammarCompiler, tokenizer: Tokenizer) -
         ("^[^]\\cJ$", ["\r\n"], ["a"]),
         ("^\\[\\.[.\\]]$", ["[..", "[.]"], ["[.a"]),
         ("^\\x41\\u0042\\/$", ["AB/"], ["AB"]),
+        ("^([]a]|b)$", ["b"], ["a", "]", "a]"]),  # a class of no characters, and then two
+        ("^[+--]$", ["+", ",", "-"], ["."]),
+        ("^[--/]$", ["-", ".", "/"], [","]),
+        ("^[-a-c-]$", ["-", "a", "b"], ["d"]),
+        ("^[a-\\d][\\w-.]$", ["a-", "-.", "1b"], ["ba", "a,"]),
+        ("^[[]][^]]$", ["[]a]"], ["[]]", "[]a"]),
+        ('^{"a": x{1}}$', ['{"a": x}'], ['{"a": x{1}}']),
+        ("^\\<\\ud83d\\ude42\\>$", ["<🙂>"], ["🙂"]),
+        ("^\\0[\\b]$", ["\0\b"], ["0b"]),
     ],
 )
 def test_patterns_are_read_as_ecma_262_has_them(

@@ -206,6 +206,19 @@ def test_queries_that_cannot_be_are_refused(shared: Journaled, path: str) -> Non
     check_error(shared.http.get(f"{path}?{many}"), 400, None, "64")
 
 
+def test_files_are_listed_by_purpose_and_in_either_order(tmp_path: Path) -> None:
+    with journaled(tmp_path) as server:
+        put = [server.openai.files.create(file=(f"{number}.jsonl", b"{}"), purpose="batch").id for number in range(3)]
+        for order, expected in (("asc", put), ("desc", put[::-1])):
+            for purpose in (httpx.QueryParams(), httpx.QueryParams(purpose="batch")):
+                listed = server.http.get("/v1/files", params=purpose.set("order", order)).json()
+                assert [file["id"] for file in listed["data"]] == expected
+            assert [file.id for file in server.openai.files.list(order=order, limit=1)] == expected  # type: ignore[arg-type]
+        assert server.openai.files.list(purpose="batch_output").data == []
+        check_error(server.http.get("/v1/files?order=up"), 400, "order", "")
+        check_error(server.http.get("/v1/batches?order=asc"), 400, "order", "")
+
+
 @pytest.mark.parametrize("given", IDS)
 def test_ids_of_nothing_are_not_found(shared: Journaled, given: str) -> None:
     routes = [

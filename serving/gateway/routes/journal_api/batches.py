@@ -19,6 +19,7 @@ from ...schemas.journal_api.batches import (
     DeletedFile,
     FileList,
     FileObject,
+    FilesQuery,
     ListQuery,
 )
 
@@ -58,8 +59,9 @@ def _check_fields(form: Form) -> None:
 
 async def list_files(gateway: Gateway, exchange: Exchange) -> None:
     """List the files that were uploaded, the newest first."""
-    query = exchange.read_query(ListQuery)
-    shown, more = _page(await _files(gateway).all(exchange.owner), query)
+    query = exchange.read_query(FilesQuery)
+    found = [file for file in await _files(gateway).all(exchange.owner) if query.purpose in (None, file.purpose)]
+    shown, more = _page(found[::-1] if query.order == "asc" else found, query)
     first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
     await exchange.respond_json(FileList(data=shown, has_more=more, first_id=first, last_id=last))
 

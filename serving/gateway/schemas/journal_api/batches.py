@@ -125,3 +125,12 @@ class ListQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     limit: Annotated[int, Meta(ge=1, le=MOST_LISTED, description="Most entries (20).")] | None = None
     after: Annotated[str, Meta(description="The id of the entry after which to begin.")] | None = None
+
+
+class FilesQuery(ListQuery, kw_only=True, forbid_unknown_fields=True):
+    """The query of the list of files."""
+
+    order: Annotated[Literal["asc", "desc"], Meta(description="The newest first (desc) or last.")] | None = None
+    purpose: (
+        Annotated[str, Meta(description="Only files of this purpose: those that were uploaded have batch.")] | None
+    ) = None
