@@ -172,7 +172,10 @@ class Engine:
             f"on this device; dtype=float32 loses nothing"
         )
         left_out = self.worker.load_report.left_out
-        no_place = f"{spec.architecture} has no place for tensors of the checkpoint: {name_some(left_out)} left out"
+        no_place = (
+            f"{spec.architecture} of {spec.num_layers} layers has no place for tensors of the checkpoint: "
+            f"{name_some(left_out)} left out"
+        )
         surprises = {
             no_place: bool(left_out),
             f"the model's folder holds an adapter ({ADAPTER}), which is left out: {MERGE}": self._adapter,

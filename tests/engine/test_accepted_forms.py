@@ -159,6 +159,18 @@ def test_tensors_without_a_place_and_adapters_are_left_out_and_said_to_be(tiny: 
     assert "holds an adapter (adapter_config.json), which is left out" in report
 
 
+def test_layers_beyond_those_of_the_config_are_left_out_and_said_to_be(tiny: Path, tmp_path: Path) -> None:
+    folder, prompt = Path(shutil.copytree(tiny, tmp_path / "model")), [5, 6, 7, 8]
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"num_hidden_layers": 1} | ({"layer_types": config["layer_types"][:1]} if "layer_types" in config else {})
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with LLM(str(folder), **CONFIG) as llm:
+        tokens = llm.generate([prompt], GREEDY)[0].outputs[0].token_ids
+        report = "\n".join(llm.status().report)
+    assert "of 1 layers has no place for tensors of the checkpoint: model.layers.1." in report
+    assert tokens == score(folder, [*prompt, *tokens][:-1]).logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+
 Tensors = dict[str, torch.Tensor]
 
 
