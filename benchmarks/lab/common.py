@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -80,8 +81,10 @@ def versions() -> dict[str, str]:
 def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
     """A benchmark's program: its options from the command line; its result, completed, as the last line printed.
 
-    The file that an option `out` names gets the same line. Bad input ends the program with a message.
+    The file that an option `out` names gets the same line. Bad input ends the program with a message. A program that
+    is told to end (SIGTERM) ends what it has started first.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         options = read_options(kind, sys.argv[1:])
         load_before = round(os.getloadavg()[0], 2)  # shows whether others were using the machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -194,3 +195,29 @@ def test_a_steps_linear_layers_are_counted_once_a_token_and_the_last_mlp_for_the
     assert linear_flops(spec, 3, 3) == 3 * 2 * layer_weights(spec)
     layer, qkv = 896 * (14 * 64 * 2 + 2 * 2 * 64) + 3 * 896 * 4864, 896 * (14 + 4) * 64
     assert linear_flops(spec, 1024, 1024) - linear_flops(spec, 1024, 1) == 2 * 1023 * (layer - qkv)
+
+
+ENDED = """
+import os, signal
+from dataclasses import dataclass
+from phalanx.benchmarks.lab.common import run
+
+@dataclass
+class Options:
+    out: str | None = None
+
+def benchmark(options):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        print("ended what was started", flush=True)
+
+run(Options, benchmark)
+"""
+
+
+def test_a_benchmark_that_is_told_to_end_ends_what_it_started() -> None:
+    process = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, check=False, timeout=60)
+    assert process.stdout == "ended what was started\n"
+    assert process.returncode == 128 + signal.SIGTERM
