@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,8 +17,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import phalanx
 import psutil
 import pytest
+import torch
 from phalanx import LLM, AsyncLLM, SamplingParams
 from phalanx.tests.launch.programs import TORCHRUN
 
@@ -64,7 +67,14 @@ class Recorded:
 
     def ours(self) -> list[str]:
         """Those that code of the package has brought about."""
-        return [stack for stack in self.stacks() if f"{os.sep}phalanx{os.sep}" in stack]
+        return [stack for stack in self.stacks() if any(map(_is_ours, re.findall('File "([^"]+)"', stack)))]
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a file is the package's, and not of an environment that lies in its folder."""
+    package = Path(phalanx.__file__).parent
+    path = Path(file)  # "<string>" is none
+    return path.is_relative_to(package) and "site-packages" not in path.relative_to(package).parts
 
 
 @pytest.fixture
@@ -228,3 +238,12 @@ def test_the_recorder_of_unpickling_sees_each_way(recorded: Recorded, tmp_path: 
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert len(recorded.stacks()) == 6
+    assert recorded.ours() == []
+
+
+def test_unpickling_that_the_package_brings_about_is_told_from_others(recorded: Recorded, tmp_path: Path) -> None:
+    code = "import pickle, sys\nexec(compile('pickle.loads(pickle.dumps(1))', sys.argv[1], 'exec'))"
+    for file in (phalanx.__file__, torch.__file__, tmp_path / "phalanx" / "program.py"):
+        subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+    assert len(recorded.stacks()) == 3
+    assert len(recorded.ours()) == 1
