@@ -24,71 +24,49 @@ inline void linear_task_of_nibbles(const Linear& job, const PackedRows& x, int t
 
 constexpr int kRowsThatWait = 4;  // so many leave the processor time to fetch what it does not foresee
 
-// A run of words of two compressed panels, from a whole group on.
-struct Run {
-    const uint8_t *tables[2], *quads[2];
-    const uint32_t* apart;
-    int64_t words;
-
-    INLINE bool stands_apart_at(int64_t group) const {
-        return stands_apart(tables[0] + group * kTableBytes) || stands_apart(tables[1] + group * kTableBytes);
-    }
-
-    // Its words as they were, one panel after the other. What stands `ahead` bytes further on is fetched meanwhile.
-    void expand(int64_t ahead, uint32_t* to) const {
-        for (int panel = 0; panel < 2; ++panel) {
-            for (int64_t k = 0; k < words; k += kGroupWords, to += kGroupWords * kPanel) {
-                const uint8_t* quad = quads[panel] + k / 4 * kQuadBytes;
-                const int64_t count = std::min<int64_t>(kGroupWords, words - k);
-                expand_group(tables[panel] + k / kGroupWords * kTableBytes, quad, apart, count, to,
-                             ahead ? reinterpret_cast<const char*>(quad) + ahead : nullptr);
-            }
-        }
-    }
-};
-
-constexpr int kBlocksToExpandFor = 3;  // with two it costs as much as it saves, with eight a tenth is saved
-
-// Weights in 12 bits a number. Runs of groups of which none stands apart are multiplied in one go, a group that does by
-// itself, whatever the rows are: so a row's sum is always the same. A few row blocks each expand a run while they
-// multiply, behind the products; for many it is expanded once before.
+// Weights in 12 bits a number. Runs of groups of which none stands apart are multiplied in one go.
 inline void linear_task_of_compressed(const Linear& job, const PackedRows& x, int task) {
     const Tile tile = tile_of(job, task);
     const int64_t panel_bytes = compressed_bytes(job.words);
     const auto* weight = static_cast<const uint8_t*>(job.weight);
     float* sums = static_cast<float*>(scratch(Scratch::kLinearSums, tile.rows * 32 * sizeof(float)));
-    const int64_t room = ceil_div(std::min(job.word_block, job.words), kGroupWords) * kGroupWords * kPanel;
-    auto* expanded = static_cast<uint32_t*>(scratch(Scratch::kLinearWeights, 2 * room * sizeof(uint32_t)));
     const int64_t ahead = job.m < kRowsThatWait ? 0 : panels_step(job) * panel_bytes;
-    const int blocks = tile.last_block - tile.first_block;
     for (int64_t unit = tile.first_unit; unit < tile.last_unit; ++unit) {
         const Panels panels = panels_of(job, unit);
         const uint8_t *first = weight + panels.first * panel_bytes, *second = weight + panels.second * panel_bytes;
         for (int64_t k = 0, words; k < job.words; k += words) {
             const int64_t table = k / kGroupWords * kTableBytes, quad = tables_bytes(job.words) + k / 4 * kQuadBytes;
-            Run run{{first + table, second + table}, {first + quad, second + quad}, job.apart, 0};
+            const uint8_t* tables[2] = {first + table, second + table};
+            const uint8_t* quads[2] = {first + quad, second + quad};
+            // A group that stands apart is multiplied by itself, whatever the row: so a row's sum is always the same.
+            const auto apart = [&](int64_t i) {
+                return stands_apart(tables[0] + i * kTableBytes) || stands_apart(tables[1] + i * kTableBytes);
+            };
             const int64_t left = std::min<int64_t>(job.word_block, job.words - k);
-            words = std::min<int64_t>(left, kGroupWords);
-            const bool is_apart = run.stands_apart_at(0);
-            while (!is_apart && words < left && !run.stands_apart_at(words / kGroupWords))
-                words = std::min(left, words + kGroupWords);
-            run.words = words;
 
-            const bool expands = is_apart || blocks >= kBlocksToExpandFor;
-            if (expands) run.expand(is_apart ? 0 : ahead, expanded);
-            const uint32_t* panel1 = expanded + ceil_div(words, kGroupWords) * kGroupWords * kPanel;
+            words = std::min<int64_t>(left, kGroupWords);
+            uint32_t expanded[2 * kGroupWords * kPanel];
+            const bool is_apart = apart(0);
+            if (is_apart) {
+                expand_group(tables[0], quads[0], job.apart, words, expanded);
+                expand_group(tables[1], quads[1], job.apart, words, expanded + words * kPanel);
+            } else {
+                while (words < left && !apart(words / kGroupWords)) words = std::min(left, words + kGroupWords);
+            }
+
             for (int block = tile.first_block; block < tile.last_block; ++block) {
                 const int64_t row = block_start(job.m, job.row_blocks, block);
                 const int block_rows = block_start(job.m, job.row_blocks, block + 1) - row;
                 const uint32_t* a = packed_at<bf16>(job, x, row, k, block_rows);
                 float* to = sums + (row - tile.first_row) * 32;
                 // Of the panels that come next the first two row blocks fetch one each, an only row block both.
-                const int nth = block - tile.first_block;
+                const int nth = block - tile.first_block, blocks = tile.last_block - tile.first_block;
                 with_rows(block_rows, [&](auto R) {
-                    if (expands) {
-                        multiply_rows<bf16, R, 0>(a, expanded, panel1, words, to, 32, k > 0, nullptr, nullptr);
+                    if (is_apart) {
+                        multiply_rows<bf16, R, 0>(a, expanded, expanded + words * kPanel, words, to, 32, k > 0, nullptr,
+                                                  nullptr);
                     } else {
-                        multiply_compressed<R>(a, run.tables, run.quads, words, to, k > 0, nth == 0 ? ahead : 0,
+                        multiply_compressed<R>(a, tables, quads, words, to, k > 0, nth == 0 ? ahead : 0,
                                                nth == 1 || blocks == 1 ? ahead : 0);
                     }
                 });
