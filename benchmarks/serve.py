@@ -4,11 +4,11 @@
         concurrencies=1,8,32 rates=1,2,4 repeats=5 plot=serve.svg out=serve.json
 
 Closed loop (`concurrencies`): so many requests are always under way. Open loop (`rates`): requests a second begin as a
-Poisson process, whatever is under way, and TTFT counts from when a request was due. Servers are measured in turns, and
-each round begins with the next one; the figures are those of the median round. Goodput counts requests that keep both
-targets. The client is measured by itself, against a server that answers at once (lab/http_load/trivial_server.py), and
-the share of a processor that it takes stands beside each figure. The key of a server that needs one is the environment
-variable OPENAI_API_KEY. The last line is JSON.
+Poisson process, whatever is under way, and TTFT counts from when a request was due. Servers are measured in turns, with
+a pause before each, for some spin on after their last token, and each round begins with the next one; the figures are
+those of the median round. Goodput counts requests that keep both targets. The client is measured by itself, against a
+server that answers at once (lab/http_load/trivial_server.py), and the share of a processor that it takes stands beside
+each figure. The key of a server that needs one is the environment variable OPENAI_API_KEY. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Options:
     tpot_target_ms: float = 100.0
     timeout_s: float = 600.0  # of one request
     repeats: int = 3
+    pause_s: float = 2.0  # between two servers' runs: vLLM's worker spins for a second after its last token
     seed: int = 0
     plot: str | None = None  # a file for the plot, SVG
     out: str | None = None  # a file for the JSON line
@@ -96,6 +97,8 @@ class Options:
         }.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.pause_s <= 600:
+            raise ConfigError(f"pause_s={self.pause_s} must be from 0 to 600 seconds")
         if self.endpoint not in ("completions", "chat"):
             raise ConfigError(f"endpoint={self.endpoint!r} must be completions or chat")
         if self.shared_tokens > self.prompt_tokens:
@@ -266,6 +269,7 @@ async def measure_all(options: Options) -> dict[str, Any]:
             for name in names:
                 # Each round has prompts of its own: a prefix cache must not know them.
                 load = Load(options, targets[name], models[name], level, options.seed + 1 + number)
+                await asyncio.sleep(options.pause_s)
                 figures = await load.run()
                 runs[name, level].append(figures)
                 print(f"{name}, {level.name}: {figures['output_tokens_per_s']} output tokens/s", flush=True)

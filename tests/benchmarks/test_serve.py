@@ -73,6 +73,7 @@ def test_prompts_share_only_the_beginning_that_is_asked_for(endpoint: str) -> No
     [
         {"servers": "http://x/v1"}, {"servers": "a=ftp://x"}, {"concurrencies": "0"}, {"concurrencies": None},
         {"rates": "-1"}, {"rates": "fast"}, {"requests": 0}, {"endpoint": "edits"}, {"shared_tokens": 999},
+        {"pause_s": -1}, {"pause_s": float("nan")},
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ def test_a_run_measures_the_server_in_both_loops_and_draws(tmp_path: Path) -> No
     with trivial_server(6) as url:
         options = Options(
             servers=f"one={url},other={url}", model="trivial", concurrencies="2", rates="200", requests=8, new_tokens=6,
-            repeats=2, plot=str(plot),
+            repeats=2, pause_s=0.05, plot=str(plot),
         )  # fmt: skip
         result = measure(options)
     assert [(each["server"], each["mode"]) for each in result["results"]] == [
