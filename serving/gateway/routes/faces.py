@@ -91,7 +91,7 @@ async def count_tokens(gateway: Gateway, turn: Turn) -> int:
     """Tokens of the prompt that the engine would compute for a turn. Raises ApiError."""
     submit = turn.submit
     question = Tokenize(
-        id=submit.id,
+        id=gateway.new_id(),
         messages=submit.messages,
         tools=submit.tools,
         chat_template_kwargs=submit.chat_template_kwargs,

@@ -326,7 +326,7 @@ def test_a_refusal_of_the_engine_names_the_field(server: Server, stream: bool) -
         ({"text": {"format": {"type": "poem"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"include": ["web_search_call.results"]}, "include[0]"),
         ({"max_output_tokens": 5000}, "max_output_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),

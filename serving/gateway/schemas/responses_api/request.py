@@ -158,7 +158,17 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     background: (
         Annotated[bool, Meta(description="Answer at once, and compute meanwhile; needs store, and no stream.")] | None
     ) = None
-    truncation: Annotated[Literal["disabled"], Meta(description='Only "disabled".')] | None = None
+    truncation: (
+        Annotated[
+            Literal["auto", "disabled"],
+            Meta(
+                description='With "auto" items leave the beginning of a conversation that is too long, those of the '
+                "responses before it first, until it fits beside max_output_tokens, or else beside a quarter of the "
+                'model\'s context. With "disabled" it is refused.'
+            ),
+        ]
+        | None
+    ) = None
     priority: Priority | None = None
     cache_salt: CacheSalt | None = None
     timeout: TimeoutS | None = None
