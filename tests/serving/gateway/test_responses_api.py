@@ -245,6 +245,29 @@ def test_thinking_comes_back_as_it_was_sealed(agent: Server) -> None:
     assert error["param"] == "input[1].encrypted_content"
 
 
+def test_a_kept_response_is_shown_with_what_include_asks_for(agent: Server) -> None:
+    agent.pool.answers = ["<think>hm</think>One", "<think>ah</think>Two"]
+    kept, include = agent.openai.responses, ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    sealed = create(agent, include=include[:1])
+    plain = create(agent, reasoning={"summary": "auto"}, previous_response_id=sealed.id)
+    assert kept.retrieve(sealed.id, include=include) == kept.retrieve(sealed.id) == sealed  # type: ignore[arg-type]
+    assert getattr(kept.retrieve(plain.id, include_obfuscation=False).output[0], "encrypted_content", None) is None
+    thinking = kept.retrieve(plain.id, include=include).output[0]  # type: ignore[arg-type]
+    again = {"type": "reasoning", "summary": [], "encrypted_content": thinking.encrypted_content}  # type: ignore[union-attr]
+    third = create(agent, input=[USER, again, USER])
+    assert agent.pool.submits[-1].messages[1]["reasoning"] == "ah"  # type: ignore[index]
+
+    listed = kept.input_items.list(plain.id, include=include, order="asc").data  # type: ignore[arg-type]
+    assert [item.type for item in listed] == ["message", "reasoning", "message", "message"]
+    assert listed[1].encrypted_content == sealed.output[0].encrypted_content  # type: ignore[union-attr]
+    (_, given, _) = kept.input_items.list(third.id, include=include, order="asc").data  # type: ignore[arg-type]
+    assert given.encrypted_content == again["encrypted_content"]  # type: ignore[union-attr]
+    for fields in ({"include": ["file_search_call.results"]}, {"include_obfuscation": True}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            kept.retrieve(plain.id, **fields)  # type: ignore[call-overload]
+        assert str(caught.value.param).startswith(next(iter(fields)))
+
+
 def test_a_response_in_the_background_is_asked_for_later(agent: Server) -> None:
     agent.pool.token_s = 0.02
     made = create(agent, background=True)

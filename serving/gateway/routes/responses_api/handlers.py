@@ -27,7 +27,7 @@ from ...schemas.responses_api.request import (
 from .. import faces
 from .compaction import ASK, SummaryWriter, as_response
 from .conversation import Item, check_together, echoed_format, input_items, to_chat
-from .keeping import Keeper, start_in_background
+from .keeping import Keeper, start_in_background, with_encrypted_content
 from .tools import echoed_tools, namespaces
 from .truncation import turn_that_fits
 from .writer import ResponseWriter, Style
@@ -81,10 +81,18 @@ async def compact(gateway: Gateway, exchange: Exchange) -> None:
 
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
     """Return a kept response."""
-    if exchange.read_query(ResponseQuery).stream:
+    query = exchange.read_query(ResponseQuery)
+    if query.stream:
         raise invalid("stream=true is not supported: stored responses are not streamed", "stream", "unsupported_value")
+    if query.include_obfuscation:
+        why = "there is no stream to be padded"
+        raise invalid(f"include_obfuscation=true is not supported: {why}", "include_obfuscation", "unsupported_value")
     _, record = _stored(gateway, exchange)
-    await exchange.respond(record.response)
+    if ENCRYPTED not in (query.include or ()):
+        await exchange.respond(record.response)
+        return
+    response = msgspec.json.decode(record.response)
+    await exchange.respond_json({**response, "output": [with_encrypted_content(item) for item in response["output"]]})
 
 
 async def delete(gateway: Gateway, exchange: Exchange) -> None:
@@ -127,6 +135,8 @@ async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
         items = items[places[0] + 1 :]
     limit = query.limit or 20
     shown = items[:limit]
+    if ENCRYPTED in (query.include or ()):
+        shown = [with_encrypted_content(item) for item in shown]
     await exchange.respond_json(
         InputItems(
             data=shown,
