@@ -266,7 +266,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         status, body = error_shapes.whole(self.url.partition(b"?")[0].decode("latin-1"), error)
         phrase = "Overloaded" if status == 529 else HTTPStatus(status).phrase
-        fields = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        fields = {name.decode(): value.decode() for name, value in self.server_state.default_headers}
+        fields |= {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items())
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}connection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
@@ -348,7 +349,6 @@ def make_server(app: Any, config: GatewayConfig, **options: Any) -> uvicorn.Serv
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        "date_header": False,
         "timeout_keep_alive": 65,
         "timeout_graceful_shutdown": 30,
     }
