@@ -142,8 +142,12 @@ async def running(
 
 async def collect(generation: Generation, turn: Turn, writer: Writer) -> None:
     """Wait for the whole answer. Raises as Generation.take does."""
-    for _, event in await generation.take_all():
+    # That the engine has begun is told at once: who asks for a response in the background sees it.
+    for _, event in await generation.take():
         _feed(event, turn, writer)
+    if not generation.finished:
+        for _, event in await generation.take_all():
+            _feed(event, turn, writer)
 
 
 def explained(gateway: Gateway, error: ApiError | PhalanxError, turn: Turn) -> ApiError:

@@ -279,6 +279,16 @@ def test_a_response_in_the_background_is_asked_for_later(agent: Server) -> None:
     assert agent.open_requests == 0
 
 
+def test_a_response_in_the_background_is_queued_until_the_engine_has_begun(server: Server) -> None:
+    server.pool.start_s = 0.2
+    server.pool.token_s = 0.05
+    made = create(server, background=True)
+    seen = [made.status]
+    while seen[-1] not in ("completed", "failed"):
+        seen.append(server.openai.responses.retrieve(made.id).status)
+    assert list(dict.fromkeys(seen)) == ["queued", "in_progress", "completed"]
+
+
 def test_a_response_in_the_background_is_cancelled(agent: Server) -> None:
     agent.pool.token_s = 5.0
     made = create(agent, background=True)

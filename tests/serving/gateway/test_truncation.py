@@ -154,3 +154,28 @@ def test_a_conversation_that_nobody_can_count_is_refused_as_the_engine_refuses_i
     refused = server.http.post("/v1/responses", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
     assert len(server.pool.submits) == 1
+
+
+def test_of_a_very_long_conversation_not_much_more_is_counted_than_fits(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    ask = server.pool.ask
+
+    async def counting(question: Any) -> Any:
+        answer = await ask(question)
+        counted.append(len(answer.token_ids))
+        return answer
+
+    monkeypatch.setattr(server.pool, "ask", counting)
+    sizes = [900] * 400 + [100] * 30
+    items = [user(f"{number}".ljust(size, "x")) for number, size in enumerate(sizes)]
+    respond(server, input=items, truncation="auto", max_output_tokens=96)
+    assert contents(server) == [str(number) for number in range(399, 430)]  # 900 + 30 * 100 tokens of 4000
+    assert max(counted) < 40_000
+    assert len(counted) <= 12
+
+    # All is counted where all but the first item fit: white space may be few tokens.
+    counted.clear()
+    respond(server, input=[user("0" + "x" * 300_000), user("1")], truncation="auto")
+    assert (contents(server), counted) == (["1"], [300_002])

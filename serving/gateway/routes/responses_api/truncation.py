@@ -11,6 +11,8 @@ from .conversation import Item
 
 SHARE = 4
 """What is cut leaves this part of the context to an answer whose length is not given: a quarter."""
+FAR_TOO_LONG = 16
+"""Times that the context holds a conversation, by its bytes, from which it is not counted as a whole."""
 
 Made = Callable[[Sequence[Item | None]], faces.Turn]
 """Makes the turn of a conversation; None stands for an item that has left it."""
@@ -24,21 +26,24 @@ async def turn_that_fits(gateway: Gateway, items: Sequence[Item], most_new: int 
     """
     whole = made(items)
     _, info = gateway.model(whole.chat.model)
-    if await _fits(gateway, whole, info.max_model_len - (most_new or 1)):
+    places = [place for place, item in enumerate(items) if place and item["type"] != "function_call_output"]
+    # What looks many times too long is not counted as a whole, which takes seconds, unless the rest turns out short.
+    far_too_long = whole.prompt_tokens > FAR_TOO_LONG * info.max_model_len
+    if not places or (not far_too_long and await _fits(gateway, whole, info.max_model_len - (most_new or 1))):
         return whole
 
-    # The engine tells how long a conversation is: it takes a few questions to find the first item that may stay.
-    places = [place for place, item in enumerate(items) if place and item["type"] != "function_call_output"]
-    if not places:
-        return whole
+    # The engine tells how long a conversation is. Its last items are asked about, each time twice as many, and then
+    # those in between: no question is about much more than fits.
     longest = info.max_model_len - (most_new or info.max_model_len // SHARE)
-    low, high = 0, len(places) - 1
+    low, high, kept = 0, len(places) - 1, 1
     while low < high:
-        middle = (low + high) // 2
+        middle = max(len(places) - 2 * kept, (low + high) // 2)
         if await _fits(gateway, made(_from(items, places[middle])), longest):
-            high = middle
+            high, kept = middle, len(places) - middle
         else:
             low = middle + 1
+    if far_too_long and not low and await _fits(gateway, whole, info.max_model_len - (most_new or 1)):
+        return whole
     return made(_from(items, places[low]))
 
 
