@@ -79,6 +79,8 @@ Both are written over the core of `/v1/chat/completions`: the same template, the
   after a restart there are none, unless the server has a `journal`. Without `store` a response is kept.
 * `instructions` come first, `previous_response_id` brings the input and output of the response before, without its
   instructions.
+* With `truncation: "auto"` the last item stays in any case, and what a tool returned leaves with its call. What has
+  left is still among the response's input items, and comes with `previous_response_id` as far as it fits then.
 * Only a response with `background=true` can be cancelled. It cannot be streamed. Any other ends with its connection.
 * The stream of `/v1/responses` ends with `response.completed`, `response.incomplete` or `response.failed`, and has no
   `[DONE]`. An error in it is an `error` event, and `response.failed` after it.

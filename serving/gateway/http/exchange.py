@@ -167,10 +167,12 @@ class Exchange:
             return self._body
         content_type = (self.header(b"content-type") or "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
-            raise ApiError(415, f"content-type={content_type!r} is not supported: send application/json")
+            why = f"content-type={content_type!r} is not supported: send application/json"
+            raise ApiError(415, why, headers={"Accept": "application/json"})
         encoding = self.header(b"content-encoding")
         if encoding and encoding.strip().lower() != "identity":
-            raise ApiError(415, f"content-encoding={encoding!r} is not supported: send the body as it is")
+            why = f"content-encoding={encoding!r} is not supported: send the body as it is"
+            raise ApiError(415, why, headers={"Accept-Encoding": "identity"})
         try:
             self._body = await self._read_body(self._held, self._config.max_body_bytes, "max_body_bytes")
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +22,8 @@ MAX_PIPELINED = 64
 """Requests of one connection that wait for the answer to the one before them; more end it."""
 MAX_PIPELINED_BYTES = 64 * 1024
 """Bytes of their bodies above which no more are read meanwhile; then nobody sees that the client closes, either."""
+_HOST = re.compile(rb"\s*[\w.~!$&'()*+,;=%:\[\]-]*\s*", re.ASCII)
+"""What Host may be: a URI's host and its port (RFC 3986, 3.2.2)."""
 RESERVED_CONNECTIONS = 64
 """Connections above max_connections that are let in, so that probes of /health are answered."""
 
@@ -138,7 +141,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refused = True
             self.transport.close()
             raise ValueError(f"more than {MAX_PIPELINED} requests of one connection wait")  # stops the parser
-        self._why = _wrong_with(self.headers)
+        self._why = _wrong_with(self.headers, self.parser.get_http_version())
         if self._why is not None:
             raise ValueError(self._why.info.message)
         full = len(self.connections) > self._gateway.max_connections and not self.url.startswith(b"/health")
@@ -263,7 +266,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         status, body = error_shapes.whole(self.url.partition(b"?")[0].decode("latin-1"), error)
         phrase = "Overloaded" if status == 529 else HTTPStatus(status).phrase
-        fields = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        fields = {name.decode(): value.decode() for name, value in self.server_state.default_headers}
+        fields |= {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items())
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}connection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
@@ -305,13 +309,18 @@ def _without_upgrade(parser: httptools.HttpRequestParser, url: bytes, headers: l
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def _wrong_with(headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+def _wrong_with(headers: list[tuple[bytes, bytes]], version: str) -> ApiError | None:
     """Why a head is refused that a proxy before this server may have read in another way (RFC 9112).
 
-    The parser takes several hosts, and codings of a body before the chunks that nobody undoes.
+    The parser takes several hosts or none, and codings of a body before the chunks that nobody undoes.
     """
-    if sum(name == b"host" for name, _ in headers) > 1:
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1:
         return _invalid("the head has more than one host")
+    if not hosts and version == "1.1":
+        return _invalid("the head has no host, which HTTP/1.1 requires")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        return _invalid(f"host={hosts[0][:100].decode('latin-1')!r} is no name or address with a port or without")
     for name, value in headers:
         if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
             return _invalid("a body may be sent in chunks, but not in another transfer coding")
@@ -340,7 +349,6 @@ def make_server(app: Any, config: GatewayConfig, **options: Any) -> uvicorn.Serv
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        "date_header": False,
         "timeout_keep_alive": 65,
         "timeout_graceful_shutdown": 30,
     }

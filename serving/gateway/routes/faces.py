@@ -91,7 +91,7 @@ async def count_tokens(gateway: Gateway, turn: Turn) -> int:
     """Tokens of the prompt that the engine would compute for a turn. Raises ApiError."""
     submit = turn.submit
     question = Tokenize(
-        id=submit.id,
+        id=gateway.new_id(),
         messages=submit.messages,
         tools=submit.tools,
         chat_template_kwargs=submit.chat_template_kwargs,
@@ -142,8 +142,12 @@ async def running(
 
 async def collect(generation: Generation, turn: Turn, writer: Writer) -> None:
     """Wait for the whole answer. Raises as Generation.take does."""
-    for _, event in await generation.take_all():
+    # That the engine has begun is told at once: who asks for a response in the background sees it.
+    for _, event in await generation.take():
         _feed(event, turn, writer)
+    if not generation.finished:
+        for _, event in await generation.take_all():
+            _feed(event, turn, writer)
 
 
 def explained(gateway: Gateway, error: ApiError | PhalanxError, turn: Turn) -> ApiError:

@@ -31,6 +31,7 @@ class CompletionRequest(OpenAIFields, kw_only=True, forbid_unknown_fields=True):
     echo: Annotated[bool, Meta(description="Begin the text, and the log-probabilities, with the prompt's.")] | None = (
         None
     )
+    best_of: Annotated[int, Meta(ge=1, description="Only the same as n: all answers are returned.")] | None = None
 
 
 def prompts_of(request: CompletionRequest, config: GatewayConfig) -> list[Prompt]:
@@ -55,6 +56,10 @@ def prompts_of(request: CompletionRequest, config: GatewayConfig) -> list[Prompt
 
 def check_completion(request: CompletionRequest) -> None:
     """Raise ApiError for what the schema allows and this server does not do."""
+    n = request.n or 1
+    if request.best_of is not None and request.best_of != n:
+        why = f"only n={n}, with which all answers are returned; use n and choose among them"
+        raise invalid(f"best_of={request.best_of} is not supported: {why}", "best_of", "unsupported_value")
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
         raise invalid("max_tokens=0 is only for echo=true or prompt_logprobs", "max_tokens")
     if request.stream and request.echo and request.logprobs is not None:

@@ -49,7 +49,6 @@ REFUSED_CHAT: Mapping[str, str] = {
 
 REFUSED_COMPLETION: Mapping[str, str] = {
     **_BOTH,
-    "best_of": "use n and choose among the answers",
     "suffix": "put the text after the hole into the prompt, as the model expects it",
     "prompt_embeds": "prompts are text or token ids",
     "messages": "use prompt, or /v1/chat/completions",

@@ -201,7 +201,7 @@ def test_trailers_replace_no_field_of_the_head(bounded: Server, neighbour: Neigh
 
 
 def test_a_client_of_one_byte_a_second_is_ended(bounded: Server, neighbour: Neighbour) -> None:
-    for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n"):
+    for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", bounded.port), timeout=20) as slow:
             slow.sendall(sent)
             slow.settimeout(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
 from phalanx.tests.serving.gateway.conftest import Server
 from phalanx.tests.serving.gateway.test_chat import events
@@ -35,6 +36,15 @@ def test_the_default_of_new_tokens_is_openais(server: Server) -> None:
     server.pool.answer = "x" * 40
     (choice,) = ask(server).choices
     assert (choice.text, choice.finish_reason) == ("x" * 16, "length")
+
+
+def test_best_of_is_accepted_where_it_chooses_nothing(server: Server) -> None:
+    for fields in ({"best_of": 1}, {"best_of": None}, {"best_of": 1, "n": None}, {"best_of": 3, "n": 3}):
+        assert len(ask(server, **fields).choices) == (fields.get("n") or 1)
+    for fields in ({"best_of": 2}, {"best_of": 3, "n": 2}, {"best_of": 1, "n": 2}, {"best_of": 0}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(server, **fields)
+        assert caught.value.param == "best_of"
 
 
 def test_a_stream_of_several_prompts_keeps_them_apart(server: Server) -> None:

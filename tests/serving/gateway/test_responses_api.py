@@ -245,6 +245,29 @@ def test_thinking_comes_back_as_it_was_sealed(agent: Server) -> None:
     assert error["param"] == "input[1].encrypted_content"
 
 
+def test_a_kept_response_is_shown_with_what_include_asks_for(agent: Server) -> None:
+    agent.pool.answers = ["<think>hm</think>One", "<think>ah</think>Two"]
+    kept, include = agent.openai.responses, ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    sealed = create(agent, include=include[:1])
+    plain = create(agent, reasoning={"summary": "auto"}, previous_response_id=sealed.id)
+    assert kept.retrieve(sealed.id, include=include) == kept.retrieve(sealed.id) == sealed  # type: ignore[arg-type]
+    assert getattr(kept.retrieve(plain.id, include_obfuscation=False).output[0], "encrypted_content", None) is None
+    thinking = kept.retrieve(plain.id, include=include).output[0]  # type: ignore[arg-type]
+    again = {"type": "reasoning", "summary": [], "encrypted_content": thinking.encrypted_content}  # type: ignore[union-attr]
+    third = create(agent, input=[USER, again, USER])
+    assert agent.pool.submits[-1].messages[1]["reasoning"] == "ah"  # type: ignore[index]
+
+    listed = kept.input_items.list(plain.id, include=include, order="asc").data  # type: ignore[arg-type]
+    assert [item.type for item in listed] == ["message", "reasoning", "message", "message"]
+    assert listed[1].encrypted_content == sealed.output[0].encrypted_content  # type: ignore[union-attr]
+    (_, given, _) = kept.input_items.list(third.id, include=include, order="asc").data  # type: ignore[arg-type]
+    assert given.encrypted_content == again["encrypted_content"]  # type: ignore[union-attr]
+    for fields in ({"include": ["file_search_call.results"]}, {"include_obfuscation": True}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            kept.retrieve(plain.id, **fields)  # type: ignore[call-overload]
+        assert str(caught.value.param).startswith(next(iter(fields)))
+
+
 def test_a_response_in_the_background_is_asked_for_later(agent: Server) -> None:
     agent.pool.token_s = 0.02
     made = create(agent, background=True)
@@ -254,6 +277,16 @@ def test_a_response_in_the_background_is_asked_for_later(agent: Server) -> None:
     wait_until(lambda: agent.openai.responses.retrieve(made.id).status == "completed")
     assert agent.openai.responses.retrieve(made.id).output_text == "Hello world"
     assert agent.open_requests == 0
+
+
+def test_a_response_in_the_background_is_queued_until_the_engine_has_begun(server: Server) -> None:
+    server.pool.start_s = 0.2
+    server.pool.token_s = 0.05
+    made = create(server, background=True)
+    seen = [made.status]
+    while seen[-1] not in ("completed", "failed"):
+        seen.append(server.openai.responses.retrieve(made.id).status)
+    assert list(dict.fromkeys(seen)) == ["queued", "in_progress", "completed"]
 
 
 def test_a_response_in_the_background_is_cancelled(agent: Server) -> None:
@@ -326,7 +359,7 @@ def test_a_refusal_of_the_engine_names_the_field(server: Server, stream: bool) -
         ({"text": {"format": {"type": "poem"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"include": ["web_search_call.results"]}, "include[0]"),
         ({"max_output_tokens": 5000}, "max_output_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),

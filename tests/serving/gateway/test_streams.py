@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,6 +165,18 @@ def test_what_is_no_http_is_a_400_as_any_other(connection: tuple[Server, socket.
     answer = read_all(connected)
     assert answer.startswith(b"HTTP/1.1 400")
     assert b'"code":"invalid_http"' in answer
+
+
+def test_every_answer_tells_its_date(connection: tuple[Server, socket.socket]) -> None:
+    server, connected = connection
+    connected.sendall(b"no http")
+    raw = read_all(connected).partition(b"\r\n\r\n")[0].decode()
+    answers = [server.http.get(path).headers for path in ("/health", "/v1/models", "/nowhere")]
+    answers.append(server.http.post("/v1/completions", json={"prompt": "Hi", "stream": True}).headers)
+    answers.append(httpx.Headers([line.split(": ", 1) for line in raw.split("\r\n")[1:]]))  # type: ignore[misc]
+    for headers in answers:
+        (date,) = headers.get_list("date")
+        assert abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) < 5
 
 
 def test_a_connection_serves_many_requests(server: Server) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...config import GatewayConfig
@@ -67,21 +67,23 @@ def input_items(request: ResponsesRequest, find: Callable[[str], Item | None]) -
 
 
 def to_chat(
-    request: ResponsesRequest, before: list[Item], items: list[Item], config: GatewayConfig
+    request: ResponsesRequest, before: Sequence[Item | None], items: Sequence[Item | None], config: GatewayConfig
 ) -> tuple[ChatRequest, dict[str, str]]:
     """Chat's request, and where the request has what chat's fields name.
 
-    `before` are the items of the previous response, `items` those of this input. Raises ApiError with the path of the
-    field that is wrong.
+    `before` are the items of the previous response, `items` those of this input; None stands for one that is left out.
+    Raises ApiError with the path of the field that is wrong.
     """
     turns = Turns()
     if request.instructions:
         turns.add("system", request.instructions, "instructions", content_path="instructions")
     for index, item in enumerate(before):
-        _add(turns, item, f"previous_response_id.input[{index}]")
+        if item is not None:
+            _add(turns, item, f"previous_response_id.input[{index}]")
     written = isinstance(request.input, list)
     for index, item in enumerate(items):
-        _add(turns, item, f"input[{index}]" if written else "input")
+        if item is not None:
+            _add(turns, item, f"input[{index}]" if written else "input")
     if not turns.messages:
         raise invalid("input is empty: give a text or items", "input", "missing_required_parameter")
     check_count(turns.messages, config.max_messages, "max_messages", "input")

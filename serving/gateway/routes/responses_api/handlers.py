@@ -27,8 +27,9 @@ from ...schemas.responses_api.request import (
 from .. import faces
 from .compaction import ASK, SummaryWriter, as_response
 from .conversation import Item, check_together, echoed_format, input_items, to_chat
-from .keeping import Keeper, start_in_background
+from .keeping import Keeper, start_in_background, with_encrypted_content
 from .tools import echoed_tools, namespaces
+from .truncation import turn_that_fits
 from .writer import ResponseWriter, Style
 
 _NOT_KEPT = "it was never kept, or no longer is, or belongs to another key"
@@ -44,7 +45,7 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
         field = "background" if request.background else "store"
         raise invalid(f"{field}=true is not supported: this server keeps nothing (stored_responses=0)", field)
 
-    turn, items = _read_turn(gateway, exchange, request)
+    turn, items = await _read_turn(gateway, exchange, request)
     durable = exchange.durable
     # The same id when it is computed again: its caller may know it.
     identity = uuid.uuid4().hex if durable is None else durable.request.id
@@ -64,7 +65,7 @@ async def create(gateway: Gateway, exchange: Exchange) -> None:
 async def count_input_tokens(gateway: Gateway, exchange: Exchange) -> None:
     """Count the tokens of an input, as /v1/responses would send it to the model."""
     request = await exchange.read(ResponsesRequest, REFUSED_RESPONSES)
-    turn, _ = _read_turn(gateway, exchange, request)
+    turn, _ = await _read_turn(gateway, exchange, request)
     await exchange.respond_json(InputTokens(input_tokens=await faces.count_tokens(gateway, turn)))
 
 
@@ -72,7 +73,7 @@ async def compact(gateway: Gateway, exchange: Exchange) -> None:
     """Have the model write a summary of an input, which later inputs may have in its place."""
     request = await exchange.read(CompactRequest, REFUSED_COMPACT)
     _, info = gateway.model(request.model)
-    turn, items = _read_turn(gateway, exchange, as_response(request, info.max_model_len), [ASK])
+    turn, items = await _read_turn(gateway, exchange, as_response(request, info.max_model_len), [ASK])
     writer = SummaryWriter()
     await faces.answer(gateway, exchange, turn, writer)
     await exchange.respond_json(writer.response(items))
@@ -80,10 +81,18 @@ async def compact(gateway: Gateway, exchange: Exchange) -> None:
 
 async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
     """Return a kept response."""
-    if exchange.read_query(ResponseQuery).stream:
+    query = exchange.read_query(ResponseQuery)
+    if query.stream:
         raise invalid("stream=true is not supported: stored responses are not streamed", "stream", "unsupported_value")
+    if query.include_obfuscation:
+        why = "there is no stream to be padded"
+        raise invalid(f"include_obfuscation=true is not supported: {why}", "include_obfuscation", "unsupported_value")
     _, record = _stored(gateway, exchange)
-    await exchange.respond(record.response)
+    if ENCRYPTED not in (query.include or ()):
+        await exchange.respond(record.response)
+        return
+    response = msgspec.json.decode(record.response)
+    await exchange.respond_json({**response, "output": [with_encrypted_content(item) for item in response["output"]]})
 
 
 async def delete(gateway: Gateway, exchange: Exchange) -> None:
@@ -126,6 +135,8 @@ async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
         items = items[places[0] + 1 :]
     limit = query.limit or 20
     shown = items[:limit]
+    if ENCRYPTED in (query.include or ()):
+        shown = [with_encrypted_content(item) for item in shown]
     await exchange.respond_json(
         InputItems(
             data=shown,
@@ -157,19 +168,26 @@ def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
     return response_id, record
 
 
-def _read_turn(
+async def _read_turn(
     gateway: Gateway, exchange: Exchange, request: ResponsesRequest, added: Sequence[Item] = ()
 ) -> tuple[faces.Turn, list[Item]]:
     """(the request on its way to the engine, the items of its input with those of the responses before it)
 
-    Items that are `added` come after them, to the engine alone. Raises ApiError with the path of the field that is
-    wrong.
+    Items that are `added` come after them, to the engine alone, and with truncation="auto" those that do not fit are
+    left out for it. Raises ApiError with the path of the field that is wrong.
     """
     owner = exchange.owner
     before = _previous_items(gateway, owner, request.previous_response_id)
     items = input_items(request, lambda item_id: gateway.responses.find_item(owner, item_id))
-    chat, paths = to_chat(request, before, [*items, *added], gateway.config)
-    return faces.prepare(gateway, exchange, chat, paths), before + items
+    given = [*before, *items, *added]
+
+    def made(kept: Sequence[Item | None]) -> faces.Turn:
+        chat, paths = to_chat(request, kept[: len(before)], kept[len(before) :], gateway.config)
+        return faces.prepare(gateway, exchange, chat, paths)
+
+    if request.truncation == "auto":
+        return await turn_that_fits(gateway, given, request.max_output_tokens, made), before + items
+    return made(given), before + items
 
 
 def _previous_items(gateway: Gateway, owner: str, response_id: str | None) -> list[Item]:
@@ -217,6 +235,7 @@ def _writer(request: ResponsesRequest, turn: faces.Turn, response_id: str, *, ke
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         top_logprobs=request.top_logprobs or 0,
+        truncation=request.truncation or "disabled",
         store=keeps if request.store is None else request.store,
         background=bool(request.background),
         metadata=request.metadata or {},

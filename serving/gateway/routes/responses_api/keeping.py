@@ -16,6 +16,7 @@ from ...generation.response_store import StoredResponse
 from ...http.errors import ApiError, internal
 from ...http.exchange import Exchange
 from ...schemas.responses import LogprobContent
+from ...schemas.sealed import seal
 from .. import faces
 from .conversation import Item
 from .writer import ResponseWriter
@@ -145,3 +146,11 @@ def with_id(item: Item) -> Item:
     if item.get("id"):
         return item
     return {**item, "id": f"{_ID_PREFIXES.get(str(item['type']), 'msg')}_{uuid.uuid4().hex}"}
+
+
+def with_encrypted_content(item: Item) -> Item:
+    """The item; thinking that a client may read has the form, too, in which it sends it back unread."""
+    parts = item.get("content") or item.get("summary")
+    if item["type"] != "reasoning" or item.get("encrypted_content") or not parts:
+        return item
+    return {**item, "encrypted_content": seal("".join(part["text"] for part in parts))}

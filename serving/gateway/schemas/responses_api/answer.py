@@ -138,7 +138,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     top_logprobs: int = 0
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"
     store: bool
     background: bool = False
     service_tier: Literal["default"] = "default"

@@ -11,6 +11,7 @@ from ..fields import CacheBreakpoint, CacheSalt, DirectCaller, ModelName, Parsed
 
 MAX_TOP_LOGPROBS = 20
 ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
+Include = list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]]
 
 Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
 
@@ -115,7 +116,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     reasoning: ReasoningConfig | None = None
     include: (
         Annotated[
-            list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]],
+            Include,
             Meta(
                 description="With reasoning.encrypted_content each reasoning item has its thinking, encoded, in a "
                 "field that clients send back as it is; it is read where the item has no content."
@@ -158,7 +159,17 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     background: (
         Annotated[bool, Meta(description="Answer at once, and compute meanwhile; needs store, and no stream.")] | None
     ) = None
-    truncation: Annotated[Literal["disabled"], Meta(description='Only "disabled".')] | None = None
+    truncation: (
+        Annotated[
+            Literal["auto", "disabled"],
+            Meta(
+                description='With "auto" items leave the beginning of a conversation that is too long, those of the '
+                "responses before it first, until it fits beside max_output_tokens, or else beside a quarter of the "
+                'model\'s context. With "disabled" it is refused.'
+            ),
+        ]
+        | None
+    ) = None
     priority: Priority | None = None
     cache_salt: CacheSalt | None = None
     timeout: TimeoutS | None = None
@@ -357,10 +368,15 @@ class AllowedTools(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 CHOICES: dict[str, type[msgspec.Struct]] = {"function": NamedFunction, "allowed_tools": AllowedTools}
 
 
+_KEPT = "As include[]=...: encrypted_content is added; log-probabilities are there if the response was made with them."
+
+
 class ResponseQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The query of GET /v1/responses/{response_id}."""
 
     stream: Annotated[bool, Meta(description="Only false: stored responses are not streamed.")] | None = None
+    include: Annotated[Include, Meta(description=_KEPT)] | None = None
+    include_obfuscation: Annotated[bool, Meta(description="Only false: there is no padding.")] | None = None
 
 
 class InputItemsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -369,3 +385,4 @@ class InputItemsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=100, description="Most items (20).")] | None = None
     order: Annotated[Literal["asc", "desc"], Meta(description="The newest first (desc) or last.")] | None = None
     after: Annotated[str, Meta(description="The id of the item after which to begin.")] | None = None
+    include: Annotated[Include, Meta(description=_KEPT)] | None = None
