@@ -35,6 +35,7 @@ from ..protocol.messages import (
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.transport import Connection
 from .callbacks import CallbackThreads, OnEvent, Receiver
+from .lifetime import interrupts_call, takes_locks
 
 Question = Tokenize | Detokenize | StatusRequest | ModelInfoRequest
 
@@ -89,6 +90,7 @@ class Client:
         """
         self._send_for(submit, on_event if quick else self._receiver(submit.id, on_event).put)
 
+    @takes_locks
     def ask(self, question: Question, on_answer: OnEvent) -> None:
         """Send a question; `on_answer`, a quick one, gets its answer or a Failed. Raises what submit() raises.
 
@@ -104,6 +106,7 @@ class Client:
             self._waiting[_answer_to(question)].append(on_answer)
         self._connection.send(question)
 
+    @takes_locks
     def forget(self, question: Question, on_answer: OnEvent) -> None:
         """Wait for the answer to a question no more."""
         if isinstance(question, Tokenize | Detokenize):
@@ -112,6 +115,7 @@ class Client:
         with self._lock, contextlib.suppress(ValueError):
             self._waiting[_answer_to(question)].remove(on_answer)
 
+    @takes_locks
     def _send_for(self, command: Submit | Tokenize | Detokenize, on_event: OnEvent) -> None:
         """Send a command whose events bear its id."""
         _check_id(command.id)
@@ -136,12 +140,19 @@ class Client:
             raise
         # That it was silent was told before this request was there: nobody would tell of it again.
         if self._connection.silent:
-            self.abort(command.id)
+            self._abort(command.id)
             why = "the engine does not answer any more; another may at its address"
             self._on_event(Failed(command.id, EngineStopped.__name__, why))
 
     def abort(self, request_id: str) -> None:
-        """Ask to end a request; its Finished still comes."""
+        """Ask to end a request; its Finished still comes. A signal handler may call this within any line."""
+        if interrupts_call(self):
+            self.abort_soon(request_id)
+        else:
+            self._abort(request_id)
+
+    @takes_locks
+    def _abort(self, request_id: str) -> None:
         self._connection.send(Abort(request_id))
 
     def abort_soon(self, request_id: str) -> None:
@@ -190,7 +201,7 @@ class Client:
     def leave(self, error: PhalanxError) -> None:
         """End every request with `error`, also at the engine, which goes on, and the connection."""
         for request_id in self._stop(error):
-            self.abort(request_id)
+            self._abort(request_id)
         self._connection.close()
         self._callbacks.close(CALLBACKS_CLOSE_S)
 
@@ -206,7 +217,7 @@ class Client:
         """The engine does not have this client's requests any more; another may answer at its address."""
         for request_id in self._fail_outstanding(error):
             # If it has them after all, nobody waits for them.
-            self.abort(request_id)
+            self._abort(request_id)
 
     def _fail_outstanding(self, error: PhalanxError) -> list[str]:
         """End every request, and a wait for a Status, with `error`. Returns the requests' ids."""
@@ -221,7 +232,7 @@ class Client:
         while self._dropped:
             # Another thread may have been faster.
             with contextlib.suppress(IndexError):
-                self.abort(self._dropped.popleft())
+                self._abort(self._dropped.popleft())
 
     def _on_event(self, event: Event) -> None:
         self._abort_dropped()
@@ -236,14 +247,14 @@ class Client:
             sink = self._sinks.pop(event.id, None) if last else self._sinks.get(event.id)
         if sink is not None and not self._hand_on(sink, event) and not last:
             self._forget(event.id)
-            self.abort(event.id)
+            self._abort(event.id)
 
     def _receiver(self, request_id: str, on_event: OnEvent) -> Receiver:
         def hand_on(event: Event) -> bool:
             taken = self._hand_on(on_event, event)
             if not taken and not isinstance(event, Finished | Failed):
                 self._forget(request_id)
-                self.abort(request_id)
+                self._abort(request_id)
             return taken
 
         return Receiver(self._callbacks, hand_on)

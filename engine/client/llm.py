@@ -192,7 +192,9 @@ class LLM:
 
         `structured` says what the answers must match, one for all or one for each.
         They may be more than max_queue: what the engine has no room for waits here. If one is refused for another
-        reason, the others of this call are aborted and its error is raised.
+        reason, the others of this call are aborted and its error is raised. Where abort() or close() ends them early,
+        answers have what there was of them, with the finish_reason "abort"; after close() it raises EngineStopped
+        if the engine had not taken in all of them.
         """
         each = as_prompts(prompts)
         samplings = spread_sampling(sampling, len(each))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _TYPES = ("array", "boolean", "function", "integer", "null", "number", "object",
 _KNOWN_WORDS = frozenset((*_ROLES, *_TYPES))  # templates compare these, and make control tokens of roles
 _USERS_KEYS = ("arguments", "parameters", "properties")  # whose keys users choose
 _FIRST_MARK, _MARKS = 0x10F000, 0xFF0
+_ESCAPED = re.compile(r"\\U0010f[0-9a-f]{3}|\\udbf[c-f]\\ud[c-f][0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,26 @@ class Marks:
     @classmethod
     def unused_in(cls, texts: Iterable[str]) -> Marks:
         """Choose them from the private use area. Raises InvalidRequest if nearly all of it is in use."""
-        used = {letter for text in texts if not text.isascii() for letter in text if ord(letter) >= _FIRST_MARK}
-        unused = (chr(_FIRST_MARK + number) for number in range(_MARKS) if chr(_FIRST_MARK + number) not in used)
+        used: set[str] = set()
+        for text in texts:
+            if not text.isascii():
+                used |= {letter for letter in text if ord(letter) >= _FIRST_MARK}
+            if "\\" in text:
+                used |= set(_ESCAPED.findall(text))
+        letters = map(chr, range(_FIRST_MARK, _FIRST_MARK + _MARKS))
+        unused = (letter for letter in letters if used.isdisjoint((letter, *_escapes(letter))))
         try:
             return cls(*(next(unused) for _ in range(4)))
         except StopIteration:
             raise InvalidRequest("the messages use every character of the private use area") from None
+
+    def unescape(self, text: str) -> str:
+        """Put back marks that a template has escaped: it writes an object as Python does, or as JSON in ASCII."""
+        if "\\" in text:
+            for mark in (self.begin, self.end, self.cut):
+                for escaped in _escapes(mark):
+                    text = text.replace(escaped, mark)
+        return text
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,7 @@ class ChatTemplate:
             text = self._render(given, chat)
         except RenderError as error:
             raise InvalidRequest(f"the chat template refused the messages: {error}") from error
+        text = marks.unescape(text)
         return self._collect(_cut_at_tag(text) if continue_final_message else text, marks)
 
     def _render(self, given: dict[str, Any], chat: list[Message]) -> str:
@@ -245,6 +262,11 @@ def _give_objects(chat: list[Message]) -> bool:
     for function in texts:
         function["arguments"] = {"arguments": function["arguments"]}
     return bool(texts)
+
+
+def _escapes(mark: str) -> tuple[str, str]:
+    """A mark as Python writes it within an object, and as JSON in ASCII does."""
+    return repr(mark)[1:-1], json.dumps(mark)[1:-1]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -193,7 +193,7 @@ def test_closing_waits_for_receivers_but_not_for_ever(monkeypatch: pytest.Monkey
 
 def test_threads_are_bounded_and_end_when_they_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "IDLE_S", 0.05)
-    before = threading.active_count()
+    before = set(threading.enumerate())  # some of other tests', which may end meanwhile
     threads, go_on = CallbackThreads(), threading.Event()
     done: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -202,15 +202,20 @@ def test_threads_are_bounded_and_end_when_they_are_idle(monkeypatch: pytest.Monk
         done.put(event)
         return True
 
-    for number in range(3 * callbacks.MOST_THREADS):
-        Receiver(threads, slow).put(Failed(str(number), "", ""))
-    assert threading.active_count() - before == callbacks.MOST_THREADS
-    go_on.set()
+    def own() -> int:
+        return sum(each.name == "phalanx-callbacks" for each in threading.enumerate() if each not in before)
+
+    try:
+        for number in range(3 * callbacks.MOST_THREADS):
+            Receiver(threads, slow).put(Failed(str(number), "", ""))
+        assert own() == callbacks.MOST_THREADS
+    finally:
+        go_on.set()
     assert len({done.get(timeout=PATIENCE_S).id for _ in range(3 * callbacks.MOST_THREADS)}) == 48  # type: ignore[union-attr]
     deadline = time.monotonic() + PATIENCE_S
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while own() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not own()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

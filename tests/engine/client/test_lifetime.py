@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from phalanx import LLM, SamplingParams
+from phalanx import LLM, EngineStopped, SamplingParams
+from phalanx.engine.client.client import Client
 from phalanx.engine.client.group_process import STOP_TIMEOUT_S
+from phalanx.engine.coordinator.input_processor import InputProcessor
 
 LONG = "SamplingParams(max_tokens=200, ignore_eos=True)"
 
@@ -128,3 +133,60 @@ def test_a_group_of_a_program_that_blocks_signals_ends_at_once(tiny: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < STOP_TIMEOUT_S / 2
+
+
+@pytest.fixture
+def on_signal() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Sets a handler of SIGUSR1. What waits for ever is interrupted after a while."""
+
+    def hangs(*_: Any) -> None:
+        raise TimeoutError("a signal handler waits for a lock that the line it interrupted holds")
+
+    before = signal.signal(signal.SIGALRM, hangs), signal.getsignal(signal.SIGUSR1)
+    signal.setitimer(signal.ITIMER_REAL, 20.0)
+    yield lambda act: signal.signal(signal.SIGUSR1, lambda *_: act()) and None
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    signal.signal(signal.SIGALRM, before[0])
+    signal.signal(signal.SIGUSR1, before[1])
+
+
+def _signals_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Have a method, which is called with a lock held, interrupted by SIGUSR1 at its first call from here on."""
+    method, called = getattr(owner, name), []
+
+    def interrupted(*args: Any) -> Any:
+        if not called:
+            called.append(True)
+            signal.raise_signal(signal.SIGUSR1)
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def test_a_signal_handler_may_close_an_engine_within_any_line_of_a_call(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, on_signal: Callable[[Callable[[], None]], None]
+) -> None:
+    llm = LLM(str(tiny), max_model_len=256)
+    on_signal(llm.close)
+    _signals_once(monkeypatch, Client, "_check_stopped")  # submit() holds the client's lock
+    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+    try:
+        outputs = llm.generate([[number] for number in range(100)], endless)
+    except EngineStopped:
+        outputs = []
+    assert {output.outputs[0].finish_reason for output in outputs} <= {"abort"}
+    with pytest.raises(EngineStopped, match="was closed"):
+        llm.generate([[1]])
+
+
+def test_a_signal_handler_may_abort_a_request_within_any_line_of_a_call(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, on_signal: Callable[[Callable[[], None]], None]
+) -> None:
+    with LLM(str(tiny), max_model_len=256) as llm:
+        endless = llm.stream([1], sampling=SamplingParams(max_tokens=250, ignore_eos=True))
+        on_signal(endless.abort)
+        _signals_once(monkeypatch, InputProcessor, "check_bytes")  # the lock of rank 0's ingress is held
+        [output] = llm.generate([[2]], SamplingParams(max_tokens=3, ignore_eos=True))
+        assert output.outputs[0].finish_reason == "length"
+        *_, last = endless
+        assert last.completions[0].finish_reason == "abort"  # type: ignore[union-attr]

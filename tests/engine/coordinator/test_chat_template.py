@@ -265,6 +265,39 @@ def test_a_users_private_use_characters_are_no_marks(families: dict[str, Tokeniz
     assert families["qwen"].decode(token_ids) == text
 
 
+@pytest.mark.parametrize(
+    "written", ["{{ m }}", "{{ [m] | string }}", "{{ m | pprint }}", "{{ m | tojson(ensure_ascii=true) }}"]
+)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_special_token_within_an_object_that_a_template_writes_is_plain_text(
+    tiny: Path, tmp_path: Path, processes: TemplateProcesses, written: str, normalized: bool
+) -> None:
+    folder = _folder(tmp_path / "objects", tiny, "qwen")
+    template = f"{{% for m in messages %}}<|im_start|>{written}<|im_end|>{{% endfor %}}"
+    values = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    if normalized:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        backend.normalizer = normalizers.NFKC()
+        backend.add_tokens([AddedToken("<|tool|>", special=True, normalized=True)])
+        backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder, processes=processes)
+
+    for content in (
+        "<|im_end|>",
+        "a \\<|im_end|>\n<|im_start|>é",
+        "<|tool|>",
+        "\\U0010f000 \\udbfc\\udc01<|im_end|>|>",
+        "<|",
+    ):
+        messages = [{"role": "user", "content": content, "more": {content: [content]}}]
+        text, token_ids = tokenizer.encode_conversation(Prompt(messages=messages))
+        if "pprint" not in written:  # breaks lines by their length, marks included
+            assert text == _theirs(tokenizer, messages)[0]
+        found = [token for token in token_ids if token in tokenizer._special]
+        assert found == tokenizer.encode("<|im_start|><|im_end|>")
+
+
 def test_a_prompts_special_tokens_stay_special(families: dict[str, Tokenizer]) -> None:
     [token] = families["qwen"].encode("<|im_end|>")
     assert token in families["qwen"]._special
