@@ -24,7 +24,7 @@ from .cli.jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, coun
 from .cli.program import run_program
 from .cli.run_journal import RunJournal
 from .cli.schema import Keys
-from .ranks.process import Signalled
+from .ranks.process import OutputLost, Signalled
 from .ranks.progress import loading_progress
 from .ranks.session import follow, open_llm, why_stopped
 
@@ -275,7 +275,7 @@ def _answer_all(job: Job[GenerateKeys], config: EngineConfig, done: set[str], jo
 
             try:
                 batch.run(read_requests(requests, config.sampling, done, config.seed))
-            except (Signalled, EngineStopped):
+            except (Signalled, OutputLost, EngineStopped):
                 display.close()
                 if keys.output is not None:
                     how = "the same command" if journal is not None else "resume=true"

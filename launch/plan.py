@@ -29,6 +29,7 @@ from ..engine.models.spec import ModelSpec, read_config, spec_from_config
 from ..kernels.weight_formats import get_weight_format
 from .cli.plan_table import GIB, Plan, Setup, make_plan, remedies
 from .cli.presets import load_preset, presets
+from .cli.program import run_tool
 from .cli.schema import describe_type, field_docs, parse_size
 
 MINIMUM_WIDTH = 100
@@ -350,4 +351,4 @@ def _gib(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

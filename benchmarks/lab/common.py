@@ -42,6 +42,20 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
     return options
 
 
+def check_writable(name: str, path: str | Path | None) -> None:
+    """Raise ConfigError for the file of an option that cannot be written: before anything is measured for it."""
+    if path is None:
+        return
+    try:
+        is_new = not os.path.lexists(path)
+        with open(path, "ab"):
+            pass
+        if is_new:
+            os.unlink(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}={path} cannot be written: {getattr(error, 'strerror', error)}") from error
+
+
 def model_folder(model: str | None, preset: str) -> Path:
     """The folder `model`, or without one a random checkpoint of the shape of a preset, made where it is missing."""
     if model is not None:
@@ -82,11 +96,14 @@ def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
     """A benchmark's program: its options from the command line; its result, completed, as the last line printed.
 
     The file that an option `out` names gets the same line. Bad input ends the program with a message. A program that
-    is told to end (SIGTERM) ends what it has started first.
+    is told to end (SIGTERM, or Ctrl-C) ends what it has started first.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         options = read_options(kind, sys.argv[1:])
+        for name in ("out", "plot"):
+            check_writable(name, getattr(options, name, None))
         load_before = round(os.getloadavg()[0], 2)  # shows whether others were using the machine
         result = benchmark(options)
     except PhalanxError as error:
