@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from phalanx import __version__
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError, PhalanxError
+from phalanx.launch.cli.schema import from_words
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -34,12 +34,9 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
         if not equals:
             raise ConfigError(f"{argument!r} has no value; write {name}=VALUE")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(arguments)))
-        options = OmegaConf.to_object(merged)
+        return from_words(kind, arguments)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
-    assert isinstance(options, kind)
-    return options
 
 
 def check_writable(name: str, path: str | Path | None) -> None:

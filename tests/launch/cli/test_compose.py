@@ -16,7 +16,7 @@ from phalanx.launch.chat import ChatKeys
 from phalanx.launch.cli.compose import Job, compose, prepare_arguments
 from phalanx.launch.cli.help import help_text
 from phalanx.launch.cli.presets import CONFIGS, choices
-from phalanx.launch.cli.schema import Keys, field_docs, key_docs, parse_size
+from phalanx.launch.cli.schema import Keys, field_docs, from_words, key_docs, parse_size
 from phalanx.launch.gateway import GatewayKeys
 from phalanx.launch.generate import GenerateKeys, check_keys
 from phalanx.launch.ranks.rank_info import RankInfo, read_rank_info
@@ -282,3 +282,26 @@ def test_a_path_that_no_file_can_have_is_no_file() -> None:
 def test_the_configuration_folder_is_part_of_the_package() -> None:
     assert (CONFIGS / "config.yaml").is_file()
     assert (CONFIGS / "__init__.py").is_file()
+
+
+@dataclasses.dataclass
+class Words:
+    path: str | None = None
+    numbers: list[int] | None = None
+
+
+@pytest.mark.parametrize("path", ["/a: b", "[x", "{a", "*x", "'x", "a # b", "${HOME}", "\\${x}", "\udcc3", "1e3", ""])
+def test_words_of_keys_of_text_are_taken_as_they_are_written(path: str) -> None:
+    assert from_words(Words, [f"path={path}", "numbers=[1, 2]"]) == Words(path, [1, 2])
+
+
+def test_of_a_word_given_twice_the_last_counts_and_null_is_none() -> None:
+    assert from_words(Words, ["path=a", "path=b"]).path == "b"
+    assert from_words(Words, ["path=a", "path=null"]).path is None
+
+
+@pytest.mark.parametrize("word", ["numbers=[1", "numbers=\udcc3", "numbers={"])
+def test_a_word_that_cannot_be_read_is_refused_in_one_line(word: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: numbers must be a list such as") as caught:
+        from_words(Words, [word])
+    assert "\n" not in str(caught.value)
