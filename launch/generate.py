@@ -260,7 +260,7 @@ def _answer_all(job: Job[GenerateKeys], config: EngineConfig, done: set[str], jo
     """Answer the input's requests that are not `done`. Returns 0 if every one was answered, else 1."""
     keys = job.keys
     assert keys.input is not None
-    with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
+    with _open("input", keys.input, "rb") as requests, _answer_file(keys) as answers:
         with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
             _say_report(llm)
             # What standard output goes to may hold another program's lines, as with ">> FILE".
@@ -304,7 +304,7 @@ def _answer_file(keys: GenerateKeys) -> Iterator[AnswerFile | None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output={keys.output!r}: folder {folder} cannot be made: {error.strerror}") from error
-        file = _open(keys.output, "ab")
+        file = _open("output", keys.output, "ab")
         try:
             yield AnswerFile(file)
         finally:
@@ -315,11 +315,11 @@ def _answer_file(keys: GenerateKeys) -> Iterator[AnswerFile | None]:
         yield None if keys.stream else AnswerFile(sys.stdout.buffer)
 
 
-def _open(path: str, mode: str) -> BinaryIO:
+def _open(key: str, path: str, mode: str) -> BinaryIO:
     try:
         return cast(BinaryIO, open(path, mode))
     except OSError as error:
-        raise ConfigError(f"{path!r} cannot be opened: {error.strerror}") from error
+        raise ConfigError(f"{key}={path!r} cannot be opened: {error.strerror}") from error
 
 
 def _say_report(llm: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -172,6 +173,9 @@ def watch_streams() -> None:
     streams: Any = sys
     if not isinstance(streams.stdout, _Stream):
         streams.stdout = _Output(_or_null(streams.stdout))
+        # A character that a terminal's encoding lacks (LC_ALL=C) is written as standard error writes it.
+        if isinstance(output := streams.stdout._stream, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
     if not isinstance(streams.stderr, _Stream):
         streams.stderr = _Stream(_or_null(streams.stderr))
 

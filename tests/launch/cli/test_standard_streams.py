@@ -77,6 +77,20 @@ def test_an_answer_meets_the_same_streams(tiny: Path, redirection: str, ranks: i
     assert bool(ended.stdout) == redirection.startswith("2")
 
 
+def test_a_character_that_standard_output_has_no_code_for_is_escaped() -> None:
+    code = "from phalanx.launch.ranks.process import watch_streams; watch_streams(); print('Ü🙂')"
+    variables = {**environment(), "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\xdc\\U0001f642\n", "")
+
+
+def test_an_output_that_cannot_be_opened_is_named_with_its_key(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n')
+    ended = shell("", "generate", f"model={smollm2}", f"input={tmp_path / 'in.jsonl'}", f"output={tmp_path}")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"error: output={str(tmp_path)!r} cannot be opened: Is a directory\n"
+
+
 STOPPED_WHILE_IMPORTED = """
 import os, runpy, signal, sys
 class Interrupt:
