@@ -39,7 +39,7 @@ class GenerateKeys(Keys):
     prompt: str | None = None
     """The text to complete; the answer streams to standard output. It is taken as written, unless quoted for Hydra."""
     input: str | None = None
-    """A JSONL file of requests, a line each: {"id", "prompt" | "messages" | "token_ids", "sampling"?, "structured"?}."""
+    """A JSONL file, a request a line: {"id", "prompt" | "messages" | "token_ids", "sampling"?, "structured"?}."""
     output: str | None = None
     """The JSONL file of answers, written as each finishes and replaced unless resume=true; null: standard output."""
     resume: bool = False
