@@ -24,7 +24,7 @@ from .cli.jsonl import AnswerFile, BadLine, Id, LineRequest, answer_record, coun
 from .cli.program import run_program
 from .cli.run_journal import RunJournal
 from .cli.schema import Keys
-from .ranks.process import Signalled
+from .ranks.process import OutputLost, Signalled
 from .ranks.progress import loading_progress
 from .ranks.session import follow, open_llm, why_stopped
 
@@ -39,7 +39,7 @@ class GenerateKeys(Keys):
     prompt: str | None = None
     """The text to complete; the answer streams to standard output. It is taken as written, unless quoted for Hydra."""
     input: str | None = None
-    """A JSONL file of requests: {"id", "prompt" | "messages" | "token_ids", "sampling"?} on each line."""
+    """A JSONL file, a request a line: {"id", "prompt" | "messages" | "token_ids", "sampling"?, "structured"?}."""
     output: str | None = None
     """The JSONL file of answers, written as each finishes and replaced unless resume=true; null: standard output."""
     resume: bool = False
@@ -260,7 +260,7 @@ def _answer_all(job: Job[GenerateKeys], config: EngineConfig, done: set[str], jo
     """Answer the input's requests that are not `done`. Returns 0 if every one was answered, else 1."""
     keys = job.keys
     assert keys.input is not None
-    with _open(keys.input, "rb") as requests, _answer_file(keys) as answers:
+    with _open("input", keys.input, "rb") as requests, _answer_file(keys) as answers:
         with open_llm(config, job.rank_info, loading_progress(job.rank_info)) as llm:
             _say_report(llm)
             # What standard output goes to may hold another program's lines, as with ">> FILE".
@@ -275,7 +275,7 @@ def _answer_all(job: Job[GenerateKeys], config: EngineConfig, done: set[str], jo
 
             try:
                 batch.run(read_requests(requests, config.sampling, done, config.seed))
-            except (Signalled, EngineStopped):
+            except (Signalled, OutputLost, EngineStopped):
                 display.close()
                 if keys.output is not None:
                     how = "the same command" if journal is not None else "resume=true"
@@ -304,7 +304,7 @@ def _answer_file(keys: GenerateKeys) -> Iterator[AnswerFile | None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output={keys.output!r}: folder {folder} cannot be made: {error.strerror}") from error
-        file = _open(keys.output, "ab")
+        file = _open("output", keys.output, "ab")
         try:
             yield AnswerFile(file)
         finally:
@@ -315,11 +315,11 @@ def _answer_file(keys: GenerateKeys) -> Iterator[AnswerFile | None]:
         yield None if keys.stream else AnswerFile(sys.stdout.buffer)
 
 
-def _open(path: str, mode: str) -> BinaryIO:
+def _open(key: str, path: str, mode: str) -> BinaryIO:
     try:
         return cast(BinaryIO, open(path, mode))
     except OSError as error:
-        raise ConfigError(f"{path!r} cannot be opened: {error.strerror}") from error
+        raise ConfigError(f"{key}={path!r} cannot be opened: {error.strerror}") from error
 
 
 def _say_report(llm: LLM) -> None:

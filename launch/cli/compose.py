@@ -29,9 +29,8 @@ from .schema import Keys, describe_type, key_docs, parse_size, schema_of
 CONFIG_NAME = "config"
 HYDRA_VERSION_BASE = "1.3"
 GROUPS = ("engine", "runtime", "models", "bench")
-# Values of these keys are taken literally, whatever characters they hold.
+# In values of these keys even ${...} is text.
 _TEXT = ("prompt", "system", "api_key", "admin_key")
-_PATHS = ("model", "tokenizer", "input", "output", "address", "endpoint", "secret_file", "out")
 
 # What these keys hold is shown nowhere.
 SECRETS = ("api_key", "admin_key")
@@ -88,7 +87,8 @@ def prepare_arguments(arguments: Sequence[str], keys: type[Keys], rank_info: Ran
     """
     config_dir = parse_arguments(arguments).config_dir
     folders = [CONFIGS, *([Path(config_dir)] if config_dir else [])]
-    prepared = [_rewrite(argument, choices("models", folders)) for argument in arguments]
+    literal = [name for name in key_docs(keys) if type_of(name, keys) in (str, str | None)]
+    prepared = [_rewrite(argument, choices("models", folders), literal) for argument in arguments]
 
     # Every override must name a key or a choice that exists.
     names = [*key_docs(keys), *GROUPS]
@@ -159,14 +159,14 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _rewrite(argument: str, presets: list[str]) -> str:
-    """Rewrite one word of the command line: model=PRESET as a group choice, text and paths quoted."""
+def _rewrite(argument: str, presets: list[str], literal: list[str]) -> str:
+    """Rewrite one word of the command line: model=PRESET as a group choice, values of keys of text quoted."""
     name, separator, value = argument.partition("=")
     if not separator or not value or value == "null":
         return argument
     if name == "model" and value in presets:
         return f"models={value}"
-    if name not in _TEXT + _PATHS or (value[0] in "'\"" and value[0] == value[-1] and len(value) > 1):
+    if name not in literal or (value[0] in "'\"" and value[0] == value[-1] and len(value) > 1):
         return argument
     if name in _TEXT:
         value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation
@@ -208,13 +208,13 @@ def _explain(error: Exception, keys: type[Keys]) -> str:
     docs = key_docs(keys)
     if name in docs:
         reason = str(cause).splitlines()[0]
-        return f"{where}{name} must be {describe_type(_type_of(name, keys))}: {reason}. Its meaning: {docs[name]}"
+        return f"{where}{name} must be {describe_type(type_of(name, keys))}: {reason}. Its meaning: {docs[name]}"
     if name:
         return where + unknown_name("configuration key", name, list(docs))
     return " ".join(str(error).split())
 
 
-def _type_of(name: str, keys: type[Keys]) -> Any:
+def type_of(name: str, keys: type[Keys]) -> Any:
     owner: Any = schema_of(keys)
     hint: Any = None
     for part in name.split("."):

@@ -186,12 +186,10 @@ class AnswerFile:
         self._file = file
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record. Raises ConfigError where the file cannot take it."""
+        """Append a record. Raises ConfigError where the file cannot take it, standard output what it raises itself."""
         try:
             self._file.write(msgspec.json.encode(record) + b"\n")
             self._file.flush()
-        except BrokenPipeError:  # nobody reads any more: for the caller to end
-            raise
         except OSError as error:
             raise ConfigError(f"output={self._file.name!r} cannot be written: {error.strerror}") from error
 

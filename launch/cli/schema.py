@@ -10,14 +10,18 @@ import re
 import textwrap
 import types
 import typing
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import msgspec
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, OmegaConf
 
 from ...engine.config import EngineConfig
 from ...engine.errors import ConfigError
 from ...engine.protocol.sampling_params import SamplingParams
+
+T = TypeVar("T")
 
 _UNITS = {
     "": 1,
@@ -128,6 +132,31 @@ def _omegaconf_type(hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         return typing.Union[tuple(_omegaconf_type(argument) for argument in arguments)]  # noqa: UP007
     return hint
+
+
+def from_words(kind: type[T], words: Sequence[str]) -> T:
+    """Return a dataclass `kind` with the values of key=value words, those of keys of text as they are written.
+
+    Raises ConfigError for a word that cannot be read, OmegaConfBaseException for a value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    text: dict[str, str] = {}
+    others: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        text.pop(name, None)
+        if hints[name] in (str, str | None) and value != "null":
+            text[name] = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation
+            continue
+        try:
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{word!r} cannot be read: {name} must be {describe_type(hints[name])}") from error
+        others |= parsed
+
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), others, text))
+    assert isinstance(options, kind)
+    return options
 
 
 def describe_type(hint: Any) -> str:

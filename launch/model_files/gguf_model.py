@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def gguf_origin(file: Path, dtype: str) -> dict[str, Any]:
     """Return the origin of a model folder converted from `file`. Raises ConfigError for no such file or dtype."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported; it must be one of {', '.join(DTYPES)}")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"gguf={file} is no file")
     return {"made": "gguf", "file": file.name, "bytes": file.stat().st_size, "dtype": dtype}
 

@@ -69,7 +69,7 @@ def is_made(folder: Path, origin: Mapping[str, Any]) -> bool:
     """Whether `folder` is complete and was made from `origin`."""
     try:
         return bool(json.loads((folder / ORIGIN).read_text()) == dict(origin))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError):  # a folder that cannot be read is told of where it is to be replaced
         return False
 
 
@@ -77,19 +77,34 @@ def is_made(folder: Path, origin: Mapping[str, Any]) -> bool:
 def model_folder(folder: Path, origin: Mapping[str, Any], force: bool = False) -> Iterator[Path]:
     """Yield a new folder to write into, which replaces `folder` at the end; nothing is left if that fails.
 
-    Raises ConfigError if `folder` holds something else: a model may be replaced with `force`, other files never.
+    Raises ConfigError if `folder` holds something else, for a model may be replaced with `force`, other files never;
+    and if it cannot be written.
     """
-    _check_replaceable(folder, force)
+    if not folder.name:
+        raise ConfigError(f"out={folder} must name a folder to make")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
+        _check_replaceable(folder, force)
+        partial.mkdir(parents=True)
         yield partial
         write_json(partial / ORIGIN, origin)
         if folder.is_dir():
             shutil.rmtree(folder)
         partial.rename(folder)
+    except OSError as error:
+        if not _is_within(error.filename, folder.parent):  # of a file that the model is made from
+            raise
+        raise ConfigError(f"out={folder} cannot be written: {error.strerror}; set another out=") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_within(path: object, folder: Path) -> bool:
+    """Whether an error's file is in `folder` or above it; a write to an open file names none."""
+    if path is None:
+        return True
+    file, within = os.path.abspath(str(path)), os.path.abspath(folder)
+    return os.path.commonpath([file, within]) in (file, within)
 
 
 def _check_replaceable(folder: Path, force: bool) -> None:

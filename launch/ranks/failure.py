@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...engine.client.group_failure import GroupFailure, write_whole
 from ...engine.errors import CheckpointError, ConfigError, InvalidRequest, PhalanxError
-from .process import Signalled, die_on_signals
+from .process import OutputLost, Signalled, die_on_signals, drop_output
 from .rank_info import RankInfo
 
 OTHERS_DELAY_S = 1.0
@@ -25,6 +25,11 @@ def report_failure(error: BaseException, rank_info: RankInfo, *, raised_by_clien
     `raised_by_client` an error of ours is recorded only: the client that started the group raises it.
     """
     if isinstance(error, Signalled):
+        return error.exit_code
+    if isinstance(error, OutputLost):
+        drop_output()
+        if not error.unread:
+            _print(f"error: {error}")
         return error.exit_code
     die_on_signals()
 

@@ -1,15 +1,18 @@
-"""How a process of phalanx ends: on a signal, with its launcher, or at once."""
+"""How a process of phalanx ends: on a signal, with its launcher, with its standard output, or at once."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOP_TIMEOUT_S = 4.0
 """A clean stop that takes longer is cut short, so that everything has ended within 5 s of a signal."""
@@ -103,3 +106,86 @@ def end_with_parent(parent: int | None = None) -> None:
         exit_now(1)
 
     threading.Thread(target=watch, name="phalanx-parent-watch", daemon=True).start()
+
+
+class OutputLost(BaseException):
+    """Standard output cannot be written. Not an Exception: only the program's outermost level handles it."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(f"standard output cannot be written: {cause.strerror or cause}")
+        self.unread = cause.errno == errno.EPIPE
+        """Whether the reader has gone, as that of `... | head -1` has: such an end is quiet."""
+
+    @property
+    def exit_code(self) -> int:
+        """As of a program that the signal for such a pipe ends, or 1."""
+        return 128 + signal.SIGPIPE if self.unread else 1
+
+
+class _Stream:
+    """A text or byte stream that calls _failed() with the OSError of a write; everything else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: Any) -> int:
+        try:
+            return int(self._stream.write(data))
+        except OSError as error:
+            self._failed(error)
+        return len(data)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        """Standard error's own way: what it cannot say it says to nobody, and the program goes on."""
+
+
+class _Output(_Stream):
+    @property
+    def buffer(self) -> _Output:
+        return _Output(self._stream.buffer)
+
+    def _failed(self, error: OSError) -> NoReturn:
+        raise OutputLost(error) from None
+
+
+def watch_streams() -> None:
+    """Let a failing write to standard output raise OutputLost, and one to standard error be lost alone.
+
+    A stream that is closed becomes the null device: otherwise the next file that is opened would get its number, and
+    with it what libraries write there.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    streams: Any = sys
+    if not isinstance(streams.stdout, _Stream):
+        streams.stdout = _Output(_or_null(streams.stdout))
+        # A character that a terminal's encoding lacks (LC_ALL=C) is written as standard error writes it.
+        if isinstance(output := streams.stdout._stream, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+    if not isinstance(streams.stderr, _Stream):
+        streams.stderr = _Stream(_or_null(streams.stderr))
+
+
+def drop_output() -> None:
+    """Send what standard output still holds to the null device, so that the interpreter's end says nothing of it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _or_null(stream: Any) -> Any:
+    return open(os.devnull, "w") if stream is None else stream

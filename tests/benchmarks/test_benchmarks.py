@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx.benchmarks.lab.common import percentiles, read_options, settings
+from phalanx.benchmarks.lab.common import check_writable, percentiles, read_options, settings
 from phalanx.benchmarks.lab.peers.programs.program import random_prompts
 from phalanx.benchmarks.lab.rates import Limits
 from phalanx.benchmarks.limits import layer_weights
@@ -208,7 +208,7 @@ class Options:
 
 def benchmark(options):
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.NUMBER)
         signal.pause()
     finally:
         print("ended what was started", flush=True)
@@ -217,7 +217,23 @@ run(Options, benchmark)
 """
 
 
-def test_a_benchmark_that_is_told_to_end_ends_what_it_started() -> None:
-    process = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, check=False, timeout=60)
-    assert process.stdout == "ended what was started\n"
-    assert process.returncode == 128 + signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_benchmark_that_is_told_to_end_ends_what_it_started(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", ENDED.replace("signal.NUMBER", str(number.value))]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (process.stdout, process.stderr) == ("ended what was started\n", "")
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("out", ["/no/such/folder/x.json", "/dev", "/dev/null/x", "a\0b"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(out: str) -> None:
+    with pytest.raises(ConfigError, match=r"^out=.* cannot be written: "):
+        check_writable("out", out)
+
+
+def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("old")
+    for path in (old, tmp_path / "new.json"):
+        check_writable("out", path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.json", "old")]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from phalanx.benchmarks.lab.server_questions import KNOWN, QUESTIONS
-from phalanx.benchmarks.parts.compare_servers import _joined, _plain, compare, differences
+from phalanx.benchmarks.parts.compare_servers import _joined, _plain, compare, differences, read_answers
 
 
 def part(text: str, **fields: Any) -> dict[str, Any]:
@@ -59,3 +60,21 @@ def test_questions_have_names_of_their_own_and_known_differences_are_theirs(caps
     assert (verdict["same"], list(verdict["known"])) == (len(names) - 3, [known])
     assert sorted(verdict["other"]) == [unknown, half]
     assert f"{known} (known: {KNOWN[known][1]})" in capsys.readouterr().out
+
+
+def test_answers_that_cannot_be_had_are_said_in_one_line(tmp_path: Path) -> None:
+    other, old = tmp_path / "other.txt", tmp_path / "old.json"
+    other.write_text("no JSON")
+    old.write_text("{}")
+    for server, why in (
+        ("http://127.0.0.1:1", "does not answer"),
+        (str(tmp_path / "absent.json"), "cannot be read (No such file or directory)"),
+        (str(tmp_path), "cannot be read (Is a directory)"),
+        (str(other), "is no file of --record"),
+        (str(old), "record it again"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            read_answers(server)
+        assert str(ended.value).startswith(f"error: {server} ")
+        assert why in str(ended.value)
+        assert "\n" not in str(ended.value)

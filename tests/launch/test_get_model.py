@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -439,6 +442,55 @@ def test_bad_arguments_are_refused_by_name(
     assert main(arguments) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ("/dev/null/x", "cannot be written: Not a directory"),
+        ("/proc/x", "cannot be written: No such file"),
+        ("x" * 300, "cannot be written: File name too long"),
+        ("/", "must name a folder"),
+    ],
+)
+def test_an_out_that_cannot_be_made_is_refused_in_one_line(
+    out: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["random=qwq_tiny", "layers=1", f"out={out}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"get_model: out={out} ")
+    assert why in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_said_in_one_line_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("phalanx.launch.model_files.model_folder._write_file", full)
+    assert main(["random=qwq_tiny", "layers=1", f"out={tmp_path / 'm'}"]) == 2
+    assert capsys.readouterr().err == (
+        f"get_model: out={tmp_path / 'm'} cannot be written: No space left on device; set another out=\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_too_long_for_a_gguf_file_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"gguf={'x' * 5000}"]) == 2
+    assert capsys.readouterr().err.endswith("is no file\n")
+
+
+def test_the_demo_names_pips_error_and_not_the_hint_below_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "WARNING: slow\nERROR: No space left\n\nhint: See above\n"
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", said))
+    assert main(["demo", f"out={tmp_path / 'm'}"]) == 2
+    assert "(ERROR: No space left)" in capsys.readouterr().err
 
 
 def test_the_demo_without_a_network_says_what_to_do(

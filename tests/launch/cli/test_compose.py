@@ -16,11 +16,14 @@ from phalanx.launch.chat import ChatKeys
 from phalanx.launch.cli.compose import Job, compose, prepare_arguments
 from phalanx.launch.cli.help import help_text
 from phalanx.launch.cli.presets import CONFIGS, choices
-from phalanx.launch.cli.schema import Keys, field_docs, key_docs, parse_size
+from phalanx.launch.cli.schema import Keys, field_docs, from_words, key_docs, parse_size
+from phalanx.launch.gateway import GatewayKeys
 from phalanx.launch.generate import GenerateKeys, check_keys
 from phalanx.launch.ranks.rank_info import RankInfo, read_rank_info
+from phalanx.launch.serve import ServeKeys
 from phalanx.launch.worker import WorkerKeys
 
+ALONE = RankInfo()
 UNDER_TORCHRUN = RankInfo(rank=1, size=4, local_rank=1, local_size=4, launched=True)
 PROGRAMS: tuple[type[Keys], ...] = (Keys, GenerateKeys, ChatKeys, WorkerKeys)
 
@@ -184,6 +187,20 @@ def test_a_prompt_arrives_as_it_was_written(text: str) -> None:
     assert composed("model=/m", f"prompt={text}").keys.prompt == text
 
 
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        *((ServeKeys, name) for name in ("journal", "api_keys_file", "ssl_certfile", "ssl_keyfile", "tokenizer_store")),
+        (GatewayKeys, "secret_file"),
+        (GenerateKeys, "journal"),
+    ],
+)
+def test_a_path_of_any_characters_arrives_as_it_was_written(keys: type[Keys], name: str) -> None:
+    path = "/my runs (1), a=b/{x}[0]"
+    arguments = prepare_arguments(["model=/m", f"{name}={path}"], keys, ALONE)
+    assert compose(arguments, keys, ALONE).values[name] == path
+
+
 def test_a_prompt_quoted_for_hydra_is_unquoted_by_it() -> None:
     assert composed("model=/m", "prompt='as Hydra, reads it'").keys.prompt == "as Hydra, reads it"
 
@@ -196,8 +213,8 @@ def test_torchrun_sets_ranks_and_another_number_is_refused() -> None:
 
 
 def test_ranks_of_torchrun_go_beside_the_other_overrides_wherever_they_stand() -> None:
-    prepared = prepare_arguments(["--cfg", "job", "dtype=float32"], GenerateKeys, UNDER_TORCHRUN)
-    assert prepared == ["--cfg", "job", "ranks=4", "dtype=float32"]
+    prepared = prepare_arguments(["--cfg", "job", "max_num_seqs=8"], GenerateKeys, UNDER_TORCHRUN)
+    assert prepared == ["--cfg", "job", "ranks=4", "max_num_seqs=8"]
 
 
 def test_a_rank_reads_its_place_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,3 +282,26 @@ def test_a_path_that_no_file_can_have_is_no_file() -> None:
 def test_the_configuration_folder_is_part_of_the_package() -> None:
     assert (CONFIGS / "config.yaml").is_file()
     assert (CONFIGS / "__init__.py").is_file()
+
+
+@dataclasses.dataclass
+class Words:
+    path: str | None = None
+    numbers: list[int] | None = None
+
+
+@pytest.mark.parametrize("path", ["/a: b", "[x", "{a", "*x", "'x", "a # b", "${HOME}", "\\${x}", "\udcc3", "1e3", ""])
+def test_words_of_keys_of_text_are_taken_as_they_are_written(path: str) -> None:
+    assert from_words(Words, [f"path={path}", "numbers=[1, 2]"]) == Words(path, [1, 2])
+
+
+def test_of_a_word_given_twice_the_last_counts_and_null_is_none() -> None:
+    assert from_words(Words, ["path=a", "path=b"]).path == "b"
+    assert from_words(Words, ["path=a", "path=null"]).path is None
+
+
+@pytest.mark.parametrize("word", ["numbers=[1", "numbers=\udcc3", "numbers={"])
+def test_a_word_that_cannot_be_read_is_refused_in_one_line(word: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: numbers must be a list such as") as caught:
+        from_words(Words, [word])
+    assert "\n" not in str(caught.value)
