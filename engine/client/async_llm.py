@@ -82,9 +82,9 @@ class AsyncLLM:
     async def generate(
         self,
         prompt: Prompt | None = None,
+        sampling: SamplingParams | None = None,
         *,
         messages: Messages | None = None,
-        sampling: SamplingParams | None = None,
         structured: StructuredOutput | None = None,
     ) -> RequestOutput:
         """Complete one prompt or conversation, by an answer that matches `structured`; gather calls to batch them."""

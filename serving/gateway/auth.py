@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,15 @@ class AuthConfig:
 class Keys:
     """The hashes of the keys that are let in."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        """Raises ConfigError for a key that is short or holds what no header can."""
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        """`keys` are the keys, each with where it stands. Raises ConfigError for one that is short or that no header
+        can hold."""
         digests = set()
-        for key in keys:
+        for key, where in keys.items():
             if len(key) < KEY_BYTES or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
-                    f"a key has {len(key)} characters, or one of them cannot be in a header: use at least {KEY_BYTES} "
-                    f"printable ASCII characters without spaces"
+                    f"{where}: a key has {len(key)} characters, or one of them cannot be in a header: use at least "
+                    f"{KEY_BYTES} printable ASCII characters without spaces"
                 )
             digests.add(_digest(key.encode()))
         self._digests = tuple(sorted(digests))
@@ -95,10 +96,10 @@ class Keys:
 
 def read_keys(config: AuthConfig) -> tuple[Keys, Keys]:
     """Return the API keys and the admin's. Raises ConfigError for a file that cannot be read or that others may."""
-    keys = [] if config.api_key is None else [config.api_key]
+    keys = {} if config.api_key is None else {config.api_key: "api_key"}
     if config.api_keys_file is not None:
-        keys += _read_file(config.api_keys_file)
-    admin = [] if config.admin_key is None else [config.admin_key]
+        keys |= _read_file(config.api_keys_file)
+    admin = {} if config.admin_key is None else {config.admin_key: "admin_key"}
     if config.admin_key is not None and config.admin_key in keys:
         raise ConfigError("admin_key is one of the API keys too: choose another, which only administrators know")
     if config.isolate_tenants and not keys:
@@ -188,7 +189,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _read_file(path: str) -> list[str]:
+def _read_file(path: str) -> dict[str, str]:
     file = Path(os.path.expanduser(path))
     try:
         others = stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
@@ -199,8 +200,8 @@ def _read_file(path: str) -> list[str]:
         raise ConfigError(f"api_keys_file={path!r} is no text: write one key on each line") from error
     if others:
         raise ConfigError(f"api_keys_file={path!r} may be used by others than its owner: chmod 600 it")
-    keys = [line.strip() for line in lines]
-    keys = [key for key in keys if key and not key.startswith("#")]
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    keys = {key: f"api_keys_file={path!r}, line {number}" for number, key in numbered if key and key[0] != "#"}
     if not keys:
         raise ConfigError(f"api_keys_file={path!r} holds no key: write one on each line")
     return keys

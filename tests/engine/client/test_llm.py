@@ -197,7 +197,7 @@ def test_many_asynchronous_requests_are_answered_as_one_batch(llm: LLM) -> None:
     face = AsyncLLM.from_llm(llm)
 
     async def everything() -> list[RequestOutput]:
-        return await asyncio.gather(*(face.generate(prompt, sampling=GREEDY) for prompt in prompts))
+        return await asyncio.gather(*(face.generate(prompt, GREEDY) for prompt in prompts))
 
     assert _tokens(asyncio.run(everything())) == expected
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from phalanx.engine.client.requests import CompletionOutput, RequestOutput
 from phalanx.engine.errors import ConfigError
@@ -126,8 +126,10 @@ def test_lines_already_answered_are_left_out() -> None:
 
 
 @given(st.binary(max_size=200))
+@example(b"\xef\xbb\xbf")
+@example(b"\xef\xbb\xbf \n\xef\xbb\xbf")
 def test_whatever_the_bytes_every_line_gives_one_item(data: bytes) -> None:
-    lines = [line for line in data.split(b"\n") if line.strip()]
+    lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     assert len(read(data)) == len(lines)
 
 
