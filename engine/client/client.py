@@ -52,8 +52,11 @@ class ReceiverGone(Exception):
 class Client:
     """Sends commands and hands each event to the request it belongs to. Safe to use from any thread."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, supervised: bool = False) -> None:
+        """With `supervised` somebody calls fail_all() once the engine has ended, and knows better why than the engine
+        itself, which may only have been told to end."""
         self._connection = connection
+        self._supervised = supervised
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._sinks: dict[str, OnEvent] = {}
@@ -62,7 +65,7 @@ class Client:
         self._waiting: dict[type[Event], list[OnEvent]] = {Status: [], ModelInfo: []}  # answers that have no id
         self._stopped: PhalanxError | None = None
         self._prefix, self._numbers = uuid.uuid4().hex[:8], itertools.count()
-        connection.start(self._on_event, self._on_lost, self.fail_all)
+        connection.start(self._arrived, self._on_lost, self.fail_all)
 
     @property
     def epoch(self) -> str:
@@ -233,6 +236,11 @@ class Client:
             # Another thread may have been faster.
             with contextlib.suppress(IndexError):
                 self._abort(self._dropped.popleft())
+
+    def _arrived(self, event: Event) -> None:
+        """An event of the engine. Its own word of its end is left out where somebody else tells of that."""
+        if not (self._supervised and isinstance(event, Failed) and event.error == EngineStopped.__name__):
+            self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
         self._abort_dropped()

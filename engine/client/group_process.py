@@ -54,7 +54,8 @@ class GroupProcess:
         try:
             self._process = self._start(config)
             try:
-                self.client = Client(self._connection(config))
+                # Requests that no other engine will have end by what the supervisor says.
+                self.client = Client(self._connection(config), supervised=not config.max_restarts)
             except BaseException:
                 self._process.kill()
                 self._process.wait()
