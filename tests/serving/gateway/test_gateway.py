@@ -47,9 +47,15 @@ def test_the_openapi_document_has_every_route_and_field(server: Server) -> None:
         if operation.request is not None:
             schema = document["components"]["schemas"][operation.request.__name__]
             assert set(schema["properties"]) == set(operation.request.__struct_fields__)
-            assert schema["additionalProperties"] is False
+            assert schema["additionalProperties"] == {"type": "null"}
     chat = document["components"]["schemas"]["ChatRequest"]
     assert chat["required"] == ["messages"]
+
+
+def test_a_null_is_as_good_as_no_value_under_any_name(server: Server) -> None:
+    asked = {"tokens": [], "model": None, "": None, "functions": None}
+    assert server.http.post("/detokenize", json=asked).status_code == 200
+    assert server.http.post("/detokenize", json=asked | {"functions": 1}).json()["error"]["param"] == "functions"
 
 
 @pytest.mark.parametrize(
