@@ -228,6 +228,8 @@ def test_a_schema_of_the_answer_reaches_the_engine(agent: Server) -> None:
             "messages[0]",
         ),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content is empty"),
+        ({"messages": [{"role": "assistant", "content": []}] * 2}, "messages[1] has no text to go on with"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": []}]}, "messages[1] has no text to go on with"),
         ({"tool_choice": {"type": "any"}}, "tool_choice.type='any'"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),

@@ -179,11 +179,11 @@ def _add_assistant(turns: Turns, content: str | Blocks, path: str) -> None:
 
 
 def _continue_last(turns: Turns, values: dict[str, Any], index: int) -> None:
-    last = turns.messages[-1]
+    last = turns.messages[-1] if turns.messages else {}
     if last.get("tool_calls"):
         why = "ends with a tool_use: send a user's message with its tool_result"
         raise invalid(f"messages[{index}] {why}", f"messages[{index}]")
-    if last["role"] != "assistant" or "content" not in last:
+    if last.get("role") != "assistant" or "content" not in last:
         raise invalid(f"messages[{index}] has no text to go on with", f"messages[{index}]")
     values |= {"continue_final_message": True, "add_generation_prompt": False}
 
