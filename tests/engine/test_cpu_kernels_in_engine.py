@@ -118,11 +118,11 @@ def test_quantized_weights_are_the_same_at_two_ranks(smollm2: Path) -> None:
     for ranks in (1, 2):
         with LLM(str(smollm2), ranks=ranks, **config) as llm:
             answers.append([output.outputs[0].logprobs or [] for output in llm.generate(prompts, sampling)])
-    compared = 0
+    moves = []
     for one, two in zip(*answers, strict=True):
         for first, second in zip(one, two, strict=True):
-            compared += 1
-            assert first.top_logprobs == pytest.approx(second.top_logprobs, abs=0.15)
+            assert first.top_logprobs[:2] == pytest.approx(second.top_logprobs[:2], abs=0.15)
+            moves += [abs(a - b) for a, b in zip(first.top_logprobs[:2], second.top_logprobs[:2], strict=True)]
             if first.token_id != second.token_id:
                 before, after = (
                     dict(zip(each.top_token_ids, each.top_logprobs, strict=True)) for each in (first, second)
@@ -130,7 +130,8 @@ def test_quantized_weights_are_the_same_at_two_ranks(smollm2: Path) -> None:
                 for token in (first.token_id, second.token_id):
                     assert before[token] == pytest.approx(after[token], abs=0.15)
                 break
-    assert compared >= 20
+    assert len(moves) >= 40
+    assert sum(moves) / len(moves) <= 0.05  # 0.15 is the most that one moves, not what all do
 
 
 @pytest.mark.parametrize("kernels", [name for name in KERNELS if name.endswith("amx")])
