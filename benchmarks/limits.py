@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.common import model_folder, run, significant
 from phalanx.benchmarks.lab.rates import Limits, measure_limits
 from phalanx.engine.errors import ConfigError
 from phalanx.engine.models.spec import ModelSpec, read_config, spec_from_config
@@ -122,8 +122,8 @@ def case_limit_tokens_per_s(work: Work, requests: int, prompt: int, new: int, ba
 
 
 def share(value: float, limit: float) -> float:
-    """Return the share of a limit that was reached, as printed."""
-    return round(value / limit, 3)
+    """Return the share of a limit that was reached, as printed: with three significant digits, so that none is 0."""
+    return significant(value / limit, 3)
 
 
 def context_switch_us(switches: int = SWITCHES) -> float:

@@ -14,26 +14,25 @@ host they change from minute to minute; the better one counts. The last line is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from phalanx.benchmarks.lab.common import model_folder, run
+from phalanx.benchmarks.lab.common import model_folder, run, significant
 from phalanx.benchmarks.lab.peers.engines import weight_bytes
 from phalanx.benchmarks.lab.rates import Limits, measure_limits, measure_now
 from phalanx.benchmarks.latency import whole_numbers
 from phalanx.benchmarks.limits import (
     Work,
     decode_step_s,
-    kv_token_bytes,
     layer_weights,
     prefill_s,
     share,
-    step_weight_bytes,
-    token_flops,
 )
 from phalanx.engine.config import EngineConfig
 from phalanx.engine.errors import ConfigError
@@ -171,10 +170,20 @@ def linear_flops(spec: ModelSpec, tokens: int, sampled: int) -> float:
     return 2.0 * ((spec.num_layers - 1) * layer * tokens + qkv * tokens + (layer - qkv) * sampled)
 
 
-def linear_rate(spec: ModelSpec, plan: StepPlan, linear_ms: float, best_gflops: float) -> dict[str, float]:
-    """GFLOP/s of the linear layers that took so long, and their share of the machine's."""
+def linear_rate(spec: ModelSpec, plan: StepPlan, linear_ms: float, best_gflops: float) -> dict[str, float | None]:
+    """GFLOP/s of the linear layers that took so long, and their share of the machine's.
+
+    Both are None where no time is left for them: theirs is a difference, which of a tiny model is less than its noise.
+    """
+    if linear_ms <= 0:
+        return {"linear_ms": significant(linear_ms, 4), "linear_gflops": None, "linear_share": None}
+
     rate = linear_flops(spec, plan.num_tokens, len(plan.sample_rows)) / (1e6 * linear_ms)
-    return {"linear_ms": round(linear_ms, 3), "linear_gflops": round(rate, 1), "linear_share": share(rate, best_gflops)}
+    return {
+        "linear_ms": significant(linear_ms, 4),
+        "linear_gflops": significant(rate, 4),
+        "linear_share": share(rate, best_gflops),
+    }
 
 
 def bounds(work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float) -> dict[str, float]:
@@ -183,14 +192,13 @@ def bounds(work: Work, plan: StepPlan, read_gb_s: float, best_gflops: float) -> 
     first = plan.positions[0]
     count = plan.counts[0]
     rates = 1e9 * read_gb_s, 1e9 * best_gflops
-    read = step_weight_bytes(work) + rows * first * kv_token_bytes(work)
     if count == 1:
-        flops = rows * token_flops(work.spec, first + 1)
-        least = decode_step_s(work, first + 1, rows, *rates)
+        limit = partial(decode_step_s, work, first + 1, rows)
     else:
-        least = prefill_s(work, count, rows, *rates)
-        flops = least * rates[1]
-    return {"read_ms": 1000 * read / rates[0], "multiply_ms": 1000 * flops / rates[1], "least_ms": 1000 * least}
+        limit = partial(prefill_s, work, count, rows)
+
+    seconds = {"read": limit(rates[0], math.inf), "multiply": limit(math.inf, rates[1]), "least": limit(*rates)}
+    return {f"{name}_ms": 1000 * value for name, value in seconds.items()}
 
 
 def rates_around(limits: Limits, int8: bool, *measured: dict[str, float]) -> dict[str, float]:
@@ -222,7 +230,7 @@ def measure_step(worker: Worker, work: Work, plan: StepPlan, limits: Limits, opt
     linear = found["attention_ms"] - attend + found["mlp_ms"]
     products = linear + found["head_ms"]
     values = {"step_ms": whole, **found, "rest_ms": rest, "attend_ms": attend, "products_ms": products, **least}
-    return {name: round(value, 3) for name, value in values.items()} | {
+    return {name: significant(value, 4) for name, value in values.items()} | {
         **rates,
         "share_of_limit": share(least["least_ms"], whole),
         "products_share_of_step": share(products, whole),

@@ -63,6 +63,11 @@ def model_folder(model: str | None, preset: str) -> Path:
     return make_random_model(ROOT / "models" / preset.replace("_", "-"), load_shape(preset))
 
 
+def significant(value: float, digits: int) -> float:
+    """The value with so many significant digits, by which small ones are as exact as large ones."""
+    return float(f"{value:.{digits}g}")
+
+
 def percentiles(values: Sequence[float], digits: int) -> dict[str, float] | None:
     """p50, p95 and p99 by the nearest rank, the ceil(share * count)-th smallest; None of no values."""
     ordered = sorted(values)

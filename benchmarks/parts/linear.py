@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from phalanx.benchmarks.lab.common import run
+from phalanx.benchmarks.lab.common import run, significant
 from phalanx.benchmarks.lab.rates import Limits, measure_limits
 from phalanx.benchmarks.latency import whole_numbers
 from phalanx.benchmarks.limits import share
@@ -220,9 +220,9 @@ def figures(seconds: float, nbytes: int, flops: float, read_gb_s: float | None, 
     if read_gb_s is not None:
         least = max(least, nbytes / (1e9 * read_gb_s))
     return {
-        "ms": round(1000 * seconds, 4),
-        "gb_s": round(nbytes / seconds / 1e9, 2),
-        "gflops": round(flops / seconds / 1e9, 1),
+        "ms": significant(1000 * seconds, 4),
+        "gb_s": significant(nbytes / seconds / 1e9, 4),
+        "gflops": significant(flops / seconds / 1e9, 4),
         "share_of_limit": share(least, seconds),
     }
 
