@@ -194,4 +194,9 @@ def test_a_model_may_be_required(make_gateway: Callable[[GatewayConfig], Server]
         refused = strict.http.post(path, json=body)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "model"
+        assert strict.http.post(path, json={**body, "model": ""}).json() == refused.json()
         assert strict.http.post(path, json={**body, "model": "demo"}).status_code == 200
+        assert server.http.post(path, json={**body, "model": ""}).status_code == 200
+    assert strict.http.get("/tokenizer_info").json() == server.http.get("/tokenizer_info").json()
+    assert strict.http.get("/v1/models/demo").status_code == 200
+    assert strict.http.get("/v1/models/").status_code == server.http.get("/v1/models/").status_code == 404
