@@ -17,7 +17,7 @@ from typing import Any
 
 from ...engine.errors import ConfigError
 from .config import GatewayConfig
-from .http.browsers import check_hosts
+from .http.browsers import check_hosts, check_origins
 from .http.errors import ApiError
 from .http.exchange import Exchange
 
@@ -63,6 +63,7 @@ class AuthConfig:
 
     def __post_init__(self) -> None:
         check_hosts(self.allowed_hosts)
+        check_origins(self.allow_origins)
 
 
 class Keys:

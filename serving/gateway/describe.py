@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import types
 import typing
@@ -14,6 +15,7 @@ from msgspec import Meta
 
 from .auth import AuthConfig
 from .config import GatewayConfig
+from .http.neutral import NEUTRAL
 from .openapi import STATUS_MEANINGS
 from .routes.table import OPERATIONS, Operation
 from .schemas.chat import PARTS
@@ -240,10 +242,15 @@ def _number(value: float | None) -> str:
 def _refused(operation: Operation) -> str:
     if not operation.refused:
         return ""
-    rows = [f"| `{name}` | {why} |" for name, why in operation.refused.items()]
+    rows = [f"| `{name}` | {why}{_taken(name)} |" for name, why in operation.refused.items()]
     return "\n".join(
         [f"Refused on `{operation.path}`:", "", "| field | why, and what to use |", "|---|---|", *rows, ""]
     )
+
+
+def _taken(name: str) -> str:
+    values = ", ".join(f"`{json.dumps(value)}`" for value in NEUTRAL.get(name, ()))
+    return f" ({values}: taken, as it changes nothing)" if values else ""
 
 
 def _settings(title: str, kind: type[GatewayConfig | AuthConfig]) -> str:

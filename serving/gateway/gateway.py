@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from ...engine.protocol.messages import Event, ModelInfo
 from .config import GatewayConfig
@@ -58,19 +58,29 @@ class Gateway:
             raise unavailable(reason, code)
 
     def model(self, name: str | None) -> tuple[str, ModelInfo]:
-        """The name that answers give, and the model.
+        """The name that answers give, and the model, for the name that a request has; an empty one is as good as none.
 
         Raises ApiError: 503 while it is loaded, 404 for another, 400 without a name where one is required.
         """
-        models = self.pool.models()
-        if not models:
-            self.check_open()
-            raise unavailable("the model is being loaded; try again soon", "loading")
-        if name is None:
+        models = self.known_models()
+        if not name:
             if self.config.require_model:
                 known = ", ".join(models)
                 raise invalid(f"model is required: name one of {known}", "model", "missing_required_parameter")
             name = next(iter(models))
+        return name, self.model_named(name)
+
+    def known_models(self) -> Mapping[str, ModelInfo]:
+        """The model under each of its names, at least one. Raises ApiError: 503 while it is loaded."""
+        models = self.pool.models()
+        if not models:
+            self.check_open()
+            raise unavailable("the model is being loaded; try again soon", "loading")
+        return models
+
+    def model_named(self, name: str) -> ModelInfo:
+        """The model of this name. Raises ApiError: 503 while it is loaded, 404 for another."""
+        models = self.known_models()
         if name not in models:
             known = ", ".join(models)
             raise ApiError(
@@ -80,7 +90,7 @@ class Gateway:
                 param="model",
                 code="model_not_found",
             )
-        return name, models[name]
+        return models[name]
 
     async def ask(self, question: Question) -> Event:
         """An engine's answer. Raises ApiError (503) unless requests are taken, PhalanxError for a refusal."""

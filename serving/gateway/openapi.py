@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from .config import VERSION
+from .http.neutral import NEUTRAL
 from .routes.table import OPERATIONS, Operation
 from .schemas.responses import HealthInfo
 
@@ -39,9 +41,11 @@ def openapi_document() -> dict[str, Any]:
             if kind is not None:
                 kinds[kind] = None
     _, components = msgspec.json.schema_components(list(kinds), ref_template="#/components/schemas/{name}")
+    for schema in components.values():
+        _take_nulls(schema)
     for operation in OPERATIONS:
-        if operation.request is not None:  # a null is as good as no value, under any name (http/json_body.py)
-            components[operation.request.__name__]["additionalProperties"] = {"type": "null"}
+        if operation.request is not None:
+            _take_neutral(components, operation.request.__name__, operation.refused)
 
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
@@ -56,6 +60,30 @@ def openapi_document() -> dict[str, Any]:
         },
         "security": [{}, {"key": []}],
     }
+
+
+def _take_nulls(schema: dict[str, Any]) -> None:
+    """Declare that a null is as good as no value, under any name (http/neutral.py); of what answers hold, nothing."""
+    if schema.get("additionalProperties") is not False:
+        return
+    schema["additionalProperties"] = {"type": "null"}
+    for name, field in schema["properties"].items():
+        kinds = field.get("anyOf", [field])
+        if name not in schema.get("required", ()) and {"type": "null"} not in kinds and field:
+            schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}]}
+
+
+def _take_neutral(components: dict[str, Any], kind: str, refused: Mapping[str, str]) -> None:
+    """Declare the values of refused fields that are taken, since they change nothing."""
+    for path, why in refused.items():
+        outer, _, name = path.rpartition(".")
+        holder = components[kind]
+        if outer:
+            (reference,) = re.findall(r"schemas/(\w+)", str(holder["properties"][outer]))
+            holder = components[reference]
+        if path in NEUTRAL:
+            values = {"enum": [*NEUTRAL[path], None]}
+            holder["properties"][name] = {**values, "description": f"Nothing else is taken: {why}"}
 
 
 def _operation(operation: Operation) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from .exchange import Exchange, Receive, Scope, Send
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _NAME = re.compile(r"\*|(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|[0-9a-f:.]+")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d+)?")
+_DEFAULT_PORT = re.compile(r"http:.*:80|https:.*:443")
 _LOCAL = ("localhost", "local", "internal", "home.arpa")
 """Domains of which nobody can own a name that the rest of the world resolves (RFC 6761, 6762, 8375; ICANN)."""
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -32,6 +34,17 @@ def check_hosts(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"allowed_hosts has {name!r}: give names without a port such as example.org, *.example.org for those "
                 f"below it, or * for all"
+            )
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raise ConfigError for an origin that no browser sends: the page would be refused, and nobody told why."""
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
+            raise ConfigError(
+                f"allow_origins has {origin!r}: give origins as browsers send them, such as https://example.org or "
+                f"http://localhost:3000 (in lower case, with no path, no last slash and no port that is the scheme's "
+                f"own), or * for all"
             )
 
 

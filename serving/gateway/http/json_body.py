@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .errors import UNSUPPORTED, ApiError, invalid
+from .errors import ApiError, invalid
+from .neutral import without_neutral, without_nulls
 
 Request = TypeVar("Request", bound=msgspec.Struct)
 
@@ -126,12 +127,13 @@ def to_struct(
     """The request that `values` describe; a null is as good as no value. Without `strict`, "5" is a number, too.
 
     Raises ApiError (400) whose `param` is the path of the first field that is wrong. `refused` has what to say about
-    fields that other servers take and this one does not.
+    fields that other servers take and this one does not; what changes nothing of them is left out (http/neutral.py).
     """
-    for name, why in (refused or {}).items():
-        if values.get(name) is not None:
-            raise invalid(f"{name} is not supported: {why}", name, UNSUPPORTED)
-    values = {name: value for name, value in values.items() if value is not None}
+    values = without_neutral(values, refused or {})
+    try:
+        return msgspec.convert(values, kind, strict=strict, str_keys=True)
+    except msgspec.ValidationError:
+        values = without_nulls(values, kind)  # which takes a while, and is seldom needed
     try:
         return msgspec.convert(values, kind, strict=strict, str_keys=True)
     except msgspec.ValidationError as error:

@@ -20,8 +20,8 @@ async def models(gateway: Gateway, exchange: Exchange) -> None:
 
 async def model(gateway: Gateway, exchange: Exchange) -> None:
     """Tell about one name."""
-    name, found = gateway.model(str(exchange.scope["path_params"]["model"]))
-    await exchange.respond_json(_card(gateway, name, found))
+    name = str(exchange.scope["path_params"]["model"])
+    await exchange.respond_json(_card(gateway, name, gateway.model_named(name)))
 
 
 def _card(gateway: Gateway, name: str, found: ModelInfo) -> ModelCard:

@@ -80,7 +80,7 @@ async def detokenize(gateway: Gateway, exchange: Exchange) -> None:
 
 async def tokenizer_info(gateway: Gateway, exchange: Exchange) -> None:
     """Tell what the tokenizer is."""
-    _, model = gateway.model(None)
+    model = next(iter(gateway.known_models().values()))
     await exchange.respond_json(
         TokenizerInfo(
             tokenizer_class=model.tokenizer_class,

@@ -265,7 +265,7 @@ def check_bounds(fields: SamplingFields, config: GatewayConfig) -> None:
 
 def check_stream(stream: bool | None, options: StreamOptions | None, prompt_logprobs: int | None) -> None:
     """Raise ApiError for what does not go with stream, or without it."""
-    if options is not None and not stream:
+    if options is not None and not stream and any(getattr(options, name) for name in options.__struct_fields__):
         raise invalid("stream_options is only for stream=true", "stream_options")
     if options is not None and options.include_obfuscation:
         raise invalid("stream_options.include_obfuscation=true is not supported", "stream_options.include_obfuscation")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _STRUCTURED = "use structured_outputs, which has one backend"
+_ONE_BACKEND = "there is one backend"
+_WHITESPACE = "JSON has a space or a new line with its indentation between its parts"
 _NO_ADAPTERS = "adapters are not loaded by this server"
 
 _BOTH: dict[str, str] = {
@@ -16,18 +18,24 @@ _BOTH: dict[str, str] = {
     "guided_choice": "use structured_outputs.choice",
     "guided_grammar": "use structured_outputs.grammar",
     "guided_decoding_backend": _STRUCTURED,
-    "guided_whitespace_pattern": "JSON has a space or a new line with its indentation between its parts",
+    "guided_whitespace_pattern": _WHITESPACE,
     "structural_tag": "use structured_outputs.structural_tag",
     "spaces_between_special_tokens": "special tokens are joined as the tokenizer joins them",
     "detokenize": "use /inference/v1/generate for token ids without text",
     "logits_processors": "code is not taken from requests; use logit_bias, bad_words or allowed_token_ids",
     "mm_processor_kwargs": "the models of this server read text",
+    "media_io_kwargs": "the models of this server read text",
+    "truncation_side": "truncate_prompt_tokens keeps the last tokens",
     "kv_transfer_params": "KV is not moved between servers",
     "vllm_xargs": "arguments of plug-ins are not taken",
     "thinking_token_budget": "use max_tokens",
     "repetition_detection": "use repetition_penalty or frequency_penalty",
     "lora_request": _NO_ADAPTERS,
     "timeout_s": "its name is timeout",
+    "structured_outputs.disable_any_whitespace": _WHITESPACE,
+    "structured_outputs.whitespace_pattern": _WHITESPACE,
+    "structured_outputs.disable_additional_properties": 'give the schema "additionalProperties": false',
+    "structured_outputs.disable_fallback": _ONE_BACKEND,
 }
 
 REFUSED_CHAT: Mapping[str, str] = {
@@ -63,6 +71,16 @@ REFUSED_TOKENIZE: Mapping[str, str] = {
 
 REFUSED_GENERATE: Mapping[str, str] = {
     "sampling_params.detokenize": "the answer is token ids in any case",
+    "sampling_params.spaces_between_special_tokens": "the answer is token ids in any case",
+    "sampling_params.output_kind": "stream says whether the answer comes in pieces",
+    "sampling_params.flat_logprobs": "log-probabilities have one form",
+    "sampling_params.structured_outputs": "use /v1/completions, which takes token ids, too",
+    "sampling_params.best_of": "use n and choose among the answers",
+    "sampling_params.logits_processors": _BOTH["logits_processors"],
+    "sampling_params.extra_args": _BOTH["vllm_xargs"],
+    "sampling_params.thinking_token_budget": _BOTH["thinking_token_budget"],
+    "sampling_params.repetition_detection": _BOTH["repetition_detection"],
+    "sampling_params.skip_reading_prefix_cache": "give the request a cache_salt of its own",
     "features": "the models of this server read text",
     "kv_transfer_params": _BOTH["kv_transfer_params"],
 }

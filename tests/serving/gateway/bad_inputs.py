@@ -86,7 +86,7 @@ def _is_wrong(body: dict[str, Any], kind: Any) -> bool:
 
 def wrong_values(kind: inspect.Type) -> list[Any]:
     """Values that are not of a type; some may be of another member of a union that holds it."""
-    others: list[Any] = [True, -7, 2.5, "no such value", [], {}, [None], {"": None}, [[[]]], 2**64 - 1]
+    others: list[Any] = [True, -7, 2.5, "no such value", [], {}, [None], {"": 1}, [[[]]], 2**64 - 1]
     if isinstance(kind, inspect.UnionType):
         return others + [value for member in kind.types for value in wrong_values(member)]
     if isinstance(kind, inspect.IntType | inspect.FloatType):
@@ -99,7 +99,7 @@ def wrong_values(kind: inspect.Type) -> list[Any]:
     if isinstance(kind, inspect.ListType):
         return others + [[value] for value in wrong_values(kind.item_type)]
     if isinstance(kind, inspect.DictType):
-        return others + [{"1": value} for value in wrong_values(kind.value_type)] + [{"x": 1}]
+        return others + [{"1": value} for value in wrong_values(kind.value_type)] + [{"x": 1}, {"": None}]
     if isinstance(kind, inspect.StructType):
         right = _right_struct(kind)
         fields = [{**right, field.name: value} for field in kind.fields for value in wrong_values(field.type)]

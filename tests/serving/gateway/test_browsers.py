@@ -98,3 +98,20 @@ def test_which_addresses_are_of_this_machine_alone() -> None:
 def test_a_name_that_no_host_can_have_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="allowed_hosts"):
         AuthConfig(allowed_hosts=(name,))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("", "example.org", "https://example.org/", "https://example.org/app", "https://Example.org", "https://"),
+        *("https://example.org:443", "http://example.org:80", "https://*.example.org", "*.example.org", "https://a b"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match="allow_origins"):
+        AuthConfig(allow_origins=(origin,))
+
+
+def test_origins_as_browsers_send_them_are_taken() -> None:
+    extensions = ("chrome-extension://abcdefghijklmnop", "tauri://localhost", "app://.", "null", "*")
+    AuthConfig(allow_origins=("https://example.org", "http://localhost:3000", "http://[::1]:3000", *extensions))

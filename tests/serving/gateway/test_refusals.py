@@ -10,6 +10,7 @@ import pytest
 from phalanx.engine.errors import CapacityExceeded, EngineFault, EngineStopped, InvalidRequest
 from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.engine_pool import PoolState
+from phalanx.serving.gateway.http.neutral import NEUTRAL
 from phalanx.serving.gateway.schemas.refused import REFUSED_CHAT, REFUSED_COMPLETION
 from phalanx.tests.serving.gateway.conftest import Server
 
@@ -240,10 +241,16 @@ def test_fields_of_other_servers_are_refused_with_what_to_use_instead(
     server: Server, path: str, field: str, why: str
 ) -> None:
     rest = {"messages": HELLO} if path == CHAT else {"prompt": "Hi"}
-    error = refusal(server, path, {**rest, field: 1})
+    outer, _, name = field.rpartition(".")
+
+    def asked(value: Any) -> dict[str, Any]:
+        return {**rest, outer: {"choice": ["a"], name: value}} if outer else {**rest, field: value}
+
+    error = refusal(server, path, asked([2]))
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
     assert why in error["message"]
-    assert server.http.post(path, json={**rest, field: None}).status_code == 200
+    for value in (None, *NEUTRAL.get(field, ())):
+        assert server.http.post(path, json=asked(value)).status_code == 200, value
 
 
 @pytest.mark.parametrize(

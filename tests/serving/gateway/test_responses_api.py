@@ -365,7 +365,6 @@ def test_a_refusal_of_the_engine_names_the_field(server: Server, stream: bool) -
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"background": True, "stream": True}, "stream"),
         ({"background": True, "store": False}, "background"),
-        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "x"}}, "prompt"),

@@ -195,5 +195,3 @@ def check_together(request: ResponsesRequest) -> None:
         raise invalid("background=true cannot be streamed: set stream=false, and ask for the response later", "stream")
     if request.background and request.store is False:
         raise invalid("background=true needs store=true: the response is fetched later", "background")
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options is only for stream=true", "stream_options")
