@@ -8,13 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import msgspec
 
+from ...parallel.child_python import python_command
 from ..config import EngineConfig
 from ..errors import ERRORS_BY_NAME, ConfigError, EngineStopped, PhalanxError
 from ..models.hub import resolve_model
@@ -79,7 +79,7 @@ class GroupProcess:
             (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
             package = __package__.partition(".")[0]
             return subprocess.Popen(
-                [sys.executable, "-m", f"{package}.launch.ranks.own_group", str(self._folder)],
+                python_command(f"{package}.launch.ranks.own_group", str(self._folder)),
                 stdin=subprocess.PIPE,
                 stdout=_inherited(1),
                 stderr=_inherited(2),
