@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import ATTENTION_BACKENDS, weight_formats
 from ..parallel.loading.json_files import shown
 from .errors import ConfigError
-from .protocol.sampling_params import MAX_FLOAT, SEED_LIMIT, SamplingParams, exact, plain
+from .protocol.sampling_params import MAX_FLOAT, SEED_LIMIT, SamplingParams, exact, listed, plain
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -143,12 +143,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            value = plain(getattr(self, each.name))
+            value = exact(plain(getattr(self, each.name)))
             is_path = each.name in ("model", "tokenizer", "tokenizer_store") and isinstance(value, os.PathLike)
             object.__setattr__(self, each.name, os.fspath(value) if is_path else value)
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model={shown(self.model)} must be a folder or a hub name")
 
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         for name, allowed in _CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
         for name in ("ranks", "max_num_seqs", "max_num_batched_tokens", "max_queue"):
@@ -190,13 +191,19 @@ class EngineConfig:
             raise ConfigError(f'tokenizer_store={shown(self.tokenizer_store)} must be "auto", a folder, or "none"')
         for name in ("model", "tokenizer", "tokenizer_store"):
             _check_unicode(name, getattr(self, name))
+        if self.sampling is None or isinstance(self.sampling, Mapping):
+            object.__setattr__(self, "sampling", SamplingParams.from_dict(dict(self.sampling or {})))
         if not isinstance(self.sampling, SamplingParams):
             raise ConfigError(f"sampling={shown(self.sampling)} must be a mapping of sampling fields")
 
         if self.rank_weights is not None:
             self._check_rank_weights(self.rank_weights)
 
-    def _check_rank_weights(self, weights: Sequence[float]) -> None:
+    def _check_rank_weights(self, weights: Any) -> None:
+        if not isinstance(weights, set | frozenset):  # which has no order
+            weights = listed(weights, self.ranks + 1)
+        if isinstance(weights, list):
+            weights = [exact(weight) for weight in weights]
         if not isinstance(weights, list | tuple) or len(weights) != self.ranks or not all(map(_is_positive, weights)):
             raise ConfigError(
                 f"rank_weights={shown(weights)} must be {self.ranks} positive numbers, one for each of "
@@ -211,9 +218,6 @@ class EngineConfig:
         for name in values:
             if name not in names:
                 raise ConfigError(unknown_name("configuration key", name, names))
-        values = dict(values)
-        if isinstance(values.get("sampling"), dict):
-            values["sampling"] = SamplingParams.from_dict(values["sampling"])
         return cls(**values)
 
 
@@ -237,8 +241,15 @@ def unknown_name(kind: str, name: str, allowed: list[str]) -> str:
     return f"unknown {kind} {shown(name)}{hint} the allowed ones are {', '.join(allowed)}"
 
 
+def _dtype_name(value: Any) -> Any:
+    """Return the name of a dtype of numpy or torch; anything else as it is."""
+    is_dtype = type(value).__module__.partition(".")[0] in ("numpy", "torch") and not isinstance(value, str)
+    return str(value).removeprefix("torch.") if is_dtype else value
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    # Another type's value may equal a name, and no message to a rank holds it.
+    if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name}={shown(value)} is not supported; it must be one of {', '.join(allowed)}")
 
 

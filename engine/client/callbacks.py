@@ -30,14 +30,22 @@ class CallbackThreads:
         self._closed = False
 
     def schedule(self, receiver: Receiver) -> None:
-        """Have a receiver called on some thread."""
+        """Have a receiver called on some thread: the caller's own where no other can be started."""
+        alone = False
         with self._lock:
             self._ready.append(receiver)
             if self._idle < len(self._ready) and len(self._threads) < MOST_THREADS:
                 thread = threading.Thread(target=self._run, name="phalanx-callbacks", daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                try:
+                    thread.start()
+                    self._threads.add(thread)
+                except RuntimeError:  # this user, or this container, has as many as it may: those that run do it
+                    alone = not self._threads
+            if alone:
+                self._ready.remove(receiver)
             self._work.notify()
+        if alone:
+            receiver.deliver()
 
     def close(self, timeout_s: float) -> None:
         """Call what is due, for `timeout_s` seconds at most. A receiver that calls this is not waited for."""

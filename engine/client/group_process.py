@@ -8,13 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import msgspec
 
+from ...parallel.child_python import python_command
 from ..config import EngineConfig
 from ..errors import ERRORS_BY_NAME, ConfigError, EngineStopped, PhalanxError
 from ..models.hub import resolve_model
@@ -79,7 +79,7 @@ class GroupProcess:
             (self._folder / "config.json").write_bytes(msgspec.json.encode(config))
             package = __package__.partition(".")[0]
             return subprocess.Popen(
-                [sys.executable, "-m", f"{package}.launch.ranks.own_group", str(self._folder)],
+                python_command(f"{package}.launch.ranks.own_group", str(self._folder)),
                 stdin=subprocess.PIPE,
                 stdout=_inherited(1),
                 stderr=_inherited(2),
@@ -175,7 +175,8 @@ def _inherited(descriptor: int) -> int | None:
 def _private_folder() -> Path:
     """Make a folder of this user's alone, in which a socket's path is no longer than the system allows.
 
-    Some clusters set TMPDIR to a path so long that a socket has no room in it. Raises ConfigError if there is no other.
+    Some clusters set TMPDIR to a path so long that a socket has no room in it, and ZeroMQ takes paths in UTF-8 alone:
+    such a TMPDIR is passed over. Raises ConfigError if there is no other.
     """
     try:
         home = tempfile.gettempdir()
@@ -185,7 +186,7 @@ def _private_folder() -> Path:
             f"folder that can be written"
         ) from error
     name_bytes = len(f"/phalanx-12345678/{_SOCKET}")
-    if len(os.fsencode(home)) + name_bytes > SOCKET_PATH_BYTES:
+    if len(os.fsencode(home)) + name_bytes > SOCKET_PATH_BYTES or not _is_unicode(home):
         home = SHORT_TMPDIR
     try:
         return Path(tempfile.mkdtemp(prefix="phalanx-", dir=home))
@@ -194,3 +195,12 @@ def _private_folder() -> Path:
             f"no folder for the engine's socket can be made in {home}: {error.strerror}; set TMPDIR to a folder that "
             f"can be written, whose path has at most {SOCKET_PATH_BYTES - name_bytes} bytes"
         ) from error
+
+
+def _is_unicode(path: str) -> bool:
+    """Whether a path is UTF-8, as its bytes need not be."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -37,15 +37,17 @@ class MaskThreads:
         self._made = threading.Condition()
         self._fast: queue.SimpleQueue[Matcher | None] = queue.SimpleQueue()
         self._slow: queue.SimpleQueue[Matcher | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []  # those that run
         self._begun_at = 0.0
         self._window_s = 0.0  # how long after their beginning masks were wanted, lately
 
     def begin(self, matchers: Iterable[Matcher]) -> None:
         """Make the masks of these matchers, each of which has taken in a token."""
         for matcher in matchers:
-            if not self._threads:
-                self._start()
+            why_not = self._start()
+            if why_not is not None:
+                matcher.fail(why_not)
+                continue
             self._begun_at = time.perf_counter()
             (self._slow if matcher.slow else self._fast).put(matcher)
 
@@ -80,13 +82,18 @@ class MaskThreads:
             for _ in self._threads:
                 lane.put(None)
 
-    def _start(self) -> None:
-        lanes = [self._fast] * FAST_THREADS + [self._slow] * SLOW_THREADS
-        self._threads = [
-            threading.Thread(target=self._run, args=(lane,), name="phalanx-masks", daemon=True) for lane in lanes
-        ]
-        for thread in self._threads:
-            thread.start()
+    def _start(self) -> str | None:
+        """Start the threads that do not run yet, the slow lane's first. Returns why there are too few; None if not."""
+        lanes = [self._slow] * SLOW_THREADS + [self._fast] * FAST_THREADS
+        try:
+            for lane in lanes[len(self._threads) :]:
+                thread = threading.Thread(target=self._run, args=(lane,), name="phalanx-masks", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:  # this user, or this container, has as many as it may
+            if len(self._threads) <= SLOW_THREADS:
+                return f"the engine can start no thread for its grammar ({error})"
+        return None
 
     def _run(self, lane: queue.SimpleQueue[Matcher | None]) -> None:
         if lane is self._slow:

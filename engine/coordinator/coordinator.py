@@ -6,6 +6,7 @@ loop (here) owns the scheduler, the output thread (egress.py) owns the text of e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -357,7 +358,9 @@ class Coordinator:
             self._scheduler.check_integrity()
         if not self._prepared:
             self._prepared = True
-            threading.Thread(target=self._ingress.prepare, name="phalanx-vocabulary", daemon=True).start()
+            # Where no more threads may run, the first request with a grammar makes them ready.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._ingress.prepare, name="phalanx-vocabulary", daemon=True).start()
         self._control.send(encode(Idle()))
         self._capture_next()
 

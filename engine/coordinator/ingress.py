@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from ..errors import CapacityExceeded, EngineStopped, InvalidRequest, PhalanxError
+from ..errors import CapacityExceeded, EngineFault, EngineStopped, InvalidRequest, PhalanxError
 from ..protocol.messages import (
     Abort,
     Command,
@@ -151,7 +151,17 @@ class Ingress:
                 self._waiting_bytes[owner.client] = self._waiting_bytes.get(owner.client, 0) + size
         if refusal is not None:
             self._egress.refuse(owner, refusal)
-        elif isinstance(submit, Submit) and submit.structured is not None:
+            return
+        try:
+            self._hand_on(received)
+        except EngineFault as error:
+            self._refuse(received, error)
+
+    def _hand_on(self, received: _Received) -> None:
+        """Put a request into the hands of the threads for its kind."""
+        owner, submit, size = received.owner, received.submit, received.size
+        prompt = Prompt(token_ids=submit.token_ids) if isinstance(submit, Detokenize) else submit
+        if isinstance(submit, Submit) and submit.structured is not None:
             self._grammars.put(owner.client, received)
         elif size > LONG_BYTES and (prompt.token_ids is None or not isinstance(submit, Submit)):
             self._long.put(owner.client, received)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from ..scheduling.request import SequenceUpdate
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.step_plan import StepPlan
 from .threads import StepLoop
+
+_log = logging.getLogger(__name__)
 
 PHASES = ("schedule", "launch", "wait", "commit")
 PATIENCE_S = 0.1
@@ -168,7 +171,11 @@ class StatusAnswers:
             if self._timer is None:
                 self._timer = threading.Timer(PATIENCE_S, self._answer_all)
                 self._timer.daemon = True
-                self._timer.start()
+                try:
+                    self._timer.start()
+                except RuntimeError as error:  # there may be no more threads: the loop answers, unless a step hangs
+                    self._timer = None
+                    _log.warning("a question for the engine's state has no timer: %s", error)
         self._loop.call_soon(self._answer, number)
 
     def _answer(self, number: int) -> None:

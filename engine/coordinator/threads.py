@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
+from ..errors import EngineFault
 from ..protocol.messages import Submit
 from ..scheduling.request import Request
 from .registry import Owner
@@ -102,17 +103,17 @@ class FairThreads(Generic[T]):
             threading.Thread(target=self._run, name=f"phalanx-{name}-{number}", daemon=True)
             for number in range(threads)
         ]
-        self._started = False
+        self._running = 0  # of the threads, the first ones
 
     def put(self, client: bytes, item: T) -> None:
-        """Have a client's item handled. Any thread may call it; after close() it is dropped."""
+        """Have a client's item handled. Any thread may call it; after close() it is dropped.
+
+        Raises EngineFault if the system lets no thread run that could.
+        """
         with self._lock:
             if self._closed:
                 return
-            if not self._started:
-                self._started = True
-                for thread in self._threads:
-                    thread.start()
+            self._start()
             self._items.setdefault(client, deque()).append(item)
             self._changed.notify()
 
@@ -122,12 +123,24 @@ class FairThreads(Generic[T]):
         with self._lock:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads if self._started else []:
+        for thread in self._threads[: self._running]:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             self._items.clear()  # nobody waits for what was not begun by now
-        if self._started and any(thread.is_alive() for thread in self._threads):
+        if any(thread.is_alive() for thread in self._threads):
             _log.warning("a request's text still keeps a thread of %s busy; it is left behind", self._name)
+
+    def _start(self) -> None:
+        """Start the threads that do not run yet. The lock is held."""
+        try:
+            for thread in self._threads[self._running :]:
+                thread.start()
+                self._running += 1
+        except RuntimeError as error:  # this user, or this container, has as many as it may
+            if not self._running:
+                raise EngineFault(
+                    f"the engine can start no thread for the request ({error}): let its user have more processes"
+                ) from error
 
     def _run(self) -> None:
         try:

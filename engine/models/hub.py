@@ -48,6 +48,8 @@ def _from_hub(name: str, weights: bool) -> Path:
         pass  # the hub is asked
     except HFValidationError as error:  # as for ./folder, which is not there
         raise _no_name(name) from error
+    except OSError as error:  # somebody else's cache, say, which this user may not read
+        where = f"cannot be looked up in the local hub cache ({error})"
     else:
         missing = _missing_file(cached, weights)
         if missing is None:

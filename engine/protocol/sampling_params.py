@@ -185,9 +185,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise InvalidRequest(f"{name} holds {len(entries)} token ids; it may hold at most {limit}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token in getattr(self, name) or ():
-                _check_number(name, token, 0, math.inf, integer=True)
+                _check_number(name, token, 0, SEED_LIMIT, integer=True)
         for token, bias in (self.logit_bias or {}).items():
-            _check_number("logit_bias key", token, 0, math.inf, integer=True)
+            _check_number("logit_bias key", token, 0, SEED_LIMIT, integer=True)
             _check_number(f"logit_bias[{shown(token)}]", bias, -100, 100)
 
     @classmethod
@@ -252,7 +252,7 @@ def listed(value: Any, most: int) -> Any:
     Of what is not in memory yet `most` are taken: an iterator may not end, and a range may hold more than memory does.
     A set, whose order is by chance, is sorted. Texts, bytes and mappings are no lists.
     """
-    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
         return value
     if isinstance(value, tuple) and set(map(type, value)) <= {int, str}:
         return value  # as it is stored: there may be a million, and each passage of the wire comes by here
@@ -284,14 +284,14 @@ def _bias(value: Any) -> Any:
             token = int(token)
         if token in bias:
             raise InvalidRequest(f"logit_bias holds token id {shown(token)} twice, as a number and as text")
-        bias[token] = plain(number)
+        bias[token] = exact(plain(number))
     return bias
 
 
 def _plain_within(value: Any) -> Any:
     """Return plain() of a value, or of what a list or mapping holds."""
     if isinstance(value, dict):
-        return {plain(key): plain(each) for key, each in value.items()}
+        return {plain(key): exact(plain(each)) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else exact(plain(value))
 
 

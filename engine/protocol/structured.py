@@ -45,12 +45,10 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             if name == "choice":
                 value = listed(value, CHOICES + 1)
                 value = tuple(value) if isinstance(value, list) else value
+            elif name == "json_object" and value is None:
+                value = False
             msgspec.structs.force_setattr(self, name, value)
-            if name == "choice" and isinstance(value, tuple):
-                right = all(isinstance(each, str) for each in value)
-            else:
-                right = isinstance(value, bool if name == "json_object" else str) or value is None
-            if not right:
+            if not _is_right(name, value):
                 wanted = {"choice": "a list of texts", "json_object": "true or false"}.get(name, "a text")
                 raise InvalidRequest(f"structured.{name} must be {wanted}, not {type(value).__name__}")
 
@@ -88,3 +86,12 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 raise InvalidRequest(f"structured.{kind} is not valid Unicode text: {error}") from error
         if not 1 <= size <= SOURCE_BYTES[kind]:
             raise InvalidRequest(f"structured.{kind} has {size} bytes; it must have 1 to {SOURCE_BYTES[kind]}")
+
+
+def _is_right(name: str, value: object) -> bool:
+    """Whether a field has a value of its type: what the wire would refuse is refused within a process, too."""
+    if name == "json_object":
+        return isinstance(value, bool)
+    if name == "choice" and value is not None:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    return isinstance(value, str | None)

@@ -176,10 +176,18 @@ def first_failure(folder: Path, rank: int, process: RankProcess, oom_kills: int 
     if recorded is not None:
         return recorded
     if process.returncode is not None and process.returncode < 0:
-        number = signal.Signals(-process.returncode)
+        number = -process.returncode
         from_outside = number in OUTSIDE and oom_kills is not None and count_oom_kills() == oom_kills
-        return GroupFailure(rank, number.name, f"process {process.pid} was killed", from_outside)
+        return GroupFailure(rank, _signal_name(number), f"process {process.pid} was killed", from_outside)
     return GroupFailure(rank, "SystemExit", f"process {process.pid} ended with exit code {process.returncode}")
+
+
+def _signal_name(number: int) -> str:
+    """Return the name of a signal, or its number: most real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def count_oom_kills() -> int | None:

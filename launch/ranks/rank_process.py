@@ -23,6 +23,7 @@ from typing import Protocol
 
 import msgspec
 
+from ...parallel.child_python import python_command
 from ...parallel.loading.kept_memory import is_complete, make_kept_memory
 from .rank_info import UNKNOWN_RANK, rank_environment
 
@@ -123,7 +124,7 @@ class RankStarter:
                 return started
             _log.warning("ranks are started one by one, which takes longer: %s", started)
             self._fork = False
-        command = [sys.executable, "-m", f"{__package__}.rank", str(self._folder)]
+        command = python_command(f"{__package__}.rank", str(self._folder))
         inherited = [] if memory is None else [memory]
         command += map(str, inherited)
         environment = rank_environment(rank, self._size)
@@ -248,7 +249,7 @@ class _ForkServer:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.fork", str(folder)],
+                python_command(f"{__package__}.fork", str(folder)),
                 env=rank_environment(UNKNOWN_RANK, size),
                 stdin=theirs.fileno(),
             )

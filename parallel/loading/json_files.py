@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises LoadError if it cannot be read, is above MAX_JSON_BYTES, no JSON, nested too deep, or no object.
     """
     try:
-        size = file.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise LoadError(f"{file} has {size} bytes; it may have at most {MAX_JSON_BYTES}")
+        found = file.stat()
+        if found.st_size > MAX_JSON_BYTES:
+            raise LoadError(f"{file} has {found.st_size} bytes; it may have at most {MAX_JSON_BYTES}")
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise LoadError(f"{file} is a pipe, a socket or a device, which may never end: it must be a file")
         value = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         if is_lfs_pointer(file):
@@ -61,6 +64,8 @@ def shortened(text: str) -> str:
 
 def is_lfs_pointer(file: Path) -> bool:
     """Whether a file is the pointer that Git leaves for a large one that was not fetched (git-lfs.com/spec/v1)."""
+    if not file.is_file():  # a pipe, say, which is opened only once somebody writes to it
+        return False
     try:
         with file.open("rb") as stream:
             return stream.read(len(_LFS)) == _LFS

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from phalanx import ConfigError, EngineConfig, SamplingParams
 
 
@@ -76,6 +81,48 @@ def test_paths_and_numpys_numbers_are_taken_as_text_and_numbers(tmp_path: Path) 
     config = EngineConfig(model=tmp_path, tokenizer=tmp_path, ranks=np.int64(2), rank_weights=np.array([1, 2]))  # type: ignore[arg-type]
     assert (config.model, config.tokenizer) == (str(tmp_path), str(tmp_path))
     assert (type(config.ranks), config.rank_weights) == (int, (1.0, 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, np.dtype("float32"), np.str_("float32")])
+def test_a_dtype_of_torch_or_numpy_is_taken_by_its_name(dtype: Any) -> None:
+    config = EngineConfig(model="m", dtype=dtype)
+    assert (type(config.dtype), config.dtype) == (str, "float32")
+
+
+def test_a_value_that_only_equals_a_name_is_refused() -> None:
+    class Equal:
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = object.__hash__
+
+    with pytest.raises(ConfigError, match="device="):
+        EngineConfig(model="m", device=Equal())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[np.float32(1), np.float16(2)], (Decimal(1), Fraction(2)), [torch.tensor(1.0), 2], iter([1, 2]), range(1, 3)],
+)
+def test_rank_weights_may_be_any_numbers_in_any_collection_with_an_order(weights: Any) -> None:
+    config = EngineConfig(model="m", ranks=2, rank_weights=weights)
+    assert config.rank_weights == (1.0, 2.0)
+    assert {type(weight) for weight in config.rank_weights} == {float}
+    for wrong in ({1, 2}, itertools.repeat(1), [True, 2], {1: 2}):
+        with pytest.raises(ConfigError, match="rank_weights="):
+            EngineConfig(model="m", ranks=2, rank_weights=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["kv_memory", "timeout_s", "restart_window_s", "step_timeout_s"])
+def test_an_exact_number_is_taken_as_in_a_request(name: str) -> None:
+    for value in (Decimal("2.5"), Fraction(5, 2)):
+        assert getattr(EngineConfig(**{"model": "m", name: value}), name) == 2.5
+
+
+def test_sampling_may_be_any_mapping_or_none() -> None:
+    for given in ({"top_k": 5}, MappingProxyType({"top_k": 5})):
+        assert EngineConfig(model="m", sampling=given).sampling == SamplingParams(top_k=5)  # type: ignore[arg-type]
+    assert EngineConfig(model="m", sampling=None).sampling == SamplingParams()  # type: ignore[arg-type]
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_known_one() -> None:

@@ -6,13 +6,13 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 import msgspec
 
+from ....parallel.child_python import python_command
 from ...errors import CapacityExceeded, EngineFault, InvalidRequest
 
 CPU_LIMIT_S = 2.0
@@ -135,7 +135,7 @@ class _Process:
         with theirs:
             # In a session of its own, so that Ctrl-C in a terminal is not its to handle.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.sandbox"],
+                python_command(f"{__package__}.sandbox"),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,

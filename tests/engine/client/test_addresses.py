@@ -44,6 +44,15 @@ def test_a_groups_folder_has_room_for_its_socket_whatever_tmpdir_is(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_a_tmpdir_that_no_address_can_hold_is_passed_over(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, other = Path(os.fsdecode(os.fsencode(short) + b"/\xff")), short / "other"
+    home.mkdir()
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    monkeypatch.setattr(group_process, "SHORT_TMPDIR", str(other))
+    assert group_process._private_folder().parent == other
+
+
 def test_without_any_folder_for_its_socket_the_setting_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -10,10 +12,14 @@ from typing import Any
 
 import pytest
 from phalanx import LLM, EngineStopped, InvalidRequest, SamplingParams
+from phalanx.engine.client.requests import make_submit
 from phalanx.engine.coordinator.input_processor import InputProcessor
 from phalanx.engine.coordinator.output_processor import OutputProcessor
+from phalanx.engine.errors import EngineFault
 from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.models.decoder import CausalLM
+from phalanx.engine.protocol.messages import Event, Finished
+from phalanx.engine.protocol.structured import StructuredOutput
 from phalanx.tests.engine import programs
 from phalanx.tests.engine.conftest import CONFIG
 
@@ -93,3 +99,39 @@ def test_memory_that_one_of_several_ranks_does_not_get_ends_them_all(
     assert [name for name, _ in raised] == ["EngineStopped"] * 2
     words = f"rank {broken} failed: MemoryError: the CPU kernels cannot allocate 40 bytes of scratch memory"
     assert words in raised[broken][1]
+
+
+@pytest.mark.parametrize(
+    "name", ["phalanx-callbacks", "phalanx-intake-", "phalanx-masks", "phalanx-vocabulary", "Thread-"]
+)
+def test_threads_that_cannot_be_started_fail_one_request_at_most(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real, refused = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith(name) and len(refused) < 1:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    few = SamplingParams(max_tokens=3, temperature=0)
+    with LLM(str(tiny), **CONFIG) as llm:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        failed = 0
+        for _ in range(2):
+            with contextlib.suppress(EngineFault):
+                failed += 1
+                llm.chat([{"role": "user", "content": "x"}], few)
+                failed -= 1
+            with contextlib.suppress(EngineFault, InvalidRequest):
+                failed += 1
+                llm.generate("hi", few, StructuredOutput(regex="a{3}"))
+                failed -= 1
+            ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
+            llm.submit(make_submit(llm.client.new_id(), prompt=[5, 6], sampling=few), ends.put)
+            while not isinstance(ends.get(timeout=PATIENCE_S), Finished):
+                pass
+            llm.status()
+        assert failed <= len(refused)
+    assert refused or name == "phalanx-vocabulary"  # which may have been started before

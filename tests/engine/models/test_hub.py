@@ -101,3 +101,15 @@ def test_a_snapshot_with_some_of_its_shards_is_not_the_model(tmp_path: Path) -> 
     assert said.startswith("refused model='somebody/small' is in the local hub cache without model-2.safetensors and")
     (snapshot / "model-2.safetensors").touch()
     assert _resolve("somebody/small", tmp_path, REFUSING).stdout.strip() == f"found {snapshot}"
+
+
+def test_a_cache_that_this_user_may_not_read_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/cache/models--org--model/refs/main")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    with pytest.raises(ConfigError, match=r"cannot be looked up in the local hub cache .*Permission denied.*refs/main"):
+        resolve_model("org/model")

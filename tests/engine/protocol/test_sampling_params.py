@@ -250,7 +250,7 @@ def test_an_integer_that_no_number_holds_is_refused_by_name(name: str, digits: i
 
 
 def test_a_bias_of_a_token_of_thousands_of_digits_is_no_fault_of_the_message() -> None:
-    with pytest.raises(InvalidRequest, match=r"logit_bias\[a int too long to be shown\]=101"):
+    with pytest.raises(InvalidRequest, match="logit_bias key=a int too long to be shown is out of range"):
         SamplingParams(logit_bias={10**5000: 101})
 
 
@@ -285,6 +285,26 @@ def test_what_is_no_list_and_no_mapping_is_refused_by_name_from_a_mapping_too(na
     for make in (lambda: SamplingParams(**{name: value}), lambda: SamplingParams.from_dict({name: value})):
         with pytest.raises(InvalidRequest, match=name):
             make()
+
+
+def test_bytes_in_a_view_are_no_list_of_token_ids() -> None:
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        with pytest.raises(InvalidRequest, match=f"{name}=<memory"):
+            SamplingParams(**{name: memoryview(b"12")})
+
+
+@pytest.mark.parametrize("make", [SamplingParams, SamplingParams.from_dict])
+def test_a_bias_may_be_an_exact_number(make: Any) -> None:
+    values = {"logit_bias": {7: Decimal("1.5"), 8: Fraction(1, 2)}}
+    params = make(**values) if make is SamplingParams else make(values)
+    assert params.logit_bias == {7: 1.5, 8: 0.5}
+
+
+@pytest.mark.parametrize("token", [2**64, 10**400])
+def test_a_token_id_that_no_message_carries_is_refused_by_name(token: int) -> None:
+    for values in ({"stop_token_ids": [token]}, {"allowed_token_ids": [token]}, {"logit_bias": {token: 1}}):
+        with pytest.raises(InvalidRequest, match=f"{next(iter(values))}.* is out of range"):
+            SamplingParams(**values)  # type: ignore[arg-type]
 
 
 def test_not_a_number_is_refused_however_it_is_written() -> None:

@@ -55,6 +55,8 @@ def test_a_rank_that_could_say_nothing_is_named_by_how_it_ended(tmp_path: Path) 
     assert not first_failure(tmp_path, 1, killed, -1).from_outside  # the system had no memory left meanwhile
     crashed = _ended("import os; os.kill(os.getpid(), 11)")
     assert not first_failure(tmp_path, 1, crashed, count_oom_kills()).from_outside
+    unnamed = _ended("import os; os.kill(os.getpid(), 40)")
+    assert first_failure(tmp_path, 1, unnamed).error == "signal 40"
     left = _ended("raise SystemExit(5)")
     assert first_failure(tmp_path, 0, left).message == f"process {left.pid} ended with exit code 5"
 
