@@ -35,6 +35,7 @@ from ...protocol.messages import (
 from ...protocol.transport import Connection, NeverHeard, OnBroken, OnEvent, OnLost
 from .delivered import Delivered
 from .suspects import Suspects
+from .timers import Timer, Timers
 
 RETRY_S = 0.2
 """Seconds until a request that the next engine had no room for is sent again."""
@@ -85,8 +86,8 @@ class ResumingConnection(Connection):
         self._asked: dict[type[Event], StatusRequest | ModelInfoRequest] = {}
         self._epoch = ""
         self._leaving = False
-        self._timers: set[threading.Timer] = set()
-        self._deadline: threading.Timer | None = None
+        self._timers = Timers("phalanx-resume")
+        self._deadline: Timer | None = None
         self._on_event: OnEvent = lambda event: None
         self._on_lost: OnLost = lambda error: None
 
@@ -106,6 +107,7 @@ class ResumingConnection(Connection):
         """Begin to deliver events. `on_lost` hears of requests for which no engine came in time."""
         self._on_event = on_event
         self._on_lost = on_lost
+        self._timers.start()
         self._inner.start(self._arrived, self._replaced, on_broken, self._silent)
 
     def send(self, command: Command) -> None:
@@ -127,10 +129,9 @@ class ResumingConnection(Connection):
         """Stop; nothing arrives afterwards."""
         with self._lock:
             self._leaving = True
-            for timer in self._timers:
-                timer.cancel()
             self._kept.clear()
             self._by_wire_id.clear()
+        self._timers.close()
         self._inner.close()
 
     # ---- what the client sends
@@ -161,7 +162,7 @@ class ResumingConnection(Connection):
             self._inner.send(self._prepare(request_id, kept))
         except InvalidRequest as error:  # with what was delivered it is longer than a message may be
             failed = Failed(request_id, InvalidRequest.__name__, str(error))
-            self._later(0.0, lambda: self._end(request_id, kept, failed))
+            self._timers.after(0.0, lambda: self._end(request_id, kept, failed))
 
     def _prepare(self, request_id: str, kept: _Kept) -> Sent:
         """Return what is to be sent of a request to the engine that answers now. The lock is held."""
@@ -185,7 +186,7 @@ class ResumingConnection(Connection):
         if kept.wire_id:
             self._inner.send(Abort(kept.wire_id))
         else:
-            self._later(0.0, lambda: self._end(command.id, kept, _aborted(command.id, kept)))
+            self._timers.after(0.0, lambda: self._end(command.id, kept, _aborted(command.id, kept)))
 
     def _forget(self, request_id: str) -> None:
         """A request has ended. The lock is held."""
@@ -221,7 +222,7 @@ class ResumingConnection(Connection):
             if event.error == CapacityExceeded.__name__ and kept.sendings > 1:
                 self._by_wire_id.pop(kept.wire_id)
                 kept.wire_id = ""
-                self._later(RETRY_S, lambda: self._send_again(request_id, kept))
+                self._timers.after(RETRY_S, lambda: self._send_again(request_id, kept))
                 return False
 
         if isinstance(event, Delta) and kept.delivered is not None:
@@ -284,15 +285,14 @@ class ResumingConnection(Connection):
         """Give up what waits once no engine has come in time. The lock is held."""
         if self._wait_s is None or self._deadline is not None or self._leaving:
             return
-        self._deadline = self._later(self._wait_s, lambda: self._give_up(error))
+        self._deadline = self._timers.after(self._wait_s, lambda: self._give_up(error))
 
     def _heard(self) -> None:
         if self._deadline is not None:
-            self._deadline.cancel()
-            self._timers.discard(self._deadline)
+            self._timers.cancel(self._deadline)
             self._deadline = None
 
-    # ---- timers' threads
+    # ---- the timers' thread
 
     def _give_up(self, error: EngineStopped) -> None:
         with self._lock:
@@ -316,20 +316,6 @@ class ResumingConnection(Connection):
                 return
             self._forget(request_id)
         self._on_event(event)
-
-    def _later(self, seconds: float, action: Callable[[], None]) -> threading.Timer:
-        """Have a thread of its own call `action`, unless this is closed by then. The lock is held."""
-
-        def run() -> None:
-            with self._lock:
-                self._timers.discard(timer)
-            action()
-
-        timer = threading.Timer(seconds, run)
-        timer.daemon = True
-        self._timers.add(timer)
-        timer.start()
-        return timer
 
 
 def _blamed(request_id: str, kept: _Kept) -> Failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 
@@ -181,6 +182,22 @@ def test_what_the_next_engine_has_no_room_for_is_sent_again(engines: _Engines) -
     assert events.empty()
     engines.finish(engines.submits[1].id)
     assert isinstance(events.get(timeout=PATIENCE_S), Finished)
+    client.close()
+
+
+def test_many_requests_that_are_sent_again_need_no_thread_each(engines: _Engines) -> None:
+    client = _client(engines)
+    names = [f"r{i}" for i in range(300)]
+    events = _submit(client, *names)
+    engines.replace()
+    before = set(threading.enumerate())
+    for submit in list(engines.submits):
+        engines.say(Failed(submit.id, CapacityExceeded.__name__, "full"))
+    assert set(threading.enumerate()) <= before
+    _until(lambda: len(engines.submits) == 600)
+    for submit in engines.submits[300:]:
+        engines.finish(submit.id)
+    assert all(isinstance(each.get(timeout=PATIENCE_S), Finished) for each in events.values())
     client.close()
 
 
