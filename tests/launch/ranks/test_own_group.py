@@ -35,6 +35,13 @@ def _ranks() -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> None:
     with LLM(str(tiny), dtype="float32", max_model_len=256) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
@@ -44,14 +51,15 @@ def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> No
         ranks = _ranks()
         assert len(ranks) == 2
         assert traces.shared_memory() == set()  # no segment has a name once all ranks have opened it
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks)
+    assert not any(_runs(process) for process in ranks)
 
 
 def test_a_killed_rank_stops_the_engine_and_is_named(tiny: Path) -> None:
-    with LLM(str(tiny), ranks=2, max_model_len=256, max_restarts=0) as llm:
-        stream = llm.stream("on and on", sampling=SamplingParams(max_tokens=200, ignore_eos=True))
+    with LLM(str(tiny), ranks=2, max_model_len=16384, max_restarts=0) as llm:
+        victim = _ranks()[1].pid
+        stream = llm.stream("on and on", sampling=SamplingParams(max_tokens=16000, ignore_eos=True))
         next(stream)
-        os.kill(_ranks()[1].pid, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         # Both by what the supervisor says, not by the word of rank 0, which it tells to end.
         with pytest.raises(EngineStopped, match=r"rank [01] failed"):
             list(stream)
