@@ -137,7 +137,11 @@ class Place:
 
 def template_processes(process: psutil.Process) -> int:
     """How many processes a rank has that render chat templates."""
-    return sum(TEMPLATES in child.cmdline() for child in process.children())
+    found = 0
+    for child in process.children():
+        with contextlib.suppress(psutil.Error):  # it ends meanwhile
+            found += TEMPLATES in child.cmdline()
+    return found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -30,9 +31,12 @@ if __name__ == "__main__":
 
 def _ranks() -> list[psutil.Process]:
     """This process's rank processes, in the order of their start."""
-    children = psutil.Process().children(recursive=True)
-    found = [child for child in children if any("launch.ranks.rank" in part for part in child.cmdline())]
-    return sorted(found, key=lambda process: process.create_time())
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # another test's, which ends meanwhile
+            if any("launch.ranks.rank" in part for part in child.cmdline()):
+                found.append((child.create_time(), child))
+    return [child for _, child in sorted(found, key=lambda pair: pair[0])]
 
 
 def _runs(process: psutil.Process) -> bool:
