@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A test that draws its inputs draws the same ones each time, however slow or busy the machine is: it fails for a fault
+# alone. `--hypothesis-profile=explore` draws others.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("phalanx", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("phalanx")
 
 # Before Triton is imported, here and in the processes that tests start: its kernels then run on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")

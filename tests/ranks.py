@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,13 +34,6 @@ def rank_processes() -> Iterator[Any]:
             os.environ["OMP_NUM_THREADS"] = saved
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(rank, count, *args)` in `count` processes whose default process group is gloo.
 
@@ -69,11 +61,16 @@ def run_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 def start_ranks(context: Any, count: int, function: Callable[..., Any], *args: Any) -> tuple[list[Any], Any]:
     """Start the processes. Returns them, and a queue that each puts (rank, its failure or None, its result) into."""
+    import torch.distributed as dist
+
     results = context.Queue()
-    given = (free_port(), dict(os.environ), results, function, args)
+    # This process listens, as torchrun does: a port that a rank binds later may be taken by then.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = (store.port, dict(os.environ), results, function, args)
     processes = [context.Process(target=_enter, args=(rank, count, *given), daemon=True) for rank in range(count)]
     for process in processes:
         process.start()
+    processes[0].store = store  # it answers for as long as somebody has the processes
     return processes, results
 
 
@@ -94,7 +91,8 @@ def _enter(
         os.environ.update(environment)
         torch.set_num_threads(1)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=count)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
         value = function(rank, count, *args)
         dist.barrier()
         dist.destroy_process_group()

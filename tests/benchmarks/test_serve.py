@@ -100,7 +100,7 @@ def test_a_run_measures_the_server_in_both_loops_and_draws(tmp_path: Path) -> No
     with trivial_server(6) as url:
         options = Options(
             servers=f"one={url},other={url}", model="trivial", concurrencies="2", rates="200", requests=8, new_tokens=6,
-            repeats=2, pause_s=0.05, plot=str(plot),
+            repeats=2, pause_s=0.05, plot=str(plot), ttft_target_ms=60_000.0, tpot_target_ms=60_000.0,
         )  # fmt: skip
         result = measure(options)
     assert [(each["server"], each["mode"]) for each in result["results"]] == [

@@ -85,7 +85,9 @@ def _check_logits(
 ) -> tuple[float, float]:
     """Transformers in float64 is the truth; in float32 it is off by more than phalanx may be, on some processors.
 
-    Returns the largest error of phalanx, and that of transformers in float32.
+    Returns the largest error among the logits of a token, as the tokens' mean: phalanx's at the worst number of ranks,
+    and that of transformers in float32. The very largest of all is one logit's rounding: with AVX2 that of transformers
+    is 5.75e-5, and phalanx's 5.1e-5 to 5.8e-5 by the number of ranks, where this mean is 2.2e-5 against 3.1e-5.
     """
     truth, rounded = (score(folder, tokens, dtype).logits.numpy() for dtype in (torch.float64, torch.float32))
     transformers_error = np.abs(rounded - truth)
@@ -97,8 +99,8 @@ def _check_logits(
         error = np.abs(logits - truth)
         assert error.max() <= LOGIT_TOLERANCE, f"N={size}"
         assert error.mean() <= transformers_error.mean(), f"N={size}"
-        largest.append(float(error.max()))
-    return max(largest), float(transformers_error.max())
+        largest.append(float(error.max(axis=1).mean()))
+    return max(largest), float(transformers_error.max(axis=1).mean())
 
 
 def test_random_qwen2_with_qwqs_heads_gives_transformers_tokens_at_1_to_8_ranks(

@@ -13,6 +13,8 @@ import pytest
 from phalanx import LLM, InvalidRequest, SamplingParams, StructuredOutput
 from phalanx.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from phalanx.engine.constraints.matcher import MASK_CPU_S, Matcher
+from phalanx.engine.execution.rank_worker import Worker
+from phalanx.engine.scheduling.step_plan import StepPlan
 from phalanx.tests.engine.conftest import CONFIG
 
 SLOW = StructuredOutput(regex="[a-c]{12}")
@@ -85,21 +87,31 @@ def test_slow_masks_cost_their_neighbour_no_step(engine: LLM, monkeypatch: pytes
     expected = [o.outputs[0].text for o in engine.generate([[5, 6], [8, 9]], GREEDY, [SLOW, None])]
     tokens = threading.Semaphore(0)
     _hold_masks(monkeypatch, lambda: tokens.acquire(timeout=LIMIT_S))
+    forward = Worker.forward
+    computed: list[set[int]] = []
+
+    def record(self: Worker, plan: StepPlan) -> Any:
+        computed.append(set(plan.slots))
+        return forward(self, plan)
+
+    monkeypatch.setattr(Worker, "forward", record)
 
     # Each token of the neighbour lets one mask of the slow row through.
     slow = engine.stream([5, 6], sampling=GREEDY, structured=SLOW)
-    before = engine.status().steps
+    first = next(slow)  # it has a slot, before its neighbour
     text = ""
     for event in engine.stream([8, 9], sampling=GREEDY):
         text += getattr(event, "text", "")
         tokens.release()
-    used = engine.status().steps - before
     for _ in range(20):
         tokens.release()
     assert text == expected[1]
-    assert _text(slow) == expected[0]
-    # One more for the prompt of the slow row, and what was planned when its neighbour ended.
-    assert used <= GREEDY.max_tokens + 4
+    assert _text([first, *slow]) == expected[0]
+    [its_slot] = set.union(*computed) - computed[0]
+    steps = [number for number, slots in enumerate(computed) if its_slot in slots]
+    # From its prompt to what was planned when it ended, no step goes by without it.
+    assert len(steps) >= GREEDY.max_tokens
+    assert steps[-1] - steps[0] < GREEDY.max_tokens + 2
 
 
 def test_ambiguous_grammars_and_their_neighbours_say_what_each_says_alone(engine: LLM) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import psutil
 from phalanx.tests.launch.programs import TIMEOUT_S, start
 
 
@@ -86,13 +86,12 @@ def running(program: str, *arguments: object) -> Iterator[RunningServer]:
         server.wait()
 
 
-def wait_for_port(server: RunningServer, port: int) -> str:
+def wait_until_it_listens(server: RunningServer) -> str:
     """The address of a server that listens, though its engine may still load."""
-    url = f"http://127.0.0.1:{port}"
     for _ in range(int(TIMEOUT_S / 0.05)):
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/health/live", timeout=1)
-            return url
         assert server.process.poll() is None, server.text
+        for each in psutil.Process(server.process.pid).net_connections("inet"):
+            if each.status == psutil.CONN_LISTEN:
+                return f"http://127.0.0.1:{each.laddr.port}"
         threading.Event().wait(0.05)
     raise AssertionError(server.text)

@@ -25,7 +25,7 @@ from phalanx.launch.ranks.rank_info import RankInfo
 from phalanx.serving.server import Server
 from phalanx.tests.launch.programs import run
 from phalanx.tests.serving.fake_engine import FakeEngine, address, finished, status
-from phalanx.tests.serving.servers import running, wait_for_port
+from phalanx.tests.serving.servers import running, wait_until_it_listens
 
 REQUEST = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 2}
 KEY, ADMIN = "sk-some-key", "sk-admin-key"
@@ -48,15 +48,9 @@ def addresses(engines: list[FakeEngine]) -> str:
     return f"engines=[{','.join(engine.address for engine in engines)}]"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def read_until(url: str, status_code: int) -> httpx.Response:
     for _ in range(400):
-        response = httpx.get(url)
+        response = httpx.get(url, timeout=60)
         if response.status_code == status_code:
             return response
         threading.Event().wait(0.05)
@@ -67,7 +61,7 @@ def test_two_groups_behind_one_gateway_one_of_them_drained(engines: list[FakeEng
     options = ("port=0", f"admin_key={ADMIN}", f"api_key={KEY}", "poll_interval_s=0.05")
     with running("gateway", addresses(engines), *options) as server:
         url = server.url
-        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as client:
+        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
             for _ in range(6):
                 answered = client.post("/v1/completions", json=REQUEST)
                 assert answered.json()["choices"][0]["text"] == "one two", answered.text
@@ -84,8 +78,8 @@ def test_two_groups_behind_one_gateway_one_of_them_drained(engines: list[FakeEng
             metrics = client.get("/metrics")
             assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
             assert 'vllm:request_success_total{engine="1",finished_reason="stop"' in metrics.text
-            assert httpx.get(f"{url}/metrics").status_code == 401
-            assert httpx.get(f"{url}/health/ready").status_code == 200
+            assert httpx.get(f"{url}/metrics", timeout=60).status_code == 401
+            assert httpx.get(f"{url}/health/ready", timeout=60).status_code == 200
         assert not server.has_torch
     assert KEY not in server.text
     assert ADMIN not in server.text
@@ -93,22 +87,21 @@ def test_two_groups_behind_one_gateway_one_of_them_drained(engines: list[FakeEng
 
 
 def test_until_an_engine_answers_only_liveness_is_there(tmp_path: Path) -> None:
-    port = free_port()
-    with running("gateway", f"engines=[{address(tmp_path)}]", f"port={port}", "poll_interval_s=0.05") as server:
-        url = wait_for_port(server, port)
-        assert httpx.get(f"{url}/health/live").status_code == 200
+    with running("gateway", f"engines=[{address(tmp_path)}]", "port=0", "poll_interval_s=0.05") as server:
+        url = wait_until_it_listens(server)
+        assert httpx.get(f"{url}/health/live", timeout=60).status_code == 200
         for path in ("/health", "/health/ready"):
-            assert httpx.get(url + path).status_code == 503
-        refused = httpx.post(f"{url}/v1/completions", json=REQUEST)
+            assert httpx.get(url + path, timeout=60).status_code == 503
+        refused = httpx.post(f"{url}/v1/completions", json=REQUEST, timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
         assert not any("is ready at" in line for line in server.lines)
 
         with contextlib.closing(FakeEngine(address(tmp_path))) as engine:
             assert server.url == url
-            assert httpx.post(f"{url}/v1/completions", json=REQUEST).status_code == 200
+            assert httpx.post(f"{url}/v1/completions", json=REQUEST, timeout=60).status_code == 200
             engine.status = status(stalled_s=100.0)  # its process lives, and its step loop is stuck
             assert "no step for 100 s" in read_until(f"{url}/health/ready", 503).text
-            assert httpx.get(f"{url}/health/live").status_code == 200
+            assert httpx.get(f"{url}/health/live", timeout=60).status_code == 200
             engine.status = status()
             read_until(f"{url}/health/ready", 200)
 
@@ -122,9 +115,9 @@ def test_a_signal_lets_what_runs_finish_and_takes_nothing_new(engines: list[Fake
             assert "one" in next(lines)
             server.signal(signal.SIGTERM)
             server.wait_for('"draining"')
-            refused = httpx.post(f"{url}/v1/completions", json=REQUEST)
+            refused = httpx.post(f"{url}/v1/completions", json=REQUEST, timeout=60)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-            assert httpx.get(f"{url}/health/ready").status_code == 503
+            assert httpx.get(f"{url}/health/ready", timeout=60).status_code == 503
             engines[0].send(finished(engines[0].requests[0].id))
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
@@ -166,7 +159,7 @@ def test_a_certificate_makes_it_https(engines: list[FakeEngine], tmp_path: Path)
     with running("gateway", addresses(engines[:1]), "port=0", *files) as server:
         assert server.url.startswith("https://")
         context = ssl.create_default_context(cafile=str(certificate))
-        assert httpx.get(f"{server.url}/health", verify=context).status_code == 200
+        assert httpx.get(f"{server.url}/health", verify=context, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(

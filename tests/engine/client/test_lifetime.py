@@ -41,19 +41,21 @@ def test_a_script_that_ends_while_a_request_runs_ends_well(tiny: Path, ranks: in
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_llm_that_is_dropped_takes_its_engine_along(tiny: Path, ranks: int) -> None:
-    threads, children = threading.active_count(), len(psutil.Process().children(recursive=True))
+    threads, children = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
     llm = LLM(str(tiny), ranks=ranks, max_model_len=256)
     gone = weakref.ref(llm)
     del llm
     gc.collect()
     assert gone() is None
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and (
-        threading.active_count() > threads + 1 or len(psutil.Process().children(recursive=True)) > children
-    ):
+
+    def left() -> tuple[int, int]:
+        now = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
+        return len(now[0] - threads), len(now[1] - children)
+
+    deadline = time.monotonic() + 60
+    while left() not in ((0, 0), (1, 0)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() <= threads + 1  # the reaper stays
-    assert len(psutil.Process().children(recursive=True)) == children
+    assert left() in ((0, 0), (1, 0))  # the reaper stays
 
 
 def test_a_stream_keeps_the_llm_that_nobody_else_holds(tiny: Path) -> None:
@@ -68,7 +70,7 @@ def test_a_forked_process_is_told_that_the_engine_is_its_parents(tiny: Path) -> 
         f"llm = LLM({str(tiny)!r}, max_model_len=256)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    signal.alarm(20)\n"
+        "    signal.alarm(100)\n"
         "    for call in (lambda: llm.generate(['a']), llm.status, lambda: llm.stream('a')):\n"
         "        try: call()\n"
         "        except EngineStopped as error: print(error, flush=True)\n"
@@ -143,7 +145,7 @@ def on_signal() -> Iterator[Callable[[Callable[[], None]], None]]:
         raise TimeoutError("a signal handler waits for a lock that the line it interrupted holds")
 
     before = signal.signal(signal.SIGALRM, hangs), signal.getsignal(signal.SIGUSR1)
-    signal.setitimer(signal.ITIMER_REAL, 20.0)
+    signal.setitimer(signal.ITIMER_REAL, 100.0)
     yield lambda act: signal.signal(signal.SIGUSR1, lambda *_: act()) and None
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     signal.signal(signal.SIGALRM, before[0])

@@ -492,9 +492,12 @@ def test_a_checkpoint_that_is_computed_with_in_another_dtype_says_so(tiny: Path,
 def test_a_step_that_hangs_is_told_by_a_status_that_does_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
     launch: Callable[..., Any] = Worker.launch
+    waited: list[float] = []
 
     def slow(self: Worker, plan: StepPlan) -> Any:
+        began = time.monotonic()
         assert go_on.wait(PATIENCE_S)
+        waited.append(time.monotonic() - began)
         return launch(self, plan)
 
     with LLM(str(tiny), **CONFIG) as llm:
@@ -509,7 +512,7 @@ def test_a_step_that_hangs_is_told_by_a_status_that_does_not(tiny: Path, monkeyp
         status = llm.status()
         assert (status.stalled_s, status.prompt_tokens, status.generation_tokens) == (0.0, 3, 2)
         assert (status.prefix_queries, status.waiting_tokens) == (3, 0)
-        assert status.phase_seconds["launch"] >= 0.3
+        assert status.phase_seconds["launch"] >= sum(waited) > 0.1  # the loop stood still before the launch, too
 
 
 def test_log_probabilities_bear_bytes_and_the_prompts_tokens_come_back_only_if_asked_for(llm: LLM) -> None:

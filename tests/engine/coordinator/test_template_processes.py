@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -180,9 +181,10 @@ def test_processes_end_when_they_are_closed_dropped_or_left_alone(processes: Tem
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
     deadline = time.monotonic() + HANG_S
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("program", ["/no/such/python", "/bin/false"])
@@ -217,11 +219,11 @@ def test_an_engine_goes_on_after_such_a_template_and_leaves_no_process(tiny: Pat
     settings = read_json(folder / "tokenizer_config.json")
     template = "{% if messages[0].content == 'Hi' %}{{ 'a' * 10**9 }}{% else %}{{ messages[0].content }}{% endif %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    before = psutil.Process().children()
+    before = set(psutil.Process().children())
     with LLM(str(folder), **CONFIG) as llm:
         with pytest.raises(InvalidRequest, match="it takes more than 256 MiB of memory"):
             llm.chat(CHAT, SamplingParams(max_tokens=1))
         answer = llm.chat([{"role": "user", "content": "on"}], SamplingParams(max_tokens=1, ignore_eos=True))
         assert len(answer.outputs[0].token_ids) == 1
-        assert len(psutil.Process().children()) == len(before) + 1
-    assert psutil.Process().children() == before
+        assert len(set(psutil.Process().children()) - before) == 1
+    assert set(psutil.Process().children()) <= before

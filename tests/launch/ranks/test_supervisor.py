@@ -112,7 +112,7 @@ def test_a_process_forked_by_the_client_keeps_no_group_alive(tiny: Path) -> None
     forked = psutil.Process(int(client.stdout.readline()))
     try:
         client.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (left := _supervisors(tiny)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert left == []
@@ -148,7 +148,7 @@ def test_a_signal_handler_starts_nothing_and_the_limit_holds(tmp_path: Path) -> 
         "before = threading.active_count()\nos.kill(os.getpid(), signal.SIGTERM)\n"
         "print(threading.active_count() - before, flush=True)\ntime.sleep(30)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout, done.returncode) == ("0\n", 128 + 15)
 
 
@@ -161,5 +161,5 @@ def test_a_signal_ends_a_process_that_waits_in_c(tmp_path: Path) -> None:
         "store = FileStore(sys.argv[1], 2)\nstore.set_timeout(datetime.timedelta(seconds=60))\n"
         "store.get('never')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "store")], timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "store")], timeout=120, check=False)
     assert done.returncode == 128 + 15

@@ -34,12 +34,12 @@ PROMPT = "Once upon a time, in a village by the sea,"
 
 def rank_processes() -> list[psutil.Process]:
     """This process's ranks, by number."""
-    found = []
+    found = {}
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error):  # it ends meanwhile
             if any("launch.ranks.rank" in part for part in child.cmdline()):
-                found.append(child)
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+                found[int(child.environ()["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 class _Running:

@@ -396,8 +396,8 @@ def wait_for_death(rank: int, size: int, folder: str) -> None:
 
 
 def talk(rank: int, size: int, folder: str) -> None:
-    """Rank 0 sends ten messages a second, and the last one when there is a file `end`; nobody waits above a second."""
-    control = SharedMemoryControl.connect(_host(), 1.0)
+    """Rank 0 sends ten messages a second, and the last one when there is a file `end`; nobody waits above 2 seconds."""
+    control = SharedMemoryControl.connect(_host(), 2.0)
     (Path(folder) / f"ready{rank}").touch()
     if rank > 0:
         while control.receive() != b"end":

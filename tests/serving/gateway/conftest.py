@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,20 +36,28 @@ class Server:
         wait_until(lambda: self._server.started)
         self.port = int(self._server.servers[0].sockets[0].getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20)
-        self.anthropic = anthropic.Anthropic(base_url=self.url, api_key="none", max_retries=0, timeout=20)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.anthropic = anthropic.Anthropic(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     @property
     def open_requests(self) -> int:
         return int(self.app.state.gateway.admission.requests)
+
+    def send_and_leave(self, path: str, body: dict[str, Any]) -> None:
+        """Ask for what takes long, and go away as soon as it is under way."""
+        content = json.dumps(body).encode()
+        with socket.create_connection(("127.0.0.1", self.port)) as leaving:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            leaving.sendall(head.encode() + content)
+            wait_until(lambda: self.open_requests > 0)
 
     def close(self) -> None:
         self.http.close()
         self.openai.close()
         self.anthropic.close()
         self._server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 

@@ -68,6 +68,9 @@ class ScriptedPool:
         """Seconds between two tokens."""
         self.start_s = 0.0
         """Seconds before a request is accepted."""
+        self.go_on = threading.Event()
+        """No request is accepted before it is set."""
+        self.go_on.set()
         self.refuse: PhalanxError | None = None
         """Raised by submit."""
         self.fail_first: PhalanxError | None = None
@@ -120,6 +123,7 @@ class ScriptedPool:
             thread.join()
 
     def _run(self, submit: Submit, on_event: OnEvent, ticket: ScriptedTicket) -> None:
+        self.go_on.wait()
         ended = ticket.aborted.wait(self.start_s) if self.start_s else False
         if self.fail_first is not None:
             on_event(Failed(submit.id, type(self.fail_first).__name__, str(self.fail_first)))
@@ -206,7 +210,7 @@ def _texts(data: bytes) -> list[str]:
     return texts
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for what another thread does; fail where it does not."""
     deadline = time.monotonic() + seconds
     while not condition():

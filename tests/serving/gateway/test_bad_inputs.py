@@ -261,10 +261,10 @@ def test_more_connections_than_there_may_be_are_503_but_probes(
     server = make_gateway(GatewayConfig(max_connections=4))
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
     try:
-        answer = httpx.get(f"{server.url}/v1/models")
+        answer = httpx.get(f"{server.url}/v1/models", timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_connections")
         assert answer.headers["retry-after"] == "1"
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         idle += [socket.create_connection(("127.0.0.1", server.port)) for _ in range(64)]
         # Above these not even a head is read.
         status, body = answer_to(server.port, b"")
@@ -273,7 +273,7 @@ def test_more_connections_than_there_may_be_are_503_but_probes(
         for connected in idle:
             connected.close()
     deadline = time.monotonic() + 20
-    while httpx.get(f"{server.url}/v1/models").status_code != 200:
+    while httpx.get(f"{server.url}/v1/models", timeout=60).status_code != 200:
         assert time.monotonic() < deadline
 
 
@@ -284,10 +284,10 @@ def test_bodies_are_held_up_to_a_bound(make_gateway: Callable[[GatewayConfig], S
         deadline = time.monotonic() + 20
         while server.app.state.gateway.bodies.held < 9000:
             assert time.monotonic() < deadline
-        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a" * 8000})
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a" * 8000}, timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert "max_open_body_bytes" in refused.json()["error"]["message"]
-        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}, timeout=60).status_code == 200
     while server.app.state.gateway.bodies.held:
         assert time.monotonic() < deadline
 

@@ -277,7 +277,7 @@ def test_a_key_is_taken_from_either_header(tmp_path: Path) -> None:
     body = {"messages": HELLO, "max_tokens": 10}
     try:
         for headers in ({"x-api-key": "sk-first-key"}, {"authorization": "Bearer sk-first-key"}):
-            assert httpx.post(f"{server.url}/v1/messages", json=body, headers=headers).status_code == 200
+            assert httpx.post(f"{server.url}/v1/messages", json=body, headers=headers, timeout=60).status_code == 200
         with pytest.raises(anthropic.AuthenticationError) as caught:
             create(server)
         assert caught.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]

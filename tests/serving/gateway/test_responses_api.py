@@ -295,13 +295,13 @@ def test_a_response_in_the_background_is_cancelled(agent: Server) -> None:
     wait_until(lambda: bool(agent.pool.tickets))
     cancelled = agent.openai.responses.cancel(made.id)
     assert cancelled.status == "cancelled"
-    assert agent.pool.tickets[-1].aborted.wait(5)
+    assert agent.pool.tickets[-1].aborted.wait(60)
     assert agent.openai.responses.cancel(made.id).status == "cancelled"  # again
     assert agent.open_requests == 0
 
     deleted = create(agent, background=True)
     agent.openai.responses.delete(deleted.id)
-    assert agent.pool.tickets[-1].aborted.wait(5)
+    assert agent.pool.tickets[-1].aborted.wait(60)
     with pytest.raises(openai.NotFoundError):
         agent.openai.responses.retrieve(deleted.id)
     agent.pool.token_s = 0.0
@@ -514,7 +514,7 @@ def test_each_key_has_its_own_responses(tmp_path: Path) -> None:
         with pytest.raises(openai.BadRequestError, match="not known"):
             second.responses.create(model="demo", input=[{"type": "item_reference", "id": made.output[0].id or ""}])
         assert first.responses.retrieve(made.id).id == made.id
-        assert httpx.get(f"{server.url}/v1/responses/{made.id}").status_code == 401
+        assert httpx.get(f"{server.url}/v1/responses/{made.id}", timeout=60).status_code == 401
     finally:
         first.close()
         second.close()

@@ -34,11 +34,15 @@ def all_aborted(server: Server, count: int = 1) -> bool:
 
 def test_a_silent_stream_gets_comments(make_gateway: Make) -> None:
     server = make_gateway(GatewayConfig(keep_alive_s=0.05))
-    server.pool.start_s, server.pool.token_s = 0.3, 0.1
+    server.pool.go_on.clear()
     server.pool.answer = "ab"
-    text = server.http.post(CHAT, json={"messages": HELLO, "stream": True}).text
-    assert text.startswith(": keep-alive\n\n")
-    assert text.count(": keep-alive\n\n") >= 3
+    text = ""
+    with server.http.stream("POST", CHAT, json={"messages": HELLO, "stream": True}) as answer:
+        for piece in answer.iter_text():
+            text += piece
+            if text.count(": keep-alive\n\n") >= 3:
+                server.pool.go_on.set()
+    assert text.startswith(3 * ": keep-alive\n\n")
     *chunks, done = events(text)
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "ab"
     assert done == "[DONE]"
@@ -49,16 +53,14 @@ def test_a_silent_stream_gets_comments(make_gateway: Make) -> None:
 def test_a_client_that_leaves_ends_its_request(make_gateway: Make, wait: str, streamed: bool) -> None:
     server = make_gateway(GatewayConfig())
     setattr(server.pool, wait, 30.0)
-    with contextlib.suppress(httpx.TimeoutException), httpx.Client(base_url=server.url, timeout=0.3) as leaving:
-        leaving.post(CHAT, json={"messages": HELLO, "stream": streamed})
+    server.send_and_leave(CHAT, {"messages": HELLO, "stream": streamed})
     wait_until(lambda: all_aborted(server))
 
 
 def test_every_prompt_of_a_client_that_leaves_is_ended(make_gateway: Make) -> None:
     server = make_gateway(GatewayConfig())
     server.pool.token_s = 30.0
-    with contextlib.suppress(httpx.TimeoutException), httpx.Client(base_url=server.url, timeout=0.3) as leaving:
-        leaving.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
+    server.send_and_leave("/v1/completions", {"prompt": ["a", "b", "c"]})
     wait_until(lambda: all_aborted(server, 3))
 
 
@@ -73,8 +75,8 @@ def test_a_request_over_its_deadline_is_ended(make_gateway: Make, given: dict[st
 
 def test_a_stream_over_its_deadline_ends_with_an_error(make_gateway: Make) -> None:
     server = make_gateway(GatewayConfig())
-    server.pool.token_s = 0.2
-    text = server.http.post(CHAT, json={"messages": HELLO, "stream": True, "timeout": 0.5}).text
+    server.pool.token_s = 30.0
+    text = server.http.post(CHAT, json={"messages": HELLO, "stream": True, "timeout": 2.0}).text
     *_, error, done = events(text)
     assert (error["error"]["code"], done) == ("request_timeout", "[DONE]")
     wait_until(lambda: all_aborted(server))
@@ -82,15 +84,16 @@ def test_a_stream_over_its_deadline_ends_with_an_error(make_gateway: Make) -> No
 
 def test_a_full_gateway_refuses_at_once_and_others_go_on(make_gateway: Make) -> None:
     server = make_gateway(GatewayConfig(max_open_requests=1))
-    server.pool.token_s = 0.1
+    server.pool.go_on.clear()
     answers: list[httpx.Response] = []
     first = threading.Thread(target=lambda: answers.append(server.http.post(CHAT, json={"messages": HELLO})))
     first.start()
     wait_until(lambda: server.open_requests == 1)
-    refused = httpx.post(server.url + CHAT, json={"messages": HELLO})
+    refused = httpx.post(server.url + CHAT, json={"messages": HELLO}, timeout=20)
     assert refused.status_code == 429
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert int(refused.headers["retry-after"]) >= 1
+    server.pool.go_on.set()
     first.join()
     assert answers[0].json()["choices"][0]["message"]["content"] == "Hello world"
 

@@ -123,7 +123,7 @@ def test_spans_reach_a_collector_at_the_latest_with_the_end(monkeypatch: pytest.
     finally:
         server.close()
         collector.shutdown()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_without_the_packages_or_with_no_address_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

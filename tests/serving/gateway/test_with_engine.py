@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from phalanx.engine.client.client import to_error
 from phalanx.engine.client.group_process import GroupProcess
@@ -178,8 +176,7 @@ def test_the_engines_refusals_name_the_field(engine: Server, path: str, body: An
 
 def test_a_client_that_leaves_frees_its_blocks(engine: Server) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "n": 4}
-    with contextlib.suppress(httpx.TimeoutException), httpx.Client(base_url=engine.url, timeout=0.5) as leaving:
-        leaving.post("/v1/completions", json=body)
+    engine.send_and_leave("/v1/completions", body)
 
     def nothing_runs() -> bool:
         status = engine.pool.question(StatusRequest())

@@ -41,7 +41,7 @@ def test_a_batch_s_answers_are_kept_once_the_disk_has_room_and_computed_once(
     disk = FullDisk(monkeypatch)
     with journaled(tmp_path) as server:
         batch = create(server.http, jsonl(line(0), line(1)))
-        assert disk.refused.wait(10)
+        assert disk.refused.wait(60)
         # Whoever waits has the answer at once.
         assert server.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
         wait_until(lambda: len(server.pool.submits) == 3)
@@ -57,7 +57,7 @@ def test_what_a_full_disk_has_not_kept_is_computed_by_the_next_process(
     disk = FullDisk(monkeypatch)
     with journaled(tmp_path) as server:
         batch = create(server.http, jsonl(line(0)))
-        assert disk.refused.wait(10)
+        assert disk.refused.wait(60)
     disk.full = False
     with journaled(tmp_path) as server:
         wait_until(lambda: batch_now(server.http, batch["id"])["status"] == "completed")
@@ -71,7 +71,7 @@ def test_a_response_in_the_background_is_kept_once_the_disk_has_room(
     with journaled(tmp_path) as server:
         made = server.http.post("/v1/responses", json={"input": "Hi", "background": True})
         assert made.status_code == 200, made.text
-        assert disk.refused.wait(10)
+        assert disk.refused.wait(60)
         assert server.gateway.journaling.journal.size.unfinished == 1
         disk.full = False
         wait_until(lambda: server.gateway.journaling.journal.size.unfinished == 0)
