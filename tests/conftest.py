@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("phalanx", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("phalanx")
+
+# A shell that runs the tests in the background has what it starts ignore Ctrl-C, and so would all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before Triton is imported, here and in the processes that tests start: its kernels then run on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
