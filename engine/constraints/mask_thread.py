@@ -46,7 +46,7 @@ class MaskThreads:
         for matcher in matchers:
             why_not = self._start()
             if why_not is not None:
-                matcher.fail(why_not)
+                matcher.fail(why_not, is_fault=True)
                 continue
             self._begun_at = time.perf_counter()
             (self._slow if matcher.slow else self._fast).put(matcher)

@@ -83,6 +83,8 @@ class Matcher:
         self.mask: bytes | None = b"" if self._waiting else None
         self.finished = False
         self.failure: str | None = None
+        self.is_fault = False
+        """Whether the engine is to blame for the failure, and not the grammar."""
 
     @property
     def active(self) -> bool:
@@ -141,9 +143,10 @@ class Matcher:
             self._leaving = self._defers = True
         self.mask = b"" if words is None else words.tobytes()
 
-    def fail(self, why: str) -> None:
-        """Note that the answer cannot go on."""
+    def fail(self, why: str, is_fault: bool = False) -> None:
+        """Note that the answer cannot go on; `is_fault` if that is the engine's fault."""
         self.failure = f"after {self._length} tokens of the answer {why}"
+        self.is_fault = is_fault
         self.mask = b""
 
     def _get_own_state(self) -> None:

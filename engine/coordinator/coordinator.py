@@ -215,7 +215,8 @@ class Coordinator:
             request_id = sequence.request.id
             if matcher.failure is not None:
                 self._scheduler.abort(request_id)
-                self._egress.fail(request_id, InvalidRequest(f"structured: {matcher.failure}"))
+                kind = EngineFault if matcher.is_fault else InvalidRequest
+                self._egress.fail(request_id, kind(f"structured: {matcher.failure}"))
             elif matcher.finished:
                 self.finish(request_id, sequence.index, None)
 
