@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar, cast
 
-from ..errors import CapacityExceeded, InvalidRequest
+from ..errors import CapacityExceeded, EngineFault, InvalidRequest
 
 T = TypeVar("T")
 
@@ -34,22 +34,25 @@ class _Work(threading.Thread, Generic[T]):
         self.result: T | None = None
         self.error: BaseException | None = None
         self._clock: int | None = None
-        self._started_at = time.monotonic()
+        self._began_at: float | None = None
 
     @property
     def spent(self) -> float:
         """Seconds of a processor's time that it has taken; where that is not told, seconds since it began."""
+        if self._began_at is None:  # on a busy machine it may wait for long
+            return 0.0
         if self._clock is None:
-            return time.monotonic() - self._started_at
+            return time.monotonic() - self._began_at
         try:
             return time.clock_gettime(self._clock)
         except OSError:  # it has just ended
             return 0.0
 
     def run(self) -> None:
-        give_way(NICENESS)
         if hasattr(time, "pthread_getcpuclockid"):
             self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._began_at = time.monotonic()
+        give_way(NICENESS)
         try:
             self.result = self._function()
         except BaseException as error:  # whoever waits raises it
@@ -66,8 +69,8 @@ def give_way(niceness: int) -> None:
 def run_bounded(function: Callable[[], T], what: str) -> T:
     """Return what `function` returns, or raise what it raises.
 
-    Raises InvalidRequest, naming `what`, if it takes more than CPU_S, and CapacityExceeded while ABANDONED others that
-    did are not done.
+    Raises InvalidRequest, naming `what`, if it takes more than CPU_S, CapacityExceeded while ABANDONED others that did
+    are not done, and EngineFault where the system lets no thread run that could do it.
     """
     work = _Work(function)
     with _lock:
@@ -77,6 +80,10 @@ def run_bounded(function: Callable[[], T], what: str) -> T:
         before = threading.stack_size(STACK_BYTES)
         try:
             work.start()
+        except RuntimeError as error:  # this user, or this container, has as many as it may
+            raise EngineFault(
+                f"the engine can start no thread for {what} ({error}): let its user have more processes"
+            ) from error
         finally:
             threading.stack_size(before)
 

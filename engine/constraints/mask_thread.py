@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from ..errors import EngineFault
 from ..scheduling.step_plan import SlotSampling
 from .bounded import give_way
 from .matcher import Matcher
@@ -104,7 +105,7 @@ class MaskThreads:
             try:
                 matcher.make_mask()
             except BaseException as error:  # a panic of the library is no Exception
-                matcher.fail(f"its grammar cannot be followed: {error!r}")
+                matcher.fail(f"its grammar cannot be followed: {error!r}", isinstance(error, EngineFault))
             if matcher.mask is None:
                 self._slow.put(matcher)
                 continue

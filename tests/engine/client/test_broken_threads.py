@@ -102,7 +102,8 @@ def test_memory_that_one_of_several_ranks_does_not_get_ends_them_all(
 
 
 @pytest.mark.parametrize(
-    "name", ["phalanx-callbacks", "phalanx-intake-", "phalanx-masks", "phalanx-vocabulary", "Thread-"]
+    "name",
+    ["phalanx-callbacks", "phalanx-intake-", "phalanx-grammar", "phalanx-masks", "phalanx-vocabulary", "Thread-"],
 )
 def test_threads_that_cannot_be_started_fail_one_request_at_most(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str

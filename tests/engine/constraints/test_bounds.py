@@ -81,6 +81,13 @@ def test_what_takes_too_long_is_given_up_and_no_third_one_is_begun(monkeypatch: 
     assert bounded.run_bounded(lambda: 5, "structured.regex") == 5
 
 
+def test_a_thread_that_the_machine_lets_wait_has_taken_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "CPU_S", 0.05)
+    run = bounded._Work.run
+    monkeypatch.setattr(bounded._Work, "run", lambda work: (time.sleep(0.5), run(work))[1])
+    assert bounded.run_bounded(lambda: 5, "structured.regex") == 5
+
+
 def test_an_answer_whose_grammar_becomes_too_complex_fails_by_itself(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
