@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pty
 import select
@@ -74,6 +75,16 @@ def family(pid: int) -> list[psutil.Process]:
     """A process and everything below it."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
+
+
+def rank_processes(pid: int | None = None) -> list[psutil.Process]:
+    """The ranks below a process, this one if none is given, by their numbers; without those that end meanwhile."""
+    found = {}
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("launch.ranks.rank" in part for part in child.cmdline()):
+                found[int(child.environ()["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def end_within_5_s(process: subprocess.Popen[str], everyone: list[psutil.Process]) -> str:

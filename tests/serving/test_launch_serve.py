@@ -15,16 +15,12 @@ import pytest
 from phalanx import LLM, ConfigError, SamplingParams, Timeout
 from phalanx.engine.client.async_llm import AsyncLLM
 from phalanx.engine.protocol.messages import Delta, Finished
-from phalanx.tests.launch.programs import family, run
+from phalanx.tests.launch.programs import family, rank_processes, run
 from phalanx.tests.left_behind import nothing_left_behind
 from phalanx.tests.serving.servers import running
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 SETTINGS = ("max_model_len=512", "port=0", "poll_interval_s=0.1")
-
-
-def rank_processes(pid: int) -> list[psutil.Process]:
-    return [each for each in family(pid) if any("launch.ranks.rank" in part for part in each.cmdline())]
 
 
 @pytest.mark.slow

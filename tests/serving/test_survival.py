@@ -17,7 +17,7 @@ import psutil
 import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.engine.protocol.messages import Delta
-from phalanx.tests.launch.programs import family, start
+from phalanx.tests.launch.programs import family, rank_processes, start
 from phalanx.tests.left_behind import nothing_left_behind
 from phalanx.tests.serving.servers import RunningServer, running
 
@@ -31,11 +31,6 @@ ASKED: tuple[dict[str, Any], ...] = (
     {"temperature": 0, "stop": [" the"], "min_tokens": 30},
     {"temperature": 0.7, "seed": 6, "logprobs": 1},
 )
-
-
-def _ranks(server: RunningServer) -> list[psutil.Process]:
-    found = [each for each in family(server.process.pid) if any("launch.ranks.rank" in part for part in each.cmdline())]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -102,7 +97,7 @@ def test_killed_and_stopped_ranks_cost_no_answer(server: RunningServer) -> None:
     for rank, number in ((0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)):
         answers = clients.ask()
         assert clients.begun.wait(PATIENCE_S)
-        os.kill(_ranks(server)[rank].pid, number)
+        os.kill(rank_processes(server.process.pid)[rank].pid, number)
         _until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
         reason = httpx.get(f"{server.url}/health/ready").json()["reason"]
         assert f"rank {rank} " in reason, reason
@@ -122,7 +117,7 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has_though_a_rank_dies(sm
         everyone = family(server.process.pid)
         server.signal(signal.SIGTERM)
         _until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
-        os.kill(_ranks(server)[0].pid, signal.SIGKILL)
+        os.kill(rank_processes(server.process.pid)[0].pid, signal.SIGKILL)
         refused = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "prompt": "a"})
         assert (refused.status_code, "shutting down" in refused.text) == (503, True)
         assert [answer.result() for answer in answers] == expected
@@ -133,7 +128,7 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has_though_a_rank_dies(sm
 def test_a_deadline_holds_while_there_is_no_engine(server: RunningServer) -> None:
     url = f"{server.url}/v1/completions"
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}
-    os.kill(_ranks(server)[0].pid, signal.SIGKILL)
+    os.kill(rank_processes(server.process.pid)[0].pid, signal.SIGKILL)
     late = httpx.post(url, json={**body, "timeout": 0.2}, timeout=PATIENCE_S)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
     assert httpx.post(url, json={**body, "max_tokens": 4}, timeout=PATIENCE_S).is_success

@@ -222,7 +222,7 @@ def test_cancelling_a_task_aborts_its_request_and_no_other(llm: LLM) -> None:
         other = asyncio.create_task(face.generate([5, 6], sampling=GREEDY))
         await asyncio.sleep(0)
         while (await face.status()).running == 0:
-            await asyncio.sleep(0)
+            assert not all(task.done() for task in endless)
         for task in endless:
             task.cancel()
         results = await asyncio.gather(*endless, return_exceptions=True)

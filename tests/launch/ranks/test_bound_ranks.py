@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
-import psutil
 import pytest
 from phalanx import LLM, SamplingParams
 from phalanx.kernels import cpu
 from phalanx.parallel.topology.placement import place
 from phalanx.parallel.topology.topology import format_cpu_list, read_topology
+from phalanx.tests.launch.programs import rank_processes
 from phalanx.tests.threads import other_cpus, pool_cpus
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
@@ -27,16 +26,6 @@ def _tokens(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
 
 
-def _rank_processes() -> dict[int, int]:
-    """The process of each rank of this process's own group."""
-    ranks = {}
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # another test's, which ends meanwhile
-            if any("launch.ranks.rank" in part for part in child.cmdline()):
-                ranks[int(child.environ()["RANK"])] = child.pid
-    return ranks
-
-
 def test_ranks_of_a_group_are_bound_and_compute_what_one_that_is_not_does(tiny: Path) -> None:
     allowed = os.sched_getaffinity(0)
     with LLM(str(tiny), dtype="float32", max_model_len=256, bind_cpus="never") as llm:
@@ -47,7 +36,7 @@ def test_ranks_of_a_group_are_bound_and_compute_what_one_that_is_not_does(tiny: 
         placements = [place(read_topology(allowed), rank, 2, threads=2) for rank in range(2)]
         assert llm.status().report[0].startswith("2 rank(s) on cpu, 2 thread(s) each")
         assert llm.status().report[3] == f"rank 0: {placements[0]}; rank 1: {placements[1]}"
-        processes = _rank_processes()
+        processes = [process.pid for process in rank_processes()]
         for rank, placement in enumerate(placements):
             first, second = map(str, placement.cpus)
             assert pool_cpus([second], processes[rank]) == [second]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from phalanx import LLM, CheckpointError, EngineStopped, SamplingParams
+from phalanx.tests.launch.programs import rank_processes
 from phalanx.tests.left_behind import nothing_left_behind
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
@@ -29,16 +29,6 @@ if __name__ == "__main__":
 """
 
 
-def _ranks() -> list[psutil.Process]:
-    """This process's rank processes, in the order of their start."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # another test's, which ends meanwhile
-            if any("launch.ranks.rank" in part for part in child.cmdline()):
-                found.append((child.create_time(), child))
-    return [child for _, child in sorted(found, key=lambda pair: pair[0])]
-
-
 def _runs(process: psutil.Process) -> bool:
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
@@ -52,7 +42,7 @@ def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> No
     with nothing_left_behind() as traces, LLM(str(tiny), ranks=2, dtype="float32", max_model_len=256) as llm:
         assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] == expected
         assert llm.status().ranks == 2
-        ranks = _ranks()
+        ranks = rank_processes()
         assert len(ranks) == 2
         assert traces.shared_memory() == set()  # no segment has a name once all ranks have opened it
     assert not any(_runs(process) for process in ranks)
@@ -60,7 +50,7 @@ def test_two_ranks_answer_as_one_does_and_leave_nothing_behind(tiny: Path) -> No
 
 def test_a_killed_rank_stops_the_engine_and_is_named(tiny: Path) -> None:
     with LLM(str(tiny), ranks=2, max_model_len=16384, max_restarts=0) as llm:
-        victim = _ranks()[1].pid
+        victim = rank_processes()[1].pid
         stream = llm.stream("on and on", sampling=SamplingParams(max_tokens=16000, ignore_eos=True))
         next(stream)
         os.kill(victim, signal.SIGKILL)

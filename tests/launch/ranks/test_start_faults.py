@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from phalanx import LLM, EngineStopped
 from phalanx.engine.execution.heartbeat import STARTING
-from phalanx.tests.launch.ranks.test_survival import rank_processes
+from phalanx.tests.launch.programs import rank_processes
 from phalanx.tests.left_behind import nothing_left_behind
 
 FAULTY = """

@@ -18,6 +18,7 @@ import pytest
 from phalanx import LLM, AsyncLLM, EngineFault, EngineStopped, SamplingParams
 from phalanx.engine.client.requests import OutputBuilder, RequestOutput
 from phalanx.engine.protocol.messages import Delta, Event, Submit
+from phalanx.tests.launch.programs import rank_processes
 from phalanx.tests.left_behind import nothing_left_behind
 
 PATIENCE_S = 120.0
@@ -30,16 +31,6 @@ MIXED: tuple[dict[str, Any], ...] = (
     {"temperature": 0, "prompt_logprobs": 0, "n": 2},
 )
 PROMPT = "Once upon a time, in a village by the sea,"
-
-
-def rank_processes() -> list[psutil.Process]:
-    """This process's ranks, by number."""
-    found = {}
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ends meanwhile
-            if any("launch.ranks.rank" in part for part in child.cmdline()):
-                found[int(child.environ()["RANK"])] = child
-    return [found[rank] for rank in sorted(found)]
 
 
 class _Running:
