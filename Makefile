@@ -26,7 +26,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=explore
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu

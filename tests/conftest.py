@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # A test that draws its inputs draws the same ones each time, however slow or busy the machine is: it fails for a fault
-# alone. `--hypothesis-profile=explore` draws others.
+# alone. `--hypothesis-profile=explore`, as in `make test-all`, draws others.
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("phalanx", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("phalanx")
