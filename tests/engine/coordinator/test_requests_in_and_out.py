@@ -421,7 +421,7 @@ def test_closing_waits_a_bounded_time_for_a_text_and_leaves_no_request_unanswere
     assert ends.processor.busy.wait(PATIENCE_S)
     began = time.monotonic()
     ends.ingress.close()
-    assert time.monotonic() - began < PATIENCE_S / 2  # a bound against hanging, no measurement
+    assert time.monotonic() - began < 5
     answers = [event for _ in "ab" for event in ends.transport.next()[1]]
     assert answers == [Failed(name, "EngineStopped", "the engine was closed") for name in "ab"]
     ends.processor.go_on.set()
