@@ -39,6 +39,10 @@ from .lifetime import interrupts_call, takes_locks
 
 Question = Tokenize | Detokenize | StatusRequest | ModelInfoRequest
 
+# Tuples: a union would be made anew for each event.
+_LAST_EVENTS = (Finished, Failed, Tokenized, Detokenized)
+_ANSWERS_WITHOUT_ID = (Status, ModelInfo)
+
 CALLBACKS_CLOSE_S = 2.0
 """Longest time that closing waits for receivers of events."""
 
@@ -243,15 +247,16 @@ class Client:
             self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
-        self._abort_dropped()
-        if isinstance(event, Status | ModelInfo):
+        if self._dropped:
+            self._abort_dropped()
+        if isinstance(event, _ANSWERS_WITHOUT_ID):
             with self._lock:
                 waiting = self._take_waiting(type(event))
             for answer_to in waiting:
                 self._hand_on(answer_to, event)
             return
         with self._lock:
-            last = isinstance(event, Finished | Failed | Tokenized | Detokenized)
+            last = isinstance(event, _LAST_EVENTS)
             sink = self._sinks.pop(event.id, None) if last else self._sinks.get(event.id)
         if sink is not None and not self._hand_on(sink, event) and not last:
             self._forget(event.id)

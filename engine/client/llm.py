@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, seconds
 from ..errors import CapacityExceeded, EngineStopped, Timeout
-from ..protocol.messages import Event, Failed, ModelInfo, Status, Submit
+from ..protocol.messages import Accepted, Delta, Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.secret import read_secret
 from ..protocol.structured import StructuredOutput
@@ -267,9 +267,16 @@ class LLM:
         by_id = {submit.id: submit for submit in submits}
         refused: deque[Submit] = deque()  # the queue was full; they are sent again as others end
 
+        def on_event(event: Event) -> None:
+            # A token wakes nobody: the thread that brings it adds it, and the caller's waits for ends alone.
+            if isinstance(event, Delta):
+                builders[event.id].add(event)
+            elif not isinstance(event, Accepted):
+                events.put(event)
+
         try:
             for submit in submits:
-                self.client.submit(submit, events.put, quick=True)
+                self.client.submit(submit, on_event, quick=True)
 
             while len(outputs) < len(submits):
                 event = _next_event(events, wait=len(outputs) + len(refused) < len(submits))
@@ -282,7 +289,7 @@ class LLM:
                 if output is not None:
                     outputs[output.id] = output
                 if refused and (output is not None or event is None):
-                    self.client.submit(refused.popleft(), events.put, quick=True)
+                    self.client.submit(refused.popleft(), on_event, quick=True)
         finally:
             for submit in submits:
                 if submit.id not in outputs:

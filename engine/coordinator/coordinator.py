@@ -159,21 +159,23 @@ class Coordinator:
     def _step(self) -> None:
         """Plan, launch, commit. With overlap the step before is committed while the one just launched is computed."""
         progress = self._progress
-        with progress.phase("schedule"):
-            plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
-            self._fail_rows()
+        progress.phase("schedule")
+        plan = self._scheduler.schedule() if self._scheduler.can_run_ahead else None
+        self._fail_rows()
         self._has_rows = plan is not None or bool(self._in_flight)
         if plan is not None:
             progress.planned(plan)
+            progress.phase("launch")
+            self._control.send(encode(plan))
             if plan.masked_samples:
                 self._launch_masked(plan)
             else:
-                with progress.phase("launch"):
-                    self._control.send(encode(plan))
-                    self._in_flight.append((plan, self._worker.launch(plan), {}))
+                self._in_flight.append((plan, self._worker.launch(plan), {}))
         if self._in_flight and (plan is None or not self._worker.settings.overlap or len(self._in_flight) > 1):
             self._commit_oldest()
-        progress.went_on()
+        else:
+            progress.went_on()
+        progress.phase(None)
         if plan is not None and plan.step % CAPTURE_EVERY == 0:
             self._capture_next()
 
@@ -183,27 +185,25 @@ class Coordinator:
         With overlap they follow from the tokens of the step before, which is committed meanwhile. A row whose mask is
         late is sent one that allows no token, and its last token is computed again in a later step.
         """
-        with self._progress.phase("launch"):
-            self._control.send(encode(plan))
-            step = self._worker.forward(plan)
+        step = self._worker.forward(plan)
         while self._in_flight:
             self._commit_oldest()
 
-        with self._progress.phase("launch"):
-            sequences = self._scheduler.masked_sequences(plan)
-            matchers = [matcher_of(sequence) for sequence in sequences]
-            rows = [plan.sample_rows[i] for i in plan.masked_samples]
-            made: dict[int, bytes] = {}
-            for row, matcher, there in zip(rows, matchers, self._masks.collect(matchers, step.computed), strict=True):
-                if there:
-                    made[row] = b"" if matcher is None or matcher.mask is None else matcher.mask
-                else:
-                    self._scheduler.postpone(row)
-                    made[row] = self._no_token
+        self._progress.phase("launch")
+        sequences = self._scheduler.masked_sequences(plan)
+        matchers = [matcher_of(sequence) for sequence in sequences]
+        rows = [plan.sample_rows[i] for i in plan.masked_samples]
+        made: dict[int, bytes] = {}
+        for row, matcher, there in zip(rows, matchers, self._masks.collect(matchers, step.computed), strict=True):
+            if there:
+                made[row] = b"" if matcher is None or matcher.mask is None else matcher.mask
+            else:
+                self._scheduler.postpone(row)
+                made[row] = self._no_token
 
-            found = list(made.values())
-            self._control.send(encode(Masks(found)))
-            self._in_flight.append((plan, self._worker.sample(step, found), made))
+        found = list(made.values())
+        self._control.send(encode(Masks(found)))
+        self._in_flight.append((plan, self._worker.sample(step, found), made))
         self._end_constrained(sequences)
 
     def _end_constrained(self, sequences: list[Sequence | None]) -> None:
@@ -222,15 +222,16 @@ class Coordinator:
 
     def _commit_oldest(self) -> None:
         plan, step, masks = self._in_flight.popleft()
-        with self._progress.phase("wait"):
-            result = step.result()
-        with self._progress.phase("commit"):
-            self._fail_invalid(plan, result, masks)
-            updates = self._scheduler.commit(plan, result)
-            self._fail_rows()
-            self._begin_masks(update.sequence for update in updates)
-            self._progress.committed(updates)
-            self._deliver(updates)
+        self._progress.phase("wait")
+        result = step.result()
+
+        self._progress.phase("commit")
+        self._fail_invalid(plan, result, masks)
+        updates = self._scheduler.commit(plan, result)
+        self._fail_rows()
+        self._begin_masks(update.sequence for update in updates)
+        self._progress.committed(updates)
+        self._deliver(updates)
 
     def _begin_masks(self, sequences: Iterable[Sequence]) -> None:
         """Have the masks made that follow from what the sequences have just taken in."""

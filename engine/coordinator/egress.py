@@ -41,9 +41,7 @@ class Egress:
 
     def begin(self, owner: Owner, submit: Submit, request: Request) -> None:
         """Tell the client that the scheduler took its request, and expect updates of it."""
-        self._thread.put(
-            partial(self._guard, request.id, partial(self._processor.start, owner.client, submit, request))
-        )
+        self._thread.put(partial(self._begin, owner, submit, request))
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Send what a step, an abort or a stop string brought."""
@@ -105,18 +103,24 @@ class Egress:
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
-            self._guard(update.request.id, partial(self._processor.update, update))
+            try:
+                self._processor.update(update)
+            except Exception as error:
+                self._fail_answer(update.request.id, error)
             if update.request_finished:
                 self._registry.remove(update.request.id)
 
-    def _guard(self, request_id: str, action: Callable[[], None]) -> None:
-        """Make a request's events. What goes wrong with its text is its own affair: it fails, and no other."""
+    def _begin(self, owner: Owner, submit: Submit, request: Request) -> None:
         try:
-            action()
+            self._processor.start(owner.client, submit, request)
         except Exception as error:
-            _log.exception("the answer of a request could not be made")
-            self._fail(request_id, EngineFault(f"the answer could not be made: {error!r}"))
-            self._loop.call_soon(self._loop.abort, request_id)
+            self._fail_answer(request.id, error)
+
+    def _fail_answer(self, request_id: str, error: Exception) -> None:
+        """What goes wrong with a request's text is its own affair: it fails, and no other."""
+        _log.error("the answer of a request could not be made", exc_info=error)
+        self._fail(request_id, EngineFault(f"the answer could not be made: {error!r}"))
+        self._loop.call_soon(self._loop.abort, request_id)
 
     def _stop_found(self, request_id: str, index: int, stop: str) -> None:
         self._loop.call_soon(self._loop.finish, request_id, index, stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..protocol.logprobs import TokenLogprobs
@@ -70,20 +70,29 @@ class StopStrings:
         return 0
 
 
-class _Skip:
-    """Cuts the beginning off a text that comes in pieces: what the client has already."""
+class _Delivered:
+    """Cuts off the beginning of a resumed completion, which the client has from an engine before this one."""
 
-    def __init__(self, characters: int) -> None:
-        self._left = characters
+    def __init__(self, completion: ResumedCompletion) -> None:
+        self._tokens = len(completion.token_ids)
+        self._characters = completion.characters
+        self._reasoning_characters = completion.reasoning_characters
 
-    def rest_of(self, piece: str) -> str:
-        """Return what the client has not of the next piece."""
-        size = min(len(piece), self._left)
-        self._left -= size
-        return piece[size:]
+    def rest_of(self, token_ids: list[int], text: str, reasoning: str) -> tuple[list[int], str, str]:
+        """Return what the client has not of the next tokens, text and thinking.
+
+        The tokens are taken in like all others; only telling them again is left out.
+        """
+        tokens = min(len(token_ids), self._tokens)
+        characters = min(len(text), self._characters)
+        reasoning_characters = min(len(reasoning), self._reasoning_characters)
+        self._tokens -= tokens
+        self._characters -= characters
+        self._reasoning_characters -= reasoning_characters
+        return token_ids[tokens:], text[characters:], reasoning[reasoning_characters:]
 
 
-@dataclass
+@dataclass(slots=True)
 class _CompletionState:
     detokenizer: IncrementalDetokenizer | None
     stops: StopStrings
@@ -100,11 +109,8 @@ class _CompletionState:
     """Text that may go out, with the rest of its token's text."""
     held: deque[_HeldToken] = field(default_factory=deque)
     """Tokens that wait for their text."""
-    tokens_to_skip: int = 0
-    """Tokens that the client has from an engine before this one: they are taken in like the rest, and not sent."""
-    text_to_skip: _Skip = field(default_factory=lambda: _Skip(0))
-    reasoning_to_skip: _Skip = field(default_factory=lambda: _Skip(0))
-    """The same of the answer's text, and of its thinking."""
+    delivered: _Delivered | None = None
+    """What is not sent of a resumed completion; None of any other."""
     reasoning_tokens: int = 0
     """Tokens of thinking that went out."""
 
@@ -122,7 +128,7 @@ class _HeldToken:
     """Characters decoded once its text was whole; None before."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _RequestState:
     client: bytes
     id: str
@@ -159,7 +165,7 @@ class OutputProcessor:
         tokenizer, phase = self._tokenizer, None
         if tokenizer is not None and submit.split_reasoning:
             phase = tokenizer.reasoning_phase(request.prompt, submit.continue_final_message)
-        delivered = [ResumedCompletion()] * sampling.n if submit.resume is None else submit.resume.completions
+        delivered = [None] * sampling.n if submit.resume is None else [_Delivered(c) for c in submit.resume.completions]
         for each in delivered:
             decoder = None
             if tokenizer is not None:
@@ -167,10 +173,7 @@ class OutputProcessor:
                 decoder = tokenizer.decoder(sampling.skip_special_tokens, request.prompt, shows_reasoning_tags=splits)
             stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
             splitter = None if tokenizer is None or phase is None else tokenizer.reasoning_splitter(phase)
-            completion = _CompletionState(decoder, stops, splitter, tokens_to_skip=len(each.token_ids))
-            completion.text_to_skip = _Skip(each.characters)
-            completion.reasoning_to_skip = _Skip(each.reasoning_characters)
-            state.completions.append(completion)
+            state.completions.append(_CompletionState(decoder, stops, splitter, delivered=each))
 
         self._requests[request.id] = state
         first = request.sequences[0]
@@ -200,12 +203,14 @@ class OutputProcessor:
             self._emit(state.client, self._finished(state, update.request))
 
     def _advance(self, state: _RequestState, completion: _CompletionState, update: SequenceUpdate) -> None:
-        request, index = update.request, update.sequence.index
+        request = update.request
+        index = update.sequence.index
         stop = None
         min_tokens = state.submit.sampling.min_tokens
-        entries: Sequence[TokenLogprobs | None] = update.logprobs or [None] * len(update.token_ids)
-        for token, logprobs in zip(update.token_ids, entries, strict=True):
-            too_early = completion.tokens + len(completion.held) + 1 < min_tokens
+        entries = update.logprobs
+        for number, token in enumerate(update.token_ids):
+            too_early = min_tokens > 0 and completion.tokens + len(completion.held) + 1 < min_tokens
+            logprobs = entries[number] if entries else None
             stop = self._take(state, completion, token, logprobs, request, too_early)
             if stop is not None:
                 break
@@ -245,7 +250,7 @@ class OutputProcessor:
         too_early: bool,
     ) -> str | None:
         """Take in a token. Returns the stop string that its text completes."""
-        held = _HeldToken(token, self._with_bytes(logprobs), None)
+        held = _HeldToken(token, None if logprobs is None else self._with_bytes(logprobs), None)
         completion.held.append(held)
 
         # The token that ends an answer is reported among the token ids but is no part of the text.
@@ -289,38 +294,43 @@ class OutputProcessor:
         return stop
 
     def _send_ready(self, state: _RequestState, completion: _CompletionState, index: int) -> None:
-        """Send the tokens whose text is whole and may be shown; at the end all that is left."""
+        """Send the tokens whose text is whole and may be shown; at the end all that is left.
+
+        It runs for every token of every request, beside the step loop, which waits for the interpreter meanwhile.
+        """
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        held = completion.held
+        ended = completion.completion is not None
         splitter = completion.splitter
-        shown = completion.sent + len(completion.ready)
+        ready = completion.ready
         end = completion.sent
-        while completion.held:
-            held = completion.held[0]
-            if completion.completion is None and (held.end is None or held.end > shown):
+        shown = end + len(ready)
+        while held:
+            first = held[0]
+            if not ended and (first.end is None or first.end > shown):
                 break
             if splitter is not None:
                 completion.reasoning_tokens += splitter.is_thinking(end)
-            if held.end is not None:
-                end = held.end
-            token_ids.append(held.token_id)
-            if held.logprobs is not None:
-                logprobs.append(held.logprobs)
-            completion.held.popleft()
+            if first.end is not None:
+                end = first.end
+            token_ids.append(first.token_id)
+            if first.logprobs is not None:
+                logprobs.append(first.logprobs)
+            held.popleft()
 
-        size = len(completion.ready) if completion.completion is not None else end - completion.sent
-        text, completion.ready = completion.ready[:size], completion.ready[size:]
+        size = len(ready) if ended else end - completion.sent
+        text = ready[:size]
+        completion.ready = ready[size:]
         reasoning = ""
         if splitter is not None:
             reasoning, text = splitter.split(text, completion.sent)
         completion.sent += size
-        position = completion.tokens
         completion.tokens += len(token_ids)
 
         # The client of a resumed request has the beginning, and its log-probabilities.
-        token_ids = token_ids[max(0, completion.tokens_to_skip - position) :]
-        text = completion.text_to_skip.rest_of(text)
-        reasoning = completion.reasoning_to_skip.rest_of(reasoning)
+        if completion.delivered is not None:
+            token_ids, text, reasoning = completion.delivered.rest_of(token_ids, text, reasoning)
         if token_ids or text or reasoning:
             position = completion.tokens - len(token_ids)
             cached = state.request.cached_tokens if state.tells_cached else 0
@@ -328,8 +338,8 @@ class OutputProcessor:
             delta = Delta(state.id, index, text, token_ids, logprobs or None, position, reasoning, cached)
             self._emit(state.client, delta)
 
-    def _with_bytes(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
-        if logprobs is None or self._tokenizer is None:
+    def _with_bytes(self, logprobs: TokenLogprobs) -> TokenLogprobs:
+        if self._tokenizer is None:
             return logprobs
         known = self._tokenizer.token_bytes
         return TokenLogprobs(
@@ -355,7 +365,7 @@ class OutputProcessor:
         )
         prompt_logprobs = request.prompt_logprobs
         if prompt_logprobs is not None:
-            prompt_logprobs = [self._with_bytes(entry) or entry for entry in prompt_logprobs]
+            prompt_logprobs = [self._with_bytes(entry) for entry in prompt_logprobs]
         prompt = request.prompt if state.submit.return_prompt_token_ids else None
         return Finished(state.id, completions, usage, timings(request), prompt, prompt_logprobs)
 

@@ -53,6 +53,8 @@ class Progress:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._phase_seconds = dict.fromkeys(PHASES, 0.0)
+        self._phase: str | None = None
+        self._phase_since = 0.0
 
         self._resting = True
         self._went_on_at = clock()
@@ -91,26 +93,26 @@ class Progress:
             self._went_on_at = self._clock()
             self._resting = False
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """The time of one phase of a step."""
-        start = self._clock()
-        self._heartbeat.phase(name)
-        try:
-            yield
-        finally:
-            self._phase_seconds[name] += self._clock() - start
+    def phase(self, name: str | None) -> None:
+        """Note which of PHASES a step is in from now on, and count the time of the one before; None at its end."""
+        now = self._clock()
+        if self._phase is not None:
+            self._phase_seconds[self._phase] += now - self._phase_since
+        self._phase = name
+        self._phase_since = now
+        if name is not None:
+            self._heartbeat.phase(name)
 
     def planned(self, plan: StepPlan) -> None:
         """Count what a step computes."""
         self._heartbeat.step(plan.step, plan.num_tokens)
+        lengths = self._prompt_lengths
         for start in plan.starts:
-            self._prompt_lengths[start.slot] = start.prompt_length
+            lengths[start.slot] = start.prompt_length
         # The last token of a prompt may be a decode row, too.
         for slot, first, count in zip(plan.slots, plan.positions, plan.counts, strict=True):
-            length = self._prompt_lengths[slot]
-            if first < length:
-                self._prompt_tokens += min(first + count, length) - first
+            if first < lengths[slot]:
+                self._prompt_tokens += min(first + count, lengths[slot]) - first
 
     def committed(self, updates: list[SequenceUpdate]) -> None:
         """Count the tokens that a step brought."""
@@ -118,6 +120,7 @@ class Progress:
 
     def ended(self, failed: bool = False) -> None:
         """Note that the loop has returned; if it has not failed, it may be run again."""
+        self.phase(None)
         self._ready = not failed
         self._resting = True
         self._heartbeat.phase("waiting")

@@ -124,11 +124,12 @@ class Worker:
 
         Raises EngineStopped, with the settings to change, if the device's memory does not suffice.
         """
-        return self.sample(self.forward(plan))
+        with self._computing():
+            return self._sample(self._forward(plan))
 
     def forward(self, plan: StepPlan) -> ForwardPass:
         """The first part of launch(), for which nobody needs to know which tokens a grammar allows next."""
-        with self._explained(), torch.inference_mode():
+        with self._computing():
             step = self._forward(plan)
             if self.rank != 0 or not plan.masked_samples or step.logits is None or step.logits.device.type != "cuda":
                 return step
@@ -136,19 +137,17 @@ class Worker:
             end.record()
             return replace(step, end=end)
 
-    def sample(self, step: ForwardPass, masks: Sequence[bytes] = ()) -> LaunchedStep:
+    def sample(self, step: ForwardPass, masks: Sequence[bytes]) -> LaunchedStep:
         """The second part; `masks` are those of the plan's masked_samples (see Masks)."""
-        if step.logits is None:
-            return LaunchedStep(step.batch.sample_tokens, [], step.prompt_logprobs)
-        by_row = dict(zip(step.plan.masked_samples, masks, strict=True))
-        with self._explained(), torch.inference_mode():
-            tokens, logprobs = self._sample(step.logits, step.batch, by_row)
-            return LaunchedStep(tokens, logprobs, step.prompt_logprobs, self.sampler.take_failures())
+        with self._computing():
+            return self._sample(step, masks)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
+        """Without gradients; where the device's memory does not suffice, the error says what to change."""
         try:
-            yield
+            with torch.inference_mode():
+                yield
         except torch.OutOfMemoryError as error:
             raise EngineStopped(self.memory.advice()) from error
 
@@ -180,7 +179,7 @@ class Worker:
         Raises EngineStopped, with the settings to change, if the device's memory does not suffice.
         """
         assert self._graphs is not None
-        with self._explained(), torch.inference_mode():
+        with self._computing():
             self._graphs.capture(rows)
 
     def follow_plans(self, control: ControlChannel) -> bytes:
@@ -208,7 +207,14 @@ class Worker:
             self._graphs.close()
             self._graphs = None
 
-    def _sample(
+    def _sample(self, step: ForwardPass, masks: Sequence[bytes] = ()) -> LaunchedStep:
+        if step.logits is None:
+            return LaunchedStep(step.batch.sample_tokens, [], step.prompt_logprobs)
+        by_row = dict(zip(step.plan.masked_samples, masks, strict=True))
+        tokens, logprobs = self._choose(step.logits, step.batch, by_row)
+        return LaunchedStep(tokens, logprobs, step.prompt_logprobs, self.sampler.take_failures())
+
+    def _choose(
         self, logits: torch.Tensor, batch: ForwardBatch, masks: dict[int, bytes]
     ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
         """The tokens, int64 (S,), and their log-probabilities: right on rank 0."""

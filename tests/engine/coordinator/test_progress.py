@@ -93,12 +93,16 @@ def test_a_step_loop_with_work_that_does_not_go_on_is_stalled_and_one_that_rests
         assert progress.status().stalled_s == 0.0
     clock.now += 3
     assert progress.status().stalled_s == 3.0
-    with progress.phase("wait"):
-        clock.now += 4
-        assert progress.status().stalled_s == 7.0
+    progress.phase("wait")
+    clock.now += 4
+    assert progress.status().stalled_s == 7.0
+    progress.phase("commit")
+    clock.now += 1
+    progress.phase(None)
+    clock.now += 20  # between two steps
     progress.went_on()
     assert progress.status().stalled_s == 0.0
-    assert progress.status().phase_seconds == {"schedule": 0.0, "launch": 0.0, "wait": 4.0, "commit": 0.0}
+    assert progress.status().phase_seconds == {"schedule": 0.0, "launch": 0.0, "wait": 4.0, "commit": 1.0}
     for failed in (False, True):
         progress.ended(failed)
         clock.now += 9
