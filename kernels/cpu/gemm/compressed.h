@@ -79,12 +79,12 @@ inline void expand_group(const uint8_t* table, const uint8_t* quad, const uint32
 }
 
 // As multiply_rows, of two compressed panels: their tables and four-word pieces, from a whole group on, of which none
-// stands apart. Expanding hides behind the products, so every row block does it anew. So many bytes further on as
-// `ahead0` and `ahead1` say stands what is needed next; 0 fetches nothing.
+// stands apart. Expanding hides behind the products, so every row block does it anew. The pieces begin at byte `at` of
+// those of their panels; what `ahead` says is fetched meanwhile, of the panels for which `fetch0` and `fetch1` ask.
 template <int R>
 __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint8_t* const* tables,
                                                    const uint8_t* const* quads, int64_t words, float* c, bool add,
-                                                   int64_t ahead0, int64_t ahead1) {
+                                                   const FetchAhead& ahead, int64_t at, bool fetch0, bool fetch1) {
     Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
     for (int i = 0; i < R * kParts; ++i) c0[i] = c1[i] = Part{};
@@ -102,10 +102,10 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
             }
         };
 
-        const int64_t count = words < kGroupWords ? words : kGroupWords;
+        const int64_t count = words < kGroupWords ? words : kGroupWords, further = ahead.from(at);
         for (int64_t k = 0; k < count; k += 4) {
-            for (int line = 0; ahead0 && line < kQuadBytes; line += 64) __builtin_prefetch(q0 + ahead0 + line, 0, 2);
-            for (int line = 0; ahead1 && line < kQuadBytes; line += 64) __builtin_prefetch(q1 + ahead1 + line, 0, 2);
+            for (int line = 0; fetch0 && line < kQuadBytes; line += 64) __builtin_prefetch(q0 + further + line, 0, 2);
+            for (int line = 0; fetch1 && line < kQuadBytes; line += 64) __builtin_prefetch(q1 + further + line, 0, 2);
             pair(std::integral_constant<int, 0>{});
             pair(std::integral_constant<int, 1>{});
             a += 4 * R * kSteps<bf16>;
@@ -114,6 +114,7 @@ __attribute__((noinline)) void multiply_compressed(const uint32_t* a, const uint
         }
 
         words -= count;
+        at += count / 4 * kQuadBytes;
         t0 += kTableBytes;
         t1 += kTableBytes;
     }

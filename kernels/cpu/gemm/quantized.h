@@ -50,12 +50,11 @@ struct Nibbles {
 #endif
 };
 
-// Meanwhile it fetches what stands `ahead` words further on: a panel is too short for the processor to foresee the
-// next.
+// Meanwhile it fetches what stands `ahead` bytes further on.
 INLINE void decode(const uint32_t* from, int64_t words, int64_t ahead, uint32_t* to) {
     const Nibbles nibbles;
     for (int64_t k = 0; k < words; k += 4, from += 16, to += 64) {
-        __builtin_prefetch(from + ahead, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
         for (int j = 0; j < 4; ++j) *reinterpret_cast<vu_any*>(to + 16 * j) = nibbles(load(from), j);
     }
 }
@@ -68,7 +67,7 @@ INLINE const float* scales_of(const Linear& job, int64_t panel, int64_t k) {
 // As multiply_rows, of a whole row of panels of 4 bits: for few rows, which leave no time to store what is decoded.
 template <int R>
 INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_t* b0, const uint32_t* b1,
-                             const float* s0, const float* s1, int64_t ahead, float* c) {
+                             const float* s0, const float* s1, const FetchAhead& ahead, float* c) {
     const Nibbles nibbles;
     vf t0[R], t1[R];
 #pragma GCC unroll 16
@@ -79,10 +78,11 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
         Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
         for (int i = 0; i < R * kParts; ++i) c0[i] = c1[i] = Part{};
+        const int64_t further = ahead.from(first / 4 * kPanel * 4);
         for (int64_t k = first; k < last; k += 4, b0 += kPanel, b1 += kPanel) {
             const vu v0 = load(b0), v1 = load(b1);
-            __builtin_prefetch(b0 + ahead, 0, 2);
-            __builtin_prefetch(b1 + ahead, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char*>(b0) + further, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char*>(b1) + further, 0, 2);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 const vu w0 = nibbles(v0, j), w1 = nibbles(v1, j);
@@ -267,14 +267,16 @@ INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, in
     }
 }
 
-// All groups of two panels. `ahead` bytes further on stands what is needed next; 0 fetches nothing.
+// All groups of two panels. With `fetches` it fetches what `ahead` says meanwhile.
 template <class N, int R>
 __attribute__((noinline)) void multiply_numbers(const Linear& job, const uint32_t* a, const char* b0, const char* b1,
-                                                const float* s0, const float* s1, int64_t ahead, float* c) {
+                                                const float* s0, const float* s1, const FetchAhead& ahead, bool fetches,
+                                                float* c) {
     for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
         const int64_t words = std::min<int64_t>(job.word_block, job.words - first);
         const char *w0 = b0 + first * N::kWeightBytes, *w1 = b1 + first * N::kWeightBytes;
-        multiply_group<N, R>(a + first * R, w0, w1, words, s0, s1, c, 32, first > 0, ahead ? w0 + ahead : nullptr,
-                             ahead ? w1 + ahead : nullptr);
+        const int64_t further = ahead.from(first * N::kWeightBytes);
+        multiply_group<N, R>(a + first * R, w0, w1, words, s0, s1, c, 32, first > 0, fetches ? w0 + further : nullptr,
+                             fetches ? w1 + further : nullptr);
     }
 }

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 from phalanx import LLM, AsyncLLM, EngineFault, EngineStopped, InvalidRequest, SamplingParams, Timeout
+from phalanx.engine.client import llm as llm_module
 from phalanx.engine.client.client import RequestHandle
 from phalanx.engine.client.requests import RequestOutput
 from phalanx.engine.execution.rank_worker import Worker
@@ -66,6 +67,20 @@ def test_generate_answers_in_the_order_of_the_prompts(llm: LLM) -> None:
     outputs = llm.generate(prompts, GREEDY)
     assert [output.prompt_token_ids for output in outputs] == prompts
     assert _tokens(outputs) == [_tokens(llm.generate(prompt, GREEDY))[0] for prompt in prompts]
+
+
+def test_a_caller_that_waits_for_answers_is_woken_once_for_each(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[Event | None] = []
+
+    def counted(events: queue.SimpleQueue[Event], wait: bool) -> Event | None:
+        woken.append(next_event(events, wait))
+        return woken[-1]
+
+    next_event = llm_module._next_event
+    monkeypatch.setattr(llm_module, "_next_event", counted)
+    outputs = llm.generate(_prompts(3), GREEDY)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [24, 24, 24]
+    assert [type(event) for event in woken] == [Finished] * 3
 
 
 def test_one_prompt_of_text_and_its_token_ids_are_the_same_request(llm: LLM) -> None:
