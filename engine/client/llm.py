@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, seconds
-from ..errors import CapacityExceeded, EngineStopped, Timeout
+from ..errors import CapacityExceeded, EngineFault, EngineStopped, Timeout
 from ..protocol.messages import Accepted, Delta, Event, Failed, ModelInfo, Status, Submit
 from ..protocol.sampling_params import SamplingParams
 from ..protocol.secret import read_secret
@@ -270,7 +270,11 @@ class LLM:
         def on_event(event: Event) -> None:
             # A token wakes nobody: the thread that brings it adds it, and the caller's waits for ends alone.
             if isinstance(event, Delta):
-                builders[event.id].add(event)
+                try:
+                    builders[event.id].add(event)
+                except Exception as error:  # for the caller to hear of
+                    why = f"a piece of the answer could not be taken in: {error!r}"
+                    events.put(Failed(event.id, EngineFault.__name__, why))
             elif not isinstance(event, Accepted):
                 events.put(event)
 

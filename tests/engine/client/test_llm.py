@@ -19,7 +19,7 @@ import pytest
 from phalanx import LLM, AsyncLLM, EngineFault, EngineStopped, InvalidRequest, SamplingParams, Timeout
 from phalanx.engine.client import llm as llm_module
 from phalanx.engine.client.client import RequestHandle
-from phalanx.engine.client.requests import RequestOutput
+from phalanx.engine.client.requests import OutputBuilder, RequestOutput
 from phalanx.engine.execution.rank_worker import Worker
 from phalanx.engine.protocol.messages import Accepted, Delta, Event, Finished, Submit
 from phalanx.engine.scheduling.step_plan import StepPlan
@@ -81,6 +81,24 @@ def test_a_caller_that_waits_for_answers_is_woken_once_for_each(llm: LLM, monkey
     outputs = llm.generate(_prompts(3), GREEDY)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [24, 24, 24]
     assert [type(event) for event in woken] == [Finished] * 3
+
+
+def test_a_piece_that_cannot_be_taken_in_fails_the_call_that_waits_for_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = OutputBuilder.add
+
+    def broken(builder: OutputBuilder, event: Event) -> RequestOutput | None:
+        if isinstance(event, Delta):
+            raise IndexError("no such completion")
+        return add(builder, event)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputBuilder, "add", broken)
+        with pytest.raises(EngineFault, match="no such completion"):
+            llm.generate(_prompts(3), ENDLESS)
+    _wait_until_idle(llm)
+    assert llm.generate([5, 6], GREEDY)[0].usage.completion_tokens == 24
 
 
 def test_one_prompt_of_text_and_its_token_ids_are_the_same_request(llm: LLM) -> None:
