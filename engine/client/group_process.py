@@ -24,6 +24,7 @@ from ..protocol.transport import SOCKET_PATH_BYTES, Connection, ZmqConnection
 from .client import Client
 from .group_failure import FAILURE_FILE, STATE_FILE, GroupState, read_failure, read_state
 from .resume.connection import ResumingConnection
+from .thread_room import check_thread_room
 
 STOP_TIMEOUT_S = 5.0
 SHORT_TMPDIR = "/tmp"  # nosec B108 # mkdtemp makes a folder of mode 0700 in it
@@ -49,6 +50,7 @@ class GroupProcess:
         # What can be told without starting N processes is told at once.
         folder = resolve_model(config.model, weights=config.load_format != "dummy")
         partition_model(config, spec_from_config(read_config(folder), str(folder)), config.ranks)
+        check_thread_room(config)
 
         self._folder = _private_folder()
         try:

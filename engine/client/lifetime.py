@@ -89,8 +89,9 @@ def _start_reaper() -> None:
     global _reaper
     with _starting:
         if _reaper is None:
-            _reaper = threading.Thread(target=_reap, name="phalanx-reaper", daemon=True)
-            _reaper.start()
+            reaper = threading.Thread(target=_reap, name="phalanx-reaper", daemon=True)
+            reaper.start()
+            _reaper = reaper
             atexit.register(_end_all)
 
 

@@ -36,6 +36,7 @@ from .requests import (
     spread_structured,
 )
 from .resume.connection import ResumingConnection
+from .thread_room import check_thread_room
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +145,7 @@ class LLM:
             self._lifetime = Lifetime(self, process.close)
             return
 
+        check_thread_room(config)
         import torch
 
         from ...parallel.group import local_group

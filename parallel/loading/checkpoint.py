@@ -213,6 +213,10 @@ def _open(file: Path) -> Any:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
         raise LoadError(f"{file} is no readable safetensors file ({error}); copy it again") from error
+    except (MemoryError, RuntimeError) as error:  # the file's addresses, not its bytes; a RuntimeError is torch's
+        raise LoadError(
+            f"{file} cannot be mapped into memory ({error}): let this process have more of it (ulimit -v)"
+        ) from error
 
 
 def _check_coverage(folder: Path, slices: Sequence[WeightSlice], stored: Mapping[str, StoredTensor]) -> None:

@@ -62,6 +62,19 @@ def both() -> list[WeightSlice]:
     return [whole(A, (48, 16)), whole(B, (16, 48))]
 
 
+@pytest.mark.parametrize("error", [MemoryError("os error 12"), RuntimeError("unable to mmap 769 bytes")])
+def test_a_file_that_this_process_has_no_addresses_for_is_not_called_damaged(
+    folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "safe_open", refused)
+    with pytest.raises(LoadError, match=r"model\.safetensors cannot be mapped into memory \(.*ulimit -v") as raised:
+        load_weights(folder, both())
+    assert "copy it again" not in str(raised.value)
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 200, 2**25])
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
 def test_row_and_column_parts_arrive_whatever_the_chunk_size(
