@@ -17,6 +17,8 @@ from .protocol.sampling_params import MAX_FLOAT, SEED_LIMIT, SamplingParams, exa
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_TIMEOUT_S = 7 * 24 * 3600
+MOST_THREADS = 256
+"""Most threads of one rank: the kernels share their work among no more."""
 KV_CACHE_DTYPES = ("auto", "int8")
 WEIGHTS = ("auto", "keep", "read")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -65,8 +67,8 @@ class EngineConfig:
     symmetric_memory need device=cuda. shared_memory and gloo copy a GPU's tensors through the host, which is slow, but
     lets several ranks share a GPU."""
     threads: int = 0
-    """CPU threads of each rank; 0 divides the physical cores of this host among its ranks (hyperthreads of one core
-    share its arithmetic units)."""
+    """CPU threads of each rank, at most 256; 0 divides the physical cores of this host among its ranks (hyperthreads of
+    one core share its arithmetic units)."""
     bind_cpus: str = "auto"
     """Bind CPU ranks to NUMA nodes, and each thread that computes to a core: auto (where this process may use CPUs of
     several nodes), always (on one node too), or never (also for ranks that somebody else has bound, with numactl or
@@ -158,6 +160,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("threads", self.threads, 0)
+        if self.threads > MOST_THREADS:
+            raise ConfigError(f"threads={self.threads} must be at most {MOST_THREADS}, or 0 for this host's cores")
         _at_least("max_restarts", self.max_restarts, 0)
 
         if self.max_num_batched_tokens < self.max_num_seqs:

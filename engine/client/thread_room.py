@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 
-from ..config import EngineConfig
+from ..config import MOST_THREADS, EngineConfig
 from ..errors import ConfigError
 
 OWN_THREADS = 18
@@ -21,7 +21,7 @@ GROUP_THREADS = 16
 def threads_of(config: EngineConfig) -> int:
     """Threads and processes that an engine of this configuration starts, for the most part as it starts itself."""
     cpus = len(os.sched_getaffinity(0))
-    threads = config.threads or max(1, cpus // config.ranks)
+    threads = config.threads or min(MOST_THREADS, max(1, cpus // config.ranks))
     # Of these CPUs each has a thread that encodes texts.
     alone = OWN_THREADS + threads + cpus
     return alone if config.ranks == 1 else alone + GROUP_THREADS + config.ranks + (config.ranks - 1) * (1 + threads)

@@ -173,14 +173,20 @@ def assemble(parts: WorkerParts, num_blocks: int, sizes: Sequence[int] = ()) -> 
 
     # One more block, that no sequence is given, for the rows that pad a graph's batches.
     cache = KVCache.allocate(num_blocks + (len(sizes) > 0), parts.cache_layout)
-    slot_table = SlotTable(
-        max_num_seqs,
-        settings.max_model_len,
-        settings.block_size,
-        group.device,
-        parts.token_counts,
-        dummy_block=num_blocks if sizes else 0,
-    )
+    try:
+        slot_table = SlotTable(
+            max_num_seqs,
+            settings.max_model_len,
+            settings.block_size,
+            group.device,
+            parts.token_counts,
+            dummy_block=num_blocks if sizes else 0,
+        )
+    except MemoryError as error:
+        raise ConfigError(
+            f"the token ids of max_num_seqs={max_num_seqs} sequences of max_model_len={settings.max_model_len} do not "
+            f"fit into memory ({error}): lower max_num_seqs or max_model_len"
+        ) from error
     graphs = _make_graphs(parts, cache, sizes, dummy_block=num_blocks) if sizes else None
 
     return Worker(

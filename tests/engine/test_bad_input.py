@@ -273,6 +273,7 @@ def test_a_folder_that_lacks_something_is_refused_by_what_it_lacks(
         ({"load_format": "pickle"}, "load_format='pickle'.*dummy"),
         ({"ranks": 0}, "ranks=0"),
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"max_num_seqs": 10**12, "max_num_batched_tokens": 10**12}, "max_num_seqs=1000000000000.*lower max_num_seqs"),
         ({"max_num_batched_tokens": 4}, "max_num_batched_tokens=4.*max_num_seqs=8"),
         ({"block_size": -1}, "block_size=-1"),
         ({"kv_memory": -1}, "kv_memory=-1"),

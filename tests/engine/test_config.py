@@ -35,6 +35,7 @@ from phalanx import ConfigError, EngineConfig, SamplingParams
         ("ranks", 2.0, "an integer"),
         ("ranks", True, "an integer"),
         ("threads", -1, "at least 0"),
+        ("threads", 257, "at most 256"),
         ("max_model_len", 0, "at least 1"),
         ("max_num_seqs", 0, "at least 1"),
         ("max_num_batched_tokens", "many", "an integer"),
