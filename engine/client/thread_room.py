@@ -7,6 +7,7 @@ to be met. Limits are a user's (ulimit -u) or a container's (pids.max), and what
 from __future__ import annotations
 
 import os
+import resource
 import threading
 
 from ..config import MOST_THREADS, EngineConfig
@@ -14,8 +15,10 @@ from ..errors import ConfigError
 
 OWN_THREADS = 18
 """Threads of the process that decides, besides those that compute and those that encode texts."""
-GROUP_THREADS = 16
-"""Threads and processes of a group's client and supervisor."""
+CLIENT_THREADS = 10
+"""Threads of a group's client."""
+SUPERVISOR_THREADS = 6
+"""Threads and processes of what starts and watches a group."""
 
 
 def threads_of(config: EngineConfig) -> int:
@@ -24,12 +27,17 @@ def threads_of(config: EngineConfig) -> int:
     threads = config.threads or min(MOST_THREADS, max(1, cpus // config.ranks))
     # Of these CPUs each has a thread that encodes texts.
     alone = OWN_THREADS + threads + cpus
-    return alone if config.ranks == 1 else alone + GROUP_THREADS + config.ranks + (config.ranks - 1) * (1 + threads)
+    if config.ranks == 1:
+        return alone
+    return alone + CLIENT_THREADS + SUPERVISOR_THREADS + config.ranks + (config.ranks - 1) * (1 + threads)
 
 
 def check_thread_room(config: EngineConfig) -> None:
     """Raise ConfigError unless as many threads as the engine needs can be started: it starts them, and ends them."""
     needed = threads_of(config)
+    # Of a group most belong to other processes, whose stacks take none of the addresses that this one may have.
+    if config.ranks > 1 and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        needed = CLIENT_THREADS
     leave = threading.Event()
     started: list[threading.Thread] = []
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from pathlib import Path
 
 import pytest
 from phalanx import LLM, ConfigError, SamplingParams
-from phalanx.engine.client.thread_room import check_thread_room, threads_of
+from phalanx.engine.client.thread_room import CLIENT_THREADS, check_thread_room, threads_of
 from phalanx.engine.config import EngineConfig
 from phalanx.tests.engine.conftest import CONFIG
 
@@ -36,6 +37,17 @@ def test_an_engine_without_room_for_its_threads_says_which_limit_to_raise(
     with pytest.raises(ConfigError, match=rf"starts 7 more threads.* ranks={ranks} needs \d+: raise .*ulimit -u"):
         LLM(str(tiny), **{**CONFIG, "ranks": ranks})
     assert threading.active_count() == before
+
+
+def test_a_limit_on_one_processs_addresses_says_nothing_of_the_others(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(model=str(tiny), ranks=2)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (3 << 30, 3 << 30))
+    _limit_threads(monkeypatch, CLIENT_THREADS)
+    check_thread_room(config)
+    with pytest.raises(ConfigError, match="starts 0 more threads"):
+        check_thread_room(config)
 
 
 def test_asking_leaves_no_thread_behind() -> None:
