@@ -87,14 +87,14 @@ def test_slow_masks_cost_their_neighbour_no_step(engine: LLM, monkeypatch: pytes
     expected = [o.outputs[0].text for o in engine.generate([[5, 6], [8, 9]], GREEDY, [SLOW, None])]
     tokens = threading.Semaphore(0)
     _hold_masks(monkeypatch, lambda: tokens.acquire(timeout=LIMIT_S))
-    forward = Worker.forward
+    forward = Worker._forward  # what every step goes through, with masks or without
     computed: list[set[int]] = []
 
     def record(self: Worker, plan: StepPlan) -> Any:
         computed.append(set(plan.slots))
         return forward(self, plan)
 
-    monkeypatch.setattr(Worker, "forward", record)
+    monkeypatch.setattr(Worker, "_forward", record)
 
     # Each token of the neighbour lets one mask of the slow row through.
     slow = engine.stream([5, 6], sampling=GREEDY, structured=SLOW)
