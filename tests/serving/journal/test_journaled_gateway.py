@@ -243,6 +243,7 @@ def test_a_response_that_waits_for_its_turn_can_be_cancelled(gate: Gate, tmp_pat
     with gateway(tmp_path) as server, client(server) as http:
         body = {"model": "fake", "input": "Hi", "background": True}
         first, second = (http.post("/v1/responses", json=body).json()["id"] for _ in range(2))
+        until(lambda: len(gate.engine.requests) == 2)  # they are answered before the engine has them
         kill(server)
     with gateway(tmp_path, "max_open_requests=4") as server, client(server) as http:  # one of them has its turn
         until(lambda: len(gate.engine.requests) == 3)
