@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.logprobs import TokenLogprobs
@@ -207,10 +207,9 @@ class OutputProcessor:
         index = update.sequence.index
         stop = None
         min_tokens = state.submit.sampling.min_tokens
-        entries = update.logprobs
-        for number, token in enumerate(update.token_ids):
+        entries: Sequence[TokenLogprobs | None] = update.logprobs or [None] * len(update.token_ids)
+        for token, logprobs in zip(update.token_ids, entries, strict=True):
             too_early = min_tokens > 0 and completion.tokens + len(completion.held) + 1 < min_tokens
-            logprobs = entries[number] if entries else None
             stop = self._take(state, completion, token, logprobs, request, too_early)
             if stop is not None:
                 break
