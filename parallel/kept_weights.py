@@ -109,7 +109,7 @@ class KeptWeights:
         """Make room for the model's weights. Returns whether allocate() may be called: not if they cannot be kept."""
         if self._memory < 0 or is_complete(self._memory):
             return False
-        # Integers may have float32 scales: of few columns they take more than the numbers did.
+        # Integers have scales and sums: of few columns they take more than the numbers did.
         most = sum(2 * parameter.nbytes + 64 * 1024 for parameter in model.parameters())
         try:
             writer = KeptWriter(self._memory, most, huge_first=self._huge_first)

@@ -91,7 +91,7 @@ struct Linear {
     bool deterministic;     // kInt8: multiplied in the same way beside any number of rows
     const void* weight;     // panels
     const uint32_t* apart;  // kCompressed: the groups that are not, (groups, kGroupWords, 16)
-    const float* scales;    // quantized: (panels, groups, 16)
+    const bf16* scales;     // quantized: (panels, groups, 16)
     const float* sums;      // kInt8, kW8A8: (padded n,) of the weights along k
     int groups;             // quantized: of word_block words each
     const void* bias;       // (n,) of dtype, or null
@@ -196,7 +196,7 @@ struct Kernels {
     float (*sum)(const float* from, int64_t size, int64_t times, ReadPattern pattern);
     float (*multiply_add)(int64_t steps);
     int64_t (*compress)(const uint32_t* panel, int64_t words, uint8_t* to, uint32_t* apart, int64_t number);
-    float (*choose_scale)(const bf16* from, int64_t count, float limit, float span, int steps);
+    bf16 (*choose_scale)(const bf16* from, int64_t count, float limit, float span, int steps);
     // 4 * steps products of tiles, 2x2 blocks of 16x16x32 bfloat16 or 16x16x64 int8, whose operands are loaded again
     // from the first cache each time and are random numbers. Null where there are no tiles.
     float (*tile_products)(bool int8, int64_t steps);

@@ -44,7 +44,7 @@ Linear make_weight(uintptr_t weight, int kind, uintptr_t scales, uintptr_t sums,
         job.groups = (k + group - 1) / group;
     }
     job.weight = at(weight);
-    job.scales = at<const float*>(scales);
+    job.scales = at<const bf16*>(scales);
     job.sums = at<const float*>(sums);
     job.apart = at<const uint32_t*>(apart);
     return job;
@@ -173,17 +173,17 @@ void bind_quantization(py::module_& m) {
     m.def("quantize_int8", [](uintptr_t weight, int64_t n, int64_t k, int together, int64_t group, uintptr_t numbers,
                               uintptr_t scales, uintptr_t sums) {
         py::gil_scoped_release release;
-        quantize_int8(at(weight), n, k, together, group, at<void*>(numbers), at<float*>(scales), at<float*>(sums));
+        quantize_int8(at(weight), n, k, together, group, at<void*>(numbers), at<bf16*>(scales), at<float*>(sums));
     });
     m.def("quantize_int4",
           [](uintptr_t weight, int64_t n, int64_t k, int64_t group, uintptr_t numbers, uintptr_t scales) {
               py::gil_scoped_release release;
-              quantize_int4(at(weight), n, k, group, at<void*>(numbers), at<float*>(scales));
+              quantize_int4(at(weight), n, k, group, at<void*>(numbers), at<bf16*>(scales));
           });
     m.def("look_up_int8", [](uintptr_t numbers, uintptr_t scales, int64_t n, int64_t k, int together, int64_t group,
                              uintptr_t rows, int64_t count, uintptr_t out) {
         py::gil_scoped_release release;
-        look_up_int8(at(numbers), at<const float*>(scales), n, k, together, group, at<const int64_t*>(rows), count,
+        look_up_int8(at(numbers), at<const bf16*>(scales), n, k, together, group, at<const int64_t*>(rows), count,
                      at<void*>(out));
     });
 }

@@ -39,7 +39,7 @@ class Int4(QuantizedFormat):
         self.check_weight(weight)
         rows, columns = weight.shape
         make = allocate or empty
-        scales = make((rows, -(-columns // self.group)), torch.float32, weight.device)
+        scales = make((rows, -(-columns // self.group)), torch.bfloat16, weight.device)
         numbers = make((rows, columns // 2), torch.uint8, weight.device)
         to = numbers.data_ptr(), scales.data_ptr()
         cpu.native.quantize_int4(weight.data_ptr(), rows, columns, self.group, *to)

@@ -37,7 +37,7 @@ class EightBitPanels(QuantizedFormat):
         group = self.group or columns
         together = self.together()
         make = allocate or empty
-        scales = make((rows, -(-columns // group)), torch.float32, weight.device)
+        scales = make((rows, -(-columns // group)), torch.bfloat16, weight.device)
         numbers = make((rows, columns), torch.int8, weight.device)
         sums = make((rows,), torch.float32, weight.device)
 

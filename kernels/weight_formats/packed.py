@@ -40,7 +40,7 @@ class Stored:
     group: int
     """Columns of a row that share a scale."""
     scales: torch.Tensor = field(default_factory=_nothing)
-    """float32, one for each group of each row; a number stands for itself times its scale."""
+    """bfloat16, one for each group of each row; a number stands for itself times its scale."""
     sums: torch.Tensor = field(default_factory=_nothing)
     """float32 (padded rows,): what each row's numbers came to."""
     apart: torch.Tensor = field(default_factory=_nothing)

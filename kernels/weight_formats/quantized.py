@@ -9,7 +9,7 @@ from .base import WeightFormat
 if TYPE_CHECKING:
     import torch
 
-_SCALE_BYTES = 4  # float32
+_SCALE_BYTES = 2  # bfloat16
 
 
 class QuantizedFormat(WeightFormat):

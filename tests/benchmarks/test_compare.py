@@ -278,7 +278,7 @@ def test_phalanx_is_planned_for_each_variant_and_number_of_ranks() -> None:
     assert planned[3].command[-5:] == ("/models/m", "ranks=2", "max_model_len=99", "quantization=int8", "threads=1")
     assert all(engine.ours for engine in planned)
     bf16 = 1.5 + 16 / 2048 if cpu.compresses() else 2
-    assert [engine.weight_bytes for engine in planned] == [bf16, bf16, 1 + 4 / 32, 1 + 4 / 32]
+    assert [engine.weight_bytes for engine in planned] == [bf16, bf16, 1 + 2 / 32, 1 + 2 / 32]
     assert weight_bytes({"dtype": "float32"}) == 4
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         plan_phalanx(Path("m"), ["int8"], [1], SIZES)

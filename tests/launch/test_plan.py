@@ -72,7 +72,7 @@ def test_float32_weights_and_cache_take_twice_the_bytes_of_bfloat16() -> None:
     assert half.activations < full.activations < 2 * half.activations
 
 
-@pytest.mark.parametrize(("quantization", "head", "layers"), [("int8", 1.125, 1.125), ("int4", 1.125, 0.5625)])
+@pytest.mark.parametrize(("quantization", "head", "layers"), [("int8", 1.0625, 1.0625), ("int4", 1.0625, 0.53125)])
 def test_quantized_weights_and_cache_take_their_bytes(quantization: str, head: float, layers: float) -> None:
     for model, tables in (("qwen2_5_0_5b", 0), ("qwq_32b_preview", 1)):
         plain, small = (_plan(f"model={model}", f"quantization={kind}").needs[0] for kind in ("none", quantization))

@@ -184,7 +184,7 @@ INLINE void finish_int8(const Linear& job, const float* scales, int64_t first_ro
     const Panels panels = panels_of(job, unit);
     const vf o0 = load(job.sums + panels.first * kPanel) * 128.0f,
              o1 = load(job.sums + panels.second * kPanel) * 128.0f;
-    const vf s0 = load(scales_of(job, panels.first, 0)), s1 = load(scales_of(job, panels.second, 0));
+    const vf s0 = load_as_float(scales_of(job, panels.first, 0)), s1 = load_as_float(scales_of(job, panels.second, 0));
     for (int r = 0; r < rows; ++r) {
         const vi* both = reinterpret_cast<const vi*>(sums + r * 32);
         const float scale = scales[first_row + r];

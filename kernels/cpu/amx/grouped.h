@@ -93,8 +93,8 @@ struct Int4Groups {
 // Some groups' sums of a row block, still to be added to its rows' sums, or to begin them.
 template <class Groups>
 struct PendingGroups {
-    const char* out = nullptr;      // each group's tiles
-    const float* scales = nullptr;  // each group's columns'
+    const char* out = nullptr;     // each group's tiles
+    const bf16* scales = nullptr;  // each group's columns'
     int64_t groups = 0;
     float* to = nullptr;
     bool add = false;
@@ -115,7 +115,8 @@ struct PendingGroups {
         float* sums = to + row * 32;
         vf sum = add ? load(sums) : vf{};
         for (int64_t g = 0; g < count; ++g)
-            sum = fused(Groups::sums(out + g * Groups::kSumTiles * kTileBytes, row), load(scales + g * kPanel), sum);
+            sum = fused(Groups::sums(out + g * Groups::kSumTiles * kTileBytes, row), load_as_float(scales + g * kPanel),
+                        sum);
         store(sums, sum);
     }
 };
@@ -167,7 +168,7 @@ struct GroupedTask : TileRange {
             const int64_t ahead = group * group_bytes + kAheadBytes, past = ahead - panel_bytes;
             const char* fetched = past < 0 ? panel + ahead : next + past;
             const char* b = Groups::tiles(job, panel, group, groups, room);
-            const float* scales = job.scales + (number * job.groups + group) * kPanel;
+            const bf16* scales = job.scales + (number * job.groups + group) * kPanel;
             for (int block = first_block; block < last_block; ++block) {
                 const char* a = reinterpret_cast<const char*>(x.words) + block * block_bytes +
                                 group * Groups::kRowBytes * job.block_rows;
@@ -179,7 +180,7 @@ struct GroupedTask : TileRange {
     }
 
     // Some groups with one row block. Meanwhile the sums of what was multiplied before are added.
-    INLINE void multiply_groups(const char* a, const char* b, int64_t groups, const float* scales, float* to, bool add,
+    INLINE void multiply_groups(const char* a, const char* b, int64_t groups, const bf16* scales, float* to, bool add,
                                 const char* fetched, int64_t group_bytes) {
         constexpr int64_t kOutBytes = Groups::kSumTiles * kTileBytes;
         char* out = sums_of_groups + turn * kChunkGroups * kOutBytes;
@@ -240,7 +241,7 @@ struct Int8Rows : TileRange {
     // Memory is read from the first byte of a panel to its last, and the scales beside it; `next` is read after that.
     template <int R>
     INLINE void multiply_panel(int64_t number, int64_t next, float* to) {
-        constexpr int64_t kGroupBytes = kWords * kPanel * 4, kScaleBytes = kPanel * 4, kAheadGroups = 8;
+        constexpr int64_t kGroupBytes = kWords * kPanel * 4, kScaleBytes = kPanel * sizeof(bf16), kAheadGroups = 8;
         const int64_t panel_bytes = Int8Groups::panel_bytes(job), row_bytes = 4 * kWords;
         const char *panel = static_cast<const char*>(job.weight) + number * panel_bytes,
                    *after = static_cast<const char*>(job.weight) + next * panel_bytes;
@@ -272,7 +273,7 @@ struct Int8Rows : TileRange {
             }
 
             // `ones` are the sums of the group's weights; times 32768 they are what the high bytes are too high.
-            const vf scale = load(reinterpret_cast<const float*>(scales + group * kScaleBytes));
+            const vf scale = load_as_float(reinterpret_cast<const bf16*>(scales + group * kScaleBytes));
             const vi offset = ones << 15;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) total[r] = fused(to_floats((high[r] << 8) + low[r] - offset), scale, total[r]);

@@ -6,7 +6,7 @@
 // row blocks. x is bfloat16 as it came. The panels are the same ones.
 //
 // A number becomes a float by no conversion: n + 128 in the second byte of a float of 32768 is 32896 + n, of which
-// fused() takes 32896 times the scale. A scale has 15 significant bits (quantize_int8()), so both products are exact.
+// fused() takes 32896 times the scale. A scale has 8 significant bits, so both products are exact.
 
 // Bits of a float that bfloat16 leaves away round the rest up from their half on.
 constexpr uint32_t kHalfOfBfloat16 = 0x8000;
@@ -52,7 +52,7 @@ struct Int8Panels {
     // k begins a group. Meanwhile it fetches what stands at `next`, and the scales that belong to it.
     static INLINE const char* tiles(const Linear& job, const char* panel, int64_t k, int64_t words, char* room,
                                     const char* next) {
-        constexpr int64_t kScaleBytes = kPanel * 4, kGroupBytes = kTileWords * kWordBytes;
+        constexpr int64_t kScaleBytes = kPanel * sizeof(bf16), kGroupBytes = kTileWords * kWordBytes;
         const char *weight = static_cast<const char*>(job.weight), *from = panel + offset(job, k),
                    *scales = reinterpret_cast<const char*>(job.scales);
         const int64_t number = (panel - weight) / panel_bytes(job);
@@ -65,7 +65,7 @@ struct Int8Panels {
                 next += kGroupBytes;
                 next_scales += kScaleBytes;
             }
-            const vf scale = load(reinterpret_cast<const float*>(scales));
+            const vf scale = load_as_float(reinterpret_cast<const bf16*>(scales));
             expand_group(from, scale, std::min<int64_t>(kTileWords, words - done), room + done * kPanel * 4);
         }
         zero_past(room, words * kPanel * 4, ceil_div(words, kTileWords) * kTileBytes);

@@ -104,7 +104,7 @@ void linear_task(const Linear& job, const PackedRows& x, int task) {
             const int64_t ahead = k + job.word_block < job.words ? job.word_block * kPanel : unit_step - at;
             const char* next[2] = {reinterpret_cast<const char*>(b0 + ahead),
                                    reinterpret_cast<const char*>(b1 + ahead)};
-            const float* scales[2];
+            const bf16* scales[2];
             if (!plain) {
                 scales[0] = scales_of(job, panels.first, k);
                 scales[1] = scales_of(job, panels.second, k);

@@ -38,7 +38,7 @@ INLINE void put_sums(const Part* c0, const Part* c1, float* c, int64_t ldc, bool
 // scales. Meanwhile what Lines pointers of `ahead` show is fetched, as much as the panels have.
 template <class T, int R, int Lines>
 INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words, float* c,
-                          int64_t ldc, bool add, const float* const* scales, const char* const* ahead) {
+                          int64_t ldc, bool add, const bf16* const* scales, const char* const* ahead) {
     Part c0[R * kParts], c1[R * kParts];
 #pragma GCC unroll 16
     for (int i = 0; i < R * kParts; ++i) c0[i] = c1[i] = Part{};
@@ -49,7 +49,7 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
                            [&](int step, int r) { return a[(k * kSteps<T> + step) * R + r]; });
     }
     if (!scales) return put_sums<R>(c0, c1, c, ldc, add);
-    const vf s0 = load(scales[0]), s1 = load(scales[1]);
+    const vf s0 = load_as_float(scales[0]), s1 = load_as_float(scales[1]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
@@ -61,7 +61,7 @@ INLINE void multiply_rows(const uint32_t* a, const uint32_t* b0, const uint32_t*
 // multiply_rows() with the number of `lines` known at run time, by a function of its own for each R.
 template <class T, int R>
 __attribute__((noinline)) void multiply_packed(const uint32_t* a, const uint32_t* b0, const uint32_t* b1, int64_t words,
-                                               float* c, int64_t ldc, bool add, const float* const* scales,
+                                               float* c, int64_t ldc, bool add, const bf16* const* scales,
                                                const char* const* ahead, int lines) {
     if (lines == 2) {
         multiply_rows<T, R, 2>(a, b0, b1, words, c, ldc, add, scales, ahead);
@@ -83,7 +83,7 @@ INLINE void with_rows(int rows, F&& f) {
 
 template <class T>
 using Multiply = void (*)(const uint32_t*, const uint32_t*, const uint32_t*, int64_t, float*, int64_t, bool,
-                          const float* const*, const char* const*, int);
+                          const bf16* const*, const char* const*, int);
 
 template <class T, int... I>
 constexpr std::array<Multiply<T>, sizeof...(I)> multiply_table(std::integer_sequence<int, I...>) {

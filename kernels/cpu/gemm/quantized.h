@@ -60,14 +60,14 @@ INLINE void decode(const uint32_t* from, int64_t words, int64_t ahead, uint32_t*
 }
 
 // The scales of a panel's 16 columns, for the group that begins at word k.
-INLINE const float* scales_of(const Linear& job, int64_t panel, int64_t k) {
+INLINE const bf16* scales_of(const Linear& job, int64_t panel, int64_t k) {
     return job.scales + (panel * job.groups + k / job.word_block) * kPanel;
 }
 
 // As multiply_rows, of a whole row of panels of 4 bits: for few rows, which leave no time to store what is decoded.
 template <int R>
 INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_t* b0, const uint32_t* b1,
-                             const float* s0, const float* s1, const FetchAhead& ahead, float* c) {
+                             const bf16* s0, const bf16* s1, const FetchAhead& ahead, float* c) {
     const Nibbles nibbles;
     vf t0[R], t1[R];
 #pragma GCC unroll 16
@@ -93,8 +93,8 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            t0[r] = fused(sums_of(c0, r), load(s0), t0[r]);
-            t1[r] = fused(sums_of(c1, r), load(s1), t1[r]);
+            t0[r] = fused(sums_of(c0, r), load_as_float(s0), t0[r]);
+            t1[r] = fused(sums_of(c1, r), load_as_float(s1), t1[r]);
         }
     }
 #pragma GCC unroll 16
@@ -105,20 +105,23 @@ INLINE void multiply_nibbles(const Linear& job, const uint32_t* a, const uint32_
 }
 
 // The scale of `count` numbers that are rounded to -limit - 1..limit: of `steps` from the largest one's to 1 + span
-// times that, the one with the least squared error. A few numbers of few bits gain by a lower one, which cuts off the
-// largest; of a few that have many bits, a higher one happens to leave a fifth less.
-inline float choose_scale(const bf16* from, int64_t count, float limit, float span, int steps) {
+// times that, each rounded to bfloat16, the one with the least squared error. A few numbers of few bits gain by a lower
+// one, which cuts off the largest; of a few that have many bits, a higher one happens to leave a fifth less. It is 1
+// where a float has no inverse of it: all numbers are 0 then.
+inline bf16 choose_scale(const bf16* from, int64_t count, float limit, float span, int steps) {
     vf most{};
     for (int64_t i = 0; i < count; i += 16) {
         vf v = load_up_to(from + i, count - i);
         most = larger(most, larger(v, -v));
     }
     const float first = max_of(most) / limit;
-    if (!(first > 0)) return 1.0f;
+    if (!(first * std::min(1.0f, 1.0f + span) >= std::numeric_limits<float>::min())) return to_bf16(1.0f);
 
-    float best = first, least = std::numeric_limits<float>::infinity();
+    bf16 best = to_bf16(first);
+    float least = std::numeric_limits<float>::infinity();
     for (int step = 0; steps > 1 && step < steps; ++step) {
-        const float scale = first * (1.0f + span * step / steps), inverse = 1.0f / scale;
+        const bf16 tried = to_bf16(first * (1.0f + span * step / steps));
+        const float scale = to_float(tried), inverse = 1.0f / scale;
         vf errors{};
         for (int64_t i = 0; i < count; i += 16) {
             vf v = load_up_to(from + i, count - i);
@@ -129,7 +132,7 @@ inline float choose_scale(const bf16* from, int64_t count, float limit, float sp
         }
         if (float error = sum_of(errors); error < least) {
             least = error;
-            best = scale;
+            best = tried;
         }
     }
     return best;
@@ -238,9 +241,9 @@ struct Bytes {
 
 // As multiply_rows, of one group of numbers: its sums become floats by the columns' scales. Meanwhile what stands at
 // next0 and next1 is fetched, as much as is multiplied; null fetches nothing.
-template <class N, int R>
-INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, int64_t words, const float* s0,
-                           const float* s1, float* c, int64_t ldc, bool add, const char* next0, const char* next1) {
+template <class N, int R, class Scale>
+INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, int64_t words, const Scale* s0,
+                           const Scale* s1, float* c, int64_t ldc, bool add, const char* next0, const char* next1) {
     vi c0[R], c1[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) c0[r] = c1[r] = vi{};
@@ -258,7 +261,7 @@ INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, in
             c1[r] = N::multiply_add(c1[r], x, w1);
         }
     }
-    const vf scale0 = load(s0), scale1 = load(s1);
+    const vf scale0 = load_as_float(s0), scale1 = load_as_float(s1);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* to = c + r * ldc;
@@ -270,7 +273,7 @@ INLINE void multiply_group(const uint32_t* a, const char* b0, const char* b1, in
 // All groups of two panels. With `fetches` it fetches what `ahead` says meanwhile.
 template <class N, int R>
 __attribute__((noinline)) void multiply_numbers(const Linear& job, const uint32_t* a, const char* b0, const char* b1,
-                                                const float* s0, const float* s1, const FetchAhead& ahead, bool fetches,
+                                                const bf16* s0, const bf16* s1, const FetchAhead& ahead, bool fetches,
                                                 float* c) {
     for (int64_t first = 0; first < job.words; first += job.word_block, s0 += kPanel, s1 += kPanel) {
         const int64_t words = std::min<int64_t>(job.word_block, job.words - first);

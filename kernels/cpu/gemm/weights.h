@@ -21,12 +21,12 @@ void copy_panels(DType dtype, const void* panels, int64_t n, int64_t k, void* to
 // A bfloat16 weight of n rows, a multiple of 16, to panels of 8 bits, `together` (2 or 4) numbers of a row side by
 // side, with a scale for each `group` of k and the sum of what each row became; k is a multiple of 4. And to panels of
 // 4 bits, where k and the group are multiples of 8.
-void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64_t group, void* numbers, float* scales,
+void quantize_int8(const void* weight, int64_t n, int64_t k, int together, int64_t group, void* numbers, bf16* scales,
                    float* sums);
-void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, float* scales);
+void quantize_int4(const void* weight, int64_t n, int64_t k, int64_t group, void* numbers, bf16* scales);
 
 // As look_up(), of 8-bit panels: numbers times scales, rounded to bfloat16, ties away from zero.
-void look_up_int8(const void* numbers, const float* scales, int64_t n, int64_t k, int together, int64_t group,
+void look_up_int8(const void* numbers, const bf16* scales, int64_t n, int64_t k, int together, int64_t group,
                   const int64_t* rows, int64_t count, void* out);
 
 // A weight of bfloat16 panels, of n rows (a multiple of 16) and k columns (a multiple of 8), to compressed_bytes(k / 2)

@@ -463,7 +463,7 @@ def test_a_quantized_weight_is_near_the_plain_one_and_multiplies_as_what_it_beca
     else:
         step = weight.double().abs().amax(dim=1, keepdim=True) / 127
     # Tiles multiply numbers times scales as bfloat16: half a unit of its 8 bits more.
-    bound = {"int8": 1.05 if many and not deterministic else 0.52, "w8a8": 0.52, "int4": 4}[kind]
+    bound = {"int8": 1.05 if many and not deterministic else 0.54, "w8a8": 0.52, "int4": 4}[kind]
     assert ((became - weight.double()).abs() <= bound * step).all()
     product = x.double() @ became.T
     # x keeps 16 bits, 8 in w8a8; its largest element sets the step.
@@ -496,6 +496,19 @@ def test_scales_of_8_bits_leave_less_error_than_the_largest_numbers(instructions
     step = groups.abs().amax(dim=1, keepdim=True) / 127
     plain = (groups - (groups / step).round() * step).square().sum()
     assert (became.reshape(-1, 32) - groups).square().sum() <= 0.85 * plain
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8", "int4"])
+@pytest.mark.parametrize("size", [1e-40, 2e-38, 1e-36, 1e-30, 1e25])
+def test_numbers_near_the_ends_of_floats_are_quantized_to_what_is_near_them(
+    instructions: str, kind: str, size: float
+) -> None:
+    weight = _random(16, 64, dtype=torch.float32, seed=6).clamp(-1, 1).mul(size).bfloat16()
+    x = _random(2, 64, dtype=torch.bfloat16, seed=7).clamp(-1, 1)
+    found = pack(_padded(weight), 16, kind).linear_float(x).double()
+    # A scale that is no normal float has no inverse: what it would stand for becomes 0.
+    loss = 64 * (0.15 * weight.double().abs().amax() + 127 * torch.finfo(torch.float32).tiny)
+    assert (found - x.double() @ weight.double().T).abs().max() <= loss
 
 
 def test_what_cannot_be_quantized_is_refused_with_the_setting() -> None:
