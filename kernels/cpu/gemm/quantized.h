@@ -117,10 +117,12 @@ inline bf16 choose_scale(const bf16* from, int64_t count, float limit, float spa
     const float first = max_of(most) / limit;
     if (!(first * std::min(1.0f, 1.0f + span) >= std::numeric_limits<float>::min())) return to_bf16(1.0f);
 
-    bf16 best = to_bf16(first);
+    bf16 best = to_bf16(first), tried{};
     float least = std::numeric_limits<float>::infinity();
     for (int step = 0; steps > 1 && step < steps; ++step) {
-        const bf16 tried = to_bf16(first * (1.0f + span * step / steps));
+        const bf16 next = to_bf16(first * (1.0f + span * step / steps));
+        if (step > 0 && next.bits == tried.bits) continue;
+        tried = next;
         const float scale = to_float(tried), inverse = 1.0f / scale;
         vf errors{};
         for (int64_t i = 0; i < count; i += 16) {
