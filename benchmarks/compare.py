@@ -198,12 +198,12 @@ def curve_cases(vocab_size: int) -> tuple[dict[str, Case], dict[str, Case]]:
     return by_concurrency, by_rate
 
 
-def curve(outcomes: Outcomes, place: int, value: Callable[[Mapping[str, Any]], float]) -> Lines:
+def curve(outcomes: Outcomes, index: int, value: Callable[[Mapping[str, Any]], float]) -> Lines:
     """Each engine's points: a number of the case's text, and a value of its outcome."""
     lines: Lines = {}
     for text, engines in outcomes.items():
         for name, runs in engines.items():
-            lines.setdefault(name, []).append((float(text.split(",")[place]), value(runs[0])))
+            lines.setdefault(name, []).append((float(text.split(",")[index]), value(runs[0])))
     return lines
 
 

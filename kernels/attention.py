@@ -142,7 +142,7 @@ class TorchAttention(AttentionBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write keys and values as AttentionBackend.store_kv, by two copies along the pools' flattened slots."""
+        """Write keys and values as AttentionBackend.store_kv, by two copies along the pools' flattened positions."""
         k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
         v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 

@@ -84,7 +84,7 @@ def gumbel_argmax(
         indices = torch.empty(rows, dtype=torch.int64)
         settings = [column.contiguous() for column in (temperature, seed, counter)]
         addresses = (column.data_ptr() for column in (*settings, most, indices))
-        cpu.native.noisy_argmax(values.data_ptr(), rows, size, *addresses)
+        cpu.native.gumbel_argmax(values.data_ptr(), rows, size, *addresses)
         return most, indices
     if size and cuda.usable(values.device):
         from .cuda import sampling

@@ -87,7 +87,7 @@ class FusedDecoder:
 
         block_size, kv_heads, head_dim, int8_cache = cache_shape(keys[0])
         shape = hidden, heads, kv_heads, head_dim, block_size, int8_cache
-        self._native = cpu.native.DecoderStack(cpu.DTYPES[dtype], *shape, eps, *(reducer or (0, 0)))
+        self._native = cpu.native.FusedDecoder(cpu.DTYPES[dtype], *shape, eps, *(reducer or (0, 0)))
         for layer, k_pool, v_pool in zip(layers, keys, values, strict=True):
             head_norms = layer.head_norms
             self._native.add_layer(

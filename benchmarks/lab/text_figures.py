@@ -149,7 +149,7 @@ def report(figures: Figures) -> list[str]:
     ]
 
     lines = [f"{what:<56} {found:<40} {'the field: ' + usual if usual else ''}".rstrip() for what, found, usual in rows]
-    return [*lines, *(f"    {place}" for place in figures.begin_with_of)]
+    return [*lines, *(f"    {location}" for location in figures.begin_with_of)]
 
 
 def _per(part: int, whole: int, scale: int, unit: str) -> str:

@@ -109,8 +109,8 @@ def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, s
             else:
                 yield from differences(ours[name], theirs[name], f"{path}.{name}")
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            yield from differences(one, other, f"{path}[{place}]")
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(one, other, f"{path}[{index}]")
     elif isinstance(ours, float) or isinstance(theirs, float):
         numbers = isinstance(ours, int | float) and isinstance(theirs, int | float)
         if not numbers or not math.isclose(ours, theirs, rel_tol=0.0, abs_tol=TOLERANCE):

@@ -71,16 +71,16 @@ class Intersections:
 
 def _by_place(parts: list[Part]) -> list[list[Any]]:
     """The schemas of each property, and of what else an instance holds, of parts that hold at once."""
-    places: dict[str, list[Any]] = {}
+    by_keyword: dict[str, list[Any]] = {}
     for part in parts:
         for keyword in ("properties", "patternProperties"):
             if isinstance(part.get(keyword), dict):
                 for name, child in part[keyword].items():
-                    places.setdefault(f"{keyword}.{name}", []).append(child)
+                    by_keyword.setdefault(f"{keyword}.{name}", []).append(child)
         for keyword in _CHILDREN:
             if isinstance(part.get(keyword), dict):
-                places.setdefault(keyword, []).append(part[keyword])
+                by_keyword.setdefault(keyword, []).append(part[keyword])
         if isinstance(part.get("prefixItems"), list):
             for index, child in enumerate(part["prefixItems"]):
-                places.setdefault(f"prefixItems.{index}", []).append(child)
-    return list(places.values())
+                by_keyword.setdefault(f"prefixItems.{index}", []).append(child)
+    return list(by_keyword.values())

@@ -250,16 +250,16 @@ class Coordinator:
         tokens are sound, but which token was the first is not known, so nothing of such a request stays in the prefix
         cache.
         """
-        for place, (row, token) in enumerate(zip(plan.sample_rows, result.token_ids, strict=True)):
+        for index, (row, token) in enumerate(zip(plan.sample_rows, result.token_ids, strict=True)):
             if token >= 0:
                 continue
             sequence = self._scheduler.sequence_of_row(row)
             if sequence is None:
                 continue
             request_id = sequence.request.id
-            if place in result.failures:
+            if index in result.failures:
                 self._scheduler.abort(request_id)
-                fault = EngineFault(f"the request could not be sampled: {result.failures[place]!r}")
+                fault = EngineFault(f"the request could not be sampled: {result.failures[index]!r}")
                 self._egress.fail(request_id, fault)
                 continue
 

@@ -47,10 +47,10 @@ class StopStrings:
             self._too_early = len(self._held)
 
         # The one whose text was complete first is the one a reader of the stream would have met.
-        found = [(place + len(stop), place, stop) for stop in self._stops if (place := self._find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._find(stop)) >= 0]
         if found:
-            end, place, stop = min(found)
-            shown, self._held = self._held[: end if self._include else place], ""
+            end, start, stop = min(found)
+            shown, self._held = self._held[: end if self._include else start], ""
             return shown, stop
 
         keep = 0 if last else self._longest_beginning()
@@ -265,10 +265,10 @@ class OutputProcessor:
         else:
             # Bytes that are no UTF-8 are shown but for the last few, which may still begin a character.
             whole = len(completion.held) - INCOMPLETE_BYTES if text else 0
-        for place in range(whole - 1, -1, -1):
-            if completion.held[place].end is not None:
+        for index in range(whole - 1, -1, -1):
+            if completion.held[index].end is not None:
                 break
-            completion.held[place].end = completion.decoded
+            completion.held[index].end = completion.decoded
 
         return self._pass_on(state, completion, text, token, too_early)
 

@@ -162,7 +162,7 @@ struct Rope {
     void* keys;  // the pool
     void* values;
     bool int8_cache;
-    const int64_t* slots;  // (tokens,)
+    const int64_t* slot_mapping;  // (tokens,)
     int tokens, heads, kv_heads, head_dim, block_size;
 };
 
@@ -188,8 +188,8 @@ struct Kernels {
     void (*norm)(const Norm&, int row);
     void (*rope)(const Rope&, int token);
     int64_t (*argmax)(const float* row, int64_t size, float* value);
-    int64_t (*noisy_argmax)(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
-                            float* value);
+    int64_t (*gumbel_argmax)(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
+                             float* value);
     void (*block_maxima)(const float* row, int64_t size, int64_t block, float* out);
     void (*mask)(float* row, int64_t size, const uint32_t* bits, int64_t offset);
     // What runtime/rates.cpp measures the machine with.

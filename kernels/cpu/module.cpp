@@ -15,7 +15,7 @@
 #include "runtime/operations.h"
 #include "runtime/pool.h"
 #include "runtime/rates.h"
-#include "runtime/stack.h"
+#include "runtime/fused_decoder.h"
 
 namespace py = pybind11;
 using namespace phalanx;
@@ -86,8 +86,8 @@ void attention(AttentionPlan& plan, int heads, int kv_heads, int head_dim, int b
     run_attention(plan, layer);
 }
 
-DecoderStack make_stack(int dtype, int hidden, int heads, int kv_heads, int head_dim, int block_size, bool int8_cache,
-                        float eps, uintptr_t add_reduced, uintptr_t group) {
+FusedDecoder make_fused_decoder(int dtype, int hidden, int heads, int kv_heads, int head_dim, int block_size,
+                                bool int8_cache, float eps, uintptr_t add_reduced, uintptr_t group) {
     return {static_cast<DType>(dtype),   hidden,          heads, kv_heads, head_dim, block_size, int8_cache, eps, {},
             at<AddReduced>(add_reduced), at<void*>(group)};
 }
@@ -97,21 +97,21 @@ using PyProjection = std::pair<const Linear*, uintptr_t>;
 
 Projection projection(const PyProjection& given) { return {*given.first, at(given.second)}; }
 
-void add_layer(DecoderStack& stack, uintptr_t attention_norm, const PyProjection& qkv, uintptr_t q_norm,
+void add_layer(FusedDecoder& decoder, uintptr_t attention_norm, const PyProjection& qkv, uintptr_t q_norm,
                uintptr_t k_norm, const PyProjection& output, uintptr_t mlp_norm, const PyProjection& gate_up,
                const PyProjection& down, uintptr_t keys, uintptr_t values) {
-    stack.layers.push_back({at<const float*>(attention_norm), projection(qkv), at<const float*>(q_norm),
-                            at<const float*>(k_norm), projection(output), at<const float*>(mlp_norm),
-                            projection(gate_up), projection(down), at<void*>(keys), at<void*>(values)});
+    decoder.layers.push_back({at<const float*>(attention_norm), projection(qkv), at<const float*>(q_norm),
+                              at<const float*>(k_norm), projection(output), at<const float*>(mlp_norm),
+                              projection(gate_up), projection(down), at<void*>(keys), at<void*>(values)});
 }
 
-void run_stack(const DecoderStack& stack, int first, int last, uintptr_t total, uintptr_t partial, int tokens,
-               uintptr_t cos, uintptr_t sin, uintptr_t slots, AttentionPlan& plan, int chosen, uintptr_t choice,
-               uintptr_t chosen_total, AttentionPlan& chosen_plan) {
+void run_fused_decoder(const FusedDecoder& decoder, int first, int last, uintptr_t total, uintptr_t partial, int tokens,
+                       uintptr_t cos, uintptr_t sin, uintptr_t slot_mapping, AttentionPlan& plan, int chosen,
+                       uintptr_t choice, uintptr_t chosen_total, AttentionPlan& chosen_plan) {
     py::gil_scoped_release release;
-    stack.run({at<float*>(total), at<void*>(partial), tokens, at(cos), at(sin), at<const int64_t*>(slots), &plan,
-               chosen, at<const int64_t*>(choice), at<float*>(chosen_total), &chosen_plan},
-              first, last);
+    decoder.run({at<float*>(total), at<void*>(partial), tokens, at(cos), at(sin), at<const int64_t*>(slot_mapping),
+                 &plan, chosen, at<const int64_t*>(choice), at<float*>(chosen_total), &chosen_plan},
+                first, last);
 }
 
 void norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int m, int size, int dtype) {
@@ -120,21 +120,21 @@ void norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int m, int si
 }
 
 void rope(uintptr_t qkv, int64_t ld, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm, float eps,
-          uintptr_t keys, uintptr_t values, bool int8_cache, uintptr_t slots, int tokens, int heads, int kv_heads,
-          int head_dim, int block_size, int dtype) {
+          uintptr_t keys, uintptr_t values, bool int8_cache, uintptr_t slot_mapping, int tokens, int heads,
+          int kv_heads, int head_dim, int block_size, int dtype) {
     py::gil_scoped_release release;
     run_rope({static_cast<DType>(dtype), at<void*>(qkv), ld, at(cos), at(sin), at<const float*>(q_norm),
-              at<const float*>(k_norm), eps, at<void*>(keys), at<void*>(values), int8_cache, at<const int64_t*>(slots),
-              tokens, heads, kv_heads, head_dim, block_size});
+              at<const float*>(k_norm), eps, at<void*>(keys), at<void*>(values), int8_cache,
+              at<const int64_t*>(slot_mapping), tokens, heads, kv_heads, head_dim, block_size});
 }
 
 void bind_layers(py::module_& m) {
     py::class_<Linear>(m, "Weight").def(py::init(&make_weight));
     py::class_<AttentionPlan>(m, "AttentionPlan").def(py::init(&make_plan));
-    py::class_<DecoderStack>(m, "DecoderStack")
-        .def(py::init(&make_stack))
+    py::class_<FusedDecoder>(m, "FusedDecoder")
+        .def(py::init(&make_fused_decoder))
         .def("add_layer", &add_layer)
-        .def("run", &run_stack);
+        .def("run", &run_fused_decoder);
     m.def("linear", &linear);
     m.def("attention", &attention);
     m.def("norm", &norm);
@@ -193,11 +193,12 @@ void bind_sampling(py::module_& m) {
         py::gil_scoped_release release;
         run_argmax(at<const float*>(rows), count, size, at<float*>(values), at<int64_t*>(indices));
     });
-    m.def("noisy_argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t temperatures, uintptr_t seeds,
-                             uintptr_t counters, uintptr_t values, uintptr_t indices) {
+    m.def("gumbel_argmax", [](uintptr_t rows, int64_t count, int64_t size, uintptr_t temperatures, uintptr_t seeds,
+                              uintptr_t counters, uintptr_t values, uintptr_t indices) {
         py::gil_scoped_release release;
-        run_noisy_argmax(at<const float*>(rows), count, size, at<const float*>(temperatures), at<const int64_t*>(seeds),
-                         at<const int64_t*>(counters), at<float*>(values), at<int64_t*>(indices));
+        run_gumbel_argmax(at<const float*>(rows), count, size, at<const float*>(temperatures),
+                          at<const int64_t*>(seeds), at<const int64_t*>(counters), at<float*>(values),
+                          at<int64_t*>(indices));
     });
     m.def("block_maxima", [](uintptr_t rows, int64_t count, int64_t size, int64_t block, uintptr_t out) {
         py::gil_scoped_release release;

@@ -61,8 +61,8 @@ INLINE void store_numbers(const T* x, int dim, int8_t* to, float* scale, IndexOf
     }
 }
 
-// One token's heads: queries are rotated where they stand, keys and values go to the token's slot of the cache, in the
-// layout that attention multiplies (kernels.h).
+// One token's heads: queries are rotated where they stand, keys and values go to the token's position in the cache, in
+// the layout that attention multiplies (kernels.h).
 template <class T>
 void rope_token(const Rope& job, int token) {
     const int dim = job.head_dim, words = dim / kPerWord<T>;
@@ -78,11 +78,11 @@ void rope_token(const Rope& job, int token) {
         rotate(head, cos, sin, dim, head);
     }
 
-    // `offset` is the token's inside its block. Without a next token in the next slot, put() clears the rest of a word
-    // that this one begins.
-    const int64_t block = job.slots[token] / job.block_size;
-    const int offset = static_cast<int>(job.slots[token] % job.block_size);
-    const bool is_last = token + 1 == job.tokens || job.slots[token + 1] != job.slots[token] + 1;
+    // `offset` is the token's inside its block. Without a next token in the next position, put() clears the rest of a
+    // word that this one begins.
+    const int64_t block = job.slot_mapping[token] / job.block_size;
+    const int offset = static_cast<int>(job.slot_mapping[token] % job.block_size);
+    const bool is_last = token + 1 == job.tokens || job.slot_mapping[token + 1] != job.slot_mapping[token] + 1;
     const int64_t head_words = static_cast<int64_t>(job.block_size) * words;
     for (int h = 0; h < job.kv_heads; ++h) {
         const T* k = row + static_cast<int64_t>(job.heads + h) * dim;
@@ -152,7 +152,7 @@ INLINE float largest_of(const float* from, int64_t size) {
 
 // The index of the first of the largest values; a NaN counts as larger than everything, as torch has it. One pass: only
 // the piece that has it is looked through again.
-inline int64_t largest(const float* row, int64_t size, float* value) {
+inline int64_t argmax(const float* row, int64_t size, float* value) {
     constexpr int64_t kPiece = 1024;
     float most = -std::numeric_limits<float>::infinity();
     int64_t piece = 0;
@@ -190,12 +190,12 @@ INLINE float gumbel_of(uint64_t bits) { return -std::log(-std::log1p(-uniform_of
 
 // The largest of row / temperature + noise. Noise above g is an exponential number below e^-g, so below that must lie
 // the uniform number it is made of: few do, and the logarithms are for those alone.
-inline int64_t noisy_largest(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
+inline int64_t gumbel_argmax(const float* row, int64_t size, float temperature, uint64_t seed, uint64_t counter,
                              float* value) {
     constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
     const uint64_t key = mix_bits(seed) + kGolden;
     auto score = [&](int64_t i) { return row[i] / temperature + gumbel_of(mix_bits(key + (counter + i) * kGolden)); };
-    int64_t best = largest(row, size, value);
+    int64_t best = argmax(row, size, value);
     if (!(std::fabs(*value) < std::numeric_limits<float>::infinity())) return best;
     float most = score(best);
 

@@ -91,10 +91,10 @@ class _Header:
         return taken
 
     def _skip(self, size: int, what: str) -> None:
-        place = self._stream.tell() + size
-        if place > self._size:
+        end = self._stream.tell() + size
+        if end > self._size:
             raise self._cut_off(what)
-        self._stream.seek(place)
+        self._stream.seek(end)
 
     def _cut_off(self, what: str) -> CheckpointError:
         return self._error(f"it ends at byte {self._size}, within {what}")

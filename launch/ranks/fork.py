@@ -204,9 +204,9 @@ def _replace(field: int, old: bytes, new: bytes) -> None:
     except (OSError, IndexError, ValueError) as error:
         _log.debug("the process shows its old name: %s", error)
         return
-    place = ctypes.string_at(start, end - start).rfind(b"\0" + old + b"\0") + 1 if start else 0
-    if place > 0:
-        ctypes.memmove(start + place, new, len(new))
+    offset = ctypes.string_at(start, end - start).rfind(b"\0" + old + b"\0") + 1 if start else 0
+    if offset > 0:
+        ctypes.memmove(start + offset, new, len(new))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Collectives and the control channel in memory that the CPU ranks of one host share; the work is done in C++.
 
-Each rank writes to slots of its own and raises a flag; the others read them. A rank that waits spins for a moment and
+Each rank writes to buffers of its own and raises a flag; the others read them. A rank that waits spins for a moment and
 then sleeps. The segment has no name, so nothing of it outlives the last rank, however that ends.
 """
 
@@ -29,7 +29,7 @@ except ImportError as error:
 else:
     _native.raise_as(CollectiveError)
 
-_SLOT = 256 * 1024  # bytes of one rank's slot; a longer message goes in pieces
+_BUFFER_BYTES = 256 * 1024  # bytes of one rank's buffer; a longer message goes in pieces
 _RING = 1024 * 1024  # bytes that rank 0 may have sent and others not yet received; a power of two
 _SPIN_US = 2  # how long a waiting rank keeps its core to itself, if there is one for every rank
 _NONCE_BYTES = 8
@@ -78,10 +78,10 @@ class SharedMemoryCollectives(Collectives):
         size = host.size
 
         def attach(fd: int, spin: int) -> SharedMemoryCollectives:
-            native = _native.Collectives(fd, rank, size, _SLOT, _one_shot_bytes(size), timeout_s, spin)
+            native = _native.Collectives(fd, rank, size, _BUFFER_BYTES, _one_shot_bytes(size), timeout_s, spin)
             return cls(native, rank, size, fd)
 
-        return _connect(host, lambda: _native.Collectives.part_ends(size, _SLOT), attach)
+        return _connect(host, lambda: _native.Collectives.part_ends(size, _BUFFER_BYTES), attach)
 
     @property
     def segment(self) -> int | None:
@@ -214,7 +214,7 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def _one_shot_bytes(size: int) -> int:
     """Bytes up to which every rank sums a whole message by itself, instead of one slice of it."""
-    return _SLOT if size == 2 else _SLOT // 4
+    return _BUFFER_BYTES if size == 2 else _BUFFER_BYTES // 4
 
 
 def _connect(host: Collectives, part_ends: Callable[[], list[int]], attach: Callable[[int, int], T]) -> T:

@@ -83,12 +83,12 @@ class JournalFile:
         Raises ConfigError for a file that others may touch, is in use, is damaged, or is no journal of this version and
         purpose.
         """
-        place = Path(os.path.expanduser(path)).absolute()
-        _check_folder(path, place.parent)
-        lock = _lock(path, place)
+        location = Path(os.path.expanduser(path)).absolute()
+        _check_folder(path, location.parent)
+        lock = _lock(path, location)
         try:
-            _check_file(path, place)
-            return cls(_connect(path, place, purpose), lock)
+            _check_file(path, location)
+            return cls(_connect(path, location, purpose), lock)
         except BaseException:
             os.close(lock)
             raise
@@ -100,7 +100,7 @@ class JournalFile:
 
 
 def _check_folder(path: str, folder: Path) -> None:
-    """Raise ConfigError for a folder in which somebody else could put another file in the journal's place."""
+    """Raise ConfigError for a folder in which somebody else could put another file in the journal's location."""
     try:
         found = folder.stat()
     except OSError as error:
@@ -114,24 +114,24 @@ def _check_folder(path: str, folder: Path) -> None:
         )
 
 
-def _open_own(path: str, place: Path) -> int:
+def _open_own(path: str, location: Path) -> int:
     """Open a file of this user's alone, or make it. Raises ConfigError."""
     try:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        descriptor = os.open(location, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     except OSError as error:
         why = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise ConfigError(f"journal={path!r}: {str(place)!r} cannot be opened: {why}") from error
+        raise ConfigError(f"journal={path!r}: {str(location)!r} cannot be opened: {why}") from error
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
         os.close(descriptor)
-        raise ConfigError(f"journal={path!r}: {str(place)!r} must be a file of this user's alone: chmod 600 it")
+        raise ConfigError(f"journal={path!r}: {str(location)!r} must be a file of this user's alone: chmod 600 it")
     return descriptor
 
 
-def _lock(path: str, place: Path) -> int:
+def _lock(path: str, location: Path) -> int:
     """Return what holds the journal's lock until it is closed, or the process ends. Raises ConfigError."""
     # A file of its own: SQLite's locks are lost when any descriptor of the database is closed.
-    descriptor = _open_own(path, place.with_name(f"{place.name}.lock"))
+    descriptor = _open_own(path, location.with_name(f"{location.name}.lock"))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -144,8 +144,8 @@ def _lock(path: str, place: Path) -> int:
     return descriptor
 
 
-def _check_file(path: str, place: Path) -> None:
-    descriptor = _open_own(path, place)
+def _check_file(path: str, location: Path) -> None:
+    descriptor = _open_own(path, location)
     try:
         beginning = os.pread(descriptor, _HEADER_BYTES, 0)
     finally:
@@ -159,11 +159,11 @@ def _check_file(path: str, place: Path) -> None:
         raise ConfigError(f"journal={path!r} is another program's SQLite file: give the path of a new file")
 
 
-def _connect(path: str, place: Path, purpose: str) -> sqlite3.Connection:
-    uri = f"file:{urllib.parse.quote(str(place))}?mode=rw"
+def _connect(path: str, location: Path, purpose: str) -> sqlite3.Connection:
+    uri = f"file:{urllib.parse.quote(str(location))}?mode=rw"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0.0)
     try:
-        _prepare(connection, path, purpose, new=not place.stat().st_size)
+        _prepare(connection, path, purpose, new=not location.stat().st_size)
     except sqlite3.Error as error:
         connection.close()
         raise ConfigError(

@@ -82,9 +82,9 @@ def ask(
 def ask_all(url: str, questions: list[Question]) -> list[Asked]:
     """Ask all at about the same time, as QUESTIONS_S has it."""
 
-    def later(place: int) -> Asked:
-        time.sleep(QUESTIONS_S * place / len(questions))
-        return ask(url, questions[place])
+    def later(index: int) -> Asked:
+        time.sleep(QUESTIONS_S * index / len(questions))
+        return ask(url, questions[index])
 
     with ThreadPoolExecutor(len(questions)) as threads:
         return list(threads.map(later, range(len(questions))))
@@ -208,8 +208,8 @@ def differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
             else:
                 yield f"{path}.{name} is there only {'now' if name in found else 'undisturbed'}"
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        for place, (one, other) in enumerate(zip(found, expected, strict=True)):
-            yield from differences(one, other, f"{path}[{place}]")
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(one, other, f"{path}[{index}]")
     elif isinstance(found, float) and isinstance(expected, float):
         if not math.isclose(found, expected, rel_tol=0.0, abs_tol=TOLERANCE):
             yield f"{path}: {found} instead of {expected}"
@@ -221,7 +221,7 @@ def _shown(found: Any, expected: Any) -> str:
     """Both values, texts from where they part."""
     if not isinstance(found, str) or not isinstance(expected, str):
         return f"{str(found)[:SHOWN_CHARACTERS]} instead of {str(expected)[:SHOWN_CHARACTERS]}"
-    same = next((place for place, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+    same = next((index for index, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
     start = max(0, (min(len(found), len(expected)) if same is None else same) - 10)
     end = start + SHOWN_CHARACTERS
     return f"from {start} on {found[start:end]!r} instead of {expected[start:end]!r}"

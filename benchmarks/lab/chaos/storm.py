@@ -104,13 +104,13 @@ class Storm:
 
     def _ask_one(self) -> None:
         with self._lock:
-            place = self._random.randrange(len(self._asked))
+            index = self._random.randrange(len(self._asked))
             how = self._random.random()
             seed = self._random.random()
-        question = self._asked[place]
+        question = self._asked[index]
         reader = _reader(how, question)
         try:
-            verdict, words = self._judged(reader, place, seed)
+            verdict, words = self._judged(reader, index, seed)
         except Exception as error:  # a defect of the client must not end it unseen
             verdict, words = "lost", f"{question.name}: {error!r}"
         with self._lock:
@@ -119,8 +119,8 @@ class Storm:
             if words:
                 self.found.words.append(f"{reader}: {words}")
 
-    def _judged(self, reader: str, place: int, seed: float) -> tuple[str, str]:
-        url, question = self._server.url, self._asked[place]
+    def _judged(self, reader: str, index: int, seed: float) -> tuple[str, str]:
+        url, question = self._server.url, self._asked[index]
         if reader == "cancels":
             return _cancel(url, seed)
         if reader == "gives up":
@@ -134,7 +134,7 @@ class Storm:
                 asked = ask(url, question, on_line)
             except HungUp:
                 return "left by its client", ""
-        return judge(asked, self._expected[place].answer)
+        return judge(asked, self._expected[index].answer)
 
 
 def _reader(how: float, question: Question) -> str:

@@ -87,11 +87,11 @@ class Checkpoint:
         started = time.monotonic()
         block = torch.empty(BLOCK_ELEMENTS // (1024 if self._tiny else 1)).normal_(0.0, 0.02).bfloat16()
         drawn = time.monotonic()
-        place = count(0, 104_729)
+        offsets = count(0, 104_729)
 
         def pieces(name: str) -> Iterator[torch.Tensor]:
             left = int(np.prod(shapes[name]))
-            first = next(place) % len(block)
+            first = next(offsets) % len(block)
             while left:
                 piece = block[first : first + left]
                 yield piece

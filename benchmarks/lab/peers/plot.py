@@ -45,23 +45,23 @@ def chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Line]) -> 
     top = nice_top(max((y for line in lines.values() for _, y in line), default=1.0))
     low, high = (math.log2(xs[0]), math.log2(xs[-1])) if xs else (0.0, 1.0)
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def position(x: float, y: float) -> tuple[float, float]:
         across = (math.log2(x) - low) / (high - low) if high > low else 0.5
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
 
     parts = [_text(WIDTH / 2, 22, title, "middle", bold=True)]
     for step in range(5):
         value = top * step / 4
-        y = place(1.0, value)[1]
+        y = position(1.0, value)[1]
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(_text(LEFT - 8, y + 4, f"{value:g}", "end"))
-    parts += [_text(place(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in xs]
+    parts += [_text(position(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in xs]
     parts.append(_text(WIDTH / 2, HEIGHT - 10, x_label, "middle"))
     parts.append(f'<g transform="translate(14 {HEIGHT / 2}) rotate(-90)">{_text(0, 0, y_label, "middle")}</g>')
     for number, (name, line) in enumerate(lines.items()):
         color = COLORS[number % len(COLORS)]
         y = HEIGHT + LEGEND_LINE * (number + 0.5)
-        points = [place(*point) for point in sorted(line)]
+        points = [position(*point) for point in sorted(line)]
         parts.append(_path(points, color))
         parts.append(f'<path d="M{LEFT} {y:.1f}h24" stroke="{color}" stroke-width="2"/>')
         parts.append(_text(LEFT + 32, y + 4, name, "start"))

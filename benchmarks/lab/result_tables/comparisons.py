@@ -84,4 +84,4 @@ def _rates(result: Result) -> dict[str, dict[str, Any]]:
 
 def _curve(lines: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict[str, Any]]:
     """A row for each engine, a column for each place of the curve."""
-    return {name: {show(place): value for place, value in points} for name, points in lines.items()}
+    return {name: {show(x): value for x, value in points} for name, points in lines.items()}

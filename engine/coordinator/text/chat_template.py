@@ -325,7 +325,7 @@ def _tag_last(chat: list[Message]) -> None:
 
 def _cut_at_tag(text: str) -> str:
     """What comes before the tag. Where the template strips a message's end, that of the text is stripped too."""
-    place = text.rfind(_CONTINUED.strip())
-    if place < 0:
+    start = text.rfind(_CONTINUED.strip())
+    if start < 0:
         raise InvalidRequest("continue_final_message is set, but the chat template leaves the last message out")
-    return text[:place] if text.startswith(_CONTINUED, place) else text[:place].rstrip()
+    return text[:start] if text.startswith(_CONTINUED, start) else text[:start].rstrip()

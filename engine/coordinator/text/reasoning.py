@@ -81,9 +81,9 @@ def phase_after(
 def _tail(prompt: Sequence[int], special: frozenset[int], most: int) -> Sequence[int]:
     """What follows the last control token of a prompt, of it the last `most` tokens."""
     begin = max(0, len(prompt) - most)
-    for place in range(len(prompt) - 1, begin - 1, -1):
-        if prompt[place] in special:
-            return prompt[place + 1 :]
+    for index in range(len(prompt) - 1, begin - 1, -1):
+        if prompt[index] in special:
+            return prompt[index + 1 :]
     return prompt[begin:]
 
 
@@ -137,9 +137,9 @@ class ReasoningSplitter:
         """Whether the completion's first `size` characters have thinking that has not ended."""
         return self._begun_thinking and (self._answer_at is None or size < self._answer_at)
 
-    def is_thinking(self, place: int) -> bool:
-        """Whether a token whose text begins at this place belongs to the thinking, its tags included."""
-        return self._begun_thinking and (self._answer_at is None or place < self._answer_at)
+    def is_thinking(self, offset: int) -> bool:
+        """Whether a token whose text begins at this offset belongs to the thinking, its tags included."""
+        return self._begun_thinking and (self._answer_at is None or offset < self._answer_at)
 
     def split(self, text: str, begin: int) -> tuple[str, str]:
         """(thinking, answer) of a text that begins at this place, without the tags. All of it was passed by feed()."""
@@ -175,19 +175,19 @@ class ReasoningSplitter:
 
     def _think(self, token_id: int | None, last: bool) -> str:
         closing = self._tags.closing
-        place = -1
+        start = -1
         if self._tags.closing_id is None:
-            place = self._held.find(closing)
+            start = self._held.find(closing)
         elif token_id == self._tags.closing_id:
             # Where the decoder shows the token as another text, or not at all, the tag has no characters.
-            place = self._held.rfind(closing)
-            place, closing = (place, closing) if place >= 0 else (len(self._held), "")
+            start = self._held.rfind(closing)
+            start, closing = (start, closing) if start >= 0 else (len(self._held), "")
 
-        if place >= 0:
-            self._closing_at = self._passed + place
+        if start >= 0:
+            self._closing_at = self._passed + start
             self._answer_at = self._closing_at + len(closing)
             self._phase = Phase.ANSWER
-            return self._pass(place + len(closing))
+            return self._pass(start + len(closing))
         keep = 0 if last or self._tags.closing_id is not None else _longest_beginning(self._held, closing)
         return self._pass(len(self._held) - keep)
 

@@ -265,12 +265,12 @@ void run_argmax(const float* rows, int64_t count, int64_t size, float* values, i
              [&](int row) { indices[row] = k.argmax(rows + row * size, size, values + row); });
 }
 
-void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
-                      const int64_t* counters, float* values, int64_t* indices) {
+void run_gumbel_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
+                       const int64_t* counters, float* values, int64_t* indices) {
     const Kernels& k = kernels();
     run_rows(static_cast<int>(count), size, [&](int row) {
         indices[row] =
-            k.noisy_argmax(rows + row * size, size, temperatures[row], seeds[row], counters[row], values + row);
+            k.gumbel_argmax(rows + row * size, size, temperatures[row], seeds[row], counters[row], values + row);
     });
 }
 

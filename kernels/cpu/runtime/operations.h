@@ -52,8 +52,8 @@ void run_rope(const Rope& job);
 void run_argmax(const float* rows, int64_t count, int64_t size, float* values, int64_t* indices);
 
 // The same of each row / temperature + Gumbel noise (kernels/noise.py).
-void run_noisy_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
-                      const int64_t* counters, float* values, int64_t* indices);
+void run_gumbel_argmax(const float* rows, int64_t count, int64_t size, const float* temperatures, const int64_t* seeds,
+                       const int64_t* counters, float* values, int64_t* indices);
 
 // The largest of each `block` columns of each row, to out (count, ceil(size / block)).
 void run_block_maxima(const float* rows, int64_t count, int64_t size, int64_t block, float* out);

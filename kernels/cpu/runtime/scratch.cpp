@@ -23,14 +23,14 @@ constexpr const char* kPurposes[] = {"the sums of a linear layer",
                                      "a layer's projected rows",
                                      "attention's results",
                                      "the queries of chosen tokens"};
-static_assert(sizeof(kPurposes) / sizeof(kPurposes[0]) == static_cast<int>(Scratch::kCount), "a slot has no purpose");
+static_assert(sizeof(kPurposes) / sizeof(kPurposes[0]) == static_cast<int>(Scratch::kCount), "a purpose has no text");
 
 // A std::bad_alloc that says of what there was too little; Python sees a MemoryError.
 class OutOfMemory : public std::bad_alloc {
  public:
-    OutOfMemory(Scratch slot, int64_t bytes)
+    OutOfMemory(Scratch purpose, int64_t bytes)
         : message_("the CPU kernels cannot allocate " + std::to_string(bytes) + " bytes of scratch memory for " +
-                   kPurposes[static_cast<int>(slot)] +
+                   kPurposes[static_cast<int>(purpose)] +
                    ": free memory on this host, or set kv_memory or max_num_batched_tokens lower") {}
     const char* what() const noexcept override { return message_.c_str(); }
 
@@ -40,20 +40,20 @@ class OutOfMemory : public std::bad_alloc {
 
 }  // namespace
 
-void* scratch(Scratch slot, int64_t bytes) {
+void* scratch(Scratch purpose, int64_t bytes) {
     struct Buffer {
         void* memory = nullptr;
         int64_t size = 0;
         ~Buffer() { std::free(memory); }
     };
     static thread_local Buffer buffers[static_cast<int>(Scratch::kCount)];
-    Buffer& buffer = buffers[static_cast<int>(slot)];
+    Buffer& buffer = buffers[static_cast<int>(purpose)];
     if (buffer.size < bytes) {
         std::free(buffer.memory);
         // A quarter more, in whole pages: sizes that grow step by step need few new buffers.
         buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
         buffer.memory = std::aligned_alloc(64, buffer.size);
-        if (buffer.memory == nullptr) throw OutOfMemory(slot, std::exchange(buffer.size, 0));
+        if (buffer.memory == nullptr) throw OutOfMemory(purpose, std::exchange(buffer.size, 0));
     }
     return buffer.memory;
 }

@@ -5,8 +5,8 @@
 
 namespace phalanx {
 
-// Each slot says who uses it and until when. Two uses share one only if the first is over before the second begins: a
-// thread is in one task at a time, and the caller of an operation is in its tasks as well.
+// Each purpose says who uses it and until when. Two uses share one only if the first is over before the second begins:
+// a thread is in one task at a time, and the caller of an operation is in its tasks as well.
 enum class Scratch : int {
     // A task of a linear layer (gemm/linear.h, amx/gemm.h, amx/grouped.h), until the task ends.
     kLinearSums,     // C: the sums of a unit of columns, or of all the task's
@@ -28,7 +28,7 @@ enum class Scratch : int {
     kRotatedHead,   // one token's key heads, normalised and rotated, until rope_token() ends (rows.h)
     kUnpackedRows,  // the rows of the panel that pack_weight() packs, until it has (gemm/weights.cpp)
 
-    // The caller's, in a sublayer of a decoder layer (stack.cpp).
+    // The caller's, in a sublayer of a decoder layer (fused_decoder.cpp).
     kNormedRows,     // what the first projection multiplies, until it has
     kProjectedRows,  // attention: its qkv, until attention is done; MLP: silu(gate) * up, until `down` has multiplied
                      // it
@@ -38,8 +38,8 @@ enum class Scratch : int {
     kCount,
 };
 
-// Memory of the calling thread, at least `bytes`, aligned to 64; good until this thread asks for the same slot again.
-// Throws std::bad_alloc.
-void* scratch(Scratch slot, int64_t bytes);
+// Memory of the calling thread, at least `bytes`, aligned to 64; good until this thread asks for the same purpose
+// again. Throws std::bad_alloc.
+void* scratch(Scratch purpose, int64_t bytes);
 
 }  // namespace phalanx

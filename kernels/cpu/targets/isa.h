@@ -127,7 +127,7 @@ const Kernels PHALANX_ISA_TABLE = {
 #endif
     PHALANX_ISA_NAME::row_bytes,      PHALANX_ISA_NAME::pack_x,   PHALANX_ISA_NAME::linear,
     PHALANX_ISA_NAME::attention,      PHALANX_ISA_NAME::merge,    PHALANX_ISA_NAME::norm,
-    PHALANX_ISA_NAME::rope,           PHALANX_ISA_NAME::largest,  PHALANX_ISA_NAME::noisy_largest,
+    PHALANX_ISA_NAME::rope,           PHALANX_ISA_NAME::argmax,   PHALANX_ISA_NAME::gumbel_argmax,
     PHALANX_ISA_NAME::block_maxima,   PHALANX_ISA_NAME::mask_row, PHALANX_ISA_NAME::sum_all,
     PHALANX_ISA_NAME::multiply_adds,  PHALANX_ISA_NAME::compress, PHALANX_ISA_NAME::choose_scale,
 #if PHALANX_ISA_TILES

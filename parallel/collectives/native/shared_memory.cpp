@@ -3,10 +3,10 @@
 //
 // A segment of collectives, for ranks 0 to N - 1 (member.h has its first part):
 //
-//     [page: nonce][lines of the ranks, to a whole page][rank 0: slot 0][rank 0: slot 1][rank 1: slot 0] ...
+//     [page: nonce][lines of the ranks, to a whole page][rank 0: buffer 0][rank 0: buffer 1][rank 1: buffer 0] ...
 //
-// A rank's slots are written by it alone, and stand on its own NUMA node (part_ends() says where they end). A ring has
-// its bytes where the slots would be.
+// A rank's buffers are written by it alone, and stand on its own NUMA node (part_ends() says where they end). A ring
+// has its bytes where the buffers would be.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,28 +21,28 @@
 namespace phalanx {
 namespace {
 
-// Operations in rounds. In round s a rank writes to its slot of parity s, sets its flag to s, and reads others' slots
+// Operations in rounds. In round s a rank writes to its buffer of parity s, sets its flag to s, and reads the buffers
 // of those whose flag has reached s. It enters round s only when every flag has reached s-1: then every rank is done
-// reading round s-2, whose slots it is about to write. No rank ever waits for others to finish.
+// reading round s-2, whose buffers it is about to write. No rank ever waits for others to finish.
 //
-//     round        s                     s+1                   s+2
-//     rank 0       write slot s%2  read  write the other  read write slot s%2: rank 1 is in s+1, it has read s
-//     rank 1          write slot s%2  read  write the other  read ...
+//     round        s                       s+1                   s+2
+//     rank 0       write buffer s%2  read  write the other  read write buffer s%2: rank 1 is in s+1, it has read s
+//     rank 1          write buffer s%2  read  write the other  read ...
 //
-// With one slot a second barrier would be needed in each round, which is what a decode step waits for.
+// With one buffer a second barrier would be needed in each round, which is what a decode step waits for.
 class Collectives : public Member {
  public:
-    Collectives(int fd, int rank, int size, size_t slot_bytes, size_t one_shot_bytes, double timeout_s, int spin_us)
-        : Member(fd, rank, size, data_bytes(size, slot_bytes), timeout_s, spin_us),
-          slot_bytes_(slot_bytes),
-          one_shot_bytes_(std::min(one_shot_bytes, slot_bytes)),
+    Collectives(int fd, int rank, int size, size_t buffer_bytes, size_t one_shot_bytes, double timeout_s, int spin_us)
+        : Member(fd, rank, size, data_bytes(size, buffer_bytes), timeout_s, spin_us),
+          buffer_bytes_(buffer_bytes),
+          one_shot_bytes_(std::min(one_shot_bytes, buffer_bytes)),
           sources_(size) {}
 
-    static size_t data_bytes(int size, size_t slot_bytes) { return 2 * size * slot_bytes; }
-    // Where each rank's slots end; before those of rank 0 stands what is everybody's.
-    static std::vector<size_t> part_ends(int size, size_t slot_bytes) {
+    static size_t data_bytes(int size, size_t buffer_bytes) { return 2 * size * buffer_bytes; }
+    // Where each rank's buffers end; before those of rank 0 stands what is everybody's.
+    static std::vector<size_t> part_ends(int size, size_t buffer_bytes) {
         std::vector<size_t> ends(size);
-        for (int rank = 0; rank < size; ++rank) ends[rank] = data_offset(size) + data_bytes(rank + 1, slot_bytes);
+        for (int rank = 0; rank < size; ++rank) ends[rank] = data_offset(size) + data_bytes(rank + 1, buffer_bytes);
         return ends;
     }
 
@@ -55,7 +55,7 @@ class Collectives : public Member {
             if (count * item > kReleaseBytes) release_gil();
             const bool one_shot = count * item <= one_shot_bytes_;
             for (size_t done = 0; done < count;) {
-                const size_t chunk = std::min(count - done, slot_bytes_ / item);
+                const size_t chunk = std::min(count - done, buffer_bytes_ / item);
                 one_shot ? reduce_once(x, chunk, dtype) : reduce_slices(x + done * item, chunk, dtype);
                 done += chunk;
             }
@@ -82,14 +82,14 @@ class Collectives : public Member {
         auto* parts = reinterpret_cast<char*>(out);
         run("gather", [&] {
             if (bytes > kReleaseBytes) release_gil();
-            for (size_t done = 0; done < bytes; done += slot_bytes_) {
-                const size_t chunk = std::min(bytes - done, slot_bytes_);
+            for (size_t done = 0; done < bytes; done += buffer_bytes_) {
+                const size_t chunk = std::min(bytes - done, buffer_bytes_);
                 begin(kGather, dst, bytes);
-                if (rank_ != dst) std::memcpy(slot(rank_), x + done, chunk);
+                if (rank_ != dst) std::memcpy(buffer(rank_), x + done, chunk);
                 post();
                 for (int peer = 0; rank_ == dst && peer < size_; ++peer) {
                     if (peer != rank_) await(peer);
-                    std::memcpy(parts + peer * bytes + done, peer == rank_ ? x + done : slot(peer), chunk);
+                    std::memcpy(parts + peer * bytes + done, peer == rank_ ? x + done : buffer(peer), chunk);
                 }
             }
         });
@@ -99,14 +99,14 @@ class Collectives : public Member {
         auto* x = reinterpret_cast<char*>(address);
         run("broadcast", [&] {
             if (bytes > kReleaseBytes) release_gil();
-            for (size_t done = 0; done < bytes; done += slot_bytes_) {
-                const size_t chunk = std::min(bytes - done, slot_bytes_);
+            for (size_t done = 0; done < bytes; done += buffer_bytes_) {
+                const size_t chunk = std::min(bytes - done, buffer_bytes_);
                 begin(kBroadcast, src, bytes);
-                if (rank_ == src) std::memcpy(slot(rank_), x + done, chunk);
+                if (rank_ == src) std::memcpy(buffer(rank_), x + done, chunk);
                 post();
                 if (rank_ == src) continue;
                 await(src);
-                std::memcpy(x + done, slot(src), chunk);
+                std::memcpy(x + done, buffer(src), chunk);
             }
         });
     }
@@ -127,10 +127,10 @@ class Collectives : public Member {
     void reduce_once(char* x, size_t count, Dtype dtype) {
         const size_t bytes = count * item_bytes(dtype);
         begin(kOneShot, int(dtype), bytes);
-        std::memcpy(slot(rank_), x, bytes);
+        std::memcpy(buffer(rank_), x, bytes);
         post();
         await_all();
-        for (int peer = 0; peer < size_; ++peer) sources_[peer] = peer == rank_ ? x : slot(peer);
+        for (int peer = 0; peer < size_; ++peer) sources_[peer] = peer == rank_ ? x : buffer(peer);
         sum_(dtype, x, sources_.data(), size_, count);
     }
 
@@ -146,25 +146,25 @@ class Collectives : public Member {
         const auto low = [&](int rank) { return std::min(slice * rank, count * item); };
         const size_t mine = low(rank_), bytes = low(rank_ + 1) - mine;
         begin(kScatter, int(dtype), count);
-        std::memcpy(slot(rank_), x, mine);
-        std::memcpy(slot(rank_) + mine + bytes, x + mine + bytes, count * item - mine - bytes);
+        std::memcpy(buffer(rank_), x, mine);
+        std::memcpy(buffer(rank_) + mine + bytes, x + mine + bytes, count * item - mine - bytes);
         post();
         await_all();
-        for (int peer = 0; peer < size_; ++peer) sources_[peer] = (peer == rank_ ? x : slot(peer)) + mine;
+        for (int peer = 0; peer < size_; ++peer) sources_[peer] = (peer == rank_ ? x : buffer(peer)) + mine;
         sum_(dtype, x + mine, sources_.data(), size_, bytes / item);
 
         begin(kCollect, int(dtype), count);
-        std::memcpy(slot(rank_) + mine, x + mine, bytes);
+        std::memcpy(buffer(rank_) + mine, x + mine, bytes);
         post();
         for (int step = 1; step < size_; ++step) {
             const int peer = (rank_ + step) % size_;
             await(peer);
-            std::memcpy(x + low(peer), slot(peer) + low(peer), low(peer + 1) - low(peer));
+            std::memcpy(x + low(peer), buffer(peer) + low(peer), low(peer + 1) - low(peer));
         }
     }
 
-    // A rank's slot of this round's parity.
-    char* slot(int rank) const { return data() + (2 * rank + (round_ & 1)) * slot_bytes_; }
+    // A rank's buffer of this round's parity.
+    char* buffer(int rank) const { return data() + (2 * rank + (round_ & 1)) * buffer_bytes_; }
 
     // Enters the next round. The signature is what all ranks must agree on: the operation, its detail and its length.
     void begin(Kind kind, int detail, size_t length) {
@@ -192,7 +192,7 @@ class Collectives : public Member {
     }
 
     static constexpr size_t kLine = 64;
-    const size_t slot_bytes_, one_shot_bytes_;
+    const size_t buffer_bytes_, one_shot_bytes_;
     std::vector<const void*> sources_;
     const Sum sum_ = fastest_sum();
     const Add add_ = fastest_add();

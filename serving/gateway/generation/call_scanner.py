@@ -172,13 +172,13 @@ class CallScanner:
         return True
 
     def _find_call(self, parts: list[Part], last: bool) -> bool:
-        found = [(place, tag) for tag in self._openings if (place := self._held.find(tag)) >= 0]
+        found = [(start, tag) for tag in self._openings if (start := self._held.find(tag)) >= 0]
         if found:
-            place, tag = min(found)
-            end = max(len(self._held[:place].rstrip()), place - BLANKS_LIMIT)
+            start, tag = min(found)
+            end = max(len(self._held[:start].rstrip()), start - BLANKS_LIMIT)
             self._show(parts, self._held[:end])
-            self._before = self._held[end:place] + tag
-            self._held = self._held[place + len(tag) :]
+            self._before = self._held[end:start] + tag
+            self._held = self._held[start + len(tag) :]
             self._reader = self._new_reader(tag, self._calls)
             return True
 
@@ -193,9 +193,9 @@ class CallScanner:
 
     def _end_without_tag(self) -> int:
         """Where the text ends, or an opening tag may begin at its end: only a tag's first character is "<"."""
-        place = self._held.rfind("<")
-        begins = place >= 0 and any(tag.startswith(self._held[place:]) for tag in self._openings)
-        return place if begins else len(self._held)
+        start = self._held.rfind("<")
+        begins = start >= 0 and any(tag.startswith(self._held[start:]) for tag in self._openings)
+        return start if begins else len(self._held)
 
     def _show(self, parts: list[Part], text: str) -> None:
         if not text:

@@ -250,9 +250,9 @@ def _merged(events: list[tuple[int, Event]]) -> list[tuple[int, Event]]:
             merged.append((number, event))
         same.append(event)
 
-    for place, (number, event) in enumerate(merged):
+    for position, (number, event) in enumerate(merged):
         if isinstance(event, Delta) and len(same := deltas[number, event.index]) > 1:
-            merged[place] = (number, _join(same))
+            merged[position] = (number, _join(same))
     return merged
 
 

@@ -76,22 +76,22 @@ class _CoderCall(CallReader):
         return True
 
     def _in_value(self, last: bool) -> bool:
-        place = self._text.find(PARAMETER_END, self._at)
-        if place < 0:
+        closing = self._text.find(PARAMETER_END, self._at)
+        if closing < 0:
             self._add(len(self._text) - _begun_end(self._text, self._at))
             return False
 
-        end = place - 1 if place > self._at and self._text[place - 1] == "\n" else place
-        follows = self._followed_by(place + len(PARAMETER_END), (PARAMETER, FUNCTION_END))
+        end = closing - 1 if closing > self._at and self._text[closing - 1] == "\n" else closing
+        follows = self._followed_by(closing + len(PARAMETER_END), (PARAMETER, FUNCTION_END))
         if follows is None and not last:
             self._add(end)
             return False
         if follows is False:
-            self._add(place + len(PARAMETER_END))
+            self._add(closing + len(PARAMETER_END))
             return True
 
         self._add(end)
-        self._at = place + len(PARAMETER_END)
+        self._at = closing + len(PARAMETER_END)
         self._argue('"' if self._value is None else json_value("".join(self._value), self._kinds))
         self._next = self._between
         return True
@@ -137,14 +137,14 @@ class _CoderCall(CallReader):
 
     def _name(self) -> str | None:
         """Read a name and the bracket after it; None where it is not whole, or wrong."""
-        place = self._text.find(">", self._at, self._at + NAME_LIMIT + 1)
-        name = self._text[self._at : place if place >= 0 else len(self._text)]
-        if "<" in name or "\n" in name or len(name) > NAME_LIMIT or (place >= 0 and not name.strip()):
+        end = self._text.find(">", self._at, self._at + NAME_LIMIT + 1)
+        name = self._text[self._at : end if end >= 0 else len(self._text)]
+        if "<" in name or "\n" in name or len(name) > NAME_LIMIT or (end >= 0 and not name.strip()):
             self._fail()
             return None
-        if place < 0:
+        if end < 0:
             return None
-        self._at = place + 1
+        self._at = end + 1
         return name.strip()
 
 

@@ -211,8 +211,8 @@ class _Writer:
         self._counter = Counter(style.request.stream_options)
         self._logprobs = {}
         if style.request.logprobs is not None:
-            places = [(number, index) for number in range(prompts) for index in range(style.n)]
-            self._logprobs = {place: style.logprobs_writer() for place in places}
+            choices = [(number, index) for number in range(prompts) for index in range(style.n)]
+            self._logprobs = {each: style.logprobs_writer() for each in choices}
         self._begun: set[int] = set()
         self._text_events: dict[tuple[int, int], TextEvent] = {}
         # Chunks without text are sent only where they hold something else.

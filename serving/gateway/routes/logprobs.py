@@ -103,16 +103,16 @@ def prompt_logprobs(entries: list[TokenLogprobs]) -> PromptLogprobs:
     """vLLM's form for a prompt: for each token by id; none for the first."""
     made: PromptLogprobs = [None]
     for entry in entries:
-        place = {
+        candidates = {
             str(token): PromptLogprob(
                 logprob=finite(logprob), rank=rank, decoded_token=token_text(token, text, as_id=False)
             )
             for rank, (token, logprob, text) in enumerate(_top(entry), 1)
         }
-        place[str(entry.token_id)] = PromptLogprob(
+        candidates[str(entry.token_id)] = PromptLogprob(
             logprob=finite(entry.logprob),
             rank=entry.rank,
             decoded_token=token_text(entry.token_id, entry.token_bytes, as_id=False),
         )
-        made.append(place)
+        made.append(candidates)
     return made

@@ -20,15 +20,15 @@ class Turns:
     def add(self, role: str, content: Content, path: str, *, content_path: str, **more: Any) -> None:
         """A message that is not the assistant's."""
         self._open = self._user = None
-        place = self._append({"role": role, "content": content, **more}, path)
-        self.paths[f"{place}.content"] = content_path
+        chat_path = self._append({"role": role, "content": content, **more}, path)
+        self.paths[f"{chat_path}.content"] = content_path
 
     def extend_user(self, parts: list[dict[str, str]], content_path: str) -> None:
         """Text of the user, which goes on with the message before it until `end` is called."""
         last = self.messages[-1] if self.messages else None
         if self._user is None or last is not self._user:
-            place = self._append({"role": "user", "content": []}, content_path.rpartition(".")[0])
-            self.paths[f"{place}.content"] = content_path
+            chat_path = self._append({"role": "user", "content": []}, content_path.rpartition(".")[0])
+            self.paths[f"{chat_path}.content"] = content_path
             self._user = last = self.messages[-1]
         last["content"] += parts
 
@@ -61,10 +61,10 @@ class Turns:
         message = self._open if self._open is not None else self._begin(path)
         calls = message.setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
-        place = f"messages[{len(self.messages) - 1}].tool_calls[{len(calls) - 1}]"
-        self.paths[place] = path
-        self.paths[f"{place}.function"] = path
-        self.paths[f"{place}.function.arguments"] = arguments_path
+        chat_path = f"messages[{len(self.messages) - 1}].tool_calls[{len(calls) - 1}]"
+        self.paths[chat_path] = path
+        self.paths[f"{chat_path}.function"] = path
+        self.paths[f"{chat_path}.function.arguments"] = arguments_path
 
     def end(self) -> None:
         """What comes next begins a message."""
@@ -77,6 +77,6 @@ class Turns:
 
     def _append(self, message: dict[str, Any], path: str) -> str:
         self.messages.append(message)
-        place = f"messages[{len(self.messages) - 1}]"
-        self.paths[place] = path
-        return place
+        chat_path = f"messages[{len(self.messages) - 1}]"
+        self.paths[chat_path] = path
+        return chat_path

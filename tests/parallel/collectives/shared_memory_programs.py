@@ -31,7 +31,7 @@ from phalanx.parallel.collectives.shared_memory import (
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-# Around vector widths, slices, the one-shot limit and the slot, and several slots.
+# Around vector widths, slices, the one-shot limit and the buffer, and several buffers.
 LENGTHS = (0, 1, 7, 64, 1000, 4097, 32_768, 65_537, 131_072, 131_073, 700_001)
 
 
@@ -112,7 +112,7 @@ def special_values(rank: int, size: int) -> None:
 
 
 def shapes(rank: int, size: int) -> None:
-    """Every operation on tensors that are strided, empty, of no dimension, of odd dtypes, and larger than a slot."""
+    """Every operation on tensors that are strided, empty, of no dimension, of odd dtypes, and larger than a buffer."""
     collectives = _connect()
     strided = torch.arange(12.0).view(3, 4).T + rank
     assert torch.equal(collectives.all_reduce(strided), torch.arange(12.0).view(3, 4).T * size + sum(range(size)))
@@ -176,7 +176,7 @@ def mixed(rank: int, size: int, seed: int, operations: int) -> str:
 
 
 def hammer(rank: int, size: int, operations: int) -> float:
-    """Many small sums without a pause, where a lost wake-up or a slot written too early would show."""
+    """Many small sums without a pause, where a lost wake-up or a buffer written too early would show."""
     collectives = _connect()
     x = torch.zeros(64)
     for step in range(operations):

@@ -103,7 +103,7 @@ def test_each_rank_allocates_what_it_writes_to_and_together_they_have_it_all(run
     parts = [part for [part] in collectives]
     assert parts[0][0] == 0
     assert [last for _, last in parts[:-1]] == [first for first, _ in parts[1:]]
-    assert parts[1][1] - parts[1][0] == parts[2][1] - parts[2][0] == 2 * shared_memory._SLOT
+    assert parts[1][1] - parts[1][0] == parts[2][1] - parts[2][0] == 2 * shared_memory._BUFFER_BYTES
 
 
 def test_ranks_that_are_bound_to_cpus_of_their_own_count_them_all(run_ranks: RunRanks) -> None:

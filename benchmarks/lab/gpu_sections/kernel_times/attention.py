@@ -117,8 +117,8 @@ class Paged:
         # Blocks lie anywhere in the pool, as in a cache that has served for a while.
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(case.rows * self.blocks, generator=generator).view(case.rows, self.blocks)
-        places = torch.arange(case.keys)
-        slot_mapping = order[:, places // block_size] * block_size + places % block_size
+        positions = torch.arange(case.keys)
+        slot_mapping = order[:, positions // block_size] * block_size + positions % block_size
         self.table = order.to(device)
         self.slot_mapping = slot_mapping.flatten().to(device)
 

@@ -203,8 +203,8 @@ def plans_of(case: Case, steps: int, block_size: int, vocab_size: int) -> Iterat
     draw = random.Random(case.tokens)
     slots = list(range(case.rows))
     blocks = -(-(case.prompt or case.context + steps) // block_size)
-    places = [(slot, index) for slot in slots for index in range(blocks)]
-    ids = draw.sample(range(len(places)), len(places))
+    entries = [(slot, index) for slot in slots for index in range(blocks)]
+    ids = draw.sample(range(len(entries)), len(entries))
 
     for i in range(steps):
         told = slots if i >= 2 and not case.prompt else []
@@ -213,8 +213,8 @@ def plans_of(case: Case, steps: int, block_size: int, vocab_size: int) -> Iterat
             starts=_starts(case, draw, vocab_size) if case.prompt or i == 0 else [],
             token_slots=told,
             token_ids=[7] * len(told),
-            block_slots=[slot for slot, _ in places] if i == 0 else [],
-            block_indices=[index for _, index in places] if i == 0 else [],
+            block_slots=[slot for slot, _ in entries] if i == 0 else [],
+            block_indices=[index for _, index in entries] if i == 0 else [],
             block_ids=ids if i == 0 else [],
             slots=slots,
             positions=[0 if case.prompt else case.context - 1 + i] * case.rows,

@@ -150,9 +150,9 @@ def _path(exchange: Exchange, name: str) -> str:
 def _page(found: list[Listed], query: ListQuery) -> tuple[list[Listed], bool]:
     """(the part of a list that a query asks for, whether there is more)."""
     if query.after is not None:
-        places = [place for place, each in enumerate(found) if each.id == query.after]
-        if not places:
+        matches = [index for index, each in enumerate(found) if each.id == query.after]
+        if not matches:
             raise invalid(f"after={query.after[:100]!r} is not the id of an entry", "after")
-        found = found[places[0] + 1 :]
+        found = found[matches[0] + 1 :]
     limit = query.limit or _DEFAULT_LISTED
     return found[:limit], len(found) > limit

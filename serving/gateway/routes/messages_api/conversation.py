@@ -223,9 +223,9 @@ def _add_tools(
             function["description"] = tool.description
         if tool.strict is not None:
             function["strict"] = tool.strict
-        place = f"tools[{len(tools)}]"
-        paths[place] = paths[f"{place}.function"] = path
-        paths[f"{place}.function.parameters"] = f"{path}.input_schema"
+        chat_path = f"tools[{len(tools)}]"
+        paths[chat_path] = paths[f"{chat_path}.function"] = path
+        paths[f"{chat_path}.function.parameters"] = f"{path}.input_schema"
         tools.append({"type": "function", "function": function})
     if tools:
         values["tools"] = tools

@@ -158,17 +158,17 @@ class MessageWriter:
         self._held = ""
         if block is None:
             return
-        place = len(self.message.content)
+        index = len(self.message.content)
         if isinstance(block, AnswerText):
             block.text = text
         elif isinstance(block, AnswerThinking):
             block.thinking = "" if self._omit else text
             block.signature = seal(text) if self._omit else signature(text)
             delta = EventDelta(type="signature_delta", signature=block.signature)
-            self._emit("content_block_delta", index=place, delta=delta)
+            self._emit("content_block_delta", index=index, delta=delta)
         else:
             block.input = _arguments(text)
-        self._emit("content_block_stop", index=place)
+        self._emit("content_block_stop", index=index)
         self.message.content.append(block)
         self._block = None
 

@@ -129,10 +129,10 @@ async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
     if query.order != "asc":
         items.reverse()
     if query.after is not None:
-        places = [place for place, item in enumerate(items) if item["id"] == query.after]
-        if not places:
+        matches = [index for index, item in enumerate(items) if item["id"] == query.after]
+        if not matches:
             raise invalid(f"after={query.after[:100]!r} is not the id of an item of the input", "after")
-        items = items[places[0] + 1 :]
+        items = items[matches[0] + 1 :]
     limit = query.limit or 20
     shown = items[:limit]
     if ENCRYPTED in (query.include or ()):

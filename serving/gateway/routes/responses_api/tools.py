@@ -63,8 +63,8 @@ def add_tools(request: ResponsesRequest, values: dict[str, Any], paths: dict[str
     for one in offered:
         if allowed is not None and one.name not in allowed:
             continue
-        place = f"tools[{len(tools)}]"
-        paths[place] = paths[f"{place}.function"] = one.path
+        chat_path = f"tools[{len(tools)}]"
+        paths[chat_path] = paths[f"{chat_path}.function"] = one.path
         tools.append({"type": "function", "function": _function(one, described)})
     if tools:
         values["tools"] = tools

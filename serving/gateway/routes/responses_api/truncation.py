@@ -26,25 +26,25 @@ async def turn_that_fits(gateway: Gateway, items: Sequence[Item], most_new: int 
     """
     whole = made(items)
     _, info = gateway.model(whole.chat.model)
-    places = [place for place, item in enumerate(items) if place and item["type"] != "function_call_output"]
+    starts = [index for index, item in enumerate(items) if index and item["type"] != "function_call_output"]
     # What looks many times too long is not counted as a whole, which takes seconds, unless the rest turns out short.
     far_too_long = whole.prompt_tokens > FAR_TOO_LONG * info.max_model_len
-    if not places or (not far_too_long and await _fits(gateway, whole, info.max_model_len - (most_new or 1))):
+    if not starts or (not far_too_long and await _fits(gateway, whole, info.max_model_len - (most_new or 1))):
         return whole
 
     # The engine tells how long a conversation is. Its last items are asked about, each time twice as many, and then
     # those in between: no question is about much more than fits.
     longest = info.max_model_len - (most_new or info.max_model_len // SHARE)
-    low, high, kept = 0, len(places) - 1, 1
+    low, high, kept = 0, len(starts) - 1, 1
     while low < high:
-        middle = max(len(places) - 2 * kept, (low + high) // 2)
-        if await _fits(gateway, made(_from(items, places[middle])), longest):
-            high, kept = middle, len(places) - middle
+        middle = max(len(starts) - 2 * kept, (low + high) // 2)
+        if await _fits(gateway, made(_from(items, starts[middle])), longest):
+            high, kept = middle, len(starts) - middle
         else:
             low = middle + 1
     if far_too_long and not low and await _fits(gateway, whole, info.max_model_len - (most_new or 1)):
         return whole
-    return made(_from(items, places[low]))
+    return made(_from(items, starts[low]))
 
 
 async def _fits(gateway: Gateway, turn: faces.Turn, longest: int) -> bool:
@@ -60,6 +60,6 @@ def _from(items: Sequence[Item], first: int) -> list[Item | None]:
     """The items from `first` on, without what was returned by calls before it."""
     gone = {item["call_id"] for item in items[:first] if item["type"] == "function_call"}
     return [
-        None if place < first or (item["type"] == "function_call_output" and item["call_id"] in gone) else item
-        for place, item in enumerate(items)
+        None if index < first or (item["type"] == "function_call_output" and item["call_id"] in gone) else item
+        for index, item in enumerate(items)
     ]

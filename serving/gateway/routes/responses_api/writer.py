@@ -86,10 +86,10 @@ class ResponseWriter:
         # Text may be held back in which a call may begin: its log-probabilities wait for it, those of a call are not
         # returned.
         waiting, self._waiting = self._waiting + logprobs, []
-        last = max((place for place, part in enumerate(parts) if isinstance(part, Text)), default=-1)
-        for place, part in enumerate(parts):
+        last = max((index for index, part in enumerate(parts) if isinstance(part, Text)), default=-1)
+        for index, part in enumerate(parts):
             if isinstance(part, Text):
-                self._text(part.text, waiting if place == last else [])
+                self._text(part.text, waiting if index == last else [])
             elif isinstance(part, Reasoning):
                 self._thinking(part.text)
             elif isinstance(part, CallBegin):
@@ -159,14 +159,14 @@ class ResponseWriter:
     def _message(self) -> None:
         item = OutputMessage(id=_new_id("msg"), status="in_progress", content=[])
         self._open(item)
-        self._emit("response.content_part.added", **self._place(content_index=0), part=OutputText(text=""))
+        self._emit("response.content_part.added", **self._location(content_index=0), part=OutputText(text=""))
 
     def _say(self, text: str, logprobs: list[LogprobContent]) -> None:
         self._held = ""
         self._held_logprobs = []
         self._pieces.append(text)
         self._logprobs += logprobs
-        self._emit("response.output_text.delta", **self._place(content_index=0), delta=text, logprobs=logprobs)
+        self._emit("response.output_text.delta", **self._location(content_index=0), delta=text, logprobs=logprobs)
 
     def _thinking(self, text: str) -> None:
         if not isinstance(self._item, OutputReasoning):
@@ -174,14 +174,16 @@ class ResponseWriter:
             self._open(OutputReasoning(id=_new_id("rs"), status="in_progress"))
             if self._style.summary:
                 part = SummaryText(text="")
-                self._emit("response.reasoning_summary_part.added", **self._place(summary_index=0), part=part)
+                self._emit("response.reasoning_summary_part.added", **self._location(summary_index=0), part=part)
             else:
-                self._emit("response.content_part.added", **self._place(content_index=0), part=ReasoningText(text=""))
+                self._emit(
+                    "response.content_part.added", **self._location(content_index=0), part=ReasoningText(text="")
+                )
         self._pieces.append(text)
         if self._style.summary:
-            self._emit("response.reasoning_summary_text.delta", **self._place(summary_index=0), delta=text)
+            self._emit("response.reasoning_summary_text.delta", **self._location(summary_index=0), delta=text)
         else:
-            self._emit("response.reasoning_text.delta", **self._place(content_index=0), delta=text)
+            self._emit("response.reasoning_text.delta", **self._location(content_index=0), delta=text)
 
     def _call(self, call: CallBegin) -> None:
         self._close("completed")
@@ -193,7 +195,7 @@ class ResponseWriter:
     def _arguments(self, text: str) -> None:
         if text and isinstance(self._item, OutputCall):
             self._pieces.append(text)
-            self._emit("response.function_call_arguments.delta", **self._place(), delta=text)
+            self._emit("response.function_call_arguments.delta", **self._location(), delta=text)
 
     def _open(self, item: OutputMessage | OutputReasoning | OutputCall) -> None:
         self._item = item
@@ -210,15 +212,15 @@ class ResponseWriter:
             return
         if isinstance(item, OutputMessage):
             part = OutputText(text=text, logprobs=self._logprobs)
-            place = self._place(content_index=0)
-            self._emit("response.output_text.done", **place, text=text, logprobs=self._logprobs)
-            self._emit("response.content_part.done", **place, part=part)
+            location = self._location(content_index=0)
+            self._emit("response.output_text.done", **location, text=text, logprobs=self._logprobs)
+            self._emit("response.content_part.done", **location, part=part)
             item.content = [part]
         elif isinstance(item, OutputReasoning):
             self._close_thinking(item, text)
         else:
             item.arguments = text
-            self._emit("response.function_call_arguments.done", **self._place(), arguments=text, name=item.name)
+            self._emit("response.function_call_arguments.done", **self._location(), arguments=text, name=item.name)
 
         item.status = status
         self._emit("response.output_item.done", output_index=len(self.response.output), item=item)
@@ -227,19 +229,19 @@ class ResponseWriter:
 
     def _close_thinking(self, item: OutputReasoning, text: str) -> None:
         if self._style.summary:
-            summary, place = SummaryText(text=text), self._place(summary_index=0)
-            self._emit("response.reasoning_summary_text.done", **place, text=text)
-            self._emit("response.reasoning_summary_part.done", **place, part=summary)
+            summary, location = SummaryText(text=text), self._location(summary_index=0)
+            self._emit("response.reasoning_summary_text.done", **location, text=text)
+            self._emit("response.reasoning_summary_part.done", **location, part=summary)
             item.summary = [summary]
         else:
-            part, place = ReasoningText(text=text), self._place(content_index=0)
-            self._emit("response.reasoning_text.done", **place, text=text)
-            self._emit("response.content_part.done", **place, part=part)
+            part, location = ReasoningText(text=text), self._location(content_index=0)
+            self._emit("response.reasoning_text.done", **location, text=text)
+            self._emit("response.content_part.done", **location, part=part)
             item.content = [part]
         if self._style.sealed:
             item.encrypted_content = seal(text)
 
-    def _place(self, **index: int) -> dict[str, Any]:
+    def _location(self, **index: int) -> dict[str, Any]:
         item = self._item
         return {"item_id": item.id if item else UNSET, "output_index": len(self.response.output), **index}
 

@@ -1,4 +1,4 @@
-#include "stack.h"
+#include "fused_decoder.h"
 
 #include <cmath>
 #include <cstring>
@@ -9,20 +9,21 @@ namespace phalanx {
 namespace {
 
 // Room for what a projection multiplies, as it had best stand.
-Rows room_for(const Projection& projection, const StackStep& step, Scratch slot) {
+Rows room_for(const Projection& projection, const DecoderStep& step, Scratch purpose) {
     const Linear& weight = projection.weight;
-    return {scratch(slot, rows_bytes(weight.dtype, step.tokens, weight.k)), weight.k, wants_tiles(weight, step.tokens)};
+    return {scratch(purpose, rows_bytes(weight.dtype, step.tokens, weight.k)), weight.k,
+            wants_tiles(weight, step.tokens)};
 }
 
 // The normed residual stream, as `first` had best multiply it.
-Rows normed(const DecoderStack& stack, const StackStep& step, const float* norm, const Projection& first) {
+Rows normed(const FusedDecoder& decoder, const DecoderStep& step, const float* norm, const Projection& first) {
     const Rows x = room_for(first, step, Scratch::kNormedRows);
-    run_norm({stack.dtype, step.total, norm, stack.eps, x.first, step.tokens, stack.hidden, x.tiles});
+    run_norm({decoder.dtype, step.total, norm, decoder.eps, x.first, step.tokens, decoder.hidden, x.tiles});
     return x;
 }
 
 // The last projection of a sublayer: added at once, or left for the other ranks' parts to be added.
-void project(const Projection& last, const StackStep& step, Rows x) {
+void project(const Projection& last, const DecoderStep& step, Rows x) {
     const bool alone = step.partial == nullptr;
     multiply(last.weight, x, step.tokens, last.bias, alone ? Output::kAddFloat : Output::kStore,
              {alone ? step.total : step.partial, last.weight.n});
@@ -35,14 +36,14 @@ void gather_rows(const void* from, int64_t stride, const int64_t* rows, int coun
 }
 
 // With `choose` the tokens of the choice alone go on.
-void run_attention_sublayer(const DecoderStack& stack, const DecoderLayer& layer, StackStep& step, bool choose) {
-    const int64_t item = element_bytes(stack.dtype);
+void run_attention_sublayer(const FusedDecoder& decoder, const DecoderLayer& layer, DecoderStep& step, bool choose) {
+    const int64_t item = element_bytes(decoder.dtype);
     void* qkv = scratch(Scratch::kProjectedRows, item * step.tokens * layer.qkv.weight.n);
-    multiply(layer.qkv.weight, normed(stack, step, layer.attention_norm, layer.qkv), step.tokens, layer.qkv.bias,
+    multiply(layer.qkv.weight, normed(decoder, step, layer.attention_norm, layer.qkv), step.tokens, layer.qkv.bias,
              Output::kStore, {qkv, layer.qkv.weight.n});
-    run_rope({stack.dtype, qkv, layer.qkv.weight.n, step.cos, step.sin, layer.q_norm, layer.k_norm, stack.eps,
-              layer.keys, layer.values, stack.int8_cache, step.slots, step.tokens, stack.heads, stack.kv_heads,
-              stack.head_dim, stack.block_size});
+    run_rope({decoder.dtype, qkv, layer.qkv.weight.n, step.cos, step.sin, layer.q_norm, layer.k_norm, decoder.eps,
+              layer.keys, layer.values, decoder.int8_cache, step.slot_mapping, step.tokens, decoder.heads,
+              decoder.kv_heads, decoder.head_dim, decoder.block_size});
 
     Attention job{};
     job.q = qkv;
@@ -53,7 +54,7 @@ void run_attention_sublayer(const DecoderStack& stack, const DecoderLayer& layer
     if (choose) {
         void* queries = scratch(Scratch::kChosenQueries, item * step.chosen * width);
         gather_rows(qkv, item * job.ldq, step.choice, step.chosen, item * width, queries);
-        const int64_t row = sizeof(float) * stack.hidden;
+        const int64_t row = sizeof(float) * decoder.hidden;
         gather_rows(step.total, row, step.choice, step.chosen, row, step.chosen_total);
         step.total = step.chosen_total;
         step.tokens = step.chosen;
@@ -64,15 +65,15 @@ void run_attention_sublayer(const DecoderStack& stack, const DecoderLayer& layer
     if (step.tokens == 0) return;
 
     const Rows attended = room_for(layer.output, step, Scratch::kAttendedRows);
-    job.dtype = stack.dtype;
+    job.dtype = decoder.dtype;
     job.keys = layer.keys;
     job.values = layer.values;
-    job.int8_cache = stack.int8_cache;
-    job.heads = stack.heads;
-    job.kv_heads = stack.kv_heads;
-    job.head_dim = stack.head_dim;
-    job.block_size = stack.block_size;
-    job.scale = 1.0f / std::sqrt(static_cast<float>(stack.head_dim));
+    job.int8_cache = decoder.int8_cache;
+    job.heads = decoder.heads;
+    job.kv_heads = decoder.kv_heads;
+    job.head_dim = decoder.head_dim;
+    job.block_size = decoder.block_size;
+    job.scale = 1.0f / std::sqrt(static_cast<float>(decoder.head_dim));
     job.out = attended.first;
     job.out_tiles = attended.tiles;
     run_attention(*step.plan, job);
@@ -80,16 +81,16 @@ void run_attention_sublayer(const DecoderStack& stack, const DecoderLayer& layer
     project(layer.output, step, attended);
 }
 
-void run_mlp_sublayer(const DecoderStack& stack, const DecoderLayer& layer, const StackStep& step) {
+void run_mlp_sublayer(const FusedDecoder& decoder, const DecoderLayer& layer, const DecoderStep& step) {
     const Rows product = room_for(layer.down, step, Scratch::kProjectedRows);
-    multiply(layer.gate_up.weight, normed(stack, step, layer.mlp_norm, layer.gate_up), step.tokens, layer.gate_up.bias,
-             Output::kSiluMul, product);
+    multiply(layer.gate_up.weight, normed(decoder, step, layer.mlp_norm, layer.gate_up), step.tokens,
+             layer.gate_up.bias, Output::kSiluMul, product);
     project(layer.down, step, product);
 }
 
 }  // namespace
 
-void DecoderStack::run(StackStep step, int first, int last) const {
+void FusedDecoder::run(DecoderStep step, int first, int last) const {
     const int last_attention = 2 * static_cast<int>(layers.size()) - 2;
     for (int sublayer = first; sublayer < last && step.tokens > 0; ++sublayer) {
         const DecoderLayer& layer = layers[sublayer / 2];

@@ -24,13 +24,13 @@ struct DecoderLayer {
 };
 
 // One step: T tokens, in their order.
-struct StackStep {
+struct DecoderStep {
     float* total;   // (T, hidden), the residual stream
     void* partial;  // room for (T, hidden) of dtype, if there are other ranks
     int tokens;     // T
     const void *cos, *sin;
-    const int64_t* slots;
-    AttentionPlan* plan;  // these four are attention's alone
+    const int64_t* slot_mapping;  // (T,)
+    AttentionPlan* plan;          // these four are attention's alone
     // Of the last layer only what some tokens make of its keys and values may be wanted. These, ascending, are C; -1
     // without a choice.
     int chosen;
@@ -39,7 +39,7 @@ struct StackStep {
     AttentionPlan* chosen_plan;  // of C queries
 };
 
-struct DecoderStack {
+struct FusedDecoder {
     DType dtype;
     int hidden, heads, kv_heads, head_dim, block_size;
     bool int8_cache;
@@ -55,7 +55,7 @@ struct DecoderStack {
     //
     // Each adds to the total. With room for partial results it leaves this rank's there, which add_reduced then sums
     // over the ranks and adds.
-    void run(StackStep step, int first, int last) const;
+    void run(DecoderStep step, int first, int last) const;
 };
 
 }  // namespace phalanx
