@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,8 @@ from .resume.connection import ResumingConnection
 from .thread_room import check_thread_room
 
 STOP_TIMEOUT_S = 5.0
+REMOVE_TIMEOUT_S = 1.0
+"""A rank ends within a quarter of it once its supervisor has gone (launch/ranks/process.py)."""
 SHORT_TMPDIR = "/tmp"  # nosec B108 # mkdtemp makes a folder of mode 0700 in it
 _SOCKET = "engine"
 
@@ -63,7 +66,7 @@ class GroupProcess:
                 self._process.wait()
                 raise
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove(self._folder)
             raise
 
         self._state = GroupState("starting")
@@ -141,7 +144,7 @@ class GroupProcess:
 
         self._watch.join(STOP_TIMEOUT_S)
         self.client.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        _remove(self._folder)
 
     def _was_killed_from_outside(self) -> bool:
         failure = read_failure(self._folder / FAILURE_FILE)
@@ -197,6 +200,15 @@ def _private_folder() -> Path:
             f"no folder for the engine's socket can be made in {home}: {error.strerror}; set TMPDIR to a folder that "
             f"can be written, whose path has at most {SOCKET_PATH_BYTES - name_bytes} bytes"
         ) from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder, also if a rank that outlives a killed supervisor for a moment still writes into it."""
+    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_unicode(path: str) -> bool:

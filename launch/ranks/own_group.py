@@ -215,13 +215,12 @@ def _stop(ranks: list[RankProcess], number: signal.Signals) -> None:
                 process.wait(GRACE_S)
 
 
-def end_with_client() -> threading.Event:
-    """Wait, on a thread, for the client's end, then end the group. The event is set once that has happened.
+def end_with_client(client_gone: threading.Event) -> None:
+    """Wait, on a thread, for the client's end, then set the event and end the group.
 
     The client's end is that of standard input, or of the process that started this one: a process that the client has
     forked may hold the other end of standard input for longer.
     """
-    client_gone = threading.Event()
     parent = os.getppid()
 
     def watch() -> None:
@@ -235,14 +234,26 @@ def end_with_client() -> threading.Event:
         exit_within(RANK_STOP_TIMEOUT_S + GRACE_S, 128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="phalanx-client-watch", daemon=True).start()
-    return client_gone
+
+
+def _ignore_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _signalled(number: int, frame: FrameType | None) -> None:
-    # A second signal must not interrupt the ending of the ranks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore_signals()  # a second one must not interrupt the ending of the ranks
     raise Signalled(number)
+
+
+def _run(folder: Path, client_gone: threading.Event) -> int:
+    try:
+        end_with_client(client_gone)
+        return supervise(folder, msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig))
+    except FileNotFoundError:
+        if folder.exists():
+            raise
+        return 128 + signal.SIGTERM  # the client was ended while it started this process, and has removed the folder
 
 
 def main() -> None:
@@ -252,12 +263,12 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGINT, _signalled)
     signal.signal(signal.SIGTERM, _signalled)
+    client_gone = threading.Event()
     try:
-        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
-        client_gone = end_with_client()
-        code = supervise(folder, config)
+        code = _run(folder, client_gone)
+        _ignore_signals()
     except Signalled as stopped:
-        sys.exit(stopped.exit_code)
+        code = stopped.exit_code
     if client_gone.is_set():  # else the client removes it
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)

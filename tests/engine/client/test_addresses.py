@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -51,6 +52,26 @@ def test_a_tmpdir_that_no_address_can_hold_is_passed_over(short: Path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(home))
     monkeypatch.setattr(group_process, "SHORT_TMPDIR", str(other))
     assert group_process._private_folder().parent == other
+
+
+def test_a_folder_goes_although_a_rank_writes_into_it_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    remove, removals = shutil.rmtree, []
+
+    def rmtree(path: Path, **options: Any) -> None:
+        remove(path, **options)
+        removals.append(path)
+        if len(removals) < 3:
+            path.mkdir()
+            (path / "store").touch()
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    group_process._remove(folder)
+    assert not folder.exists()
+    assert len(removals) == 3
 
 
 def test_without_any_folder_for_its_socket_the_setting_is_named(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
-from phalanx import LLM, SamplingParams
+from phalanx import LLM, EngineConfig, SamplingParams
 from phalanx.engine.client.group_failure import GroupFailure, read_failure
 from phalanx.launch.ranks.failure import failure_file, report_failure
 from phalanx.launch.ranks.own_group import count_oom_kills, first_failure
 from phalanx.launch.ranks.rank_info import RankInfo
+from phalanx.parallel.child_python import python_command
 
 RECORDER = """
 import os, pickle, _pickle
@@ -38,6 +42,26 @@ def _ended(code: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-c", code])
     process.wait()
     return process
+
+
+@pytest.mark.parametrize(("after_s", "removed"), [(0.0, False), (0.15, False), (0.3, False), (0.0, True)])
+def test_a_client_that_goes_while_its_supervisor_starts_leaves_nothing(
+    tiny: Path, tmp_path: Path, after_s: float, removed: bool
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(0o700)
+    (folder / "config.json").write_bytes(msgspec.json.encode(EngineConfig(model=str(tiny), ranks=2)))
+    command = python_command("phalanx.launch.ranks.own_group", str(folder))
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    assert process.stderr is not None
+    time.sleep(after_s)
+    process.stdin.close()
+    if removed:  # as a client does that is interrupted while it starts the process
+        shutil.rmtree(folder)
+    words = process.stderr.read()
+    assert (process.wait(60), words) == (128 + signal.SIGTERM, b"")
+    assert not folder.exists()
 
 
 def test_a_failed_rank_is_named_with_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
