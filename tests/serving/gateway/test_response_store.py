@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
+import pytest
 from phalanx.serving.gateway.config import GatewayConfig
 from phalanx.serving.gateway.generation.response_store import ResponseStore, StoredResponse
+from phalanx.serving.gateway.routes.responses_api import handlers
 
 
 def record(item_id: str = "msg_1", size: int = 0) -> StoredResponse:
@@ -76,3 +81,51 @@ def test_a_store_of_no_responses_keeps_none() -> None:
     store = ResponseStore(GatewayConfig(stored_responses=0))
     assert not store.keeps
     assert not store.put("", "a", record())
+
+
+@pytest.mark.parametrize("route", [handlers.cancel, handlers.delete])
+def test_a_response_that_is_just_being_taken_up_again_is_stopped_once_it_has_its_task(route: Any) -> None:
+    """As after a restart: the journal's request is open, and what computes it begins a moment later."""
+    store = ResponseStore(GatewayConfig())
+    body = {"id": "resp_a", "background": True, "status": "queued", "output": []}
+    store.put("ann", "resp_a", StoredResponse(json.dumps(body).encode(), b"[]"))
+    answers: list[bytes] = []
+
+    async def compute() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if store.holds("ann", "resp_a"):
+                store.put("ann", "resp_a", StoredResponse(json.dumps({**body, "status": "cancelled"}).encode(), b"[]"))
+            raise
+
+    async def give_up(request_id: str) -> bool:
+        return request_id not in requests.open
+
+    async def respond(answer: bytes) -> None:
+        answers.append(answer)
+
+    async def respond_json(answer: Any) -> None:
+        answers.append(msgspec.json.encode(answer))
+
+    async def main() -> asyncio.Task[None]:
+        stopping = asyncio.create_task(route(gateway, exchange))
+        await asyncio.sleep(0.05)
+        assert not stopping.done()
+        task = asyncio.create_task(compute())
+        await asyncio.sleep(0)
+        store.put("ann", "resp_a", StoredResponse(json.dumps(body).encode(), b"[]", task))
+        await stopping
+        return task
+
+    requests = SimpleNamespace(open={"a": SimpleNamespace(left=asyncio.Event())}, give_up=give_up)
+    gateway = SimpleNamespace(responses=store, journaling=SimpleNamespace(requests=requests))
+    scope = {"path_params": {"response_id": "resp_a"}}
+    exchange = SimpleNamespace(owner="ann", scope=scope, respond=respond, respond_json=respond_json)
+    task = asyncio.run(main())
+    assert task.cancelled()
+    if route is handlers.cancel:
+        assert json.loads(answers[0])["status"] == "cancelled"
+    else:
+        assert json.loads(answers[0])["deleted"]
+        assert not store.holds("ann", "resp_a")

@@ -32,6 +32,9 @@ from .tools import echoed_tools, namespaces
 from .truncation import turn_that_fits
 from .writer import ResponseWriter, Style
 
+LOOK_S = 0.01
+"""Seconds between two looks at whether a response that is being taken up again has its task."""
+
 _NOT_KEPT = "it was never kept, or no longer is, or belongs to another key"
 
 
@@ -97,26 +100,19 @@ async def retrieve(gateway: Gateway, exchange: Exchange) -> None:
 
 async def delete(gateway: Gateway, exchange: Exchange) -> None:
     """Forget a kept response, and stop computing it."""
-    response_id, record = _stored(gateway, exchange)
-    await _give_up(gateway, response_id, record)
+    response_id = await _stop(gateway, exchange)
     gateway.responses.delete(exchange.owner, response_id)
     await exchange.respond_json(DeletedResponse(id=response_id))
 
 
 async def cancel(gateway: Gateway, exchange: Exchange) -> None:
     """Stop computing a response in the background."""
-    response_id, record = _stored(gateway, exchange)
-    response = msgspec.json.decode(record.response)
-    if not response["background"]:
+    _, record = _stored(gateway, exchange)
+    if not msgspec.json.decode(record.response)["background"]:
         raise invalid(
             "only a response with background=true can be cancelled; close the connection of any other", "response_id"
         )
-    if record.task is not None:
-        record.task.cancel()
-        await asyncio.wait([record.task])
-    elif await _give_up(gateway, response_id, record):
-        cancelled = msgspec.json.encode({**response, "status": "cancelled"})
-        gateway.responses.put(exchange.owner, response_id, StoredResponse(cancelled, record.input))
+    await _stop(gateway, exchange)
     _, record = _stored(gateway, exchange)
     await exchange.respond(record.response)
 
@@ -147,11 +143,29 @@ async def list_input_items(gateway: Gateway, exchange: Exchange) -> None:
     )
 
 
-async def _give_up(gateway: Gateway, response_id: str, record: StoredResponse) -> bool:
-    """Whether a response was one that an earlier process had begun and this one had not: it is not computed now."""
-    if record.task is not None or gateway.journaling is None:
-        return False
-    return await gateway.journaling.requests.give_up(response_id.removeprefix("resp_"))
+async def _stop(gateway: Gateway, exchange: Exchange) -> str:
+    """End the computing of a response in the background, if it has not ended, and return its id."""
+    while True:
+        response_id, record = _stored(gateway, exchange)
+        if record.task is not None:
+            record.task.cancel()
+            await asyncio.wait([record.task])
+            return response_id
+        if gateway.journaling is None:
+            return response_id
+
+        # One that an earlier process had begun waits for its turn, or is just being taken up: then its task comes.
+        requests, request_id = gateway.journaling.requests, response_id.removeprefix("resp_")
+        if await requests.give_up(request_id):
+            response = {**msgspec.json.decode(record.response), "status": "cancelled"}
+            gateway.responses.put(
+                exchange.owner, response_id, StoredResponse(msgspec.json.encode(response), record.input)
+            )
+            return response_id
+        opened = requests.open.get(request_id)
+        if opened is None or opened.left.is_set():
+            return response_id
+        await asyncio.sleep(LOOK_S)
 
 
 def _stored(gateway: Gateway, exchange: Exchange) -> tuple[str, StoredResponse]:
