@@ -155,14 +155,14 @@ async def _stop(gateway: Gateway, exchange: Exchange) -> str:
             return response_id
 
         # One that an earlier process had begun waits for its turn, or is just being taken up: then its task comes.
-        requests, request_id = gateway.journaling.requests, response_id.removeprefix("resp_")
-        if await requests.give_up(request_id):
+        durable, request_id = gateway.journaling.requests, response_id.removeprefix("resp_")
+        if await durable.give_up(request_id):
             response = {**msgspec.json.decode(record.response), "status": "cancelled"}
             gateway.responses.put(
                 exchange.owner, response_id, StoredResponse(msgspec.json.encode(response), record.input)
             )
             return response_id
-        opened = requests.open.get(request_id)
+        opened = durable.open.get(request_id)
         if opened is None or opened.left.is_set():
             return response_id
         await asyncio.sleep(LOOK_S)
