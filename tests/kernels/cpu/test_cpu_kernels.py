@@ -495,7 +495,7 @@ def test_scales_of_8_bits_leave_less_error_than_the_largest_numbers(instructions
     groups = weight.double().view(-1, 32)
     step = groups.abs().amax(dim=1, keepdim=True) / 127
     plain = (groups - (groups / step).round() * step).square().sum()
-    assert (became.reshape(-1, 32) - groups).square().sum() <= 0.85 * plain
+    assert (became.reshape(-1, 32) - groups).square().sum() <= 0.83 * plain
 
 
 @pytest.mark.parametrize("kind", ["int8", "w8a8", "int4"])
